@@ -1,0 +1,1085 @@
+"""What a CLIP is: its towers, the released sizes, and weights in and out.
+
+Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
+written from scratch under OpenAI's parameter names, so that released weights load strictly and
+without a key map. Different from OpenAI's code, with equal results:
+
+- weights are fp32 masters and stay so; lower precision is autocast's business (no converted copy,
+  no `dtype` property, no LayerNorm subclass);
+- attention is torch's fused `scaled_dot_product_attention`;
+- `encode_text` cuts the batch to its longest text. The text tower is causal, so what stands after
+  the end of a text cannot reach it: 47 texture prompts need 15 of 77 positions;
+- the last block of a transformer computes only the row that is used (class token, end of text);
+- files are read without running code: a TorchScript archive goes through a restricted reader, a
+  pickle through `weights_only`, and a zip's checksums are verified first.
+
+Letters: B images, N texts, L tokens, W width of a tower, H heads, G patches per side, D embedding.
+
+    python clip_model.py --inspect FILE [--json]     says what any weight file is
+"""
+import argparse
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import mmap
+import os
+import pathlib
+import pickle
+import re
+import sys
+import urllib.error
+import urllib.request
+import zipfile
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class WeightsError(ValueError):
+    """A name or file that gives no CLIP; `exit_code` marks it as something the user can fix."""
+    exit_code = 2
+
+
+# -----------------------------------------------------------------------------
+# Sizes
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+    embed_dim: int                # D, shared by the two towers
+    image_size: int               # pixels per side
+    vision_layers: int | tuple    # a ViT's blocks, or the four stages of a ResNet
+    vision_width: int             # a ViT's W, or a ResNet's channels after the stem
+    vision_patch: int | None      # pixels per side of a patch; None says ResNet
+    text_width: int
+    text_layers: int
+    context_length: int = 77      # text positions that have an embedding
+    vocab_size: int = 49_408
+    vision_head: int = 64         # width of one attention head; LAION's largest ViTs differ
+    text_head: int = 64
+    activation: str = "quick_gelu"  # "gelu" in models trained by LAION; shapes cannot tell it
+
+
+CONFIGS = {
+    #                          D   image  vision layers   width patch  text W, layers
+    "RN50":           CLIPConfig(1024, 224, (3, 4, 6, 3),    64, None, 512, 12),
+    "RN101":          CLIPConfig(512, 224, (3, 4, 23, 3),    64, None, 512, 12),
+    "RN50x4":         CLIPConfig(640, 288, (4, 6, 10, 6),    80, None, 640, 12),
+    "RN50x16":        CLIPConfig(768, 384, (6, 8, 18, 8),    96, None, 768, 12),
+    "RN50x64":        CLIPConfig(1024, 448, (3, 15, 36, 10), 128, None, 1024, 12),
+    "ViT-B/32":       CLIPConfig(512, 224, 12,  768, 32, 512, 12),
+    "ViT-B/16":       CLIPConfig(512, 224, 12,  768, 16, 512, 12),
+    "ViT-L/14":       CLIPConfig(768, 224, 24, 1024, 14, 768, 12),
+    "ViT-L/14@336px": CLIPConfig(768, 336, 24, 1024, 14, 768, 12),
+    "tiny":           CLIPConfig(128, 64, 4, 128, 8, 128, 3),  # bundled, trained on EuroSAT
+    "tiny-vit":       CLIPConfig(32, 32, 2, 64, 8, 64, 2),     # these two are for tests
+    "tiny-rn":        CLIPConfig(32, 64, (1, 1, 1, 1), 8, None, 64, 2),
+}
+
+OPENAI_URL = "https://openaipublic.azureedge.net/clip/models"
+RELEASED = {  # name -> (file, sha256); the hash is also the folder in the URL
+    "RN50": ("RN50.pt", "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"),
+    "RN101": ("RN101.pt", "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599"),
+    "RN50x4": ("RN50x4.pt", "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd"),
+    "RN50x16": ("RN50x16.pt", "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa"),
+    "RN50x64": ("RN50x64.pt", "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c"),
+    "ViT-B/32": ("ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
+    "ViT-B/16": ("ViT-B-16.pt", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
+    "ViT-L/14": ("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
+    "ViT-L/14@336px": ("ViT-L-14-336px.pt",
+                       "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
+}
+TINY = pathlib.Path(__file__).resolve().parent / "assets" / "tiny_clip.safetensors"
+# What a file of bare tensors cannot say: the head width of LAION's H, g and G image towers.
+HEAD_OF_WIDTH = {1280: 80, 1408: 88, 1664: 104}
+
+
+def canonical_name(name):
+    """The key of CONFIGS that `name` spells ("ViT-B-16", "vit_b16", "rn50"), or None."""
+    def squeeze(text):
+        return re.sub(r"[^a-z0-9]", "", text.lower()).removesuffix("px")
+    return {squeeze(known): known for known in CONFIGS}.get(squeeze(name))
+
+
+# -----------------------------------------------------------------------------
+# Transformer, shared by the text tower and the ViT
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x): the GELU of all nine released models (Hendrycks and Gimpel 2016)."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+def take(x, rows):
+    """One row per sample: (B, L, W) -> (B, W). rows: one place for all, or LongTensor (B,)."""
+    if isinstance(rows, int):
+        return x[:, rows]
+    return x[torch.arange(len(x), device=x.device), rows]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with the parameter names of nn.MultiheadAttention."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x, causal=False, rows=None):
+        """(B, L, W) -> (B, L, W); with `rows`, only those rows ask: (B, W)."""
+        B, L, W = x.shape
+        H, weight, bias = self.heads, self.in_proj_weight, self.in_proj_bias
+        if rows is None:
+            qkv = F.linear(x, weight, bias).view(B, L, 3, H, W // H)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)                           # each (B, H, L, W/H)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+            return self.out_proj(out.transpose(1, 2).reshape(B, L, W))
+        q = F.linear(take(x, rows), weight[:W], bias[:W]).view(B, H, 1, W // H)
+        kv = F.linear(x, weight[W:], bias[W:]).view(B, L, 2, H, W // H)
+        k, v = kv.permute(2, 0, 3, 1, 4)
+        seen = None
+        if causal:  # a row sees itself and what stands before it
+            seen = (torch.arange(L, device=x.device) <= rows[:, None])[:, None, None]  # (B,1,1,L)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)      # (B, H, 1, W/H)
+        return self.out_proj(out.reshape(B, W))
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads, activation):
+        super().__init__()
+        self.attn = Attention(width, heads)
+        self.ln_1 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(collections.OrderedDict(
+            c_fc=nn.Linear(width, 4 * width),
+            gelu=QuickGELU() if activation == "quick_gelu" else nn.GELU(),
+            c_proj=nn.Linear(4 * width, width)))
+        self.ln_2 = nn.LayerNorm(width)
+
+    def forward(self, x, causal=False, rows=None):
+        attended = self.attn(self.ln_1(x), causal, rows)
+        x = (x if rows is None else take(x, rows)) + attended
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, width, layers, heads, activation):
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(width, heads, activation) for _ in range(layers))
+
+    def forward(self, x, rows, causal=False):
+        """(B, L, W) -> (B, W): the outputs at `rows` alone, which spares most of the last block."""
+        for block in self.resblocks[:-1]:
+            x = block(x, causal)
+        return self.resblocks[-1](x, causal, rows)
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        width, patch = config.vision_width, config.vision_patch
+        tokens = (config.image_size // patch) ** 2 + 1
+        self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
+        self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
+        self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(tokens, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, config.vision_layers, width // config.vision_head,
+                                       config.activation)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, config.embed_dim))
+
+    def forward(self, images):                                         # (B, 3, GP, GP)
+        x = self.conv1(images).flatten(2).transpose(1, 2)              # (B, G*G, W)
+        first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+        x = torch.cat([first, x], dim=1) + self.positional_embedding   # (B, G*G + 1, W)
+        x = self.transformer(self.ln_pre(x), rows=0)                   # (B, W)
+        return self.ln_post(x) @ self.proj                             # (B, D)
+
+
+# -----------------------------------------------------------------------------
+# ModifiedResNet: three stem convolutions, pooling before every stride, attention at the end
+
+class Bottleneck(nn.Module):
+    """A residual bottleneck whose convolutions all have stride 1; a pool does the striding."""
+
+    def __init__(self, channels_in, channels, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * channels)
+        self.downsample = None
+        if stride > 1 or channels_in != 4 * channels:
+            self.downsample = nn.Sequential(collections.OrderedDict([
+                ("-1", nn.AvgPool2d(stride)),  # published names count from here
+                ("0", nn.Conv2d(channels_in, 4 * channels, 1, bias=False)),
+                ("1", nn.BatchNorm2d(4 * channels))]))
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(self.avgpool(out)))
+        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class AttentionPool2d(nn.Module):
+    """Pools a feature map by one attention step in which only the mean of the map asks."""
+
+    def __init__(self, side, channels, heads, embed_dim):
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(
+            channels ** -0.5 * torch.randn(side ** 2 + 1, channels))
+        self.q_proj = nn.Linear(channels, channels)
+        self.k_proj = nn.Linear(channels, channels)
+        self.v_proj = nn.Linear(channels, channels)
+        self.c_proj = nn.Linear(channels, embed_dim)
+
+    def forward(self, x):                                              # (B, C, side, side)
+        x = x.flatten(2).transpose(1, 2)                               # (B, side^2, C)
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding
+
+        def split(t):                                                  # (B, L, C) -> (B, H, L, C/H)
+            return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        out = F.scaled_dot_product_attention(
+            split(self.q_proj(x[:, :1])), split(self.k_proj(x)), split(self.v_proj(x)))
+        return self.c_proj(out.transpose(1, 2).flatten(1))             # (B, D)
+
+
+class ModifiedResNet(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        width = config.vision_width
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        channels_in = width
+        for stage, blocks in enumerate(config.vision_layers):
+            channels = width * 2 ** stage
+            layer = nn.Sequential()
+            for block in range(blocks):
+                stride = 2 if stage > 0 and block == 0 else 1
+                layer.append(Bottleneck(channels_in, channels, stride))
+                channels_in = 4 * channels
+            setattr(self, f"layer{stage + 1}", layer)
+        self.attnpool = AttentionPool2d(config.image_size // 32, 32 * width,
+                                        32 * width // config.vision_head, config.embed_dim)
+
+    def forward(self, images):                                         # (B, 3, R, R)
+        x = F.relu(self.bn1(self.conv1(images)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)           # (B, width, R/4, R/4)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))      # (B, 32 width, R/32, R/32)
+        return self.attnpool(x)                                        # (B, D)
+
+
+# -----------------------------------------------------------------------------
+# CLIP
+
+def trim(tokens):
+    """Cut a batch of texts to its longest: (N, L) -> ((N, L'), ends (N,)), L' <= L.
+
+    The end of text is the largest id in the vocabulary, so argmax finds its first place. Reading
+    the longest waits for an accelerator: in a loop over fixed prompts call this once, before.
+    """
+    ends = tokens.argmax(dim=-1)
+    return (tokens[:, :int(ends.max()) + 1], ends) if len(tokens) else (tokens, ends)
+
+
+def unit(x):
+    """Rows of length 1, in fp32 (or fp64 if `x` is)."""
+    x = x if x.dtype == torch.float64 else x.float()
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+class CLIP(nn.Module):
+    """An image tower and a text tower with one embedding space, and the learned logit scale.
+
+    Starts from the paper's initialisation (drawn from torch's global generator). `load` gives one
+    with released weights. `origin` says where the weights came from.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.origin = {"name": "random", "sha256": "", "layout": "", "notes": []}
+        resnet = config.vision_patch is None
+        self.visual = (ModifiedResNet if resnet else VisionTransformer)(config)
+        width = config.text_width
+        self.transformer = Transformer(width, config.text_layers, width // config.text_head,
+                                       config.activation)
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.empty(width, config.embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Radford et al. 2021 §2.5 and OpenAI's code. ViT blocks keep torch's defaults."""
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        width, layers = self.config.text_width, self.config.text_layers
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
+        nn.init.normal_(self.text_projection, std=width ** -0.5)
+        if isinstance(self.visual, ModifiedResNet):
+            pool = self.visual.attnpool
+            for linear in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj):
+                nn.init.normal_(linear.weight, std=pool.c_proj.in_features ** -0.5)
+            for name, gain in self.visual.named_parameters():
+                if re.fullmatch(r"layer\d\.\d+\.bn3\.weight", name):
+                    nn.init.zeros_(gain)  # every residual branch starts as nothing
+
+    def encode_image(self, images, normalize=False):
+        """(B, 3, R, R) normalised pixels -> (B, D). ValueError when R is not the model's size."""
+        size = self.config.image_size
+        if images.shape[-2:] != (size, size):
+            raise ValueError(f"images are {tuple(images.shape[-2:])} pixels and this model takes "
+                             f"({size}, {size}); resize them with data.Preprocess({size})")
+        features = self.visual(images)
+        return unit(features) if normalize else features
+
+    def encode_text(self, tokens, normalize=False, ends=None):
+        """(N, L) token ids -> (N, D). Pass what `trim` returns as `tokens, ends` to spare its wait
+        on an accelerator; `ends` (N,) are the places of the end of text."""
+        if ends is None:
+            tokens, ends = trim(tokens)
+        x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
+        x = self.transformer(x, rows=ends, causal=True)                # (N, W)
+        features = self.ln_final(x) @ self.text_projection
+        return unit(features) if normalize else features
+
+    def forward(self, images, tokens):
+        """-> image features (B, D) and text features (N, D) with unit rows, and the scale ()."""
+        return (self.encode_image(images, normalize=True),
+                self.encode_text(tokens, normalize=True), self.logit_scale.exp())
+
+
+# -----------------------------------------------------------------------------
+# Reading files. Nothing here runs code that a file brings along.
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+          "U8": torch.uint8, "BOOL": torch.bool}
+STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32,
+            "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+            "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
+            "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+
+
+class ScriptObject:
+    """Stands for every class of a TorchScript archive; holds its attributes and does nothing."""
+
+    def __init__(self, *_):
+        self.attributes = {}
+
+    def __setstate__(self, state):
+        self.attributes = state if isinstance(state, dict) else {}
+
+    def tensors(self, prefix="", seen=()):
+        if id(self) in seen:
+            raise pickle.UnpicklingError("a module that contains itself")
+        for name, value in self.attributes.items():
+            if isinstance(value, torch.Tensor):
+                yield prefix + str(name), value
+            elif isinstance(value, ScriptObject):
+                yield from value.tensors(f"{prefix}{name}.", (*seen, id(self)))
+
+
+class ScriptReader(pickle.Unpickler):
+    """Reads the tensors out of a TorchScript archive; any other wish of the pickle is refused."""
+
+    def __init__(self, archive, root):
+        self.archive, self.root, self.storages = archive, root, {}
+        super().__init__(io.BytesIO(archive.read(f"{root}data.pkl")))
+
+    def find_class(self, module, name):
+        if module.startswith("__torch__"):
+            return ScriptObject
+        if module == "torch" and name in STORAGES:
+            return name
+        if module == "torch._utils" and name == "_rebuild_tensor_v2":
+            return self.rebuild
+        if module == "torch._utils" and name == "_rebuild_parameter":
+            return lambda data, *_: data
+        if module == "torch.jit._pickle":  # typed lists
+            return lambda data, *_: data
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if (module, name) == ("torch", "device"):
+            return str
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+    def persistent_load(self, pid):
+        _, kind, key, *_ = pid
+        if key not in self.storages:
+            raw = bytearray(self.archive.read(f"{self.root}data/{key}"))
+            dtype = STORAGES[kind]
+            self.storages[key] = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(
+                0, dtype=dtype)
+        return self.storages[key]
+
+    @staticmethod
+    def rebuild(storage, offset, size, stride, *_):
+        return torch.as_strided(storage, size, stride, offset)  # checks the storage's bounds
+
+
+def read_zip(path):
+    """A TorchScript archive or a `torch.save` file -> (content, format)."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile:
+        raise WeightsError(f"{path} is truncated ({path.stat().st_size:,} bytes and no zip "
+                           f"directory at its end); fetch it again") from None
+    with archive:
+        names = archive.namelist()
+        pickles = [name for name in names if name.count("/") <= 1 and name.endswith("data.pkl")]
+        if not pickles:
+            raise WeightsError(f"{path} is a zip archive but not a PyTorch file (no data.pkl); "
+                               f"if it is a bundle, unpack it and name the weight file inside")
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            raise WeightsError(f"{path} is a zip with compressed members, which PyTorch never "
+                               f"writes; it was repacked, take the original file")
+        if is_damaged(archive):
+            raise WeightsError(f"{path} is damaged (a member fails its checksum); fetch or copy "
+                               f"it again")
+        root = pickles[0].removesuffix("data.pkl")
+        if any(name.startswith((f"{root}code/", f"{root}constants.pkl")) for name in names):
+            return read_script(path, archive, root), "TorchScript archive"
+    return torch_load(path), "PyTorch zip"
+
+
+def is_damaged(archive):
+    """True when a member's checksum is wrong, which torch.load and torch.jit.load never look at.
+    A third of a second for 340 MB."""
+    try:
+        return archive.testzip() is not None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError):
+        return True
+
+
+def read_script(path, archive, root):
+    try:
+        module = ScriptReader(archive, root).load()
+        if not isinstance(module, ScriptObject):
+            raise pickle.UnpicklingError("its top is not a module")
+        return dict(module.tensors())
+    except WeightsError:
+        raise
+    except Exception as error:  # a hostile pickle can raise anything
+        raise WeightsError(f"{path} is not a TorchScript archive of plain weights and was not "
+                           f"run: {one_line(error)}") from None
+
+
+def torch_load(path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises five kinds for five kinds of bad file
+        raise WeightsError(f"{path} holds more than tensors and plain values, or is no PyTorch "
+                           f"file, and was not run: {one_line(error)}") from None
+
+
+def one_line(error):
+    """The first telling line of an exception."""
+    text = re.sub(r"\s+", " ", str(error))
+    wish = re.search(r"(Unsupported (global|class|operand)[^.]*\.\S*|GLOBAL \S+)", text)
+    return (wish.group(0) if wish else text)[:160] or type(error).__name__
+
+
+def read_safetensors(path):
+    """-> (tensors, metadata). The format has no checksum, so only its frame can be verified."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, 100_000_000):
+            raise WeightsError(f"{path} is not a safetensors file, or truncated: its header says "
+                               f"{length:,} bytes of {size:,}")
+        try:
+            header = json.loads(file.read(length))
+            metadata = header.pop("__metadata__", {})
+            entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            tensors, position = {}, 0
+            for name, entry in entries:
+                begin, end = entry["data_offsets"]
+                dtype, shape = DTYPES[entry["dtype"]], [int(n) for n in entry["shape"]]
+                count = math.prod(shape)
+                if begin != position or end - begin != count * dtype.itemsize or min(
+                        shape, default=0) < 0:
+                    raise ValueError(f"tensor {name!r} does not fit its place")
+                position = end
+                tensors[name] = torch.frombuffer(
+                    data, dtype=dtype, count=count, offset=8 + length + begin).reshape(
+                    shape).clone() if count else torch.empty(shape, dtype=dtype)
+            if 8 + length + position != size:
+                raise ValueError(f"{size:,} bytes where the header says {8 + length + position:,}")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise WeightsError(f"{path} is a damaged or truncated safetensors file "
+                               f"({one_line(error)}); fetch it again") from None
+    return tensors, metadata
+
+
+def read_file(path):
+    """Any weight file -> (content, format, metadata); WeightsError says what a bad one is."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror}") from None
+    if size == 0:
+        raise WeightsError(f"{path} is empty (0 bytes): an interrupted download or copy")
+    if head.lstrip()[:1] == b"<":
+        raise WeightsError(f"{path} is a web page (HTML), not weights: the download gave a login "
+                           f"or error page; fetch it again in a browser")
+    if head.startswith(b"version https://git-lfs"):
+        raise WeightsError(f"{path} is a Git LFS pointer of {size} bytes, not the weights; run "
+                           f"`git lfs pull` where it came from")
+    if head[:2] == b"\x1f\x8b":
+        raise WeightsError(f"{path} is gzip-compressed; unpack it first")
+    if head[:2] == b"PK":
+        return *read_zip(path), {}
+    if path.suffix == ".safetensors" or head[8:9] == b"{":
+        tensors, metadata = read_safetensors(path)
+        return tensors, "safetensors", metadata
+    if head[:1] == b"\x80":
+        return torch_load(path), "PyTorch pickle", {}
+    raise WeightsError(f"{path} is not a weight file: expected a PyTorch .pt/.bin or .safetensors, "
+                       f"and it begins with {head[:8]!r}")
+
+
+# -----------------------------------------------------------------------------
+# Names: one layout inside, OpenAI's
+
+HF_NAMES = [  # (OpenAI's, Hugging Face's); whole names first, then fragments
+    ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
+    ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
+    ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    ("visual.proj", "visual_projection.weight"),
+    ("text_projection", "text_projection.weight"),
+    ("token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
+    ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    ("visual.ln_pre.", "vision_model.pre_layrnorm."),  # their spelling
+    ("visual.ln_post.", "vision_model.post_layernorm."),
+    ("ln_final.", "text_model.final_layer_norm."),
+    ("visual.transformer.resblocks.", "vision_model.encoder.layers."),
+    ("transformer.resblocks.", "text_model.encoder.layers."),
+    (".ln_1.", ".layer_norm1."), (".ln_2.", ".layer_norm2."),
+    (".mlp.c_fc.", ".mlp.fc1."), (".mlp.c_proj.", ".mlp.fc2."),
+    (".attn.out_proj.", ".self_attn.out_proj."),
+]
+
+
+def rename(name, source, target):
+    for pair in HF_NAMES:
+        old, new = pair[source], pair[target]
+        if name == old:
+            return new
+        if old.endswith("."):
+            name = name.replace(old, new) if old[0] == "." else (
+                new + name[len(old):] if name.startswith(old) else name)
+    return name
+
+
+def to_hugging_face(state):
+    """OpenAI's names -> Hugging Face's: q, k, v apart, the two projections transposed."""
+    out = {}
+    for name, tensor in state.items():
+        if ".attn.in_proj_" in name:
+            stem, kind = rename(name, 0, 1).split(".attn.in_proj_")
+            for letter, part in zip("qkv", tensor.chunk(3)):
+                out[f"{stem}.self_attn.{letter}_proj.{kind}"] = part
+        else:
+            turned = name in ("visual.proj", "text_projection")
+            out[rename(name, 0, 1)] = tensor.t() if turned else tensor
+    return out
+
+
+def from_hugging_face(state):
+    """Hugging Face's names -> OpenAI's; raises KeyError when one of q, k, v is missing."""
+    out = {}
+    for name, tensor in state.items():
+        if ".self_attn.q_proj." in name:
+            parts = [state[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
+            name = name.replace(".self_attn.q_proj.", ".attn.in_proj_")
+            out[rename(name, 1, 0)] = torch.cat(parts)
+        elif not re.search(r"\.self_attn\.[kv]_proj\.|position_ids$", name):
+            turned = name in ("visual_projection.weight", "text_projection.weight")
+            out[rename(name, 1, 0)] = tensor.t() if turned else tensor
+    return out
+
+
+def state_dict_of(content, path):
+    """What a file holds -> (tensors under OpenAI's names, layout, notes).
+
+    Finds the state dict inside a training checkpoint and takes off the prefixes that wrappers
+    leave (`module.` of DDP, `_orig_mod.` of torch.compile, `model.` of Lightning).
+    """
+    notes = []
+    while isinstance(content, dict) and not any(
+            isinstance(value, torch.Tensor) and value.dim() for value in content.values()):
+        inner = next((key for key in ("state_dict", "model", "model_state_dict", "module", "net",
+                                      "weights") if isinstance(content.get(key), dict)), None)
+        if inner is None:
+            break
+        notes.append(f"weights found under {inner!r}")
+        content = content[inner]
+    state = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)
+             } if isinstance(content, dict) else {}
+    if not state:
+        raise WeightsError(f"{path} holds no tensors under names; expected a state dict")
+    stripping = True
+    while stripping:
+        stripping = False
+        for prefix in ("module.", "_orig_mod.", "model.", "clip."):
+            if all(name.startswith(prefix) for name in state):
+                state = {name[len(prefix):]: value for name, value in state.items()}
+                notes.append(f"prefix {prefix!r} removed")
+                stripping = True
+    layout = "openai"  # OpenCLIP's CLIP keeps the same names
+    if any(name.startswith(("vision_model.", "text_model.")) for name in state):
+        layout = "hf"
+        try:
+            state = from_hugging_face(state)
+        except KeyError as error:
+            raise WeightsError(f"{path} lacks {error} beside its q_proj") from None
+    for name in ("input_resolution", "context_length", "vocab_size", "attn_mask"):
+        state.pop(name, None)  # buffers of older files that are no weights
+    return state, layout, notes
+
+
+def count(state, pattern):
+    """How many different numbers `pattern`'s group takes in the names of `state`."""
+    return len({match.group(1) for match in map(re.compile(pattern).match, state) if match})
+
+
+def config_from_state_dict(sd):
+    """The CLIPConfig that these tensors' shapes belong to (OpenAI's names; meta tensors will do).
+
+    Head widths and the activation leave no trace in shapes and are taken as OpenAI's. Raises
+    WeightsError naming the first key that is missing, unknown or of another shape.
+    """
+    for name in ("text_projection", "positional_embedding", "token_embedding.weight",
+                 "ln_final.weight", "logit_scale"):
+        if name not in sd:
+            raise WeightsError(f"not a CLIP: there is no {name!r} (the first of {len(sd)} tensors "
+                               f"is {next(iter(sd), None)!r})")
+    try:
+        if "visual.proj" in sd:
+            width, _, _, patch = sd["visual.conv1.weight"].shape
+            side = math.isqrt(sd["visual.positional_embedding"].shape[0] - 1)
+            size, layers = patch * side, count(sd, r"visual\.transformer\.resblocks\.(\d+)\.")
+        else:
+            width, patch = sd["visual.layer1.0.conv1.weight"].shape[0], None
+            size = 32 * math.isqrt(sd["visual.attnpool.positional_embedding"].shape[0] - 1)
+            layers = tuple(count(sd, rf"visual\.layer{i}\.(\d+)\.") for i in (1, 2, 3, 4))
+    except KeyError as error:
+        raise WeightsError(f"not an image tower of CLIP: there is no {error}") from None
+    config = CLIPConfig(
+        embed_dim=sd["text_projection"].shape[1], image_size=size, vision_layers=layers,
+        vision_width=width, vision_patch=patch, text_width=sd["ln_final.weight"].shape[0],
+        text_layers=count(sd, r"transformer\.resblocks\.(\d+)\."),
+        context_length=sd["positional_embedding"].shape[0],
+        vocab_size=sd["token_embedding.weight"].shape[0],
+        vision_head=HEAD_OF_WIDTH.get(width, 64))
+    check_state(config, sd)
+    return config
+
+
+def check_state(config, state):
+    """Raise WeightsError unless `state` has exactly the tensors of a CLIP of this size."""
+    try:
+        with torch.device("meta"):
+            expected = CLIP(config).state_dict()
+    except (RuntimeError, ZeroDivisionError, IndexError, TypeError) as error:
+        raise WeightsError(f"these shapes make no CLIP: {one_line(error)}") from None
+    for name, tensor in expected.items():
+        if name not in state:
+            raise WeightsError(f"the weights lack {name!r} {tuple(tensor.shape)}")
+        if state[name].shape != tensor.shape:
+            raise WeightsError(f"{name!r} is {tuple(state[name].shape)} in the weights and "
+                               f"{tuple(tensor.shape)} in a CLIP of this size")
+    extra = next((name for name in state if name not in expected), None)
+    if extra is not None:
+        raise WeightsError(f"the weights have {extra!r}, which is no part of a CLIP of this size")
+
+
+def declared(path, metadata):
+    """What stands beside the tensors about heads and activation: a dict of CLIPConfig fields."""
+    if "clip_config" in metadata:  # written by `save`
+        fields = json.loads(metadata["clip_config"])
+        return {key: fields[key] for key in ("vision_head", "text_head", "activation", "vocab_size")
+                if key in fields}
+    out = {}
+    for name in ("config.json", "open_clip_config.json"):
+        try:
+            config = json.loads((path.parent / name).read_text("utf-8"))
+            if name == "config.json" and "vision_config" in config:
+                vision, text = config["vision_config"], config.get("text_config", {})
+                out = {"activation": vision.get("hidden_act", "quick_gelu")}
+                for field, part, width in (("vision_head", vision, 768), ("text_head", text, 512)):
+                    heads = part.get("num_attention_heads", width // 64)
+                    out[field] = part.get("hidden_size", width) // heads
+            elif "model_cfg" in config:
+                model = config["model_cfg"]
+                out = {"activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
+                       "vision_head": model["vision_cfg"].get("head_width", 64)}
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise WeightsError(f"{path.parent / name} is unreadable: {one_line(error)}") from None
+    return out
+
+
+# -----------------------------------------------------------------------------
+# Loading
+
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors",
+                "open_clip_pytorch_model.bin")
+
+
+def load(name_or_path, activation=None):
+    """A CLIP with weights, fp32, in eval mode, on the CPU.
+
+    name_or_path: a released name ("ViT-B/16", fetched once into OpenAI's own ~/.cache/clip),
+    "tiny" (bundled), a file (.pt, .bin, .safetensors: OpenAI, OpenCLIP or Hugging Face layout,
+    also inside a training checkpoint), or a folder of either library. activation: "quick_gelu" or
+    "gelu" where the file does not tell; OpenAI's otherwise. Raises WeightsError.
+    """
+    path, name = locate(name_or_path)
+    content, kind, metadata = read_file(path)
+    state, layout, notes = state_dict_of(content, path)
+    try:
+        known = declared(path, metadata)
+        state = spread_embedding(state, known.get("vocab_size", 49_408))
+        config = config_from_state_dict(state)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
+    known["activation"] = activation or known.get("activation", "quick_gelu")
+    if known["activation"] not in ("quick_gelu", "gelu"):
+        raise WeightsError(f"{path}: activation {known['activation']!r} is not one of quick_gelu, "
+                           f"gelu")
+    config = dataclasses.replace(config, **known)
+    for key, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise WeightsError(f"{path}: {key!r} holds NaN or infinity; the file is damaged or "
+                               f"from a run that diverged")
+    with torch.device("meta"):  # nothing is initialised only to be overwritten
+        model = CLIP(config)
+    # Every parameter contiguous: some accelerators ignored in-place updates of strided ones.
+    model.load_state_dict({key: (tensor.float() if tensor.is_floating_point() else tensor
+                                 ).contiguous() for key, tensor in state.items()}, assign=True)
+    model.requires_grad_(True)
+    model.origin = {"name": name, "sha256": sha256_of(path), "layout": layout, "format": kind,
+                    "notes": notes}
+    return model.eval()
+
+
+def locate(name_or_path):
+    """-> (path of the weight file, name to show). Fetches a released model that is not here."""
+    text = str(name_or_path)
+    path = pathlib.Path(os.path.expandvars(text)).expanduser()
+    if path.is_dir():
+        for file in FOLDER_FILES:
+            if (path / file).is_file():
+                return path / file, text
+        raise WeightsError(f"the folder {path} has none of {', '.join(FOLDER_FILES)}")
+    if path.exists():
+        return path, text
+    known = canonical_name(text)
+    if known == "tiny":
+        return TINY, known
+    if known in RELEASED:
+        return download(known), known
+    raise WeightsError(f"no file or model {text!r}; expected a path, \"tiny\", or one of "
+                       f"{', '.join(RELEASED)}")
+
+
+def spread_embedding(state, vocab_size):
+    """A token embedding stored as the rows in use (`save(..., token_rows=...)`) made whole.
+
+    The rows left out were never trained; they become zero.
+    """
+    rows = state.pop("token_embedding.rows", None)
+    if rows is not None:
+        part = state.get("token_embedding.weight")
+        if part is None or part.dim() != 2 or rows.shape != part.shape[:1] or not len(rows) or not (
+                0 <= int(rows.min()) and int(rows.max()) < vocab_size):
+            raise WeightsError("token_embedding.rows does not fit token_embedding.weight")
+        whole = torch.zeros(vocab_size, part.shape[1], dtype=part.dtype)
+        whole[rows.long()] = part
+        state["token_embedding.weight"] = whole
+    return state
+
+
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class HTTPSOnly(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request, response, code, message, headers, url):
+        if request.full_url.startswith("https:") and not url.startswith("https:"):
+            raise urllib.error.URLError("redirected away from https")
+        return super().redirect_request(request, response, code, message, headers, url)
+
+
+def download(name, folder=None):
+    """Fetch a released model into `folder` (~/.cache/clip, as OpenAI's code does) -> its path.
+
+    A file that is there and whole is used as it is. A broken transfer goes on where it stopped;
+    the file gets its name only after its sha256 is right. CLIP_MIRROR replaces the address.
+    """
+    file, digest = RELEASED[name]
+    folder = pathlib.Path(folder or "~/.cache/clip").expanduser()
+    target, partial = folder / file, folder / (file + ".partial")
+    url = f"{os.environ.get('CLIP_MIRROR', OPENAI_URL).rstrip('/')}/{digest}/{file}"
+    if target.is_file() and sha256_of(target) == digest:
+        return target
+    why = "no attempt was made"
+    for _ in range(3):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with only_one(folder / (file + ".lock")):
+                if target.is_file() and sha256_of(target) == digest:
+                    return target  # another process was faster
+                transfer(url, partial)
+                found = sha256_of(partial)
+                if found == digest:
+                    os.replace(partial, target)
+                    return target
+                partial.unlink()
+                why = f"its sha256 is {found}"
+        except (OSError, ValueError) as error:  # urllib's errors are OSErrors
+            why = one_line(getattr(error, "reason", error))
+            if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+                break
+    raise WeightsError(f"could not fetch {name} from {url} ({why}); put the file with sha256 "
+                       f"{digest} at {target} by hand, or pass its path as --weights")
+
+
+def transfer(url, partial):
+    """Append to `partial` what is missing of `url`; OSError when the transfer stops early."""
+    have = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.build_opener(HTTPSOnly).open(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # nothing is missing; the hash will tell
+            return
+        raise
+    with response, open(partial, "ab" if response.status == 206 else "wb") as file:
+        have = have if response.status == 206 else 0
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        while chunk := response.read(1 << 20):
+            file.write(chunk)
+            have += len(chunk)
+            if sys.stderr.isatty():
+                print(f"\r{url.rsplit('/', 1)[1]}: {have >> 20:,} of {(total or 0) >> 20:,} MB",
+                      end="", file=sys.stderr, flush=True)
+        if total is not None and have != total:
+            raise OSError(f"the connection ended at {have:,} of {total:,} bytes")
+
+
+@contextlib.contextmanager
+def only_one(lock):
+    """Processes that fetch the same file wait for each other (where the system has fcntl)."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# -----------------------------------------------------------------------------
+# Saving
+
+def save(model, path, layout="safetensors", dtype=None, token_rows=None):
+    """Write `model` where the named library reads it; returns the path written.
+
+    layout: "safetensors" (one file, OpenAI's names, sizes in its metadata), "openai" (a .pt state
+    dict that OpenAI's `build_model` takes), "open_clip" (a .pt/.safetensors file, or a folder with
+    open_clip_config.json for `local-dir:`), "hf" (a folder for transformers' CLIPModel; ViT only).
+    dtype: stored precision, fp32 unless given. token_rows: LongTensor of the vocabulary rows to
+    keep, for the bundled model ("safetensors" only; `load` fills the others with zeros).
+    Written beside its place and renamed, so an older file survives an interruption.
+    """
+    path, config = pathlib.Path(path), model.config
+    state = {name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
+             .contiguous() for name, tensor in model.state_dict().items()}
+    metadata = {"format": "pt"}
+    folder_files = {"open_clip": "open_clip_model.safetensors", "hf": "model.safetensors"}
+    if layout not in ("safetensors", "openai", *folder_files):
+        raise WeightsError(f"unknown layout {layout!r}; expected openai, open_clip, hf or "
+                           f"safetensors")
+    if layout == "hf" and config.vision_patch is None:
+        raise WeightsError("transformers' CLIPModel has no ResNet image tower; choose the layout "
+                           "openai, open_clip or safetensors")
+    if layout == "safetensors":
+        metadata["clip_config"] = json.dumps(dataclasses.asdict(config))
+        if token_rows is not None:
+            state["token_embedding.rows"] = token_rows.to(torch.int32).cpu()
+            state["token_embedding.weight"] = state["token_embedding.weight"][token_rows.cpu()]
+    if layout == "hf":
+        state = {name: tensor.contiguous() for name, tensor in to_hugging_face(state).items()}
+    if layout in folder_files and path.suffix not in (".pt", ".bin", ".safetensors"):
+        path.mkdir(parents=True, exist_ok=True)
+        name, text = (("config.json", hf_config(config)) if layout == "hf" else
+                      ("open_clip_config.json", open_clip_config(config)))
+        write(path / name, json.dumps(text, indent=2).encode())
+        path = path / folder_files[layout]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        write(path, *safetensors_bytes(state, metadata))
+    else:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write(path, buffer.getbuffer())
+    return path
+
+
+def write(path, *chunks):
+    """Bytes to a file beside its place, then renamed: an interruption leaves the older file."""
+    temporary = path.with_name(path.name + ".partial")
+    with open(temporary, "wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def safetensors_bytes(state, metadata):
+    """The chunks of a safetensors file: 8 bytes of header length, header, tensors."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, begin = {"__metadata__": metadata}, 0
+    for name, tensor in state.items():
+        end = begin + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for tensor in state.values():
+        yield tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
+
+
+def hf_config(config):
+    """config.json of transformers' CLIPModel."""
+    def tower(width, layers, head, **more):
+        return dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+                    num_attention_heads=width // head, hidden_act=config.activation,
+                    projection_dim=config.embed_dim, layer_norm_eps=1e-5, **more)
+    end = config.vocab_size - 1
+    return {"architectures": ["CLIPModel"], "model_type": "clip",
+            "projection_dim": config.embed_dim, "logit_scale_init_value": math.log(1 / 0.07),
+            "text_config": tower(config.text_width, config.text_layers, config.text_head,
+                                 model_type="clip_text_model", vocab_size=config.vocab_size,
+                                 max_position_embeddings=config.context_length,
+                                 bos_token_id=end - 1, eos_token_id=end, pad_token_id=0),
+            "vision_config": tower(config.vision_width, config.vision_layers, config.vision_head,
+                                   model_type="clip_vision_model", image_size=config.image_size,
+                                   patch_size=config.vision_patch)}
+
+
+def open_clip_config(config):
+    """open_clip_config.json, as in OpenCLIP's model folders."""
+    layers = config.vision_layers
+    vision = {"image_size": config.image_size, "width": config.vision_width,
+              "layers": list(layers) if isinstance(layers, tuple) else layers,
+              "patch_size": config.vision_patch, "head_width": config.vision_head}
+    return {"model_cfg": {
+                "embed_dim": config.embed_dim, "quick_gelu": config.activation == "quick_gelu",
+                "vision_cfg": vision,
+                "text_cfg": {"context_length": config.context_length,
+                             "vocab_size": config.vocab_size, "width": config.text_width,
+                             "heads": config.text_width // config.text_head,
+                             "layers": config.text_layers}},
+            "preprocess_cfg": {"mean": [0.48145466, 0.4578275, 0.40821073],
+                               "std": [0.26862954, 0.26130258, 0.27577711]}}
+
+
+# -----------------------------------------------------------------------------
+# python clip_model.py --inspect FILE
+
+def inspect(path):
+    """What a weight file is, as a dict of plain values. Raises WeightsError for a bad file."""
+    path, _ = locate(path)
+    content, kind, metadata = read_file(path)
+    report = {"file": str(path), "bytes": path.stat().st_size, "sha256": sha256_of(path),
+              "format": kind}
+    if isinstance(content, dict):
+        report["beside_the_weights"] = {
+            str(key): value for key, value in content.items()
+            if isinstance(value, (str, int, float, bool)) or value is None} | {
+            key: metadata[key] for key in metadata if key != "clip_config"}
+    state, layout, notes = state_dict_of(content, path)
+    dtypes = collections.Counter(str(t.dtype).removeprefix("torch.") for t in state.values())
+    report |= {"layout": layout, "notes": notes, "tensors": len(state), "dtypes": dict(dtypes)}
+    try:
+        known = declared(path, metadata)
+        state = spread_embedding(state, known.get("vocab_size", 49_408))
+        config = dataclasses.replace(config_from_state_dict(state), **known)
+        buffers = ("running_mean", "running_var", "num_batches_tracked")
+        report |= {"architecture": "CLIP", "config": dataclasses.asdict(config),
+                   "name": next((n for n, c in CONFIGS.items() if c == config), None),
+                   "released_as": next((n for n, (_, digest) in RELEASED.items()
+                                        if digest == report["sha256"]), None),
+                   "parameters": sum(t.numel() for n, t in state.items()
+                                     if not n.endswith(buffers))}
+    except WeightsError as error:  # a readable file that is something else
+        report |= {"architecture": None, "why": str(error), "first_tensors": list(state)[:8],
+                   "parameters": sum(tensor.numel() for tensor in state.values())}
+    return report
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Says what a weight file is, without running it.",
+                                     allow_abbrev=False)
+    parser.add_argument("--inspect", metavar="FILE", required=True,
+                        help="a weight file, a model folder or a released name")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(argv)
+    try:
+        report = inspect(args.inspect)
+    except WeightsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        for key, value in report.items():
+            print(f"{key:<18} {value:,}" if isinstance(value, int) else f"{key:<18} {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
