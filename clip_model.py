@@ -22,6 +22,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import http.client
 import io
 import json
 import math
@@ -94,8 +95,9 @@ RELEASED = {  # name -> (file, sha256); the hash is also the folder in the URL
                        "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
 }
 TINY = pathlib.Path(__file__).resolve().parent / "assets" / "tiny_clip.safetensors"
-# What a file of bare tensors cannot say: the head width of LAION's H, g and G image towers.
-HEAD_OF_WIDTH = {1280: 80, 1408: 88, 1664: 104}
+# What a file of bare tensors cannot say: the head width of LAION's H image tower. (Their g and G
+# have MLPs of other widths and are refused with the shape that differs.)
+HEAD_OF_WIDTH = {1280: 80}
 
 
 def canonical_name(name):
@@ -115,6 +117,9 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+
+
 def take(x, rows):
     """One row per sample: (B, L, W) -> (B, W). rows: one place for all, or LongTensor (B,)."""
     if isinstance(rows, int):
@@ -127,6 +132,8 @@ class Attention(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
+        if heads < 1 or width % heads:
+            raise ValueError(f"a width of {width} does not divide into {heads} heads")
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
@@ -160,7 +167,7 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(collections.OrderedDict(
             c_fc=nn.Linear(width, 4 * width),
-            gelu=QuickGELU() if activation == "quick_gelu" else nn.GELU(),
+            gelu=ACTIVATIONS[activation](),
             c_proj=nn.Linear(4 * width, width)))
         self.ln_2 = nn.LayerNorm(width)
 
@@ -315,6 +322,9 @@ class CLIP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        if config.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {config.activation!r} is not one of "
+                             f"{', '.join(ACTIVATIONS)}")
         self.config = config
         self.origin = {"name": "random", "sha256": "", "layout": "", "notes": []}
         resnet = config.vision_patch is None
@@ -447,7 +457,7 @@ def read_zip(path):
     """A TorchScript archive or a `torch.save` file -> (content, format)."""
     try:
         archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile:
+    except Exception:  # BadZipFile, or one of five others when the directory is garbled
         raise WeightsError(f"{path} is truncated ({path.stat().st_size:,} bytes and no zip "
                            f"directory at its end); fetch it again") from None
     with archive:
@@ -456,13 +466,14 @@ def read_zip(path):
         if not pickles:
             raise WeightsError(f"{path} is a zip archive but not a PyTorch file (no data.pkl); "
                                f"if it is a bundle, unpack it and name the weight file inside")
-        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-            raise WeightsError(f"{path} is a zip with compressed members, which PyTorch never "
+        root = pickles[0].removesuffix("data.pkl")
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()
+               if not info.filename.startswith(f"{root}code/")):  # TorchScript deflates its code
+            raise WeightsError(f"{path} is a zip with compressed weights, which PyTorch never "
                                f"writes; it was repacked, take the original file")
         if is_damaged(archive):
             raise WeightsError(f"{path} is damaged (a member fails its checksum); fetch or copy "
                                f"it again")
-        root = pickles[0].removesuffix("data.pkl")
         if any(name.startswith((f"{root}code/", f"{root}constants.pkl")) for name in names):
             return read_script(path, archive, root), "TorchScript archive"
     return torch_load(path), "PyTorch zip"
@@ -473,7 +484,7 @@ def is_damaged(archive):
     A third of a second for 340 MB."""
     try:
         return archive.testzip() is not None
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError):
+    except Exception:  # a garbled member header raises anything
         return True
 
 
@@ -516,6 +527,8 @@ def read_safetensors(path):
         try:
             header = json.loads(file.read(length))
             metadata = header.pop("__metadata__", {})
+            if not isinstance(metadata, dict):
+                raise ValueError("its metadata is no table")
             entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             tensors, position = {}, 0
@@ -532,7 +545,8 @@ def read_safetensors(path):
                     shape).clone() if count else torch.empty(shape, dtype=dtype)
             if 8 + length + position != size:
                 raise ValueError(f"{size:,} bytes where the header says {8 + length + position:,}")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError
+                ) as error:
             raise WeightsError(f"{path} is a damaged or truncated safetensors file "
                                f"({one_line(error)}); fetch it again") from None
     return tensors, metadata
@@ -635,18 +649,23 @@ def state_dict_of(content, path):
     leave (`module.` of DDP, `_orig_mod.` of torch.compile, `model.` of Lightning).
     """
     notes = []
-    while isinstance(content, dict) and not any(
-            isinstance(value, torch.Tensor) and value.dim() for value in content.values()):
+    for _ in range(8):  # a hostile file can hold itself
         inner = next((key for key in ("state_dict", "model", "model_state_dict", "module", "net",
-                                      "weights") if isinstance(content.get(key), dict)), None)
+                                      "weights") if isinstance(content, dict)
+                      and isinstance(content.get(key), dict)), None)
         if inner is None:
             break
         notes.append(f"weights found under {inner!r}")
         content = content[inner]
     state = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)
-             } if isinstance(content, dict) else {}
+             and isinstance(name, str)} if isinstance(content, dict) else {}
     if not state:
         raise WeightsError(f"{path} holds no tensors under names; expected a state dict")
+    for name, tensor in state.items():  # a stride of 0 makes terabytes of four bytes
+        if (tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized
+                or tensor.nbytes > tensor.untyped_storage().nbytes()):
+            raise WeightsError(f"{path}: {name!r} is not a plain tensor (sparse, quantized, "
+                               f"expanded or without data)")
     stripping = True
     while stripping:
         stripping = False
@@ -662,8 +681,11 @@ def state_dict_of(content, path):
             state = from_hugging_face(state)
         except KeyError as error:
             raise WeightsError(f"{path} lacks {error} beside its q_proj") from None
-    for name in ("input_resolution", "context_length", "vocab_size", "attn_mask"):
-        state.pop(name, None)  # buffers of older files that are no weights
+        except RuntimeError as error:
+            raise WeightsError(f"{path}: shapes that fit no CLIP: {one_line(error)}") from None
+    no_weights = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # old buffers
+    state = {name: tensor for name, tensor in state.items()
+             if name.rpartition(".")[2] not in no_weights}
     return state, layout, notes
 
 
@@ -672,11 +694,12 @@ def count(state, pattern):
     return len({match.group(1) for match in map(re.compile(pattern).match, state) if match})
 
 
-def config_from_state_dict(sd):
+def config_from_state_dict(sd, **known):
     """The CLIPConfig that these tensors' shapes belong to (OpenAI's names; meta tensors will do).
 
-    Head widths and the activation leave no trace in shapes and are taken as OpenAI's. Raises
-    WeightsError naming the first key that is missing, unknown or of another shape.
+    Head widths and the activation leave no trace in shapes and are taken as OpenAI's unless they
+    are among `known`. Raises WeightsError naming the first key that is missing, unknown or of
+    another shape.
     """
     for name in ("text_projection", "positional_embedding", "token_embedding.weight",
                  "ln_final.weight", "logit_scale"):
@@ -692,15 +715,17 @@ def config_from_state_dict(sd):
             width, patch = sd["visual.layer1.0.conv1.weight"].shape[0], None
             size = 32 * math.isqrt(sd["visual.attnpool.positional_embedding"].shape[0] - 1)
             layers = tuple(count(sd, rf"visual\.layer{i}\.(\d+)\.") for i in (1, 2, 3, 4))
+        config = CLIPConfig(**dict(
+            embed_dim=sd["text_projection"].shape[1], image_size=size, vision_layers=layers,
+            vision_width=width, vision_patch=patch, text_width=sd["ln_final.weight"].shape[0],
+            text_layers=count(sd, r"transformer\.resblocks\.(\d+)\."),
+            context_length=sd["positional_embedding"].shape[0],
+            vocab_size=sd["token_embedding.weight"].shape[0],
+            vision_head=HEAD_OF_WIDTH.get(width, 64)) | known)
     except KeyError as error:
         raise WeightsError(f"not an image tower of CLIP: there is no {error}") from None
-    config = CLIPConfig(
-        embed_dim=sd["text_projection"].shape[1], image_size=size, vision_layers=layers,
-        vision_width=width, vision_patch=patch, text_width=sd["ln_final.weight"].shape[0],
-        text_layers=count(sd, r"transformer\.resblocks\.(\d+)\."),
-        context_length=sd["positional_embedding"].shape[0],
-        vocab_size=sd["token_embedding.weight"].shape[0],
-        vision_head=HEAD_OF_WIDTH.get(width, 64))
+    except (ValueError, IndexError) as error:
+        raise WeightsError(f"these shapes make no CLIP: {one_line(error)}") from None
     check_state(config, sd)
     return config
 
@@ -710,14 +735,19 @@ def check_state(config, state):
     try:
         with torch.device("meta"):
             expected = CLIP(config).state_dict()
-    except (RuntimeError, ZeroDivisionError, IndexError, TypeError) as error:
+    except (RuntimeError, ArithmeticError, IndexError, TypeError, ValueError) as error:
         raise WeightsError(f"these shapes make no CLIP: {one_line(error)}") from None
     for name, tensor in expected.items():
+        if name not in state and name.endswith(".num_batches_tracked"):
+            continue  # older BatchNorms did not count; torch starts them at 0
         if name not in state:
             raise WeightsError(f"the weights lack {name!r} {tuple(tensor.shape)}")
         if state[name].shape != tensor.shape:
             raise WeightsError(f"{name!r} is {tuple(state[name].shape)} in the weights and "
                                f"{tuple(tensor.shape)} in a CLIP of this size")
+        if tensor.is_floating_point() and not state[name].is_floating_point():
+            raise WeightsError(f"{name!r} is {state[name].dtype} in the weights; expected floating "
+                               f"point")
     extra = next((name for name in state if name not in expected), None)
     if extra is not None:
         raise WeightsError(f"the weights have {extra!r}, which is no part of a CLIP of this size")
@@ -726,9 +756,12 @@ def check_state(config, state):
 def declared(path, metadata):
     """What stands beside the tensors about heads and activation: a dict of CLIPConfig fields."""
     if "clip_config" in metadata:  # written by `save`
-        fields = json.loads(metadata["clip_config"])
-        return {key: fields[key] for key in ("vision_head", "text_head", "activation", "vocab_size")
-                if key in fields}
+        try:
+            fields = json.loads(metadata["clip_config"])
+            return {key: fields[key] for key in ("vision_head", "text_head", "activation",
+                                                 "vocab_size") if key in fields}
+        except (ValueError, TypeError, RecursionError) as error:
+            raise WeightsError(f"its clip_config is unreadable: {one_line(error)}") from None
     out = {}
     for name in ("config.json", "open_clip_config.json"):
         try:
@@ -743,9 +776,13 @@ def declared(path, metadata):
                 model = config["model_cfg"]
                 out = {"activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
                        "vision_head": model["vision_cfg"].get("head_width", 64)}
+                text = model.get("text_cfg", {})
+                if "heads" in text and "width" in text:
+                    out["text_head"] = text["width"] // text["heads"]
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError,
+                RecursionError) as error:
             raise WeightsError(f"{path.parent / name} is unreadable: {one_line(error)}") from None
     return out
 
@@ -770,24 +807,21 @@ def load(name_or_path, activation=None):
     state, layout, notes = state_dict_of(content, path)
     try:
         known = declared(path, metadata)
+        known["activation"] = activation or known.get("activation", "quick_gelu")
         state = spread_embedding(state, known.get("vocab_size", 49_408))
-        config = config_from_state_dict(state)
+        config = config_from_state_dict(state, **known)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
-    known["activation"] = activation or known.get("activation", "quick_gelu")
-    if known["activation"] not in ("quick_gelu", "gelu"):
-        raise WeightsError(f"{path}: activation {known['activation']!r} is not one of quick_gelu, "
-                           f"gelu")
-    config = dataclasses.replace(config, **known)
+    with torch.device("meta"):  # nothing is initialised only to be overwritten
+        model = CLIP(config)
+    # Every parameter contiguous: some accelerators ignored in-place updates of strided ones.
+    dtypes = {key: tensor.dtype for key, tensor in model.state_dict().items()}
+    state = {key: tensor.to(dtypes[key]).contiguous() for key, tensor in state.items()}
     for key, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise WeightsError(f"{path}: {key!r} holds NaN or infinity; the file is damaged or "
                                f"from a run that diverged")
-    with torch.device("meta"):  # nothing is initialised only to be overwritten
-        model = CLIP(config)
-    # Every parameter contiguous: some accelerators ignored in-place updates of strided ones.
-    model.load_state_dict({key: (tensor.float() if tensor.is_floating_point() else tensor
-                                 ).contiguous() for key, tensor in state.items()}, assign=True)
+    model.load_state_dict(state, assign=True)
     model.requires_grad_(True)
     model.origin = {"name": name, "sha256": sha256_of(path), "layout": layout, "format": kind,
                     "notes": notes}
@@ -823,7 +857,8 @@ def spread_embedding(state, vocab_size):
     if rows is not None:
         part = state.get("token_embedding.weight")
         if part is None or part.dim() != 2 or rows.shape != part.shape[:1] or not len(rows) or not (
-                0 <= int(rows.min()) and int(rows.max()) < vocab_size):
+                isinstance(vocab_size, int) and vocab_size < 1 << 24 and not rows.is_floating_point()
+                and 0 <= int(rows.min()) and int(rows.max()) < vocab_size):
             raise WeightsError("token_embedding.rows does not fit token_embedding.weight")
         whole = torch.zeros(vocab_size, part.shape[1], dtype=part.dtype)
         whole[rows.long()] = part
@@ -872,7 +907,7 @@ def download(name, folder=None):
                     return target
                 partial.unlink()
                 why = f"its sha256 is {found}"
-        except (OSError, ValueError) as error:  # urllib's errors are OSErrors
+        except (OSError, ValueError, http.client.HTTPException) as error:  # urllib's are OSErrors
             why = one_line(getattr(error, "reason", error))
             if isinstance(error, urllib.error.HTTPError) and error.code < 500:
                 break
@@ -941,6 +976,12 @@ def save(model, path, layout="safetensors", dtype=None, token_rows=None):
     if layout == "hf" and config.vision_patch is None:
         raise WeightsError("transformers' CLIPModel has no ResNet image tower; choose the layout "
                            "openai, open_clip or safetensors")
+    if layout == "openai" and (config.activation, config.vision_head, config.text_head) != (
+            "quick_gelu", 64, 64):
+        raise WeightsError("OpenAI's `build_model` always makes heads of 64 and QuickGELU, which "
+                           "this model does not have; choose the layout open_clip or safetensors")
+    if token_rows is not None and layout != "safetensors":
+        raise WeightsError(f"token_rows needs the layout safetensors, not {layout!r}")
     if layout == "safetensors":
         metadata["clip_config"] = json.dumps(dataclasses.asdict(config))
         if token_rows is not None:
@@ -955,7 +996,7 @@ def save(model, path, layout="safetensors", dtype=None, token_rows=None):
         write(path / name, json.dumps(text, indent=2).encode())
         path = path / folder_files[layout]
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or layout == "safetensors":  # a pickle would lose the sizes
         write(path, *safetensors_bytes(state, metadata))
     else:
         buffer = io.BytesIO()
@@ -973,6 +1014,12 @@ def write(path, *chunks):
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    if os.name == "posix":  # the new name too must outlast a power cut
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def safetensors_bytes(state, metadata):
@@ -1047,7 +1094,7 @@ def inspect(path):
     try:
         known = declared(path, metadata)
         state = spread_embedding(state, known.get("vocab_size", 49_408))
-        config = dataclasses.replace(config_from_state_dict(state), **known)
+        config = config_from_state_dict(state, **known)
         buffers = ("running_mean", "running_var", "num_batches_tracked")
         report |= {"architecture": "CLIP", "config": dataclasses.asdict(config),
                    "name": next((n for n, c in CONFIGS.items() if c == config), None),

@@ -20,9 +20,11 @@ Nothing is read at import and there is no global instance.
 """
 import functools
 import gzip
+import hashlib
 import heapq
 import html
 import pathlib
+import zlib
 
 import ftfy
 import regex
@@ -30,6 +32,7 @@ import torch
 
 MERGES = pathlib.Path(__file__).resolve().parent / "assets" / "bpe_simple_vocab_16e6.txt.gz"
 MERGE_COUNT = 48_894  # the file goes on to 262,145 merges; CLIP uses the first of them
+MERGES_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"  # of those lines
 
 PIECES = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
@@ -56,7 +59,7 @@ def clean(text):
     """What OpenAI's tokenizer sees of `text`: repaired, unescaped, single spaces, lower case."""
     # ftfy repairs what a wrong decoding broke. It has nothing to do on printable ASCII without an
     # entity, and it is most of the time of a short caption, so such text goes past it.
-    if not (text.isascii() and text.isprintable() and "&" not in text):
+    if not (text.isascii() and text.replace("\n", " ").isprintable() and "&" not in text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return regex.sub(r"\s+", " ", text.strip()).strip().lower()
 
@@ -75,18 +78,17 @@ class BPETokenizer:
         try:
             with gzip.open(path, "rt", encoding="utf-8") as file:
                 lines = file.read().split("\n")[1:MERGE_COUNT + 1]  # line 0 names the version
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
             raise TokenizerError(f"cannot read the merge list {path} ({error}); expected CLIP's "
                                  f"bpe_simple_vocab_16e6.txt.gz, which this project keeps in "
                                  f"assets/") from None
         merges = [tuple(line.split()) for line in lines]
-        if len(merges) != MERGE_COUNT or any(len(merge) != 2 for merge in merges):
-            raise TokenizerError(f"{path} is not CLIP's merge list: expected {MERGE_COUNT:,} lines "
-                                 f"of two symbols after the first line")
+        if hashlib.sha256("\n".join(lines).encode()).hexdigest() != MERGES_SHA256:
+            raise TokenizerError(f"{path} is not CLIP's merge list: the {MERGE_COUNT:,} lines after "
+                                 f"the first differ, and every id would")
         characters = byte_characters()
         # CLIP numbers the bytes by their printable character's place, not by their value.
-        by_place = sorted(characters)
-        symbols = [c for c in by_place if ord(c) < 256] + [c for c in by_place if ord(c) >= 256]
+        symbols = sorted(characters)
         symbols += [symbol + "</w>" for symbol in symbols]
         symbols += ["".join(merge) for merge in merges] + ["<|startoftext|>", "<|endoftext|>"]
         self.symbols = symbols  # id -> text
