@@ -132,8 +132,6 @@ class Attention(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
-        if heads < 1 or width % heads:
-            raise ValueError(f"a width of {width} does not divide into {heads} heads")
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
@@ -325,9 +323,13 @@ class CLIP(nn.Module):
         if config.activation not in ACTIVATIONS:
             raise ValueError(f"activation {config.activation!r} is not one of "
                              f"{', '.join(ACTIVATIONS)}")
+        resnet = config.vision_patch is None
+        for width, head in ((config.vision_width * (32 if resnet else 1), config.vision_head),
+                            (config.text_width, config.text_head)):
+            if head < 1 or width % head:
+                raise ValueError(f"a width of {width} does not divide into heads of {head}")
         self.config = config
         self.origin = {"name": "random", "sha256": "", "layout": "", "notes": []}
-        resnet = config.vision_patch is None
         self.visual = (ModifiedResNet if resnet else VisionTransformer)(config)
         width = config.text_width
         self.transformer = Transformer(width, config.text_layers, width // config.text_head,
@@ -726,6 +728,8 @@ def config_from_state_dict(sd, **known):
         raise WeightsError(f"not an image tower of CLIP: there is no {error}") from None
     except (ValueError, IndexError) as error:
         raise WeightsError(f"these shapes make no CLIP: {one_line(error)}") from None
+    if not (config.text_layers and config.vision_layers):
+        raise WeightsError("not a CLIP: one of its towers has no blocks")
     check_state(config, sd)
     return config
 
@@ -736,7 +740,7 @@ def check_state(config, state):
         with torch.device("meta"):
             expected = CLIP(config).state_dict()
     except (RuntimeError, ArithmeticError, IndexError, TypeError, ValueError) as error:
-        raise WeightsError(f"these shapes make no CLIP: {one_line(error)}") from None
+        raise WeightsError(f"these sizes make no CLIP: {one_line(error)}") from None
     for name, tensor in expected.items():
         if name not in state and name.endswith(".num_batches_tracked"):
             continue  # older BatchNorms did not count; torch starts them at 0
@@ -857,8 +861,8 @@ def spread_embedding(state, vocab_size):
     if rows is not None:
         part = state.get("token_embedding.weight")
         if part is None or part.dim() != 2 or rows.shape != part.shape[:1] or not len(rows) or not (
-                isinstance(vocab_size, int) and vocab_size < 1 << 24 and not rows.is_floating_point()
-                and 0 <= int(rows.min()) and int(rows.max()) < vocab_size):
+                isinstance(vocab_size, int) and vocab_size * part.shape[1] < 1 << 31
+                and not rows.is_floating_point() and 0 <= int(rows.min()) and int(rows.max()) < vocab_size):
             raise WeightsError("token_embedding.rows does not fit token_embedding.weight")
         whole = torch.zeros(vocab_size, part.shape[1], dtype=part.dtype)
         whole[rows.long()] = part

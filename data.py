@@ -58,7 +58,7 @@ def one_line(error):
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 178_956_970     # where Pillow itself gives up: 0.5 GB once decoded to RGB
-MAX_FILE_BYTES = 1 << 29     # of one image inside a zip, whose header may claim anything
+MAX_FILE_BYTES = 1 << 29     # of one file inside a zip: its header may claim anything
 LONGEST_STRIP = 64           # sides; see Preprocess
 
 
@@ -119,8 +119,8 @@ def sample_seed(seed, epoch, index):
 
 
 def crop_box(width, height, generator, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
-    """A random (left, top, right, bottom), drawn exactly as torchvision's RandomResizedCrop draws it:
-    area uniform, aspect log-uniform, ten tries, then the largest central box of an allowed aspect."""
+    """A random (left, top, right, bottom), draw for draw as torchvision's RandomResizedCrop: area
+    uniform, aspect log-uniform, ten tries, then the largest central box of an allowed aspect."""
     low, high = torch.tensor(ratio).log().tolist()  # rounded to fp32, as there
     for _ in range(10):
         area = width * height * torch.empty(1).uniform_(*scale, generator=generator).item()
@@ -144,7 +144,7 @@ class Preprocess:
 
     Evaluation: short side to `size` (bicubic, antialiased), centre crop; bit-equal to torchvision's
     Resize + CenterCrop + ToTensor + Normalize on an RGB image. Training (CoOp's): a random resized
-    crop and a flip, equal to torchvision's under torch.manual_seed(sample_seed(seed, epoch, index)).
+    crop and a flip, torchvision's own under torch.manual_seed(sample_seed(seed, epoch, index)).
     Colours are converted before resizing, as in CoOp; OpenAI's code converts after.
     """
 
@@ -221,7 +221,7 @@ def walk(folder, base="", seen=None):
 
 
 class ImageStore:
-    """A folder of images, or a zip read in place and never unpacked. `prefix` goes before each path.
+    """A folder of images, or a zip read in place, never unpacked. `prefix` goes before each path.
 
     Picklable. Every process opens the zip for itself: two processes that share one open file after
     a fork also share its read position, and would read each other's bytes.
@@ -243,7 +243,7 @@ class ImageStore:
             try:
                 self._zip = zipfile.ZipFile(self.path)
             except (OSError, zipfile.BadZipFile) as error:
-                raise DataError(f"{self.path} is no readable zip ({error}); fetch it again") from None
+                raise DataError(f"{self.path} is not a zip ({error}); fetch it again") from None
             bad = [name for name in self._zip.namelist() if leaves_folder(name)]
             if bad:
                 raise DataError(f"{self.path} is refused: its member {bad[0]!r} lies outside the "
@@ -252,11 +252,11 @@ class ImageStore:
         return self._zip
 
     def names(self):
-        """Sorted paths of everything below the prefix, directories with a final "/"."""
+        """Sorted paths of everything inside, the prefix included; directories end in "/"."""
         if not self.zipped:
-            return list(walk(str(self)))
-        names = (n[len(self.prefix):] for n in self.archive().namelist() if n.startswith(self.prefix))
-        return sorted(n for n in names if n and not any(map(is_litter, n.rstrip("/").split("/"))))
+            return list(walk(self.path))
+        return sorted(name for name in self.archive().namelist()
+                      if not any(map(is_litter, name.rstrip("/").split("/"))))
 
     def has(self, path):
         if not self.zipped:
@@ -286,12 +286,13 @@ class ImageStore:
 
 
 def find_images(homes, folder, paths):
-    """The ImageStore that holds `paths`: `folder` under the first of `homes` where any of them lies,
-    else a zip in the first home, else the first place, for error messages to name."""
+    """The ImageStore that holds `paths`: `folder` under the first of `homes` where some lie, else a
+    zip in the first home, else whichever folder exists, for error messages to name."""
     sample = paths[::max(1, len(paths) // 200)]  # a set may be there in part
-    places = [ImageStore(home / folder) for home in homes]
+    places = sorted((ImageStore(home / folder) for home in homes),
+                    key=lambda place: not os.path.isdir(place.path))
     for archive in sorted(homes[0].glob("*.zip")):
-        places += [ImageStore(archive, prefix) for prefix in {folder + "/" if folder else "", ""}]
+        places += [ImageStore(archive, prefix) for prefix in (f"{folder}/", "")]
     return next((place for place in places if any(map(place.has, sample))), places[0])
 
 
@@ -367,7 +368,7 @@ class ImageSet(Dataset):
         return chosen
 
     def check_files(self):
-        """Raise DataError unless the images are there, as refuse_losses says. Reads none of them."""
+        """Raise DataError unless the images are there, as refuse_losses says. Opens none."""
         lost = [i for i, path in enumerate(self.paths) if not self.store.has(path)]
         if lost:
             self.refuse_losses(lost, f"{self.paths[lost[0]]}: there is no such file")
@@ -377,6 +378,8 @@ class ImageSet(Dataset):
     def preload(self):
         """Decode every image into memory once (3 bytes per pixel) and return the set itself.
         Unreadable ones are dropped and noted, or refused as refuse_losses says (DataError)."""
+        if self.images is not None:
+            return self
         images, lost, reasons = [], [], []
         for index, path in enumerate(self.paths):
             try:
@@ -389,7 +392,7 @@ class ImageSet(Dataset):
             kept = sorted(set(range(len(self))) - set(lost))
             self.paths = [self.paths[i] for i in kept]
             self.labels = [self.labels[i] for i in kept]
-            self.notes.append(f"{len(lost)} unreadable {self.split} images left out, e.g. {reasons[0]}")
+            self.notes.append(f"{len(lost)} unreadable {self.split} images left out: {reasons[0]}")
         self.images = images
         return self
 
@@ -397,18 +400,18 @@ class ImageSet(Dataset):
         """Raise if the images at positions `lost` are a whole class or more than max(1, 1 %)."""
         left = {self.labels[i] for i in set(range(len(self))) - set(lost)}
         empty = [self.classnames[label] for label in sorted(set(self.labels) - left)]
+        said = f"{len(self):,} {self.split} images cannot be read"
         if not left:
             fix = ("--download fetches them" if KNOWN.get(self.name, NOWHERE).torchvision
                    else "put them there, or name the right folder")
-            raise DataError(f"{self.name}: none of the {len(self):,} {self.split} images can be read "
-                            f"under {self.store} ({reason}); {fix}")
+            raise DataError(f"{self.name}: all {said} under {self.store} ({reason}); {fix}")
         if empty:
             raise DataError(f"{self.name}: {len(empty)} of {len(set(self.labels))} classes have no "
                             f"image under {self.store}: {', '.join(empty)}; use --classes to train "
                             f"on the rest")
         if len(lost) > max(1, len(self) // 100):
-            raise DataError(f"{self.name}: {len(lost)} of {len(self):,} {self.split} images cannot be "
-                            f"read, more than 1 % ({reason}); restore them or list the rest")
+            raise DataError(f"{self.name}: {len(lost)} of {said}, more than 1 % ({reason}); "
+                            f"restore them or list the rest")
 
 
 # -----------------------------------------------------------------------------
@@ -502,7 +505,7 @@ def read_text(path, content=None):
     except OSError as error:
         raise DataError(f"cannot read {path} ({error.strerror}); a file was expected") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); save it so") from None
 
 
 def read_coop_split(path):
@@ -550,7 +553,7 @@ def read_table(text, name, in_zip):
         if not (path and label):
             incomplete += 1
         elif split is None:
-            raise DataError(f"{name}: split {record['split']!r} of {path}; write train, val or test")
+            raise DataError(f"{name}: split {record['split']!r}; write train, val or test")
         else:
             rows.setdefault(split, []).append((path, label))
     return rows, [f"{incomplete} rows without path or label left out"] if incomplete else []
@@ -618,7 +621,7 @@ def complete_splits(rows):
     for label, paths in sorted(groups.items()):
         paths = random.Random(0).sample(paths, len(paths))
         train = max(1, round(0.5 * len(paths)))
-        val = train + max(0, min(round(0.2 * len(paths)), len(paths) - train - 1))  # test goes first
+        val = train + max(0, min(round(0.2 * len(paths)), len(paths) - train - 1))  # test first
         for split, part in zip(cut, (paths[:train], paths[train:val], paths[val:])):
             cut[split] += [(path, label) for path in part]
     return cut, ["no splits were given: each class is cut 50/20/30 by a fixed permutation"]
@@ -679,7 +682,8 @@ KNOWN = {
         ("oxford_pets", "oxford-iiit-pet"), "images", "split_zhou_OxfordPets.json",
         "1501r8Ber4nNKvmlFVQZ8SeUHTcdTTEqs", "OxfordIIITPet"),
     "stanford_cars": Known(
-        ("stanford_cars",), "", "split_zhou_StanfordCars.json", "1ObCFbaAgVu0I-k_Au-gIUcefirdAuizT"),
+        ("stanford_cars",), "", "split_zhou_StanfordCars.json",
+        "1ObCFbaAgVu0I-k_Au-gIUcefirdAuizT"),
     "oxford_flowers": Known(
         ("oxford_flowers", "flowers-102"), "jpg", "split_zhou_OxfordFlowers.json",
         "1Pp0sRXzZFZq15zVOzKjKBu4A9i01nozT", "Flowers102"),
@@ -775,10 +779,10 @@ def list_imagenet(name, data_dir):
     used = {wnid for entries in rows.values() for _, wnid in entries}
     wnids = list(words) if name == "imagenetv2" else sorted(used)  # a label is a rank
     label = {wnid: position for position, wnid in enumerate(wnids)}
-    rows = {split: [(path, label[wnid]) for path, wnid in entries] for split, entries in rows.items()}
+    rows = {split: [(path, label[wnid]) for path, wnid in rows[split]] for split in rows}
     rows["val"] = rows["test"] if name == "imagenet" else []
     if not used:
-        raise DataError(f"{name}: no image in {home / known.images}; expected a folder per class id")
+        raise DataError(f"{name}: no image in {home / known.images}; expected one folder per class")
     return Listing(name, str(home), ImageStore(home / known.images), rows,
                    [words[wnid].strip() for wnid in wnids], TEMPLATES[name])
 
@@ -791,7 +795,9 @@ def missing_split(name, target):
 
 def list_known(name, data_dir, layout, download):
     """One of the published datasets -> Listing. Needs the split file only; images may be absent."""
-    if name.startswith("imagenet") and layout == "coop" and not download:
+    if name.startswith("imagenet") and layout == "coop":
+        if download:
+            download_images(name, data_dir)  # says that there is nothing to download from
         return list_imagenet(name, data_dir)
     known, official = KNOWN[name], layout == "official" or not KNOWN[name].split
     homes = [data_dir / home for home in known.homes]
@@ -817,11 +823,11 @@ def list_known(name, data_dir, layout, download):
 
 
 def download_images(name, data_dir):
-    """Let torchvision fetch a dataset, md5 checked, into its own folder under data_dir, which `homes`
-    names. CoOp's split file is not part of it. Raises DataError."""
+    """Let torchvision fetch a dataset, md5 checked, into its own folder under data_dir, one of the
+    `homes`. CoOp's split file is not part of it. Raises DataError."""
     if not KNOWN[name].torchvision:
         why = "its host is gone" if name == "stanford_cars" else "there is no downloader for it"
-        raise DataError(f"{name} cannot be downloaded, {why}; put its files under {data_dir} by hand")
+        raise DataError(f"{name} cannot be downloaded, {why}; put it under {data_dir} by hand")
     try:
         from torchvision import datasets  # a RuntimeError if it was built for another torch
     except (ImportError, RuntimeError, OSError) as error:
@@ -836,7 +842,7 @@ def download_images(name, data_dir):
 
 def open_dataset(name_or_path, split, data_dir="data", classes=None, half="all", layout="coop",
                  transform=None, download=False):
-    """A dataset by name, or the user's own folder, CSV/TSV/JSONL, zip or CoOp split file -> ImageSet.
+    """A dataset by name, or one's own folder, CSV/TSV/JSONL, zip or CoOp split file -> ImageSet.
 
     split "train", "val" or "test". `classes` (names) narrows and renumbers; then `half` "base" or
     "new" keeps that half of them. Both come before any sampling: for the published base/new shots
@@ -883,8 +889,8 @@ def few_shot(dataset, shots, seed, val=None):
     """`shots` images per class -> the train subset, or (train, val) with min(shots, 4) per class of
     `val`, drawn after train from the same stream.
 
-    Item for item the list CoOp and its successors draw (Dassl's generate_fewshot_dataset): classes in
-    order of first appearance, random.sample of each, the whole class in file order if it is short.
+    Item for item the list CoOp and its successors draw (Dassl's generate_fewshot_dataset): classes
+    in order of first appearance, random.sample of each, a class that is short whole and in order.
     The stream is private, so nothing drawn before matters, and seed 0 is a seed. ImageNet's val is
     its test set and comes back whole, as there. Raises DataError.
     """
@@ -915,8 +921,8 @@ def few_shot(dataset, shots, seed, val=None):
 
 class Batches(Sampler):
     """Yields lists of (epoch, index). Global batch b is perm[b*B : (b+1)*B] with perm a function of
-    (seed, epoch); rank r of W takes every W-th from r, so the union over ranks is the same for any W
-    (a rank's share of a short last batch may be empty).
+    (seed, epoch); rank r of W takes every W-th from r on, so the union over ranks is the same for
+    any W (a rank's share of a short last batch may be empty).
 
     drop_last None is Dassl's rule: a training set drops the remainder unless it is smaller than one
     batch, which is then a single short batch; without shuffling nothing is dropped.
@@ -924,8 +930,8 @@ class Batches(Sampler):
 
     def __init__(self, n, batch_size, seed=0, rank=0, world_size=1, shuffle=True, drop_last=None):
         if batch_size < 1 or not 0 <= rank < world_size:
-            raise DataError(f"batch size {batch_size}, rank {rank} of {world_size}: expected a batch "
-                            f"of 1 or more and 0 <= rank < world size")
+            raise DataError(f"batch size {batch_size}, rank {rank} of {world_size}: expected at "
+                            f"least 1 image, and 0 <= rank < world size")
         self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
         self.rank, self.world_size = rank, world_size
         self.drop_last = shuffle and n >= batch_size if drop_last is None else drop_last
@@ -965,8 +971,8 @@ def make_loader(dataset, batch_size, seed=0, shuffle=True, drop_last=None, rank=
                 workers=0, **options):
     """DataLoader over an ImageSet with a Preprocess; `loader.batch_sampler` is the Batches.
 
-    `batch_size` is global. Batches do not depend on `workers` nor on how they are started. `options`
-    go to DataLoader; those that only concern workers are ignored when there are none.
+    `batch_size` is global. Batches depend neither on `workers` nor on how they are started. The
+    options go to DataLoader; those that only concern workers are ignored when there are none.
     """
     batches = Batches(len(dataset), batch_size, seed, rank, world_size, shuffle, drop_last)
     if workers:

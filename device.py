@@ -579,20 +579,20 @@ class Run:
     # -------------------------------------------------------------------------
     # The run's folder
 
-    def claim(self, identity=None, config=None, resume=False, overwrite=False):
-        """Take the folder for this run. Returns results.json if the run there is finished.
+    def claim(self, config=None, identity=None, resume=False, overwrite=False):
+        """Take the folder for this run. True when there is a run in it to continue.
 
-        identity: dict of what must not change when a run is continued. config: dict of what
-        re-runs it; both go into config.json. Raises UserError if `out` is a file, cannot be
+        config: dict of what re-runs it. identity: dict of what must not change when it is
+        continued; both go into config.json. Raises UserError if `out` is a file, cannot be
         written, holds another run without `resume` or `overwrite` (which deletes it and wins over
         `resume`), or holds one of another identity.
         """
         if self.out is None:
-            return None
+            return False
         identity = json.loads(json.dumps(_plain(identity or {}), default=str))
-        return self.on_first(lambda: self._claim(identity, config or {}, resume, overwrite))
+        return self.on_first(lambda: self._claim(config or {}, identity, resume, overwrite))
 
-    def _claim(self, identity, config, resume, overwrite):
+    def _claim(self, config, identity, resume, overwrite):
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             probe = self.out / "config.json.tmp"
@@ -623,8 +623,7 @@ class Run:
         self._write("config.json", {**config, "identity": identity})
         self._write("command.txt", command)
         self._write("env.json", self._environment())
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads((self.out / "results.json").read_text("utf-8"))
+        return bool(held) and not overwrite
 
     def _same_run(self, identity, overwrite):
         path = self.out / "config.json"
@@ -1027,7 +1026,8 @@ class Parser(argparse.ArgumentParser):
         if odd:
             flags = [flag for action in self._actions for flag in action.option_strings]
             near = difflib.get_close_matches(odd[0].partition("=")[0], flags, n=1)
-            self.error(f"unknown argument {odd[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+            self.error(f"unknown argument {odd[0]}"
+                       + (f"; did you mean {near[0]}?" if near else ""))
         return parsed, odd
 
     def spelled(self, word):

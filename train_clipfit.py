@@ -220,7 +220,7 @@ def add_gradient(run, model, images, labels, batch, texts, pretrained, args, sca
     the (C, L) prompts and their ends, pretrained (C, D) their features before training.
     """
     with run.autocast():  # one pass over the prompts feeds both terms; the official code makes two
-        text_features = model.encode_text(*texts, normalize=True)        # (C, D)
+        text_features = model.encode_text(**texts, normalize=True)        # (C, D)
     # The graph is cut here. Micro-batches of images meet the texts in a leaf, which collects their
     # gradients; the text tower's own backward then runs once. Exact: cross-entropy is a sum over
     # images, and there is no BatchNorm in training mode.
@@ -257,7 +257,7 @@ class Target:
     def __init__(self, run, name, images, tokenizer, template=None):
         self.name, self.images = name, images
         tokens, ends = trim(tokenizer(class_prompts(images.classnames, template or images.template)))
-        self.texts = run.move(tokens, ends)
+        self.texts = {"tokens": run.move(tokens), "ends": run.move(ends)}  # (C, L), (C,)
 
 
 @torch.no_grad()
@@ -269,7 +269,7 @@ def evaluate(run, model, target, args):
     cannot be read have label -1, are left out of the scores and counted under "skipped".
     """
     with run.autocast():
-        text_features = model.encode_text(*target.texts, normalize=True)     # (C, D)
+        text_features = model.encode_text(**target.texts, normalize=True)     # (C, D)
     loader = make_loader(target.images, args.eval_batch_size * run.world_size, shuffle=False,
                          rank=run.rank, world_size=run.world_size,
                          **run.loader_options(args.workers))
@@ -307,7 +307,7 @@ def train(run, model, loader, texts, stored, args):
     stored: the checkpoint to go on from, or None."""
     moving = free_clipfit_weights(model)
     with torch.no_grad(), run.autocast():
-        pretrained = model.encode_text(*texts, normalize=True)               # (C, D), the anchor
+        pretrained = model.encode_text(**texts, normalize=True)               # (C, D), the anchor
     if args.precision == "official-fp16":
         for name in (n for n in moving if n.endswith("c_proj.bias")):
             moving[name].data = moving[name].data.half()  # LayerNorms stay fp32, as there

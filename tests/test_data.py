@@ -1,4 +1,4 @@
-"""data.py: pictures, datasets, few-shot lists, batches and scores, against naive twins and real data."""
+"""data.py: pictures, datasets, few-shot lists, batches, scores; naive twins and real data."""
 import io
 import itertools
 import json
@@ -110,7 +110,8 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index_only():
     assert torch.equal(pickle.loads(pickle.dumps(crop))(image, 3, 7), first)
     others = [crop(image, 3, 8), crop(image, 4, 7), Preprocess(16, True, 2)(image, 3, 7)]
     assert not any(torch.equal(first, other) for other in others)
-    seeds = {sample_seed(*key) & 0xFFFFFFFF for key in itertools.product(range(9), range(9), range(99))}
+    keys = itertools.product(range(9), range(9), range(99))
+    seeds = {sample_seed(*key) & 0xFFFFFFFF for key in keys}
     assert len(seeds) > 0.999 * 9 * 9 * 99  # no structure in the bits torch keeps
 
 
@@ -200,7 +201,7 @@ def pairs(dataset):
     return list(zip(dataset.paths, dataset.labels))
 
 
-@pytest.mark.parametrize("shots,seed", itertools.product((1, 2, 4, 8, 16), (1, 2)))
+@pytest.mark.parametrize("shots,seed", list(itertools.product((1, 2, 4, 8, 16), (1, 2))))
 def test_dtd_shots_equal_the_published_lists(shared, shots, seed):
     published = json.loads(
         (shared / f"dtd/fewshot_indices/shot_{shots}-seed_{seed}.json").read_text())
@@ -218,9 +219,9 @@ def test_dtd_shots_equal_the_published_lists(shared, shots, seed):
     assert random.getstate() == state
 
 
-@pytest.mark.parametrize("name,file", [("oxford_flowers", "OxfordFlowers"), ("ucf101", "UCF101"),
-                                       ("stanford_cars", "StanfordCars"), ("oxford_pets", "OxfordPets"),
-                                       ("caltech101", "Caltech101")])
+@pytest.mark.parametrize("name,file", [
+    ("oxford_flowers", "OxfordFlowers"), ("ucf101", "UCF101"), ("stanford_cars", "StanfordCars"),
+    ("oxford_pets", "OxfordPets"), ("caltech101", "Caltech101")])
 def test_shots_equal_the_naive_twin_on_real_splits_without_any_image(shared, tmp_path, name, file):
     folder = coop_set(tmp_path, name, shared / f"coop_splits/split_zhou_{file}.json")
     split = json.loads((shared / f"coop_splits/split_zhou_{file}.json").read_text())
@@ -281,7 +282,8 @@ def test_classes_are_found_by_any_spelling_and_renumbered_in_the_order_given(sha
     assert {label for path, label in pairs(train) if path.startswith("banded/")} == {1}
     assert find_classes(["ice_skating_rink", "Sea or Lake"], ["ICE skating  rink"]) == [0]
     assert find_classes(["missile", "x", "missile"], ["missile"]) == [0, 2]
-    assert "'banded'" in the_one_line(open_dataset, "dtd", "train", shared, classes=["bandd", "dotted"])
+    line = the_one_line(open_dataset, "dtd", "train", shared, classes=["bandd", "dotted"])
+    assert "'banded'" in line
 
 
 def test_dtd_prompts_are_those_of_the_official_run(shared):
@@ -376,7 +378,7 @@ def test_official_lists_are_read_where_their_authors_put_them(tmp_path):
              "fgvc_aircraft": (["Boeing 707-320", "A300"], [("test1.jpg", 0), ("test2.jpg", 1)]),
              "oxford_pets": (["abyssinian", "great_dane"],
                              [("Great_Dane_test.jpg", 1), ("Abyssinian_test.jpg", 0)]),
-             "food101": (["a_pie", "b_pie"], [("a_pie/test.jpg", 0), ("b_pie/test.jpg", 1)])}
+             "food101": (["a_pie", "b_pie"], [("b_pie/test.jpg", 1), ("a_pie/test.jpg", 0)])}
     for name, (classnames, rows) in cases.items():
         test = open_dataset(name, "test", tmp_path, layout="official")
         assert (test.classnames, pairs(test)) == (classnames, rows), name
@@ -409,12 +411,37 @@ def test_imagenet_and_its_shifts_follow_coop_labels(tmp_path):
     assert "no train split" in the_one_line(open_dataset, "imagenet-a", "train", tmp_path)
 
 
-def test_downloads_that_cannot_work_say_what_to_do(tmp_path, shared):
+def test_downloads_go_through_torchvision_and_say_what_failed(tmp_path, shared, monkeypatch):
+    tv = pytest.importorskip("torchvision.datasets", exc_type=Exception)
+
+    def dtd(root, download):  # what the real one leaves behind
+        for split, name in itertools.product(("train", "val", "test"), ("a", "b")):
+            save(pathlib.Path(root) / f"dtd/dtd/images/{name}/{split}.png")
+            write_lines(pathlib.Path(root) / f"dtd/dtd/labels/{split}1.txt",
+                        [f"a/{split}.png", f"b/{split}.png"])
+
+    def fails(root, download):
+        raise RuntimeError("the server is asleep\nand snores")
+    monkeypatch.setattr(tv, "DTD", fails)
     line = the_one_line(open_dataset, "dtd", "test", tmp_path, layout="official", download=True)
-    assert "dtd: the download failed" in line or "torchvision" in line
-    folder = coop_set(tmp_path, "stanford_cars", shared / "coop_splits/split_zhou_StanfordCars.json")
-    assert "host is gone" in the_one_line(open_dataset, "cars", "test", folder, download=True)
+    assert "the download failed (the server is asleep)" in line
     assert "--download" in the_one_line(open_dataset, "dtd", "test", tmp_path, layout="official")
+    monkeypatch.setattr(tv, "DTD", dtd)
+    test = open_dataset("dtd", "test", tmp_path, layout="official", download=True)
+    assert len(test.preload()) == 2
+    split = shared / "coop_splits/split_zhou_StanfordCars.json"
+    folder = coop_set(tmp_path, "stanford_cars", split)
+    assert "host is gone" in the_one_line(open_dataset, "cars", "test", folder, download=True)
+    assert "no downloader" in the_one_line(open_dataset, "imagenet", "test", folder, download=True)
+    assert "name of a dataset" in the_one_line(open_dataset, "./x", "test", folder, download=True)
+
+
+def test_images_are_also_found_where_torchvision_puts_them(tmp_path, shared):
+    folder = coop_set(tmp_path, "oxford_pets", shared / "coop_splits/split_zhou_OxfordPets.json")
+    assert "--download" in the_one_line(open_dataset("pets", "test", folder).check_files)
+    save(tmp_path / "oxford-iiit-pet/images/Abyssinian_201.jpg")
+    test = open_dataset("pets", "test", folder, classes=["abyssinian", "bengal"])
+    assert test[0][0].size == (20, 16)
 
 
 # -----------------------------------------------------------------------------
@@ -436,7 +463,8 @@ def test_a_folder_of_class_folders_gets_a_fixed_announced_split(tmp_path):
 
 
 def test_tiny_classes_keep_a_training_and_then_a_test_image(tmp_path):
-    for count, expected in {1: (1, 0, 0), 2: (1, 0, 1), 3: (2, 0, 1), 4: (2, 1, 1), 10: (5, 2, 3)}.items():
+    cuts = {1: (1, 0, 0), 2: (1, 0, 1), 3: (2, 0, 1), 4: (2, 1, 1), 10: (5, 2, 3)}
+    for count, expected in cuts.items():
         rows, _ = data.complete_splits({"all": [(f"{i}", 0) for i in range(count)]})
         assert tuple(len(rows[split]) for split in ("train", "val", "test")) == expected
 
@@ -497,7 +525,7 @@ def test_tables_of_every_dialect_say_the_same(tmp_path, name):
         save(tmp_path / path)
     (tmp_path / name).write_bytes(TABLES[name].encode())
     parts = [open_dataset(tmp_path / name, split) for split in ("train", "test")]
-    assert sorted(path for part in parts for path in part.paths) == ["a/0.png", "a/1.png", "b/2 ü.png"]
+    assert sorted(parts[0].paths + parts[1].paths) == ["a/0.png", "a/1.png", "b/2 ü.png"]
     assert parts[0].classnames == ["cat", "dog"] and len(parts[0].preload()) == 2
     assert any("1 rows without" in note for note in parts[0].notes) == (name == "quoted.csv")
 
@@ -524,6 +552,8 @@ def test_bad_tables_are_refused_with_what_was_found(tmp_path):
     assert "not a readable table" in line('{"path": 1\n', ".jsonl")
     assert "UTF-8" in line("path,label\na,é".encode("latin-1"))
     assert "no file" in the_one_line(open_dataset, tmp_path / "gone.csv", "train")
+    assert "e.g. a.png" in line("path,label,split\na.png,x,train\nb.png,y,train\na.png,x,test\n")
+    assert "e.g. a.png" in line("path,label\na.png,x\nb.png,y\na.png,y\n")
 
 
 def test_absolute_paths_are_taken_only_outside_zips(tmp_path):
@@ -582,7 +612,7 @@ def test_a_zip_of_class_folders_is_read_through_its_lone_outer_folder(tmp_path):
 
 def test_zips_that_are_broken_or_reach_outside_are_refused(tmp_path):
     (tmp_path / "bad.zip").write_bytes(b"<html>")
-    assert "not a readable zip" in the_one_line(open_dataset, tmp_path / "bad.zip", "train")
+    assert "is not a zip" in the_one_line(open_dataset, tmp_path / "bad.zip", "train")
     for name in ("../evil.jpg", "/etc/evil.jpg", "a/..\\..\\x.jpg"):
         with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
             archive.writestr(name, b"x")
@@ -641,7 +671,7 @@ def test_evaluation_skips_and_preload_drops_unreadable_images(tmp_path):
         file.write_bytes(b"junk")
     assert "1 of 2 classes" in the_one_line(train.preload)
     shutil.rmtree(tmp_path / "s/train")
-    assert "none of the 120" in the_one_line(train.check_files)
+    assert "all 120 train images" in the_one_line(train.check_files)
 
 
 def test_a_few_missing_images_are_noted_and_many_refused(tmp_path):
@@ -660,7 +690,8 @@ def test_batches_are_a_permutation_of_seed_and_epoch_shared_out_to_ranks():
     whole = Batches(23, 5, seed=3, drop_last=False)
     whole.set_epoch(2)
     batches = list(whole)
-    assert len(batches) == len(whole) == 5 and [whole.global_size(b) for b in range(6)] == [5] * 4 + [3, 0]
+    assert len(batches) == len(whole) == 5
+    assert [whole.global_size(batch) for batch in range(6)] == [5, 5, 5, 5, 3, 0]
     assert sorted(index for batch in batches for _, index in batch) == list(range(23))
     assert {epoch for batch in batches for epoch, _ in batch} == {2}
     assert list(whole) == batches != list(Batches(23, 5, seed=3, drop_last=False))
@@ -676,8 +707,8 @@ def test_batches_are_a_permutation_of_seed_and_epoch_shared_out_to_ranks():
 
 def test_a_set_smaller_than_the_batch_is_one_short_batch_and_larger_ones_drop_the_rest(shared):
     train = open_dataset("dtd", "train", shared)
-    lengths = {shots: len(Batches(len(few_shot(train, shots, 1)), 32)) for shots in (1, 2, 4, 8, 16)}
-    assert lengths == {1: 1, 2: 2, 4: 5, 8: 11, 16: 23}
+    lengths = [len(Batches(len(few_shot(train, shots, 1)), 32)) for shots in (1, 2, 4, 8, 16)]
+    assert lengths == [1, 2, 5, 11, 23]
     eurosat = open_dataset("eurosat", "train", shared)
     lengths = [len(Batches(len(few_shot(eurosat, shots, 1)), 32)) for shots in (1, 2, 4, 8, 16)]
     assert lengths == [1, 1, 1, 2, 5]
@@ -717,7 +748,8 @@ def test_batches_do_not_depend_on_workers_nor_on_how_they_start(tmp_path):
     assert same(alone, two_epochs(train.subset(range(24)).preload()))
     assert torch.equal(state, torch.get_rng_state())  # loading leaves the global stream alone
     assert same(alone, two_epochs(train, workers=2, multiprocessing_context="fork"))
-    assert same(alone, two_epochs(train, workers=1, multiprocessing_context="spawn"))
+    held = train.subset(range(24)).preload()  # decoded images travel to a spawned worker
+    assert same(alone, two_epochs(held, workers=1, multiprocessing_context="spawn"))
     half = len(alone) // 2
     assert same(alone[2:half] + alone[half + 2:],
                 two_epochs(train, first_batch=2, workers=2, multiprocessing_context="fork"))

@@ -149,6 +149,11 @@ def test_deterministic_is_asked_of_torch():
 # Processes
 
 def worker(rank, world_size, port, folder):
+    arguments = rank, world_size, port, folder
+    sys.exit(guard(lambda args: facts_about_processes(*args), lambda argv: arguments, []))
+
+
+def facts_about_processes(rank, world_size, port, folder):
     """Everything that can be said of several processes, in one start of them."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -189,7 +194,7 @@ def worker(rank, world_size, port, folder):
     assert model.module.weight.grad.tolist() == [[0.5, 0.5]]
 
     # The folder: every process calls, one writes; what one finds wrong, all raise.
-    run.claim({"a": 1}, resume=True)
+    run.claim(identity={"a": 1}, resume=True)
     run.log(1, loss=0.5)
     run.save("checkpoint_last.pt", {"rank": rank, "rng": run.gather_objects(run.rng_state())})
     state = run.load("checkpoint_last.pt")
@@ -295,7 +300,7 @@ def test_one_failing_process_ends_the_others_and_tells_its_own_error(tmp_path):
 def test_a_run_leaves_its_files_and_numbers(tmp_path, capsys):
     run = start("cpu", seed=1, out=tmp_path / "中" / "run")
     assert not run.out.exists()  # nothing before claim
-    assert run.claim({"model": "tiny"}, {"model": "tiny", "out": run.out}) is None
+    assert not run.claim({"model": "tiny", "out": run.out}, {"model": "tiny"})
     run.say("猫 \udcff")
     run.log(5, 10, epoch=1, samples=50, waited=0.0, loss=torch.tensor(0.25), lr=1e-5, hits=7)
     run.log(5, split="val", loss=math.nan)
@@ -315,7 +320,6 @@ def test_a_run_leaves_its_files_and_numbers(tmp_path, capsys):
     results = json.loads((run.out / "results.json").read_text())
     assert {"seconds", "peak_memory_mb", "device", "precision", "processes", "git"} < set(results)
     assert results["peak_memory_mb"] > 50 and "eta" not in capsys.readouterr().out.splitlines()[3]
-    assert run.claim({"model": "tiny"}, resume=True) == results  # finished: no need to run it
 
 
 def test_samples_per_second_counts_from_the_last_line(tmp_path, monkeypatch):
@@ -339,18 +343,18 @@ def test_a_folder_that_is_not_free_is_refused(tmp_path):
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         one_line_error(lambda: start("cpu", out=out).claim(), "cannot be used", "--output-dir")
     run = start("cpu", out=tmp_path / "run")
-    run.claim({"batch_size": 32, "model": "tiny"})
+    run.claim(identity={"batch_size": 32, "model": "tiny"})
     run.save("checkpoint_last.pt", {"step": 1})
     again = run.enter(run.out)
     one_line_error(again.claim, "already holds a run", "--resume", "--overwrite")
-    text = one_line_error(lambda: again.claim({"batch_size": 64, "model": "tiny"}, resume=True),
+    text = one_line_error(lambda: again.claim({}, {"batch_size": 64, "model": "tiny"}, resume=True),
                           "batch_size was 32, now 64")
     assert "model" not in text
-    again.claim({"batch_size": 32, "model": "tiny"}, {"epochs": 3}, resume=True)
+    assert again.claim({"epochs": 3}, {"batch_size": 32, "model": "tiny"}, resume=True)
     assert len((run.out / "command.txt").read_text().splitlines()) >= 2
     assert again.load("checkpoint_last.pt") == {"step": 1}
     (run.out / "mine.npy").write_text("kept")
-    again.claim({"batch_size": 64}, resume=True, overwrite=True)
+    assert not again.claim({}, {"batch_size": 64}, resume=True, overwrite=True)
     assert again.load("checkpoint_last.pt") is None and (run.out / "mine.npy").exists()
     (run.out / "config.json").write_text('{"hidden_size": 4}')  # a downloaded model's
     one_line_error(lambda: again.claim(overwrite=True), "not of a run of this program")
@@ -658,6 +662,25 @@ def test_argparse_keeps_its_own_exit():
         guard(print, argparse.ArgumentParser().parse_args, ["--nonsense"])
 
 
+def test_the_command_line_takes_other_spellings_and_a_stored_run(tmp_path, capsys):
+    parser = device.Parser(aliases={"--learning-rate": "--lr"})
+    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--batch-size", type=int, default=8)
+    assert parser.parse_args(["--batch_size=4", "--learning_rate", "2"]).batch_size == 4
+    assert parser.parse_args(["--learning_rate", "2"]).lr == 2
+    for words, hint in ((["--batch-sise", "1"], "did you mean --batch-size?"),
+                        (["--l", "1"], "unknown argument --l"),
+                        (["--config", str(tmp_path / "none")], "is not a run's config.json")):
+        with pytest.raises(SystemExit) as caught:
+            parser.parse_args(words)
+        text = capsys.readouterr().err
+        assert caught.value.code == 2 and hint in text and text.count("\n") == 1
+    stored = tmp_path / "config.json"
+    stored.write_text(json.dumps({"lr": 0.5, "batch_size": 2, "resume": "none", "identity": {}}))
+    args = parser.parse_args(["--config", str(stored), "--batch-size", "16"])
+    assert (args.lr, args.batch_size) == (0.5, 16) and not hasattr(args, "identity")
+
+
 TALKER = """
 import sys
 from device import guard, start
@@ -665,7 +688,7 @@ def main(args):
     run = start("cpu", out=sys.argv[1])
     run.claim()
     for n in range(3000):
-        run.say(f"猫 {n} " + "x" * 50)
+        run.say(f"{chr(0x732b)} {n} " + "x" * 50)
 sys.exit(guard(main, lambda argv: None))
 """
 
