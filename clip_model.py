@@ -34,6 +34,7 @@ import re
 import sys
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 
 import torch
@@ -505,7 +506,9 @@ def read_script(path, archive, root):
 
 def torch_load(path):
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch would say of an odd file is said below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises five kinds for five kinds of bad file
         raise WeightsError(f"{path} holds more than tensors and plain values, or is no PyTorch "
                            f"file, and was not run: {one_line(error)}") from None

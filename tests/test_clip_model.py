@@ -1,5 +1,4 @@
 """clip_model.py: published names and counts, exactness of its shortcuts, and files it must not trust."""
-import contextlib
 import copy
 import dataclasses
 import gzip
@@ -13,7 +12,6 @@ import os
 import pathlib
 import pickle
 import random
-import shutil
 import struct
 import subprocess
 import sys
@@ -859,7 +857,7 @@ def bad_files():
         "empty positions": ("a.pt", changed(visual__positional_embedding=torch.zeros(0, 64)),
                             "make no CLIP"),
         "towers mixed": ("a.pt", saved({**rn, "visual.proj": torch.zeros(64, 32)}),
-                         "'visual.conv1.weight'"),
+                         "there is no 'visual.positional_embedding'"),
         "hf without k": ("a.pt", saved({k: v for k, v in hf.items() if "0.self_attn.k_proj.bias" not in k}),
                          "self_attn.k_proj.bias' beside its q_proj"),
         "hf with odd q": ("a.pt", saved({**hf, "text_model.encoder.layers.0.self_attn.q_proj.weight":
@@ -1032,8 +1030,8 @@ def small_files(tmp_path_factory, archives):
 
 
 @pytest.mark.parametrize("kind, change, times", [
-    ("safetensors", mutate, 300), ("zip", mutate, 300), ("legacy", mutate, 150),
-    ("torchscript", mutate, 200), ("torchscript", repacked, 300)])
+    ("safetensors", mutate, 200), ("zip", mutate, 300), ("legacy", mutate, 150),
+    ("torchscript", mutate, 150), ("torchscript", repacked, 150)])
 def test_mutated_files_load_or_are_refused_in_one_line(tmp_path, small_files, kind, change, times):
     rng, refused = random.Random(f"{kind} {change.__name__}"), 0
     path = tmp_path / ("a.safetensors" if kind == "safetensors" else "a.pt")

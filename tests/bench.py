@@ -1,0 +1,99 @@
+"""Ratios against the code this project replaces; prints the table that the README shows.
+
+    python tests/bench.py [--rounds 3] [--batch 32] [--only clipfit]
+
+Random weights: the arithmetic does not depend on them. Both sides of a row run in alternation in
+one process and the medians are compared, because two runs of anything differ by more than some of
+these ratios. Not collected by pytest.
+"""
+import argparse
+import pathlib
+import platform
+import statistics
+import sys
+import time
+import types
+
+sys.path[:0] = [str(pathlib.Path(__file__).resolve().parent.parent),
+                str(pathlib.Path(__file__).resolve().parent)]
+
+import official  # noqa: E402
+import torch  # noqa: E402
+
+import clip_model  # noqa: E402
+import train_clipfit  # noqa: E402
+from data import class_prompts, TEMPLATES  # noqa: E402
+from tokenizer import BPETokenizer  # noqa: E402
+
+DTD = """banded blotchy braided bubbly bumpy chequered cobwebbed cracked crosshatched crystalline
+dotted fibrous flecked freckled frilly gauzy grid grooved honeycombed interlaced knitted lacelike
+lined marbled matted meshed paisley perforated pitted pleated polka-dotted porous potholed scaly
+smeared spiralled sprinkled stained stratified striped studded swirly veined waffled woven wrinkled
+zigzagged""".split()
+
+
+def clipfit_step(rounds, batch):
+    """One CLIPFit step, ViT-B/16, the 47 DTD prompts: official computation against ours."""
+    torch.manual_seed(0)
+    model = clip_model.CLIP(clip_model.CONFIGS["ViT-B/16"]).eval()
+    free = train_clipfit.free_clipfit_weights(model)
+    with torch.no_grad():
+        for p in free.values():
+            p.add_(0.05 * torch.randn_like(p))
+    tokens = BPETokenizer()(class_prompts(DTD, TEMPLATES["dtd"]))
+    cut, ends = clip_model.trim(tokens)
+    images, labels = torch.randn(batch, 3, 224, 224), torch.randint(len(DTD), (batch,))
+    anchor = clip_model.unit(torch.randn(len(DTD), 512))
+    args = types.SimpleNamespace(reg_weight=8.0, micro_batch=0, accum_steps=1)
+    micro = types.SimpleNamespace(**{**vars(args), "micro_batch": 8})
+
+    def theirs(precision):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            total, *_ = official.loss(model, images, labels, tokens, anchor, 8.0)
+        total.backward()
+        return float(total)
+
+    def ours(precision, args):
+        run = types.SimpleNamespace(autocast=lambda: torch.autocast(
+            "cpu", torch.bfloat16, enabled=precision == "bf16"), world_size=1)
+        return float(train_clipfit.add_gradient(
+            run, model, images, labels, batch, {"tokens": cut, "ends": ends}, anchor, args,
+            torch.amp.GradScaler(enabled=False))["loss"])
+    variants = {
+        "official computation, fp32": lambda: theirs("fp32"),
+        "ours, fp32": lambda: ours("fp32", args),
+        "ours, fp32, --micro-batch 8": lambda: ours("fp32", micro),
+        "ours, bf16": lambda: ours("bf16", args),
+        "ours, bf16, --micro-batch 8": lambda: ours("bf16", micro),
+    }
+    seconds, gradients, losses = {name: [] for name in variants}, {}, {}
+    for _ in range(rounds):
+        for name, step in variants.items():
+            model.zero_grad(set_to_none=True)
+            began = time.perf_counter()
+            losses[name] = step()
+            seconds[name].append(time.perf_counter() - began)
+            gradients[name] = torch.cat([p.grad.flatten() for p in free.values()])
+    base = "official computation, fp32"
+    print(f"\n| CLIPFit step, ViT-B/16, {len(DTD)} prompts, batch {batch} | seconds | ratio "
+          f"| loss difference | gradient difference (of the largest) |\n|---|---:|---:|---:|---:|")
+    for name in variants:
+        took = statistics.median(seconds[name])
+        ratio = statistics.median(a / b for a, b in zip(seconds[base], seconds[name]))
+        worst = (gradients[name] - gradients[base]).abs().max() / gradients[base].abs().max()
+        print(f"| {name} | {took:.2f} | {ratio:.2f} | {abs(losses[name] - losses[base]):.1e} "
+              f"| {worst:.1e} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=32)
+    args = parser.parse_args()
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}, {args.rounds} rounds")
+    clipfit_step(args.rounds, args.batch)
+
+
+if __name__ == "__main__":
+    main()
