@@ -863,9 +863,10 @@ def spread_embedding(state, vocab_size):
     rows = state.pop("token_embedding.rows", None)
     if rows is not None:
         part = state.get("token_embedding.weight")
-        if part is None or part.dim() != 2 or rows.shape != part.shape[:1] or not len(rows) or not (
-                isinstance(vocab_size, int) and vocab_size * part.shape[1] < 1 << 31
-                and not rows.is_floating_point() and 0 <= int(rows.min()) and int(rows.max()) < vocab_size):
+        if part is None or part.dim() != 2 or rows.shape != part.shape[:1] or not len(rows) or (
+                rows.is_floating_point() or not isinstance(vocab_size, int)
+                or vocab_size * part.shape[1] >= 1 << 31
+                or not 0 <= int(rows.min()) <= int(rows.max()) < vocab_size):
             raise WeightsError("token_embedding.rows does not fit token_embedding.weight")
         whole = torch.zeros(vocab_size, part.shape[1], dtype=part.dtype)
         whole[rows.long()] = part

@@ -351,6 +351,7 @@ class Run:
         """A Run on the same device and processes for another folder; seeds again."""
         other = copy.copy(self)
         other._begin(out, self.seed if seed is None else seed)
+        other._unwritten = list(self._unwritten)  # its log too begins with the device
         return other
 
     def _begin(self, out, seed):
@@ -656,15 +657,15 @@ class Run:
     def rewind(self, step):
         """On resume from `step`: forget what was logged after it, so that metrics.jsonl equals an
         uninterrupted run's but for the times."""
-        self._last_step, self._clock = step, time.monotonic()
+        self._last_step, self._clock = max(step, 0), time.monotonic()
 
         def cut():
             path = self.out / "metrics.jsonl"
             lines = path.read_bytes().splitlines() if path.exists() else []
             kept = [line for line in lines if _step_of(line) <= step]
             _write_atomic(path, b"".join(line + b"\n" for line in kept))
-            self.say(f"continuing after step {step}; {len(lines) - len(kept)} later log entries "
-                     "are dropped")
+            where = f"continuing after step {step}" if step > 0 else "starting over"
+            self.say(f"{where}; {len(lines) - len(kept)} later log entries are dropped")
         if self.out:
             self.on_first(cut)
 

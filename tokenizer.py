@@ -42,7 +42,7 @@ CACHED_WORDS = 1_000_000
 
 
 class TokenizerError(ValueError):
-    """A vocabulary file or a text that cannot be used; `exit_code` marks it as the user's to fix."""
+    """A vocabulary file or text that cannot be used; `exit_code` marks it as the user's to fix."""
     exit_code = 2
 
 
@@ -84,8 +84,8 @@ class BPETokenizer:
                                  f"assets/") from None
         merges = [tuple(line.split()) for line in lines]
         if hashlib.sha256("\n".join(lines).encode()).hexdigest() != MERGES_SHA256:
-            raise TokenizerError(f"{path} is not CLIP's merge list: the {MERGE_COUNT:,} lines after "
-                                 f"the first differ, and every id would")
+            raise TokenizerError(f"{path} is not CLIP's merge list: the {MERGE_COUNT:,} lines "
+                                 f"after the first differ, and every id would")
         characters = byte_characters()
         # CLIP numbers the bytes by their printable character's place, not by their value.
         symbols = sorted(characters)
@@ -193,8 +193,8 @@ class BPETokenizer:
             raise TokenizerError(f"context_length is {context_length}; start and end of text alone "
                                  f"need 2")
         texts = [texts] if isinstance(texts, str) else list(texts)
-        out = torch.full((len(texts), context_length), self.pad_id, dtype=torch.long)
-        for row, text in zip(out, texts):
+        rows = []
+        for text in texts:
             ids = self.encode(text)
             if len(ids) > context_length - 2:
                 if not truncate:
@@ -203,8 +203,9 @@ class BPETokenizer:
                                          f"truncation")
                 self.truncated += 1
                 ids = ids[:context_length - 2]
-            row[:len(ids) + 2] = torch.tensor([self.start_id, *ids, self.end_id])
-        return out
+            padding = [self.pad_id] * (context_length - 2 - len(ids))
+            rows.append([self.start_id, *ids, self.end_id, *padding])
+        return torch.tensor(rows, dtype=torch.long).view(len(texts), context_length)
 
 
 if __name__ == "__main__":  # a worked example

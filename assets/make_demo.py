@@ -78,30 +78,40 @@ def measure(pixels):
             "across": luma[:, :, half:].mean((1, 2)) - luma[:, :, :half].mean((1, 2))}
 
 
-def facts(pixels):
-    """What is true of each image, as M tuples of PHRASES keys.
+def thresholds(of):
+    """Where words begin to apply in a collection, from its statistics `of` (see `measure`).
 
     Words are relative to the collection, so that they stay informative under any look: the darkest
     eighth is "very dark", tints are deviations from the median colour, and the ordinary is not
     mentioned.
     """
-    of = measure(pixels)
-    levels = np.quantile(of["brightness"], [1 / 8, 1 / 3, 2 / 3, 7 / 8])
-    brightness = np.digitize(of["brightness"], levels)
-    detail = np.digitize(of["detail"], np.quantile(of["detail"], [1 / 3, 2 / 3]))
-    tint = of["tint"] - np.median(of["tint"], axis=0)
-    tint /= np.abs(tint).mean(axis=0)
-    strong = np.hypot(*tint.T) > np.quantile(np.hypot(*tint.T), 0.4)
-    tinted = np.where(np.abs(tint[:, 0]) > np.abs(tint[:, 1]),
-                      np.where(tint[:, 0] > 0, "reddish", "greenish"),
-                      np.where(tint[:, 1] > 0, "yellowish", "bluish"))
-    slope = np.maximum(np.abs(of["down"]), np.abs(of["across"]))
-    sloped = slope > np.quantile(slope, 0.5)
-    side = np.where(np.abs(of["down"]) > np.abs(of["across"]),
-                    np.where(of["down"] > 0, "bottom", "top"),
-                    np.where(of["across"] > 0, "right", "left"))
+    centre = np.median(of["tint"], axis=0)
+    spread = np.abs(of["tint"] - centre).mean(axis=0)
+    return {"brightness": np.quantile(of["brightness"], [1 / 8, 1 / 3, 2 / 3, 7 / 8]),
+            "detail": np.quantile(of["detail"], [1 / 3, 2 / 3]),
+            "centre": centre, "spread": spread,
+            "tint": np.quantile(np.hypot(*((of["tint"] - centre) / spread).T), 0.4),
+            "slope": np.quantile(np.maximum(np.abs(of["down"]), np.abs(of["across"])), 0.5)}
+
+
+def facts(of, limits):
+    """What is true of each image, as M tuples of PHRASES keys.
+
+    of: statistics of M images. limits: `thresholds` of the collection that they belong to.
+    """
+    brightness = np.digitize(of["brightness"], limits["brightness"])
+    detail = np.digitize(of["detail"], limits["detail"])
+    tint = ((of["tint"] - limits["centre"]) / limits["spread"]).T
+    tinted = np.where(np.abs(tint[0]) > np.abs(tint[1]),
+                      np.where(tint[0] > 0, "reddish", "greenish"),
+                      np.where(tint[1] > 0, "yellowish", "bluish"))
+    down, across = of["down"], of["across"]
+    side = np.where(np.abs(down) > np.abs(across), np.where(down > 0, "bottom", "top"),
+                    np.where(across > 0, "right", "left"))
+    strong = np.hypot(*tint) > limits["tint"]
+    sloped = np.maximum(np.abs(down), np.abs(across)) > limits["slope"]
     out = []
-    for i in range(len(pixels)):
+    for i in range(len(side)):
         said = [("very dark", "dark", None, "bright", "very bright")[brightness[i]],
                 ("smooth", None, "coarse")[detail[i]],
                 str(tinted[i]) if strong[i] else None, str(side[i]) if sloped[i] else None]
@@ -188,7 +198,8 @@ def make(args):
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["path", "label", "split", "caption", "source"])
-    for (path, label, part, name), said in zip(rows, facts(np.stack(stored))):
+    of = measure(np.stack(stored))
+    for (path, label, part, name), said in zip(rows, facts(of, thresholds(of))):
         writer.writerow([path, label, part, caption(label, said, words), f"EuroSAT 2750/{name}"])
     members["demo.csv"] = text.getvalue().encode()
     write_zip(args.output, members)

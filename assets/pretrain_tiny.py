@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from make_demo import FRAMES, PHRASES, SUBJECTS, caption, facts
+from make_demo import FRAMES, PHRASES, SUBJECTS, caption, facts, measure, thresholds
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -151,34 +151,30 @@ def train(args):
     folder, tokenizer, model = pathlib.Path(args.data_dir), BPETokenizer(), CLIP(CONFIGS["tiny"])
     pixels, labels = read_images(folder, args.images, args.seed, "train")
     val_pixels, val_labels = read_images(folder, 2000, args.seed, "val")
-    known = facts(pixels)
-    known_bits = as_bits(known)
+    limits = thresholds(measure(pixels))
     label_ids = torch.tensor([list(SUBJECTS).index(label) for label in labels])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     # Decay on matrices only; on embeddings it would wash out the words that no caption has.
-    groups = {"matrices": [], "others": [], "scale": []}
-    for name, p in model.named_parameters():
-        kind = "matrices" if p.ndim >= 2 and "embedding" not in name else "others"
-        groups["scale" if name == "logit_scale" else kind].append(p)
-    optimizer = torch.optim.AdamW(
-        [{"params": groups["matrices"], "weight_decay": 0.1, "factor": 1},
-         {"params": groups["others"], "weight_decay": 0.0, "factor": 1},
-         {"params": groups["scale"], "weight_decay": 0.0, "factor": args.scale_lr}],
-        betas=(0.9, 0.98))
+    matrices = [p for n, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim < 2 or "embedding" in n]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1},
+                                   {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98))
     B, started = args.batch_size, time.time()
     steps = args.epochs * (len(images) // B)
     for step in range(steps):
         if step % (len(images) // B) == 0:
             order = torch.randperm(len(images), generator=generator)
         rows = order[step * B % (len(images) // B * B):][:B]
-        texts, said = zip(*(say(labels[i], known[i], rng) for i in rows.tolist()))
+        x = augment(images[rows], generator, args.jitter)
+        # Measured after augmentation, which turns, crops and tints: captions stay true.
+        known = facts(measure(x.permute(0, 2, 3, 1).numpy()), limits)
+        texts, said = zip(*(say(labels[i], true, rng) for i, true in zip(rows.tolist(), known)))
         true_of = ((label_ids[rows][:, None] == label_ids[rows])
-                   & (as_bits(said) & ~known_bits[rows][:, None] == 0))              # (B, B)
-        lr = args.lr * min((step + 1) / 100, (1 + math.cos(math.pi * step / steps)) / 2)
+                   & (as_bits(said) & ~as_bits(known)[:, None] == 0))                # (B, B)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["factor"]
-        image_features, text_features, scale = model(
-            normalise(augment(images[rows], generator, args.jitter)), tokenizer(texts))
+            group["lr"] = args.lr * min((step + 1) / 100,
+                                        (1 + math.cos(math.pi * step / steps)) / 2)
+        image_features, text_features, scale = model(normalise(x), tokenizer(texts))
         loss = info_nce(image_features, text_features, scale, true_of)
         optimizer.zero_grad()
         loss.backward()
@@ -204,7 +200,6 @@ def get_args(argv=None):
     add("--images", type=int, default=13_500, help="training images; 13,500 is all")
     add("--batch-size", type=int, default=256, help="images per step")
     add("--lr", type=float, default=1e-3, help="peak learning rate")
-    add("--scale-lr", type=float, default=10, help="times --lr for the logit scale")
     add("--jitter", type=float, default=0.1, help="random gain: 0.1 is up to 10 % brightness")
     add("--seed", type=int, default=0, help="of weights, order, captions and augmentation")
     return parser.parse_args(argv)

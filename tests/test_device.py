@@ -348,6 +348,8 @@ def test_a_folder_that_is_not_free_is_refused(tmp_path):
     run.claim(identity={"batch_size": 32, "model": "tiny"})
     run.save("checkpoint_last.pt", {"step": 1})
     again = run.enter(run.out)
+    run.enter(tmp_path / "other").claim()
+    assert (tmp_path / "other" / "log.txt").read_text().startswith("device cpu")
     one_line_error(again.claim, "already holds a run", "--resume", "--overwrite")
     text = one_line_error(lambda: again.claim({}, {"batch_size": 64, "model": "tiny"}, resume=True),
                           "batch_size was 32, now 64")
