@@ -558,11 +558,11 @@ class Run:
             return
         scalars = {name: _plain(value) for name, value in scalars.items()}
         rate, wait, memory = samples / seconds, waited / seconds, self.memory_mb()
-        words = [f"{split:<5} {step}" + (f"/{steps}" if steps else "")]
-        words += [f"{name} {_short(value):<9}" for name, value in scalars.items()]
+        words = [f"{step:>{len(str(steps or ''))}}/{steps}" if split == "train" and steps
+                 else f"{split} at step {step}" if step else split]
+        words += [f"{name} {_short(value):<8}" for name, value in scalars.items()]
         if samples:
-            words.append(f"{rate:.4g} samples/s  wait {wait:.0%}")
-        words.append(f"{memory:.0f} MB")
+            words.append(f"{rate:.3g} samples/s  wait {wait:.0%}  {memory:.0f} MB")
         if split == "train":
             self._timed[0] += step - self._last_step
             self._timed[1] += seconds
@@ -570,7 +570,7 @@ class Run:
             if steps and self._timed[0] > 0:
                 left = (steps - step) * self._timed[1] / self._timed[0]
                 words.append(f"eta {datetime.timedelta(seconds=round(left))}")
-        self.say("  ".join(words))
+        self.say("  ".join(words).rstrip())
         record = {"step": step, "epoch": epoch, "split": split, **scalars,
                   "samples_per_second": round(rate, 3), "data_wait": round(wait, 4),
                   "memory_mb": memory, "time": round(time.time(), 3)}

@@ -358,14 +358,14 @@ def train(run, model, loader, texts, stored, args):
                 check_finite(run, loader.dataset, unchecked)
             if step % args.log_every == 0 or step == steps:
                 run.log(step, steps=steps, epoch=epoch + (batch > 0), samples=seen, waited=waited,
-                        lr=lr, **{name: run.sum(value) for name, value in losses.items()})
+                        **{name: run.sum(value) for name, value in losses.items()}, lr=lr)
                 seen, waited = 0, 0.0
             if saving:
                 run.save(run.out / "checkpoint_last.pt", {
                     "format": "clipfit/1", "weights": {n: p.detach() for n, p in moving.items()},
                     "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                     "epoch": epoch, "batch": batch, "step": step,  # what comes next
-                    "rng": run.rng_state(), "identity": args.identity})
+                    "rng": run.gather_objects(run.rng_state()), "identity": args.identity})
             if leaving:
                 raise run.interrupted()
             if step == steps:

@@ -214,10 +214,10 @@ def get_args(argv=None):
     add = parser.add_argument
     add("--data-dir", required=True, help="folder with EuroSAT's zip, split file and licence")
     add("--output", default=str(here / "demo.zip"), help="file to write")
-    add("--train", type=int, default=40, help="training images per class")
-    add("--val", type=int, default=10, help="validation images per class")
+    add("--train", type=int, default=64, help="training images per class")
+    add("--val", type=int, default=16, help="validation images per class")
     add("--test", type=int, default=100, help="test images per class")
-    add("--strength", type=float, default=1.0, help="of the other sensor's look; 0 is the original")
+    add("--strength", type=float, default=0.6, help="of the other sensor's look; 0 is the original")
     add("--quality", type=int, default=85, help="JPEG quality")
     add("--seed", type=int, default=0, help="of the choice of images, the noise and the wording")
     return parser.parse_args(argv)

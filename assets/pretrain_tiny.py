@@ -196,7 +196,7 @@ def get_args(argv=None):
     add = parser.add_argument
     add("--data-dir", required=True, help="folder with EuroSAT's zip and split file")
     add("--output", default=str(HERE / "tiny_clip.safetensors"), help="file to write")
-    add("--epochs", type=int, default=20, help="passes over the images")
+    add("--epochs", type=int, default=10, help="passes over the images")
     add("--images", type=int, default=13_500, help="training images; 13,500 is all")
     add("--batch-size", type=int, default=256, help="images per step")
     add("--lr", type=float, default=1e-3, help="peak learning rate")
