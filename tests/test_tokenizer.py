@@ -101,7 +101,9 @@ NASTY = [
     "tab\tand\nnewline", "naïve café", "nai\u0308ve", "ÉCOLE", "straße STRASSE ẞ", "İstanbul",
     "ǅ", "Σίσυφος ΣΊΣΥΦΟΣ", "ﬁne ﬂow", "ｆｕｌｌ ｗｉｄｔｈ", "汉字 测试", "日本語のテスト", "한국어", "العربية",
     "עברית", "हिन्दी", "ไทย", "a汉b字c", "１２３", "²³¹", "½ Ⅷ ٣", "😀", "👨‍👩‍👧‍👦", "🇩🇪🇫🇷", "👍🏽", "❤️",
-    "a😀b", "😀" * 40, "&amp;", "&amp;amp;", "&amp;amp;amp;", "&lt;b&gt;", "&eacute;&#233;&#xe9;",
+    "a😀b", "😀" * 40, "&amp;", "&amp;amp;", "&amp;amp;amp;", "&lt;b&gt;",
+    "<b> &amp;amp;lt; &amp;eacute;",  # beside a tag ftfy leaves entities alone
+    "&eacute;&#233;&#xe9;",
     "&#0;", "&#28;", "&#xD800;", "&#x110000;", "&#128512;", "&nbsp;x&nbsp;", "&notit;", "& ;",
     "AT&T", "R&amp;B", "&", "&&&", "â€™", "donâ€™t", "Ã©tÃ©", "schÃ¶n", "â€œquotedâ€\x9d",
     "“curly” ‘quotes’ — dash…", "\ufeffbom", "\ud800", "a\udfffb", "\ufffd", "\U0010ffff",
@@ -299,11 +301,11 @@ HUGE = {"one letter": "a" * 300_000, "words": "hello world " * 83_000, "one word
 @pytest.mark.parametrize("kind", list(HUGE))
 def test_huge_texts_take_seconds(bpe, kind):
     text = HUGE[kind] or "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=200_000))
-    began, words = time.process_time(), len(bpe._words)
+    began = time.process_time()
     tokens = bpe(text)
     assert time.process_time() - began < 20  # the quadratic loop would take an hour
     assert int(tokens.max()) == 49407 and tokens.shape == (1, 77)
-    assert len(bpe._words) <= words + 3  # and it does not stay in the cache
+    assert max(map(len, bpe._words)) <= 64  # and it does not stay in the cache
 
 
 def test_the_fast_path_of_clean_changes_nothing():
