@@ -128,8 +128,26 @@ def take(x, rows):
     return x[torch.arange(len(x), device=x.device), rows]
 
 
+def attend(q, k, v, seen=None, causal=False, fused=True):
+    """softmax(q k^T / sqrt(width)) v over (B, H, L, width); seen: bool, True where q may look.
+
+    fused: torch's one kernel, or the two products and the softmax written out. The kernel wins or
+    ties wherever it was measured but on a CPU in bf16, where its backward runs at a tenth of the
+    speed of the products; and on some accelerators it has had bugs that the products do not.
+    """
+    if fused:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)               # (B, H, L, L)
+    if causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if seen is not None:
+        scores = scores.masked_fill(~seen, float("-inf"))
+    return scores.softmax(dim=-1, dtype=scores.dtype) @ v
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with the parameter names of nn.MultiheadAttention."""
+    fused = True
 
     def __init__(self, width, heads):
         super().__init__()
@@ -147,7 +165,7 @@ class Attention(nn.Module):
         if rows is None:
             qkv = F.linear(x, weight, bias).view(B, L, 3, H, W // H)
             q, k, v = qkv.permute(2, 0, 3, 1, 4)                           # each (B, H, L, W/H)
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+            out = attend(q, k, v, causal=causal, fused=self.fused)
             return self.out_proj(out.transpose(1, 2).reshape(B, L, W))
         q = F.linear(take(x, rows), weight[:W], bias[:W]).view(B, H, 1, W // H)
         kv = F.linear(x, weight[W:], bias[W:]).view(B, L, 2, H, W // H)
@@ -155,7 +173,7 @@ class Attention(nn.Module):
         seen = None
         if causal:  # a row sees itself and what stands before it
             seen = (torch.arange(L, device=x.device) <= rows[:, None])[:, None, None]  # (B,1,1,L)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)      # (B, H, 1, W/H)
+        out = attend(q, k, v, seen, fused=self.fused)                      # (B, H, 1, W/H)
         return self.out_proj(out.reshape(B, W))
 
 
@@ -361,6 +379,14 @@ class CLIP(nn.Module):
             for name, gain in self.visual.named_parameters():
                 if re.fullmatch(r"layer\d\.\d+\.bn3\.weight", name):
                     nn.init.zeros_(gain)  # every residual branch starts as nothing
+
+    def fuse_attention(self, fused):
+        """Choose between torch's fused attention and plain products, which give the same numbers
+        up to rounding; `Run.fused_attention` knows what is faster where."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.fused = fused
+        return self
 
     def encode_image(self, images, normalize=False):
         """(B, 3, R, R) normalised pixels -> (B, D). ValueError when R is not the model's size."""
@@ -814,6 +840,9 @@ def load(name_or_path, activation=None):
     state, layout, notes = state_dict_of(content, path)
     try:
         known = declared(path, metadata)
+        if not (activation or "activation" in known or kind == "TorchScript archive"):
+            notes.append("the file does not say its activation and QuickGELU, OpenAI's, was taken; "
+                         "models trained by LAION need load(..., activation=\"gelu\")")
         known["activation"] = activation or known.get("activation", "quick_gelu")
         state = spread_embedding(state, known.get("vocab_size", 49_408))
         config = config_from_state_dict(state, **known)

@@ -616,7 +616,9 @@ def main(args):
     """Every (shots, seed) of the command line; -> the results of the one run, or of the table."""
     precision = "fp16" if args.precision == "official-fp16" else args.precision
     run = start(args.device, precision, seed=args.seed[0], deterministic=args.deterministic)
-    where = dict(data_dir=args.data_dir, layout=args.split, download=args.download)
+    where = dict(data_dir=args.data_dir, layout=args.split)
+    if args.download:  # once; the other processes find the files
+        run.on_first(lambda: open_dataset(args.data, "train", **where, download=True).name)
     train_set = open_dataset(args.data, "train", **where)
     args.departures = fill_recipe(args, train_set.name)
     labels, tests = open_tests(args, train_set, where)
@@ -638,7 +640,7 @@ def main(args):
             **vars(args), "shots": shots, "seed": seed, "folder": inside,
             "identity": {**identity, "shots": shots, "seed": seed}})))
 
-    model = run.move(model)
+    model = run.move(model).fuse_attention(run.fused_attention)
     view, tokenizer = Preprocess(model.config.image_size), BPETokenizer()
     targets = [Target(run, name, images.with_transform(view), tokenizer, args.template)
                for name, images in tests.items()]

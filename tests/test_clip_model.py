@@ -1235,3 +1235,18 @@ def test_the_module_reads_and_computes_nothing_at_import():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
                           cwd=pathlib.Path(clip_model.__file__).parent)
     assert done.returncode == 0 and done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("causal, rows", [(False, None), (True, None), (False, 0),
+                                          (True, torch.tensor([2, 6, 0]))])
+def test_plain_attention_equals_the_fused_one(causal, rows):
+    torch.manual_seed(0)
+    attention = clip_model.Attention(64, 2).double()
+    x = torch.randn(3, 7, 64, dtype=torch.float64, requires_grad=True)
+    results = []
+    for fused in (True, False):
+        attention.fused = fused
+        out = attention(x, causal, rows)
+        results.append((out, *torch.autograd.grad(out.square().sum(), [x, attention.in_proj_weight])))
+    for ours, theirs in zip(*results):
+        assert (ours - theirs).abs().max() < 1e-12
