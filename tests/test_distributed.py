@@ -55,6 +55,7 @@ if run.rank == 0:
     worst = max([worst] + [abs(losses[n] - float(whole[n])) for n in losses])
     print("RESULT", worst, agree)
 run.barrier()
+torch.distributed.destroy_process_group()
 '''
 
 
