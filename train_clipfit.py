@@ -432,7 +432,9 @@ def tune(parent, model, pretrained, shots, targets, zero_shot, args):
     elif not args.eval_only and len(shots):
         shots = shots.with_transform(Preprocess(model.config.image_size, True, args.seed))
         if len(shots) <= IN_MEMORY:
-            shots.preload()
+            known = len(shots.notes)
+            for note in shots.preload().notes[known:]:  # images that could not be read
+                run.say(note)
         loader = make_loader(shots, args.batch_size, seed=args.seed, rank=run.rank,
                              world_size=run.world_size,
                              **run.loader_options(0 if shots.images else args.workers))
@@ -594,6 +596,9 @@ def open_tests(args, train_set, where):
     test = open_dataset(args.data, "test", **where)
     labels = find_classes(train_set.classnames, args.classes) if args.classes else list(
         range(len(train_set.classnames)))
+    if len(labels) < (4 if args.setting == "base2new" else 2):
+        raise UserError(f"{len(labels)} classes cannot be told apart in the setting {args.setting}; "
+                        f"name more with --classes")
     if args.setting == "base2new":
         base, new = halves(labels)
         return base, {"base": test.select(base), "new": test.select(new)}
