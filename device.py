@@ -1072,7 +1072,7 @@ def guard(main, get_args, argv=None):
         _leave_stdout()
         code = 128 + 13  # as if SIGPIPE had ended it, which is how `| head` ends other programs
     except KeyboardInterrupt:
-        code = _report("interrupted; nothing was saved", 130, None)
+        code = _report("interrupted; --resume auto goes on from the last checkpoint, if there is one", 130, None)
     except Exception as error:
         if hasattr(error, "exit_code"):
             code = _report(_one_line(error), error.exit_code, error, debug)

@@ -29,6 +29,7 @@ Different from the official code, with the reason:
 - a ResNet tower has no LayerNorm: only the 6,144 text biases move and BatchNorm stays frozen
   (the official code lets its statistics drift);
 - a checkpoint holds the 64 tensors and their momentum, and resuming is exact to the bit.
+As there, the last epoch's weights are the result: no validation or test image chooses anything.
 
 Logged: loss, ce (cross-entropy), drift, lr, and batch_accuracy on augmented training crops, which
 is no test accuracy. Results: zero_shot_accuracy, accuracy, gain (all in %), macro_f1.
@@ -238,14 +239,13 @@ def add_gradient(run, model, images, labels, batch, texts, pretrained, args, sca
         ce_loss = ce_loss + part.detach()
         hits = hits + (logits.detach().argmax(dim=-1) == some_labels).sum()
 
-    drift_loss = drift(text_features, pretrained)                        # 0 on the first step
-    loss = ce_loss + args.reg_weight * drift_loss / run.world_size       # every process adds a share
-    text_gradient = torch.zeros_like(text_leaf) if text_leaf.grad is None else text_leaf.grad
-    torch.autograd.backward(
-        [text_features, scaler.scale(args.reg_weight * drift_loss / run.world_size)],
-        [text_gradient, None])
-    return {"loss": loss.detach(), "ce": ce_loss,
-            "drift": drift_loss.detach() / run.world_size, "batch_accuracy": 100 * hits / batch}
+    # 0 on the first step. The same in every process, so each adds its share to the sum over them.
+    drift_loss = drift(text_features, pretrained) / run.world_size
+    loss = ce_loss + args.reg_weight * drift_loss
+    torch.autograd.backward([text_features, scaler.scale(args.reg_weight * drift_loss)],
+                            [text_leaf.grad, None])
+    return {"loss": loss.detach(), "ce": ce_loss, "drift": drift_loss.detach(),
+            "batch_accuracy": 100 * hits / batch}
 
 
 # -----------------------------------------------------------------------------
@@ -439,8 +439,10 @@ def tune(parent, model, pretrained, shots, targets, zero_shot, args):
                              world_size=run.world_size,
                              **run.loader_options(0 if shots.images else args.workers))
         run.watch_signals()
-        step = train(run, model, loader, targets[0].texts, stored, args)
-        run.unwatch_signals()
+        try:
+            step = train(run, model, loader, targets[0].texts, stored, args)
+        finally:
+            run.unwatch_signals()
         if args.dry_run:
             restore(free, run.load(last)["weights"])
     if step:

@@ -23,6 +23,7 @@ import torch  # noqa: E402
 import clip_model  # noqa: E402
 import train_clipfit  # noqa: E402
 from data import class_prompts, TEMPLATES  # noqa: E402
+from device import start  # noqa: E402
 from tokenizer import BPETokenizer  # noqa: E402
 
 DTD = """banded blotchy braided bubbly bumpy chequered cobwebbed cracked crosshatched crystalline
@@ -47,6 +48,8 @@ def clipfit_step(rounds, batch):
     args = types.SimpleNamespace(reg_weight=8.0, micro_batch=0, accum_steps=1)
     micro = types.SimpleNamespace(**{**vars(args), "micro_batch": 8})
 
+    runs = {precision: start("cpu", precision) for precision in ("fp32", "bf16")}
+
     def theirs(precision):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             total, *_ = official.loss(model, images, labels, tokens, anchor, 8.0)
@@ -54,13 +57,14 @@ def clipfit_step(rounds, batch):
         return float(total)
 
     def ours(precision, args):
-        run = types.SimpleNamespace(autocast=lambda: torch.autocast(
-            "cpu", torch.bfloat16, enabled=precision == "bf16"), world_size=1)
+        run = runs[precision]
+        model.fuse_attention(run.fused_attention)
         return float(train_clipfit.add_gradient(
             run, model, images, labels, batch, {"tokens": cut, "ends": ends}, anchor, args,
-            torch.amp.GradScaler(enabled=False))["loss"])
+            run.scaler())["loss"])
     variants = {
         "official computation, fp32": lambda: theirs("fp32"),
+        "official computation, bf16 autocast": lambda: theirs("bf16"),
         "ours, fp32": lambda: ours("fp32", args),
         "ours, fp32, --micro-batch 8": lambda: ours("fp32", micro),
         "ours, bf16": lambda: ours("bf16", args),
