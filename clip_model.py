@@ -324,6 +324,25 @@ def trim(tokens):
     return (tokens[:, :int(ends.max()) + 1], ends) if len(tokens) else (tokens, ends)
 
 
+def bucket(tokens, least=64, most=256):
+    """Group texts of similar length, so that short ones do not pay for the longest.
+
+    (N, L) -> a list of (tokens (n, l), ends (n,)) as `encode_text` takes them, and the places (N,)
+    that put the concatenated features back in order. A group has at least `least` texts, since
+    small products are slow, and at most `most`, which bounds memory. ImageNet's 1,000 prompts have
+    8 to 18 tokens and 9.2 on average.
+    """
+    ends = tokens.argmax(dim=-1)
+    order = ends.argsort(stable=True)
+    groups, first = [], 0
+    for last in range(1, len(order) + 1):
+        full = last - first == most or last == len(order)
+        if full or last - first >= least and ends[order[last]] != ends[order[last - 1]]:
+            groups.append(trim(tokens[order[first:last]]))
+            first = last
+    return groups, order.argsort()
+
+
 def unit(x):
     """Rows of length 1, in fp32 (or fp64 if `x` is)."""
     x = x if x.dtype == torch.float64 else x.float()

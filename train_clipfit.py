@@ -49,7 +49,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_model import CLIP, CONFIGS, canonical_name, load, save, trim
+from clip_model import bucket, CLIP, CONFIGS, canonical_name, load, save
 from data import (class_prompts, classification_scores, few_shot, find_classes, halves,
                   make_loader, open_dataset, Preprocess)
 from device import guard, load_checkpoint, Parser, start, UserError
@@ -199,6 +199,13 @@ def free_clipfit_weights(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def encode_prompts(model, texts):
+    """Unit features of the class prompts, (C, D). texts: what `bucket` made of their tokens."""
+    groups, places = texts
+    return torch.cat([model.encode_text(tokens, normalize=True, ends=ends)
+                      for tokens, ends in groups])[places]
+
+
 def drift(tuned, pretrained):
     """How far the class prompts have turned: 1 - mean cosine. Both (C, D) with unit rows."""
     return 1 - (tuned * pretrained).sum(dim=-1).mean()
@@ -218,10 +225,10 @@ def add_gradient(run, model, images, labels, batch, texts, pretrained, args, sca
     """Add a batch's gradient to the free tensors' `.grad`; -> losses and hits, still on the device.
 
     images (b, 3, R, R) and labels (b,) are this process's share of a batch of `batch`; texts are
-    the (C, L) prompts and their ends, pretrained (C, D) their features before training.
+    the class prompts (see `encode_prompts`), pretrained (C, D) their features before training.
     """
     with run.autocast():  # one pass over the prompts feeds both terms; the official code makes two
-        text_features = model.encode_text(**texts, normalize=True)        # (C, D)
+        text_features = encode_prompts(model, texts)                      # (C, D)
     # The graph is cut here. Micro-batches of images meet the texts in a leaf, which collects their
     # gradients; the text tower's own backward then runs once. Exact: cross-entropy is a sum over
     # images, and there is no BatchNorm in training mode.
@@ -256,8 +263,9 @@ class Target:
 
     def __init__(self, run, name, images, tokenizer, template=None):
         self.name, self.images = name, images
-        tokens, ends = trim(tokenizer(class_prompts(images.classnames, template or images.template)))
-        self.texts = {"tokens": run.move(tokens), "ends": run.move(ends)}  # (C, L), (C,)
+        prompts = class_prompts(images.classnames, template or images.template)
+        groups, places = bucket(tokenizer(prompts))
+        self.texts = [run.move(*group) for group in groups], run.move(places)
 
 
 @torch.no_grad()
@@ -269,7 +277,7 @@ def evaluate(run, model, target, args):
     cannot be read have label -1, are left out of the scores and counted under "skipped".
     """
     with run.autocast():
-        text_features = model.encode_text(**target.texts, normalize=True)     # (C, D)
+        text_features = encode_prompts(model, target.texts)                  # (C, D)
     loader = make_loader(target.images, args.eval_batch_size * run.world_size, shuffle=False,
                          rank=run.rank, world_size=run.world_size,
                          **run.loader_options(args.workers))
@@ -303,11 +311,11 @@ def headline(scores, setting):
 # The loop
 
 def train(run, model, loader, texts, stored, args):
-    """Tune `model` in place -> steps done. texts: the (C, L) prompts and their ends.
+    """Tune `model` in place -> steps done. texts: the class prompts (see `encode_prompts`).
     stored: the checkpoint to go on from, or None."""
     moving = free_clipfit_weights(model)
     with torch.no_grad(), run.autocast():
-        pretrained = model.encode_text(**texts, normalize=True)               # (C, D), the anchor
+        pretrained = encode_prompts(model, texts)                             # (C, D), the anchor
     if args.precision == "official-fp16":
         for name in (n for n in moving if n.endswith("c_proj.bias")):
             moving[name].data = moving[name].data.half()  # LayerNorms stay fp32, as there

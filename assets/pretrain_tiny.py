@@ -1,6 +1,6 @@
 """Trains tiny_clip.safetensors, the model behind `--model tiny`, from scratch on EuroSAT.
 
-    python assets/pretrain_tiny.py --data-dir DIR    about 20 minutes on two CPU cores
+    OMP_NUM_THREADS=2 python assets/pretrain_tiny.py --data-dir DIR     12 minutes on two CPU cores
 
 DIR is as for make_demo.py. Only the train part of CoOp's split is used, with its clean look; the
 demo's images come from the other two parts and look different. Every epoch gives each image a new
@@ -11,6 +11,10 @@ train_contrastive.py can read the same captions it takes over.
 The loss is InfoNCE in both directions. Ten classes in a batch of 256 mean that the caption of one
 image is often true of others too. Pushing those apart would teach what is wrong, and which pairs
 they are is known here, since captions are made from facts: they are taken out of the denominator.
+
+The shipped weights reach 82 % zero-shot accuracy on clean images of the val part. Other versions of
+torch, other processors and other thread counts round differently and give a model as good, but not
+the same bytes.
 """
 import argparse
 import io
@@ -41,24 +45,24 @@ PROMPTS = ("a centered satellite photo of {}.", "a centered satellite photo of {
            "a picture of {}.", "a blurry photo of {}.", "this is {}.")
 # Words that other captions and prompts may use. Never trained here, but kept, so that they stay
 # distinct: `load` makes zeros of the rows that the file leaves out.
-MORE_WORDS = """the of and or to in on at with without from by for near between under over through
-    across around along is are was it its this that these those there some many few several one two
-    three four five no not very more most less all each other same different new old large small
-    big tiny huge long short wide narrow high low deep flat round square straight curved open closed
-    empty full dense sparse clear cloudy hazy foggy sunny wet dry warm cold dirty clean sharp noisy
-    grainy dull pale vivid red orange yellow green blue purple pink brown black white grey gray
-    color colour colorful texture pattern patch strip stripe grid line edge center corner middle
-    top bottom left right upper lower north south east west half quarter part side scene view image
-    picture photo photograph satellite aerial sensor drone map landscape close cropped low resolution
-    bad good type kind texture flower food pet aircraft person doing art drawing sketch painting
+MORE_WORDS = """the of and or to in on at with without from by for near between under over
+    through across around along is are was it its this that these those there some many few several
+    one two three four five no not very more most less all each other same different new old large
+    small big tiny huge long short wide narrow high low deep flat round square straight curved open
+    closed empty full dense sparse clear cloudy hazy foggy sunny wet dry warm cold dirty clean sharp
+    noisy grainy dull pale vivid red orange yellow green blue purple pink brown black white grey
+    gray color colour colorful texture pattern patch strip stripe grid line edge center corner
+    middle top bottom left right upper lower north south east west half quarter part side scene view
+    image picture photo photograph satellite aerial sensor drone map landscape close cropped
+    resolution bad good type kind flower food pet aircraft person doing art drawing sketch painting
     water ocean coast beach shore island bay harbor harbour ship boat bridge dam pond stream creek
-    canal wave ice snow mountain hill valley desert sand rock soil mud earth land field farm farmland
-    crop wheat corn rice grass meadow tree trees bush shrub wood woods forest jungle park garden
-    orchard vineyard plant leaf leaves city town village suburb street road highway motorway lane
-    crossing junction roundabout railway train station airport runway car truck parking lot building
-    house home roof roofs tower school church factory warehouse tank port yard stadium pool fence
-    wall sky cloud shadow light dark bright night day summer winter spring autumn season dog cat
-    bird horse cow sheep man woman child people circle triangle star cross ring shape !""".split()
+    canal wave ice snow mountain hill valley desert sand rock soil mud earth land field farm
+    farmland crop wheat corn rice grass meadow tree trees bush shrub wood woods forest jungle park
+    garden orchard vineyard plant leaf leaves city town village suburb street road highway motorway
+    lane crossing junction roundabout railway train station airport runway car truck parking lot
+    building house home roof roofs tower school church factory warehouse tank port yard stadium pool
+    fence wall sky cloud shadow light dark bright night day summer winter spring autumn season dog
+    cat bird horse cow sheep man woman child people circle triangle star cross ring shape !""".split()
 
 
 def read_images(folder, count, seed, part):
@@ -84,6 +88,7 @@ def augment(pixels, generator, jitter):
 
     From above there is no up, so turns are free. A crop keeps at least 40 % of the area. Colour
     tells crops from forest and is left nearly alone; it is also what the demo's look changes.
+    `jitter` bounds the random gain, half of it per channel.
     """
     B = len(pixels)
 
@@ -140,12 +145,13 @@ def rows_in_use(tokenizer):
     for group in (*SUBJECTS.values(), *PHRASES.values()):
         words += group
     text = " ".join(words).replace("{}", " ")
-    bare = [i for i, symbol in enumerate(tokenizer.symbols[:512])]  # bytes: digits, signs, letters
-    return torch.tensor(sorted({*bare, *tokenizer.encode(text), tokenizer.start_id,
+    single = range(512)  # the bytes, with and without an end of word: letters, digits, signs
+    return torch.tensor(sorted({*single, *tokenizer.encode(text), tokenizer.start_id,
                                 tokenizer.end_id}))
 
 
 def train(args):
+    """Trains and saves; prints the zero-shot accuracy after every epoch."""
     torch.manual_seed(args.seed)
     rng, generator = random.Random(args.seed), torch.Generator().manual_seed(args.seed)
     folder, tokenizer, model = pathlib.Path(args.data_dir), BPETokenizer(), CLIP(CONFIGS["tiny"])
@@ -160,11 +166,12 @@ def train(args):
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1},
                                    {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98))
     B, started = args.batch_size, time.time()
-    steps = args.epochs * (len(images) // B)
+    per_epoch = len(images) // B
+    steps = args.epochs * per_epoch
     for step in range(steps):
-        if step % (len(images) // B) == 0:
+        if step % per_epoch == 0:
             order = torch.randperm(len(images), generator=generator)
-        rows = order[step * B % (len(images) // B * B):][:B]
+        rows = order[step % per_epoch * B:][:B]
         x = augment(images[rows], generator, args.jitter)
         # Measured after augmentation, which turns, crops and tints: captions stay true.
         known = facts(measure(x.permute(0, 2, 3, 1).numpy()), limits)
@@ -182,8 +189,8 @@ def train(args):
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
-        if (step + 1) % (len(images) // B) == 0:
-            print(f"epoch {(step + 1) * B // len(images) + 1}  loss {loss.item():.3f}  scale "
+        if (step + 1) % per_epoch == 0:
+            print(f"epoch {(step + 1) // per_epoch}  loss {loss.item():.3f}  scale "
                   f"{scale.item():.1f}  zero-shot on clean val "
                   f"{accuracy(model, tokenizer, val_pixels, val_labels):.1f} %  "
                   f"{time.time() - started:.0f} s", flush=True)
@@ -200,7 +207,7 @@ def get_args(argv=None):
     add("--images", type=int, default=13_500, help="training images; 13,500 is all")
     add("--batch-size", type=int, default=256, help="images per step")
     add("--lr", type=float, default=1e-3, help="peak learning rate")
-    add("--jitter", type=float, default=0.1, help="random gain: 0.1 is up to 10 % brightness")
+    add("--jitter", type=float, default=0.1, help="random gain: 0.1 is up to 10 %% brightness")
     add("--seed", type=int, default=0, help="of weights, order, captions and augmentation")
     return parser.parse_args(argv)
 

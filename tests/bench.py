@@ -42,7 +42,7 @@ def clipfit_step(rounds, batch):
         for p in free.values():
             p.add_(0.05 * torch.randn_like(p))
     tokens = BPETokenizer()(class_prompts(DTD, TEMPLATES["dtd"]))
-    cut, ends = clip_model.trim(tokens)
+    texts = clip_model.bucket(tokens)
     images, labels = torch.randn(batch, 3, 224, 224), torch.randint(len(DTD), (batch,))
     anchor = clip_model.unit(torch.randn(len(DTD), 512))
     args = types.SimpleNamespace(reg_weight=8.0, micro_batch=0, accum_steps=1)
@@ -60,7 +60,7 @@ def clipfit_step(rounds, batch):
         run = runs[precision]
         model.fuse_attention(run.fused_attention)
         return float(train_clipfit.add_gradient(
-            run, model, images, labels, batch, {"tokens": cut, "ends": ends}, anchor, args,
+            run, model, images, labels, batch, texts, anchor, args,
             run.scaler())["loss"])
     variants = {
         "official computation, fp32": lambda: theirs("fp32"),

@@ -1250,3 +1250,18 @@ def test_plain_attention_equals_the_fused_one(causal, rows):
         results.append((out, *torch.autograd.grad(out.square().sum(), [x, attention.in_proj_weight])))
     for ours, theirs in zip(*results):
         assert (ours - theirs).abs().max() < 1e-12
+
+
+def test_buckets_hold_every_text_once_and_give_the_features_of_the_whole_batch():
+    torch.manual_seed(0)
+    model = CLIP(dataclasses.replace(CONFIGS["tiny-vit"], vocab_size=100)).double()
+    tokens = torch.randint(1, 98, (41, 77))
+    for row, end in zip(tokens, torch.randint(2, 20, (41,))):
+        row[end:] = 0
+        row[end] = 99
+    groups, places = clip_model.bucket(tokens, least=5, most=12)
+    assert len(groups) > 3 and all(len(part) <= 12 for part, _ in groups)
+    assert sum(part.shape[1] for part, _ in groups) < 20 * len(groups)  # most are cut shorter
+    features = torch.cat([model.encode_text(part, ends=ends) for part, ends in groups])[places]
+    assert (features - model.encode_text(tokens)).abs().max() < 1e-12
+    assert len(clip_model.bucket(tokens, least=64)[0]) == 1
