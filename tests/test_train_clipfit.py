@@ -28,6 +28,7 @@ from train_clipfit import (add_gradient, fill_recipe, free_clipfit_weights, get_
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMALL = dataclasses.replace(CONFIGS["tiny-vit"], vocab_size=49_408)
+FEW = ["--classes", "Forest", "River", "Pasture Land"]  # of the demo: 300 test images, not 1,000
 CLASSES = ["banded", "polka-dotted", "a rather long class name", "grid", "lacelike"]
 
 
@@ -91,7 +92,7 @@ def test_the_free_set_is_the_official_one(name, tensors, numbers):
 
 def test_training_changes_every_free_tensor_and_nothing_else(tmp_path):
     before = clip_model.load("tiny")
-    run_main("--output-dir", tmp_path, "--epochs", 3, "--export", "safetensors")
+    run_main(*FEW, "--output-dir", tmp_path, "--epochs", 3, "--export", "safetensors")
     after = clip_model.load(tmp_path / "export" / "clip.safetensors")
     free = free_clipfit_weights(before)
     for name, tensor in before.state_dict().items():
@@ -202,9 +203,8 @@ def test_an_unreadable_image_adds_nothing_to_the_gradient():
 
 def test_twenty_steps_equal_torch_sgd_with_decay_on_norms_and_biases(tmp_path):
     """The script's weights against a loop written out: same images, same order, plain SGD."""
-    flags = ["--output-dir", tmp_path, "--epochs", 5, "--batch-size", 10, "--shots", 4,
-             "--reg-weight", 8, "--lr", 0.01, "--export", "safetensors"]
-    run_main(*flags)
+    run_main("--output-dir", tmp_path, "--epochs", 5, "--batch-size", 10, "--shots", 4,
+             "--reg-weight", 8, "--lr", 0.01, "--export", "safetensors")
     ours = clip_model.load(tmp_path / "export" / "clip.safetensors")
     model = clip_model.load("tiny").eval()
     free = free_clipfit_weights(model)
@@ -329,8 +329,8 @@ def assert_same_run(one, other):
     assert scores[0]["accuracy"] == scores[1]["accuracy"]
 
 
-FLAGS = ["--data", "demo", "--shots", "8", "--epochs", "6", "--batch-size", "16", "--log-every",
-         "3", "--save-every", "2", "--workers", "0"]
+FLAGS = ["--data", "demo", *FEW, "--shots", "8", "--epochs", "6", "--batch-size", "8",
+         "--log-every", "2", "--save-every", "2", "--workers", "0"]  # 18 steps, 3 an epoch
 
 
 @pytest.fixture(scope="module")
@@ -384,7 +384,7 @@ def test_a_killed_process_resumes_to_the_same_bits(uninterrupted, tmp_path, numb
 def test_the_rate_continues_its_curve_after_resuming(uninterrupted):
     rates = [row["lr"] for row in metrics(uninterrupted) if row["split"] == "train"]
     steps = [row["step"] for row in metrics(uninterrupted) if row["split"] == "train"]
-    per_epoch = 80 // 16
+    per_epoch = 24 // 8
     assert rates == [warmup_cosine((step - 1) // per_epoch, 6, 0.05, 1) for step in steps]
 
 
@@ -407,10 +407,10 @@ def test_eval_only_prints_the_number_that_training_printed(uninterrupted, tmp_pa
     assert again["accuracy"] == trained["accuracy"]
     assert again["zero_shot_accuracy"] == trained["zero_shot_accuracy"]
     path = uninterrupted / "checkpoint_last.pt"
-    other = run_main("--eval-only", "--resume", path, "--output-dir", tmp_path / "elsewhere")
+    other = run_main(*FLAGS, "--eval-only", "--resume", path, "--output-dir", tmp_path / "other")
     assert other["accuracy"] == trained["accuracy"]
     assert sorted(p.name for p in uninterrupted.iterdir()) == listing
-    base = run_main("--eval-only", "--output-dir", tmp_path / "nothing")
+    base = run_main(*FLAGS, "--eval-only", "--output-dir", tmp_path / "nothing")
     assert base["accuracy"] == base["zero_shot_accuracy"] == trained["zero_shot_accuracy"]
 
 
@@ -434,19 +434,19 @@ def test_what_a_run_leaves_behind(uninterrupted):
     right = sum(row["label"] == row["tuned"] for row in rows)
     assert 100 * right / len(rows) == pytest.approx(results["accuracy"])
     confusion = json.loads((uninterrupted / "confusion_test.json").read_text())["tuned"]
-    assert sum(confusion[i][i] for i in range(10)) == right
+    assert sum(confusion[i][i] for i in range(3)) == right
     classes = list(csv.DictReader(open(uninterrupted / "per_class_test.csv", encoding="utf-8")))
     assert sum(int(c["images"]) for c in classes) == len(rows)
     test = open_dataset("demo", "test")
     shots = json.loads((uninterrupted / "shots.json").read_text())["train"]
-    assert len(shots) == 80 and not {path for path, _ in shots} & set(test.paths)
+    assert len(shots) == 24 and not {path for path, _ in shots} & set(test.paths)
 
 
 # -----------------------------------------------------------------------------
 # Settings, tables, precision
 
 def test_several_shots_and_seeds_give_a_table_from_unrounded_numbers(tmp_path):
-    flags = ["--shots", 1, 2, "--seeds", 1, 2, 3, "--epochs", 2, "--output-dir", tmp_path]
+    flags = [*FEW, "--shots", 1, 2, "--seeds", 1, 2, 3, "--epochs", 2, "--output-dir", tmp_path]
     result = run_main(*flags)
     assert [(r["shots"], r["seed"]) for r in result["runs"]] == [
         (1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3)]
@@ -466,8 +466,9 @@ def test_several_shots_and_seeds_give_a_table_from_unrounded_numbers(tmp_path):
 
 def test_one_of_several_runs_equals_that_run_alone(tmp_path):
     """The model starts from the pretrained weights again, and seeds do not leak."""
-    both = run_main("--shots", 2, "--seeds", 1, 2, "--epochs", 3, "--output-dir", tmp_path / "two")
-    alone = run_main("--shots", 2, "--seed", 2, "--epochs", 3, "--output-dir", tmp_path / "one")
+    flags = [*FEW, "--shots", 2, "--epochs", 3]
+    both = run_main(*flags, "--seeds", 1, 2, "--output-dir", tmp_path / "two")
+    alone = run_main(*flags, "--seed", 2, "--output-dir", tmp_path / "one")
     assert both["runs"][1]["accuracy"] == alone["accuracy"]
     first, second = (weights(tmp_path / f)[0] for f in ("two/shots2_seed2", "one"))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -488,15 +489,16 @@ def test_base_to_new_trains_on_half_of_the_classes_and_reports_the_harmonic_mean
 def test_seed_zero_is_a_seed(tmp_path):
     paths = []
     for seed, name in ((0, "a"), (0, "b"), (1, "c")):
-        run_main("--seed", seed, "--shots", 1, "--epochs", 1, "--output-dir", tmp_path / name)
+        run_main(*FEW, "--seed", seed, "--shots", 1, "--epochs", 1, "--output-dir",
+                 tmp_path / name)
         paths.append(json.loads((tmp_path / name / "shots.json").read_text()))
     assert paths[0] == paths[1] != paths[2]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "official-fp16"])
 def test_every_precision_trains_with_the_drift_term(tmp_path, precision):
-    result = run_main("--precision", precision, "--epochs", 6, "--reg-weight", 1000, "--output-dir",
-                      tmp_path, "--log-every", 1)
+    result = run_main(*FEW, "--precision", precision, "--epochs", 6, "--reg-weight", 1000,
+                      "--output-dir", tmp_path, "--log-every", 1)
     train = [row for row in metrics(tmp_path) if row["split"] == "train"]
     assert 1000 * train[-1]["drift"] > 0.002 * train[-1]["loss"]  # felt by the sum below
     for row in train:
@@ -505,7 +507,7 @@ def test_every_precision_trains_with_the_drift_term(tmp_path, precision):
     half = {name for name, tensor in stored.items() if tensor.dtype == torch.float16}
     wanted = {name for name in stored if "c_proj.bias" in name}
     assert half == (wanted if precision == "official-fp16" else set())
-    assert result["accuracy"] > 15
+    assert result["accuracy"] > 40
 
 
 def test_the_default_precision_off_a_gpu_is_fp32():
@@ -517,8 +519,8 @@ def test_a_resnet_tower_tunes_the_text_biases_and_keeps_its_statistics(tmp_path,
     torch.manual_seed(0)
     model = CLIP(dataclasses.replace(CONFIGS["tiny-rn"], image_size=64)).eval()
     path = clip_model.save(model, tmp_path / "rn.safetensors")
-    run_main("--weights", path, "--epochs", 2, "--output-dir", tmp_path / "run", "--export",
-             "openai")
+    run_main(*FEW, "--weights", path, "--epochs", 2, "--output-dir", tmp_path / "run",
+             "--export", "openai")
     assert "no LayerNorm" in capsys.readouterr().out
     after = clip_model.load(tmp_path / "run" / "export" / "clip.pt").state_dict()
     for name, tensor in model.state_dict().items():
@@ -605,7 +607,7 @@ def test_a_missing_split_names_the_file_its_id_and_its_place(capsys, tmp_path):
     (["--setting", "dg"], ["imagenet"]),
     (["--template", "a photo"], ["a photo"]),
     (["--resume", "no_such_checkpoint.pt"], ["no_such_checkpoint.pt"]),
-    (["--classes", "Forest"], ["Forest"]),
+    (["--classes", "Forest"], ["--classes"]),
     (["--batch", "4"], ["--batch"]),
     (["--config", "nothing.json"], ["nothing.json"]),
 ])

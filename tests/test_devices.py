@@ -1,0 +1,277 @@
+"""The scripts from end to end on an npu and an mps, both simulated (see simulated_device.py).
+
+A process can simulate one device, and starting one is what costs: so one process per device does
+all the work (`drive`, at the end) and leaves its findings, and the tests read them.
+"""
+import json
+import pathlib
+import runpy
+import signal
+import subprocess
+import sys
+import traceback
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils import backend_registration
+
+import train_clipfit
+
+HERE = pathlib.Path(__file__).resolve().parent
+SCRIPT = HERE.parent / "train_clipfit.py"
+# 12 images in steps of 4: three steps per epoch, six in all.
+TINY = ["--data", "demo", "--classes", "river", "forest", "pasture land", "--shots", "4",
+        "--epochs", "2", "--batch-size", "4", "--workers", "0"]
+SILENT = ["--log-every", "100"]  # the last step is logged whatever this says
+RUNS = {  # name -> flags
+    "fp32": ["--log-every", "1"],
+    "fp32_silent": SILENT,
+    "micro": ["--micro-batch", "2", *SILENT],
+    "bf16": ["--precision", "bf16", "--log-every", "1"],
+    "bf16_silent": ["--precision", "bf16", *SILENT],
+    "fp16": ["--precision", "fp16", "--log-every", "1"],
+    "official-fp16": ["--precision", "official-fp16", "--log-every", "1"],
+    "clipped": ["--grad-clip", "0.5", "--log-every", "1"],
+}
+# What a program written for cuda does: what the script says -> what it says instead -> the error.
+FAULTS = {
+    "cuda": ("model = run.move(model)", "model = run.move(model).cuda()",
+             "AssertionError: Torch not compiled with CUDA enabled"),
+    "number": ("images, labels = run.move(images, labels)", "images, labels = images.to(0), labels",
+               "AssertionError: Torch not compiled with CUDA enabled"),
+    "labels": ("images, labels = run.move(images, labels)", "images = run.move(images)",
+               "RuntimeError: Expected all tensors to be on the same device, but found at least "
+               "two devices, DEVICE:0 and cpu!"),
+    "anchor": ("1 - (tuned * pretrained)", "1 - (tuned * pretrained.cpu())",
+               "RuntimeError: Expected all tensors to be on the same device, but found at least "
+               "two devices, DEVICE:0 and cpu!"),
+    "numpy": ("predictions = (image_features @ text_features.T).argmax(dim=-1).cpu()",
+              "predictions = (image_features @ text_features.T).argmax(dim=-1).numpy()",
+              "TypeError: can't convert DEVICE:0 device type tensor to numpy"),
+}
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row[key] for row in rows if row["split"] == "train"
+            for key in ("loss", "ce", "drift", "batch_accuracy")]
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory):
+    """Folders of the runs on the CPU, the measure of the others."""
+    parent = tmp_path_factory.mktemp("cpu")
+    for name in ("fp32", "bf16", "clipped"):
+        train_clipfit.main(train_clipfit.get_args(
+            [*TINY, *RUNS[name], "--device", "cpu", "--output-dir", str(parent / name)]))
+    return parent
+
+
+@pytest.fixture(scope="module", params=["npu", "mps"])
+def device(request, tmp_path_factory):
+    """The name of a simulated device, the folder of its runs, and what happened in them."""
+    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip(f"torch {torch.__version__} cannot take a device written in Python (2.9 can)")
+    folder = tmp_path_factory.mktemp(request.param)
+    done = subprocess.run([sys.executable, str(HERE / "simulated_device.py"), request.param,
+                           __file__, request.param, str(folder)],
+                          text=True, capture_output=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return request.param, folder, json.loads((folder / "happened.json").read_text())
+
+
+def test_the_simulation_behaves_as_the_device(device):
+    assert device[2]["facts"]["error"] == ""
+
+
+@pytest.mark.parametrize("name", [*RUNS, "stopped", "evaluated", "workers"])
+def test_the_script_runs_from_end_to_end(device, name):
+    kind, folder, happened = device
+    assert happened[name]["error"] == ""
+    if name in RUNS:
+        found = results(folder / name)
+        assert found["device"].split(":")[0] == kind and found["seconds"] > 0
+        stored = torch.load(folder / name / "checkpoint_last.pt", weights_only=True)
+        assert stored["step"] == 6
+        assert all(torch.isfinite(x).all() for x in stored["weights"].values())
+
+
+def test_fp32_gives_the_numbers_of_the_cpu(device, on_cpu):
+    folder = device[1]
+    for name in ("fp32", "clipped"):
+        assert losses(folder / name) == pytest.approx(losses(on_cpu / name), rel=1e-5, abs=1e-5)
+        assert results(folder / name)["accuracy"] == results(on_cpu / name)["accuracy"]
+    assert losses(folder / "clipped") != losses(folder / "fp32")
+
+
+def test_micro_batches_change_nothing(device, on_cpu):
+    last = losses(on_cpu / "fp32")[-4:]
+    for name in ("micro", "fp32_silent"):
+        assert losses(device[1] / name) == pytest.approx(last, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16", "official-fp16"])
+def test_lower_precisions_stay_near_fp32_and_are_not_it(device, on_cpu, name):
+    ours, exact = losses(device[1] / name), losses(on_cpu / "fp32")
+    # The first three steps run at a rate of 1e-5: they measure the arithmetic and not its path.
+    assert ours[:12] == pytest.approx(exact[:12], rel=0.05, abs=0.05)
+    assert ours != exact
+    stored = torch.load(device[1] / name / "checkpoint_last.pt", weights_only=True)
+    dtypes = {x.dtype for x in stored["weights"].values()}
+    assert dtypes == {torch.float32} | ({torch.float16} if name == "official-fp16" else set())
+    assert bool(stored["scaler"]) == (name == "fp16")
+
+
+@pytest.mark.parametrize("name", ["fp32_silent", "micro", "bf16_silent"])
+def test_a_step_that_does_not_log_does_not_wait_for_the_device(device, name):
+    """Steps 1, 2, 4 and 5 neither log nor save; the third ends an epoch and saves."""
+    start, one, two, three, four, five, rest = device[2][name]["stretches"]
+    for step in (one, two, four, five):
+        assert step["waits"] == []
+        assert len(step["uploads"]) == 2, "images and labels"
+    assert three["waits"] and rest["waits"], "the count counts"
+
+
+def test_a_run_that_was_stopped_resumes_to_the_same_bits(device):
+    kind, folder, happened = device
+    assert happened["stopped"]["exit_code"] == 128 + signal.SIGTERM
+    whole, halves = (torch.load(folder / name / "checkpoint_last.pt", weights_only=True)
+                     for name in ("fp32", "stopped"))
+    for name, weight in whole["weights"].items():
+        assert torch.equal(weight, halves["weights"][name]), name
+    assert losses(folder / "fp32") == losses(folder / "stopped")
+    assert results(folder / "fp32")["accuracy"] == results(folder / "stopped")["accuracy"]
+    rng = whole["rng"][0]
+    assert rng["device_type"] == kind and rng["device"].dtype == torch.uint8
+
+
+def test_a_checkpoint_is_evaluated_there_and_on_the_cpu(device, capsys, tmp_path):
+    _, folder, happened = device
+    trained = results(folder / "fp32")["accuracy"]
+    assert happened["evaluated"]["accuracy"] == happened["workers"]["accuracy"] == trained
+    here = train_clipfit.main(train_clipfit.get_args(
+        [*TINY, "--device", "cpu", "--eval-only", "--output-dir", str(tmp_path), "--resume",
+         str(folder / "fp32" / "checkpoint_last.pt")]))
+    assert here["accuracy"] == trained
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_program_written_for_cuda_is_caught(device, name):
+    kind, _, happened = device
+    assert FAULTS[name][2].replace("DEVICE", kind) in happened[f"fault {name}"]["error"]
+
+
+# -----------------------------------------------------------------------------
+# In the process with the device
+
+def facts(kind):
+    """What a device of this kind does and refuses, asserted."""
+    ones = torch.ones(2, 3, device=kind)
+    assert str(ones.device) == f"{kind}:0" and torch.zeros(2).to(kind).device == ones.device
+
+    def refused(error, words, call):
+        with pytest.raises(error, match=words):
+            call()
+    # places
+    both = f"Expected all tensors to be on the same device.* {kind}:0 and cpu!"
+    refused(RuntimeError, both, lambda: ones + torch.ones(3))
+    refused(RuntimeError, both, lambda: F.linear(torch.ones(2, 3), ones))
+    refused(RuntimeError, both, lambda: torch.where(ones > 0, torch.ones(3), ones))
+    assert (ones + torch.tensor(1.0)).sum().item() == 12 and (2 * ones).device == ones.device
+    rows = torch.tensor([1, 0])
+    assert ones[rows].device == ones.device
+    refused(RuntimeError, "indices should be", lambda: torch.ones(2, 3)[rows.to(kind)])
+    for call in (ones.cuda, lambda: torch.ones(1).to(0), lambda: torch.nn.Linear(1, 1).to(0),
+                 lambda: torch.zeros(1, device=0), lambda: torch.zeros(1, device="cuda")):
+        refused(AssertionError, "not compiled with CUDA", call)
+    refused(TypeError, f"can't convert {kind}:0 device type tensor to numpy", ones.numpy)
+    # what is not for mps
+    if kind == "mps":
+        words = "the MPS framework doesn't support float64"
+        for call in (ones.double, lambda: torch.ones(1, dtype=torch.float64).to(kind),
+                     lambda: torch.zeros(1, device=kind, dtype=torch.float64)):
+            refused(TypeError, words, call)
+        refused(RuntimeError, "pin memory", torch.ones(1).pin_memory)
+        refused(RuntimeError, "loses data", lambda: torch.ones(1).to(kind, non_blocking=True))
+    else:
+        assert ones.double().dtype == torch.float64 and torch.ones(1).pin_memory().is_pinned()
+    for low in (torch.float16, torch.bfloat16):
+        with torch.autocast(kind, dtype=low):
+            product = F.linear(ones, ones)
+            assert product.dtype == F.conv2d(ones[None, None], ones[None, None]).dtype == low
+            heads = ones[None, None]
+            assert F.scaled_dot_product_attention(heads, heads, heads).dtype == low
+            for exact in (F.layer_norm(product, (2,)), product.softmax(-1), product.exp(),
+                          product.sum(), F.cross_entropy(product, rows.to(kind)),
+                          torch.cat([product, ones], dim=1), product + ones[:, :2]):
+                assert exact.dtype == torch.float32
+            assert torch.cat([product, product]).dtype == low
+        assert F.linear(ones, ones).dtype == torch.float32
+    # random numbers of its own
+    torch.manual_seed(3)
+    first, host = torch.rand(4, device=kind).cpu(), torch.rand(4)
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(4), host)
+    assert torch.equal(torch.rand(4, device=kind).cpu(), first)
+
+
+def attempt(work):
+    """-> {"error": a traceback or "", ...}: what came of it, and where it waited meanwhile."""
+    import simulated_device
+    simulated_device.stretches[:] = []
+    simulated_device.next_stretch()
+    found = {"error": ""}
+    try:
+        found |= work() or {}
+    except Exception as error:
+        found |= {"error": traceback.format_exc(), "exit_code": getattr(error, "exit_code", 1)}
+    return {**found, "stretches": list(simulated_device.stretches)}
+
+
+def run_script(path, *flags, stop_after=0):
+    """main() of the script at `path`; a SIGTERM comes in the optimiser's step `stop_after`."""
+    script, steps = runpy.run_path(str(path)), []
+
+    def count(*_):
+        steps.append(1)
+        if len(steps) == stop_after:
+            signal.raise_signal(signal.SIGTERM)
+    hook = register_optimizer_step_post_hook(count)
+    try:
+        return {"accuracy": script["main"](script["get_args"](list(map(str, flags))))["accuracy"]}
+    finally:
+        hook.remove()
+
+
+def drive(kind, folder):
+    """Everything that is to happen on the simulated device; writes happened.json."""
+    common, happened = [*TINY, "--device", kind], {"facts": attempt(lambda: facts(kind))}
+    for name, flags in RUNS.items():
+        happened[name] = attempt(lambda: run_script(
+            SCRIPT, *common, *flags, "--output-dir", folder / name))
+    stopped = [*common, *RUNS["fp32"], "--output-dir", folder / "stopped"]
+    exit_code = attempt(lambda: run_script(SCRIPT, *stopped, "--save-every", 2, stop_after=4))
+    happened["stopped"] = {**attempt(lambda: run_script(SCRIPT, *stopped)),
+                           "exit_code": exit_code.get("exit_code")}
+    evaluate = [*common, "--eval-only", "--output-dir", folder / "fp32"]
+    happened["evaluated"] = attempt(lambda: run_script(SCRIPT, *evaluate))
+    happened["workers"] = attempt(lambda: run_script(SCRIPT, *evaluate, "--workers", 1))
+    source = SCRIPT.read_text("utf-8")
+    for name, (right, wrong, _) in FAULTS.items():
+        assert source.count(right) == 1, name
+        copy = folder / f"wrong_{name}" / SCRIPT.name
+        copy.parent.mkdir()
+        copy.write_text(source.replace(right, wrong), "utf-8")
+        happened[f"fault {name}"] = attempt(lambda: run_script(
+            copy, *common, "--output-dir", copy.parent / "run", "--dry-run"))
+    (folder / "happened.json").write_text(json.dumps(happened))
+
+
+if __name__ == "__main__":
+    drive(sys.argv[1], pathlib.Path(sys.argv[2]))
