@@ -1,6 +1,6 @@
 """Trains tiny_clip.safetensors, the model behind `--model tiny`, from scratch on EuroSAT.
 
-    OMP_NUM_THREADS=2 python assets/pretrain_tiny.py --data-dir DIR     12 minutes on two CPU cores
+    OMP_NUM_THREADS=2 python assets/pretrain_tiny.py --data-dir DIR     13 minutes on two CPU cores
 
 DIR is as for make_demo.py. Only the train part of CoOp's split is used, with its clean look; the
 demo's images come from the other two parts and look different. Every epoch gives each image a new
@@ -62,7 +62,8 @@ MORE_WORDS = """the of and or to in on at with without from by for near between 
     lane crossing junction roundabout railway train station airport runway car truck parking lot
     building house home roof roofs tower school church factory warehouse tank port yard stadium pool
     fence wall sky cloud shadow light dark bright night day summer winter spring autumn season dog
-    cat bird horse cow sheep man woman child people circle triangle star cross ring shape !""".split()
+    cat bird horse cow sheep man woman child people circle triangle star cross ring
+    shape !""".split()
 
 
 def read_images(folder, count, seed, part):
