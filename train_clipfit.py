@@ -660,6 +660,7 @@ def main(args):
     targets = [Target(run, name, images.with_transform(view), tokenizer, args.template)
                for name, images in tests.items()]
     pretrained = {n: p.detach().clone() for n, p in free_clipfit_weights(model).items()}
+    model.round_frozen(run.dtype)
     for note in dict.fromkeys([*train_set.notes, *(n for few, _ in jobs for n in few.notes),
                                *model.origin["notes"]]):
         run.say(note)

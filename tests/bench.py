@@ -58,7 +58,7 @@ def clipfit_step(rounds, batch):
 
     def ours(precision, args):
         run = runs[precision]
-        model.fuse_attention(run.fused_attention)
+        model.fuse_attention(run.fused_attention).round_frozen(run.dtype)
         return float(train_clipfit.add_gradient(
             run, model, images, labels, batch, texts, anchor, args,
             run.scaler())["loss"])

@@ -1265,3 +1265,29 @@ def test_buckets_hold_every_text_once_and_give_the_features_of_the_whole_batch()
     features = torch.cat([model.encode_text(part, ends=ends) for part, ends in groups])[places]
     assert (features - model.encode_text(tokens)).abs().max() < 1e-12
     assert len(clip_model.bucket(tokens, least=64)[0]) == 1
+
+
+def test_rounding_frozen_weights_once_gives_autocast_s_own_numbers_and_keeps_the_masters():
+    torch.manual_seed(0)
+    model = CLIP(dataclasses.replace(CONFIGS["tiny-vit"], vocab_size=100))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.requires_grad_(False)
+    for block in model.transformer.resblocks:
+        block.mlp.c_proj.bias.requires_grad_(True)
+    tokens, images = torch.randint(1, 99, (3, 9)), torch.randn(2, 3, 32, 32)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        model.round_frozen(dtype)
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            image, text, _ = model(images, tokens)
+        text.sum().backward()
+        results.append([image, text, model.transformer.resblocks[0].mlp.c_proj.bias.grad])
+    for ours in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(ours, results[0]))
+    assert model.transformer.resblocks[0].attn.rounded is None
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    # A freed tensor is never a stale copy.
+    model.round_frozen(torch.bfloat16)
+    bias = model.transformer.resblocks[0].mlp.c_proj.bias
+    assert model.transformer.resblocks[0].mlp.c_proj.rounded[1] is bias
