@@ -11,9 +11,11 @@ workers, for fork and for spawn, and goes on from the middle of an epoch with no
 integers. Files are never trusted: no pickle, no unpacking, image bombs refused by their header.
 
     python data.py --few-shot dtd --shots 4 --seed 1 --data-dir DIR      prints the list as JSON
+    python data.py --check PATH          is it fit to train on? leaks, copies, damaged files, ...
 """
 import argparse
 import collections
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -28,6 +30,7 @@ import pathlib
 import random
 import re
 import sys
+import time
 import unicodedata
 import warnings
 import zipfile
@@ -35,7 +38,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 
@@ -71,15 +74,16 @@ def to_rgb(image):
     if image.mode == "RGB":
         return image
     if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
-        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
+        grey = (np.asarray(image).clip(0, 65535).astype(np.uint32) + 128) // 257  # rounded
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode in ("P", "PA", "La", "RGBa"):
         image = image.convert("RGBA" if image.mode != "La" else "LA")
     return image.convert("RGB")
 
 
-def read_image(source, name=None):
+def read_image(source, name=None, look=None):
     """Path or binary file -> upright RGB image. Raises UnreadableImage, whatever is wrong with it.
+    `look` is shown the opened image before its pixels are read.
 
     The EXIF orientation is applied. CoOp ignores it, so the few photos that carry the tag come out
     turned there; photos without it are the same pixels in both. An animation gives its first frame.
@@ -92,11 +96,11 @@ def read_image(source, name=None):
                 if image.width * image.height > MAX_PIXELS:
                     raise UnreadableImage(f"{name}: {image.width}x{image.height} pixels, more than "
                                           f"the {MAX_PIXELS:,} that are read; scale it down")
+                if look:
+                    look(image)
                 image.load()
-                try:
+                with contextlib.suppress(Exception):  # damaged tags around sound pixels
                     ImageOps.exif_transpose(image, in_place=True)
-                except Exception:  # damaged tags around sound pixels
-                    pass
                 return to_rgb(image)
     except UnreadableImage:
         raise
@@ -268,22 +272,24 @@ class ImageStore:
         except KeyError:
             return False
 
-    def member(self, path):
-        """The bytes of one file in the zip, CRC checked. Raises UnreadableImage."""
-        name = f"{self.path}:{self.prefix}{path}"
+    def read(self, path):
+        """The bytes of one file, of a zip's with its CRC checked. Raises UnreadableImage."""
+        name = f"{self.path}{':' if self.zipped else os.sep}{self.prefix}{path}"
+        file = pathlib.Path(self.path, self.prefix, path)
         try:
-            info = self.archive().getinfo(self.prefix + path)
-            if info.file_size <= MAX_FILE_BYTES:
-                return self.archive().read(info)
-        except KeyError:
+            info = self.archive().getinfo(self.prefix + path) if self.zipped else file.stat()
+            size = info.file_size if self.zipped else info.st_size
+            if size <= MAX_FILE_BYTES:
+                return self.archive().read(info) if self.zipped else file.read_bytes()
+        except (KeyError, FileNotFoundError):
             raise UnreadableImage(f"{name}: there is no such file") from None
         except Exception as error:  # zlib.error, BadZipFile, an encrypted member, a disk fault ...
             raise UnreadableImage(f"{name}: cannot be read ({one_line(error)})") from error
-        raise UnreadableImage(f"{name}: {info.file_size:,} bytes are too many for one file")
+        raise UnreadableImage(f"{name}: {size:,} bytes are too many for one file")
 
     def image(self, path):
         if self.zipped:
-            return read_image(io.BytesIO(self.member(path)), f"{self.path}:{self.prefix}{path}")
+            return read_image(io.BytesIO(self.read(path)), f"{self.path}:{self.prefix}{path}")
         return read_image(os.path.join(self.path, self.prefix, path))
 
 
@@ -477,7 +483,9 @@ def nearest(name, known):
 
 @dataclasses.dataclass
 class Listing:
-    """rows: {"train" | "val" | "test": [(path, label)]}, the paths relative to `store`."""
+    """rows: {"train" | "val" | "test": [(path, label)]}, the paths relative to `store`. For the
+    doctor: captions [(path, caption)] of a table, and the files in class folders that are no images
+    by their name."""
     name: str
     root: str
     store: ImageStore
@@ -485,12 +493,31 @@ class Listing:
     classnames: list
     template: str = ANY_TEMPLATE
     notes: list = dataclasses.field(default_factory=list)
+    captions: list = ()
+    ignored: list = ()
+
+    def open(self, split, transform=None):
+        """One split as an ImageSet. Raises DataError if there is nothing to learn or to score."""
+        if len(self.classnames) < 2:
+            raise DataError(f"{self.root}: only the class {self.classnames}; two or more are "
+                            f"needed (a folder must be the one that holds the class folders)")
+        if not self.rows[split]:
+            having = ", ".join(key for key, rows in self.rows.items() if rows)
+            raise DataError(f"{self.name} has no {split} split, only {having}")
+        return ImageSet(self, split, transform)
 
     def select(self, labels):
         new = {old: position for position, old in enumerate(labels)}
         self.rows = {split: [(path, new[label]) for path, label in rows if label in new]
                      for split, rows in self.rows.items()}
         self.classnames = [self.classnames[label] for label in labels]
+
+
+def refuse(message, faults):
+    """Raise DataError; or go on with the message in `faults`, for the doctor who wants them all."""
+    if faults is None:
+        raise DataError(message)
+    faults.append(message)
 
 
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "dev": "val",
@@ -529,7 +556,8 @@ def read_coop_split(path):
 
 
 def read_table(text, name, in_zip):
-    """CSV, TSV or JSONL -> {split or "all": [(path, class name)]}, notes. Raises DataError."""
+    """CSV, TSV or JSONL -> {split or "all": [(path, class name)]}, notes, [(path, caption)] if it
+    has such a column. Raises DataError."""
     first = text.split("\n", 1)[0]
     mark = max(",\t;", key=first.count)
     try:
@@ -546,7 +574,7 @@ def read_table(text, name, in_zip):
     if not (path_key and label_key):
         raise DataError(f"{name} has the columns {columns}; expected one of {list(PATH_COLUMNS)} "
                         f"and one of {list(LABEL_COLUMNS)}, separated by comma, tab or semicolon")
-    rows, incomplete = {}, 0
+    rows, captions, incomplete = {}, [], 0
     for record in records:
         path, label = record.get(path_key, "").replace("\\", "/"), record.get(label_key, "")
         split = SPLIT_WORDS.get(record.get("split", "").lower()) if "split" in columns else "all"
@@ -558,36 +586,42 @@ def read_table(text, name, in_zip):
             raise DataError(f"{name}: split {record['split']!r}; write train, val or test")
         else:
             rows.setdefault(split, []).append((path, label))
-    return rows, [f"{incomplete} rows without path or label left out"] if incomplete else []
+            if "caption" in columns:
+                captions.append((path, record.get("caption", "")))
+    notes = [f"{incomplete} rows without path or label left out"] if incomplete else []
+    return rows, notes, captions
 
 
-def read_class_folders(store):
-    """<class>/<image> or <split>/<class>/<image>, any depth below the class -> rows as read_table.
-    A lone folder around it all, as zips often have, is passed through: store.prefix moves."""
+def read_class_folders(store, faults=None):
+    """<class>/<image> or <split>/<class>/<image>, any depth below the class -> rows as read_table,
+    and the files that are no images by their name. A lone folder around it all, as zips often have,
+    is passed through: store.prefix moves."""
     names = [name.split("/") for name in store.names()]  # a directory ends in ""
     while (len({parts[0] for parts in names}) == 1 and names[0][0].lower() not in SPLIT_WORDS
            and min((len(parts) for parts in names if is_image(parts[-1])), default=0) > 2):
         store.prefix += names[0][0] + "/"
         names = [parts[1:] for parts in names if parts[1:] != [""]]
     level = int(any(SPLIT_WORDS.get(parts[0].lower()) == "train" for parts in names))
-    rows, found = {}, set()
+    rows, found, ignored = {}, set(), []
     for parts in names:
         split = SPLIT_WORDS.get(parts[0].lower()) if level else "all"
         if split and len(parts) > level + 1:
             found.add(parts[level])
             if is_image(parts[-1]):
                 rows.setdefault(split, []).append(("/".join(parts), parts[level]))
+            elif parts[-1]:
+                ignored.append("/".join(parts))
     if not rows:
         raise DataError(f"{store} has no class folders with images; expected <class>/<image> or "
                         f"train/<class>/<image>")
     empty = sorted(found - {name for entries in rows.values() for _, name in entries})
     if empty:
-        raise DataError(f"{store}: no image in the class folder {', '.join(empty)}; add some or "
-                        f"remove it")
-    return rows
+        refuse(f"{store}: no image in the class folder {', '.join(empty)}; add some or remove it",
+               faults)
+    return rows, ignored
 
 
-def number_classes(rows):
+def number_classes(rows, faults=None):
     """rows with class names -> rows with labels, classnames. Sorted by name, by value if all are
     numbers. Two names that differ only by case or `_` raise DataError."""
     names = {name for entries in rows.values() for _, name in entries}
@@ -596,22 +630,22 @@ def number_classes(rows):
     seen = {}
     for name in names:
         if seen.setdefault(cleaned(name), name) != name:
-            raise DataError(f"class names {seen[cleaned(name)]!r} and {name!r} read the same; "
-                            f"rename or merge them")
+            refuse(f"class names {seen[cleaned(name)]!r} and {name!r} read the same; rename or "
+                   f"merge them", faults)
     label = {name: position for position, name in enumerate(names)}
     return {split: [(path, label[name]) for path, name in entries]
             for split, entries in rows.items()}, names
 
 
-def complete_splits(rows):
+def complete_splits(rows, faults=None):
     """Give user data its three splits. Rows without any (or train alone) are cut 50/20/30 per class
     by a fixed permutation of the sorted paths; a val without a test is used as the test."""
     rows = {split: list(dict.fromkeys(entries)) for split, entries in rows.items()}
     uses = collections.Counter(path for entries in rows.values() for path, _ in entries)
     twice = [path for path, count in uses.items() if count > 1]
     if twice:
-        raise DataError(f"{len(twice)} images are in two splits or classes, e.g. {twice[0]}; list "
-                        f"each once, or the score counts what was trained on")
+        refuse(f"{len(twice)} images are in two splits or classes, e.g. {twice[0]}; list each "
+               f"once, or the score counts what was trained on", faults)
     if rows.get("val") and not rows.get("test"):
         return {"train": rows.get("train", []), "val": [], "test": rows["val"]}, [
             "there is no test split: val is used as test"]
@@ -629,9 +663,9 @@ def complete_splits(rows):
     return cut, ["no splits were given: each class is cut 50/20/30 by a fixed permutation"]
 
 
-def list_path(path):
+def list_path(path, faults=None):
     """A folder, table, zip or split file of the user's own -> Listing."""
-    suffix, name, notes = path.suffix.lower(), path.stem, []
+    suffix, name, notes, captions, ignored = path.suffix.lower(), path.stem, [], [], []
     splits = list(path.glob("split_zhou_*.json"))
     if suffix == ".json" or len(splits) == 1:
         path = splits[0] if splits else path
@@ -645,20 +679,21 @@ def list_path(path):
         raise DataError(f"there is no file or folder {path}")
     if suffix in TABLE_SUFFIXES and path.is_file():
         store = ImageStore(path.parent)
-        rows, notes = read_table(read_text(path), path, in_zip=False)
+        rows, notes, captions = read_table(read_text(path), path, in_zip=False)
     elif path.is_dir() or suffix == ".zip":
         store = ImageStore(path)
         tables = [n for n in store.names() if n.endswith(TABLE_SUFFIXES) and "/" not in n]
         if tables and store.zipped:
-            rows, notes = read_table(read_text(tables[0], store.member(tables[0])), tables[0], True)
+            text = read_text(tables[0], store.read(tables[0]))
+            rows, notes, captions = read_table(text, tables[0], in_zip=True)
         else:
-            rows = read_class_folders(store)
+            rows, ignored = read_class_folders(store, faults)
     else:
         raise DataError(f"{path}: expected a folder, .csv, .tsv, .jsonl, .zip or a split .json")
-    rows, classnames = number_classes(rows)
-    rows, more = complete_splits(rows)
+    rows, classnames = number_classes(rows, faults)
+    rows, more = complete_splits(rows, faults)
     return Listing(name, str(path), store, rows, classnames, TEMPLATES.get(name, ANY_TEMPLATE),
-                   notes + more)
+                   notes + more, captions, ignored)
 
 
 # -----------------------------------------------------------------------------
@@ -842,6 +877,21 @@ def download_images(name, data_dir):
                         f"files under {data_dir} by hand") from error
 
 
+def find_listing(text, data_dir, layout="coop", download=False, faults=None):
+    """Name or path, as open_dataset takes it -> Listing."""
+    path = pathlib.Path(os.path.expandvars(os.path.expanduser(text)))
+    name = None if "/" in text or os.sep in text else dataset_name(text)
+    if name and name != "demo":
+        data_dir = pathlib.Path(os.path.expandvars(os.path.expanduser(data_dir)))
+        return list_known(name, data_dir, layout, download)
+    if download or layout == "official":
+        raise DataError(f"{text}: --download and --split official need the name of a dataset")
+    if name or path.exists() or "/" in text or os.sep in text or path.suffix:
+        demo = pathlib.Path(__file__).resolve().parent / "assets" / "demo.zip"
+        return list_path(demo if name else path, faults)
+    raise DataError(f"no dataset or path {text!r}{nearest(text, [*KNOWN, 'demo'])}")
+
+
 def open_dataset(name_or_path, split, data_dir="data", classes=None, half="all", layout="coop",
                  transform=None, download=False):
     """A dataset by name, or one's own folder, CSV/TSV/JSONL, zip or CoOp split file -> ImageSet.
@@ -857,31 +907,13 @@ def open_dataset(name_or_path, split, data_dir="data", classes=None, half="all",
                                ("layout", layout, ("coop", "official"))):
         if value not in known:
             raise DataError(f"{what} {value!r}: expected one of {', '.join(known)}")
-    text = os.fspath(name_or_path)
-    path = pathlib.Path(os.path.expandvars(os.path.expanduser(text)))
-    name = None if "/" in text or os.sep in text else dataset_name(text)
-    if name and name != "demo":
-        data_dir = pathlib.Path(os.path.expandvars(os.path.expanduser(data_dir)))
-        listing = list_known(name, data_dir, layout, download)
-    elif download or layout == "official":
-        raise DataError(f"{text}: --download and --split official need the name of a dataset")
-    elif name or path.exists() or "/" in text or os.sep in text or path.suffix:
-        demo = pathlib.Path(__file__).resolve().parent / "assets" / "demo.zip"
-        listing = list_path(demo if name else path)
-    else:
-        raise DataError(f"no dataset or path {text!r}{nearest(text, [*KNOWN, 'demo'])}")
+    listing = find_listing(os.fspath(name_or_path), data_dir, layout, download)
     if classes is not None:
         listing.select(find_classes(listing.classnames, classes))
     if half != "all":
         labels = [label for _, label in listing.rows["train"] or listing.rows["test"]]
         listing.select(halves(labels)[half == "new"])
-    if len(listing.classnames) < 2:
-        raise DataError(f"{text}: only the class {listing.classnames}; two or more are needed (a "
-                        f"folder must be the one that holds the class folders)")
-    if not listing.rows[split]:
-        having = ", ".join(key for key, rows in listing.rows.items() if rows)
-        raise DataError(f"{text} has no {split} split, only {having}")
-    return ImageSet(listing, split, transform)
+    return listing.open(split, transform)
 
 
 # -----------------------------------------------------------------------------
@@ -1033,18 +1065,258 @@ def classification_scores(predictions, labels, classes):
 
 
 # -----------------------------------------------------------------------------
+# The data doctor
+
+TINY_SIDE, HUGE_PIXELS, STRIP = 32, 25_000_000, 4  # 25 MP take a third of a second to decode
+FEW_IMAGES, IMBALANCE = 16, 10
+CAPTION_WORDS = 55     # CLIP's BPE makes about 1.3 tokens of an English word: 77, with both ends
+NEAR_BITS = 4          # of 63: pictures so close are compared by colour,
+NEAR_COLOUR = 0.15     # and are the same within this mean difference, in units of their contrast
+NEAR_WINDOW = 128      # neighbours compared: a million frames of one video would take days
+COSINES = np.cos(np.pi / 64 * np.outer(np.arange(8), 2 * np.arange(32) + 1)).astype(np.float32)
+
+FINDINGS = {  # in the order of the report: what it is; what to do
+    "leakage": "images are byte for byte in another split; keep one, the score counts known images",
+    "near_leakage": "images look like one in another split; compare them, keep each in one split",
+    "refused": "reasons for which training would refuse this data; mend them first",
+    "two_labels": "images have a copy under another class; decide which label is right",
+    "missing": "listed files are not there; restore them or take them off the list",
+    "empty": "files of 0 bytes; fetch or copy them again",
+    "not_image": "files are not known as images, whatever their name; replace or delete them",
+    "damaged": "images break off or do not decode; fetch or copy them again",
+    "bomb": f"images are not read, being over {MAX_PIXELS:,} pixels; scale them down",
+    "duplicates": "images are byte for byte in their split already; keep one of each",
+    "near_duplicates": "images look like another of their split; keep one, or it counts twice",
+    "no_train": "classes have no train image; nothing can be learned about them",
+    "no_test": "classes have no test image; they are never scored",
+    "few": f"classes have under {FEW_IMAGES} train images; larger draws take them whole",
+    "imbalance": f"classes are {IMBALANCE} or more times below the largest; judge by macro F1",
+    "same_names": "class names read the same, and so do their prompts; rename or merge them",
+    "ignored": "files in class folders are not read for their suffix; convert to JPEG or PNG",
+    "no_caption": "captions are empty; write them or delete the rows",
+    "long_caption": f"captions over {CAPTION_WORDS} words, an estimate: probably over 77 tokens; "
+                    f"shorten them, the rest is cut off",
+    "tiny": f"images have a side under {TINY_SIDE} pixels; enlarged, they show little",
+    "huge": f"images are over {HUGE_PIXELS:,} pixels; scale them down once, to decode faster",
+    "strip": f"images are over {STRIP} times longer than wide; the centre crop loses most of them",
+    "deep": "images have over 8 bits per value; they are cut to 8, see that none comes out dark",
+    "cmyk": "images are CMYK; convert them yourself if colour matters, no profile is applied",
+    "alpha": "images can be transparent; alpha is dropped, see that nothing ugly lies under it",
+    "animated": "images have several frames; only the first is used",
+    "turned": "images carry an EXIF rotation; nothing to do here, other programs may ignore it",
+}
+
+
+def header_kinds(image):
+    """An opened image, not decoded yet -> those of FINDINGS that its header shows."""
+    short, long = sorted(image.size)
+    tests = {"tiny": lambda: short < TINY_SIDE, "huge": lambda: short * long > HUGE_PIXELS,
+             "strip": lambda: long > STRIP * short, "deep": lambda: image.mode[0] in "IF",
+             "cmyk": lambda: image.mode == "CMYK", "alpha": lambda: image.has_transparency_data,
+             "animated": lambda: image.is_animated and image.format != "MPO",  # a phone's photo
+             # the tags of a PNG may lie behind its pixels: looking for them would decode it
+             "turned": lambda: ((image.format != "PNG" or "exif" in image.info)
+                                and image.getexif().get(0x0112, 1) in range(2, 9))}
+    kinds = []
+    for kind, test in tests.items():
+        with contextlib.suppress(Exception):  # no such attribute, or tags damaged
+            kinds += [kind] if test() else []
+    return kinds
+
+
+def examine(store, path):
+    """One file, decoded once -> its FINDINGS, and (sha256, hash, colours), None if unreadable.
+
+    hash: signs of the 63 lowest frequencies of the grey 32 x 32 picture, which survive re-encoding
+    and resizing. colours: (8, 8, 3), for there are red and blue circles. JPEG is decoded at an
+    eighth to a half of its size if that leaves 64 pixels: same faults found, up to 5 times faster.
+    """
+    kinds, content = [], None
+
+    def look(image):
+        kinds.extend(header_kinds(image))
+        image.draft("RGB", (64, 64))
+    try:
+        content = store.read(path)
+        image = read_image(io.BytesIO(content), path, look)
+    except UnreadableImage as error:
+        cause = error.__cause__  # none where a limit of this file was met
+        return ["empty" if content == b"" else
+                "bomb" if cause is None or isinstance(cause, Image.DecompressionBombError) else
+                "not_image" if isinstance(cause, UnidentifiedImageError) else "damaged"], None
+    small = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR, reducing_gap=2))
+    waves = COSINES @ small.mean(axis=2, dtype=np.float32) @ COSINES.T  # (8, 8), first the mean
+    colours = small.reshape(8, 4, 8, 4, 3).mean(axis=(1, 3)).astype(np.uint8)
+    signature = (np.packbits(waves > 0).tobytes(), colours.tobytes())
+    return kinds, (hashlib.sha256(content).digest(), *signature)
+
+
+def near_pairs(hashes, colours):
+    """(n,) uint64, (n, 64, 3) -> arrays of positions a, b of pictures that look the same.
+
+    Hashes that differ in 4 bits agree in one of 5 bands; so sort by each band and compare along
+    the runs: memory stays linear, and time, which all pairs of 27,000 would make quadratic.
+    """
+    contrast = colours.std(axis=1, dtype=np.float32).mean(axis=1)
+    vivid = np.flatnonzero(contrast > 1)  # flat ones agree by chance
+    for shift in range(0, 64, 13):
+        band = hashes[vivid] >> np.uint64(shift) & np.uint64(2 ** 13 - 1)
+        order = np.lexsort((hashes[vivid], band))
+        band, order = band[order], vivid[order]
+        for step in range(1, NEAR_WINDOW):
+            run = np.flatnonzero(band[step:] == band[:-step])
+            if not len(run):
+                break
+            a, b = order[run], order[run + step]
+            bits = np.unpackbits((hashes[a] ^ hashes[b]).view(np.uint8).reshape(-1, 8), axis=1)
+            close = bits.sum(axis=1) <= NEAR_BITS
+            a, b = a[close], b[close]
+            apart = np.abs(np.subtract(colours[a], colours[b], dtype=np.int16)).sum(axis=(1, 2))
+            close = apart < NEAR_COLOUR * 64 * 3 * contrast[a]
+            yield a[close], b[close]
+
+
+def find_copies(items, prints, find):
+    """items: (split number, label, "split:path"), splits in order; prints: as examine gives them.
+    Calls find(kind, example) for each image that an earlier one equals or resembles."""
+    if not items:
+        return
+    split, label = (np.array([item[i] for item in items]) for i in (0, 1))
+    across, within, near_across, near_within = np.full((4, len(items)), -1)  # the earlier image
+    seen, fresh = {}, []
+    for i, (digest, _, _) in enumerate(prints):
+        homes = seen.setdefault(digest, {})  # split -> the first image with these bytes
+        within[i] = homes.get(split[i], -1)
+        across[i] = next((j for other, j in homes.items() if other != split[i]), -1)
+        if homes.setdefault(split[i], i) == i:
+            fresh.append(i)
+    fresh = np.array(fresh)
+    hashes = np.frombuffer(b"".join(prints[i][1] for i in fresh), dtype=np.uint64)
+    colours = np.frombuffer(b"".join(prints[i][2] for i in fresh), dtype=np.uint8)
+    for a, b in near_pairs(hashes, colours.reshape(-1, 64, 3)):
+        a, b = np.sort((fresh[a], fresh[b]), axis=0)
+        other = split[a] != split[b]
+        near_across[b[other]], near_within[b[~other]] = a[other], a[~other]
+    near_across[across >= 0] = -1  # said already
+    for kind, earlier in {"leakage": across, "near_leakage": near_across, "duplicates": within,
+                          "near_duplicates": near_within}.items():
+        for i in np.flatnonzero(earlier >= 0):
+            for name in [kind, "two_labels"][:1 + (label[i] != label[earlier[i]])]:
+                find(name, f"{items[i][2]} = {items[earlier[i]][2]}")
+
+
+def check_lists(listing, faults, find):
+    """What the lists alone show: classes and captions."""
+    train, test = (collections.Counter(label for _, label in listing.rows[split])
+                   for split in ("train", "test"))
+    for label, name in enumerate(listing.classnames):
+        if train and not train[label]:
+            find("no_train", name)
+        elif train and train[label] < FEW_IMAGES:
+            find("few", f"{name} ({train[label]})")
+        if test and not test[label]:
+            find("no_test", name)
+        if 0 < train[label] * IMBALANCE <= max(train.values()):
+            find("imbalance", f"{name} ({train[label]} to {max(train.values())})")
+    names = collections.Counter(map(cleaned, listing.classnames))
+    for name in [name for name in names if names[name] > 1]:
+        if not any("read the same" in fault for fault in faults):
+            find("same_names", name)
+    for path, caption in listing.captions:  # a Chinese character is a word here
+        words = len(re.findall(r"[\u3400-\u9fff]|[^\s\u3400-\u9fff]+", caption))
+        if not caption or max(words, len(caption) // 9) > CAPTION_WORDS:
+            find("long_caption" if caption else "no_caption", path)
+    for path in listing.ignored:
+        find("ignored", path)
+
+
+def check_images(listing, chosen, faults, find):
+    """Decode the paths in `chosen` and compare them -> how many were decoded."""
+    items, prints, examined = [], [], 0
+    for number, (split, rows) in enumerate(listing.rows.items()):
+        if split == "val" and (not rows or rows is listing.rows["test"]):
+            continue  # no need of one; and ImageNet's val is its test set on purpose
+        lost = []
+        for position, (path, label) in enumerate(rows):
+            kinds, signature = ["missing"], None
+            if listing.store.has(path):
+                if path not in chosen:
+                    continue
+                kinds, signature = examine(listing.store, path)
+                examined += 1
+                if examined % 500 == 0 and sys.stderr.isatty():
+                    print(f"{examined:,} images", end="\r", file=sys.stderr, flush=True)
+            for kind in kinds:
+                find(kind, f"{split}:{path}")
+            if signature is None:
+                lost.append(position)
+            else:
+                items.append((number, label, f"{split}:{path}"))
+                prints.append(signature)
+        try:  # in the words of training itself
+            if rows or listing.name not in KNOWN:  # the shifts of ImageNet have no train split
+                part = listing.open(split)
+                part.refuse_losses(lost, "see below") if lost else None
+        except DataError as error:
+            faults.append(str(error))
+    find_copies(items, prints, find)
+    return examined
+
+
+def check_data(text, data_dir="data", layout="coop", limit=None):
+    """All that is worth knowing before training, as a dict for JSON; "usable" is False if training
+    would refuse the data. Keeps half a kilobyte per image; `limit` decodes that many, drawn by a
+    fixed permutation. Raises DataError if nothing can be listed."""
+    if limit is not None and limit < 1:
+        raise DataError(f"limit {limit}: expected 1 image or more")
+    start, faults, found = time.monotonic(), [], {}
+    listing = find_listing(text, data_dir, layout, faults=faults)
+
+    def find(kind, example):
+        entry = found.setdefault(kind, {"count": 0, "examples": []})
+        entry["count"] += 1
+        entry["examples"] += [example] if entry["count"] <= 5 else []
+    check_lists(listing, faults, find)
+    paths = sorted({path for rows in listing.rows.values() for path, _ in rows})
+    chosen = paths if limit is None else random.Random(0).sample(paths, min(limit, len(paths)))
+    examined = check_images(listing, set(chosen), faults, find)
+    for fault in dict.fromkeys(faults):
+        find("refused", fault)
+    leaks = sum(found[kind]["count"] for kind in ("leakage", "near_leakage") if kind in found)
+    return {"name": listing.name, "root": listing.root, "notes": listing.notes,
+            "counts": {split: len(rows) for split, rows in listing.rows.items()},
+            "classes": len(listing.classnames), "images": len(paths), "examined": examined,
+            "seconds": round(time.monotonic() - start, 2),
+            "findings": [{"finding": kind, **found[kind], "what": what, "advice": advice}
+                         for kind, (what, _, advice) in ((kind, text.partition("; "))
+                                                         for kind, text in FINDINGS.items())
+                         if kind in found],
+            "usable": not faults, "verdict":
+            "training would be refused; mend what is said above" if faults else
+            f"usable, but the score flatters (copies across splits: {leaks:,})" if leaks else
+            "usable; read the findings first" if found else "usable, nothing to report"}
+
+
+# -----------------------------------------------------------------------------
 # Command line
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description="Print the few-shot list of a dataset as JSON.")
-    parser.add_argument("--few-shot", metavar="NAME", required=True,
-                        help="dataset name, or path as for --data of the training scripts")
+        allow_abbrev=False, description="Print the few-shot list of a dataset as JSON, or check "
+        "whether images, classes and splits are fit to train on (exit code 2 if they are not).")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--few-shot", metavar="NAME",
+                      help="dataset name, or path as for --data of the training scripts")
+    what.add_argument("--check", metavar="NAME",
+                      help="the same; every image is decoded and compared with all others")
     parser.add_argument("--shots", type=int, default=16, help="images per class (default 16)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the draw (default 1)")
     parser.add_argument("--data-dir", default="data", help="folder of the datasets (default data)")
     parser.add_argument("--split", choices=("coop", "official"), default="coop",
                         help="CoOp's split file (default) or the authors' own lists")
+    parser.add_argument("--json", action="store_true", help="the report of --check as JSON")
+    parser.add_argument("--limit", type=int, metavar="N",
+                        help="--check decodes only N images, a fixed sample (default all)")
     return parser.parse_args(argv)
 
 
@@ -1060,10 +1332,40 @@ def print_few_shot(args):
                       for key, part in zip(("train", "val"), drawn)}))
 
 
-def main(argv=None):
-    """Returns the exit code: 0, or 2 after one line on stderr."""
+def print_check(args):
+    """The doctor's report, a line for each finding and the verdict last. Returns the exit code."""
     try:
-        print_few_shot(get_args(argv))
+        report = check_data(args.check, args.data_dir, args.split, args.limit)
+    except DataError as error:
+        if not args.json:
+            raise
+        report = {"name": args.check, "findings": [], "usable": False, "verdict": str(error)}
+    if args.json:
+        print(json.dumps(report))
+        return 0 if report["usable"] else 2
+    sizes = " / ".join(f"{count:,} {split}" for split, count in report["counts"].items())
+    lines = [f"{report['root']}: {sizes} images in {report['classes']:,} classes",
+             f"{report['examined']:,} of {report['images']:,} files decoded in "
+             f"{report['seconds']:.1f} s" + ("; only some copies can be found among a part"
+                                             if args.limit else "")]
+    lines += [f"note: {note}" for note in report["notes"]]
+    for found in report["findings"]:
+        lines.append(f"{found['count']:>7,}  {found['finding']:<16} {found['what']}, e.g. "
+                     f"{', '.join(found['examples'])}; {found['advice']}")
+    for line in [*lines, f"verdict: {report['verdict']}"]:  # a file name may hold anything
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+        coding = sys.stdout.encoding or "utf-8"
+        print(line.encode(coding, "backslashreplace").decode(coding))
+    return 0 if report["usable"] else 2
+
+
+def main(argv=None):
+    """Returns the exit code: 0, or 2 after one line on stderr or a report that says why."""
+    args = get_args(argv)
+    try:
+        if args.check is not None:
+            return print_check(args)
+        print_few_shot(args)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

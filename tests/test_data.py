@@ -125,6 +125,8 @@ def test_every_colour_mode_comes_out_as_the_right_rgb(tmp_path):
     wanted = np.repeat((ramp // 257).astype(np.uint8)[..., None], 3, axis=2)
     for image in (Image.fromarray(ramp), Image.fromarray(ramp.astype(np.int32))):
         assert np.array_equal(np.asarray(to_rgb(image)), wanted), image.mode
+    every = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    assert np.array_equal(np.asarray(to_rgb(Image.fromarray(every)))[..., 0], np.round(every / 257))
     Image.fromarray(ramp).save(tmp_path / "16.png")
     assert np.array_equal(np.asarray(read_image(tmp_path / "16.png")), wanted)
 
@@ -869,3 +871,226 @@ def test_the_command_works_on_a_users_own_zip(tmp_path, capsys):
     assert data.main(["--few-shot", str(demo_zip(tmp_path / "my.zip")), "--shots", "9"]) == 0
     out, err = capsys.readouterr()
     assert len(json.loads(out)["train"]) == 8 and "note: fewer than 9" in err
+
+
+# -----------------------------------------------------------------------------
+# The data doctor
+
+def photo(seed, width=72, height=64):
+    """A soft picture with large shapes, as photographs are: it survives re-encoding."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def photo_folder(root, count=34, classes=("cat", "dog")):
+    for label, number in itertools.product(range(len(classes)), range(count)):
+        save(root / classes[label] / f"{number:03d}.jpg", photo(1000 * label + number))
+    return root
+
+
+def split_folder(root):
+    """16 train and 2 test pictures of two classes, no two alike."""
+    for split, first, count in (("train", 0, 16), ("test", 16, 2)):
+        for label, name in enumerate(("cat", "dog")):
+            for number in range(first, first + count):
+                save(root / split / name / f"{number}.jpg", photo(1000 * label + number))
+    return root
+
+
+def checked(path, **options):
+    """The report of the doctor, after a look at its form, and {finding: examples}."""
+    report = json.loads(json.dumps(data.check_data(str(path), **options)))
+    assert [f["finding"] for f in report["findings"]] == [
+        key for key in data.FINDINGS if key in {f["finding"] for f in report["findings"]}]
+    for found in report["findings"]:
+        assert found["what"] and found["advice"] and found["count"] >= len(found["examples"]) > 0
+    return report, {found["finding"]: found["examples"] for found in report["findings"]}
+
+
+def test_the_doctor_finds_nothing_in_clean_data(tmp_path, capsys):
+    report, found = checked(photo_folder(tmp_path / "clean"))
+    assert found == {} and report["usable"] and report["examined"] == report["images"] == 68
+    assert report["counts"] == {"train": 34, "val": 14, "test": 20}
+    assert data.main(["--check", str(tmp_path / "clean")]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 4 and out.endswith("verdict: usable, nothing to report\n") and not err
+    with zipfile.ZipFile(tmp_path / "clean.zip", "w") as archive:
+        for file in sorted((tmp_path / "clean").rglob("*.jpg")):
+            archive.write(file, file.relative_to(tmp_path))
+    zipped, found = checked(tmp_path / "clean.zip")
+    assert found == {} and zipped["counts"] == report["counts"] and zipped["examined"] == 68
+
+
+def test_the_doctor_names_every_kind_of_odd_picture(tmp_path, monkeypatch):
+    folder = split_folder(tmp_path / "set")
+    odd = folder / "train/cat"
+    for name, kind in {"empty": "empty", "text": "not_image", "html": "not_image",
+                       "zeros": "not_image", "png cut": "not_image", "cut": "damaged",
+                       "bomb": "bomb"}.items():
+        broken_files(tmp_path / "broken")
+        shutil.copy(tmp_path / f"broken/{name}.jpg", odd / f"{kind} {name}.jpg")
+    ramp = np.add.outer(np.arange(64), np.arange(64)).astype(np.uint16) * 500
+    Image.fromarray(ramp).save(odd / "deep.png")
+    photo(50).convert("CMYK").save(odd / "cmyk.jpg")
+    clear = photo(51).quantize(16)
+    clear.save(odd / "alpha palette.png", transparency=bytes([0, 128] + [255] * 14))
+    photo(52).convert("RGBA").save(odd / "alpha.png")
+    photo(53).save(odd / "animated.gif", save_all=True, append_images=[photo(54)])
+    tagged = Image.Exif()
+    tagged[0x0112] = 6
+    photo(55).save(odd / "turned.jpg", exif=tagged)
+    photo(56).save(odd / "turned.png", exif=tagged)
+    photo(59).save(odd / "sound pixels, damaged tags.jpg", exif=b"Exif\0\0no tags at all")
+    photo(57, 64, 20).save(odd / "tiny.jpg")
+    photo(58, 1000, 40).save(odd / "strip.jpg")
+    noise(5200, 5000, "L").resize((5200, 5000)).save(odd / "huge.jpg", quality=5)
+    (odd / "ignored.heic").write_bytes(b"x")
+    report, found = checked(folder)
+    for kind in ("empty", "not_image", "damaged", "bomb", "deep", "cmyk", "alpha", "animated",
+                 "turned", "tiny", "strip", "huge", "ignored"):
+        files = {file.name for file in odd.iterdir() if file.name.startswith(kind)}
+        assert {os.path.basename(example) for example in found.pop(kind)} == files, kind
+    assert "more than 1 %" in found.pop("refused")[0] and not report["usable"]
+    assert found == {}
+    for limit in ("MAX_PIXELS", "MAX_FILE_BYTES"):
+        with monkeypatch.context() as patch:
+            patch.setattr(data, limit, 4000 if limit == "MAX_PIXELS" else 500)
+            assert data.examine(ImageStore(odd), "0.jpg") == (["bomb"], None)
+    for file in odd.glob("*.*"):  # six of the faults alone would do
+        if file.name.startswith(("text", "not_image", "damaged", "empty", "bomb")):
+            file.unlink()
+    assert checked(folder)[0]["usable"]
+
+
+def test_the_doctor_sees_copies_within_and_above_all_across_splits(tmp_path, capsys):
+    folder = split_folder(tmp_path / "set")
+    shutil.copy(folder / "train/cat/3.jpg", folder / "test/cat/same.jpg")
+    photo(3).resize((90, 80)).save(folder / "train/cat/again.png")  # same.jpg still counts once
+    photo(1004).save(folder / "test/cat/encoded.jpg", quality=60)  # a dog, in truth
+    photo(5).resize((50, 44), Image.Resampling.BICUBIC).save(folder / "test/cat/smaller.png")
+    photo(6).resize((140, 130), Image.Resampling.LANCZOS).save(folder / "train/cat/larger.jpg")
+    shutil.copy(folder / "train/cat/7.jpg", folder / "train/dog/twin.jpg")
+    red = np.asarray(photo(8))
+    Image.fromarray(red[..., [2, 0, 1]]).save(folder / "test/cat/recoloured.png")
+    for split in ("train", "test"):  # flat pictures agree by chance, only their bytes can tell
+        Image.new("RGB", (64, 64), (90, 90, 90 + len(split))).save(folder / split / "cat/flat.png")
+    report, found = checked(folder)
+    assert report["findings"][0]["finding"] == "leakage" and report["usable"]
+    assert "splits: 3)" in report["verdict"]
+    assert found == {
+        "leakage": ["test:test/cat/same.jpg = train:train/cat/3.jpg"],
+        "near_leakage": ["test:test/cat/encoded.jpg = train:train/dog/4.jpg",
+                         "test:test/cat/smaller.png = train:train/cat/5.jpg"],
+        "two_labels": ["test:test/cat/encoded.jpg = train:train/dog/4.jpg",
+                       "train:train/dog/twin.jpg = train:train/cat/7.jpg"],
+        "duplicates": ["train:train/dog/twin.jpg = train:train/cat/7.jpg"],
+        "near_duplicates": ["train:train/cat/again.png = train:train/cat/3.jpg",
+                            "train:train/cat/larger.jpg = train:train/cat/6.jpg"]}
+    assert data.main(["--check", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "leakage" in lines[2] and "same.jpg" in lines[2] and len(lines) == 8
+
+
+def test_near_pairs_equal_the_naive_search_of_all_pairs():
+    rng = np.random.default_rng(0)
+    hashes = rng.integers(0, 2**63, 300, dtype=np.uint64)
+    for i in range(0, 300, 3):  # two relatives of every third, at most 6 bits away
+        for relative in (1, 2):
+            flips = rng.choice(64, rng.integers(0, 7), replace=False).astype(np.uint64)
+            hashes[i + relative] = hashes[i] ^ np.bitwise_or.reduce(
+                np.uint64(1) << flips, initial=np.uint64(0))
+    colours = np.repeat(rng.integers(0, 256, (100, 64, 3), dtype=np.uint8), 3, axis=0)
+    colours[200] = 255 - colours[200]
+    found = {(min(pair), max(pair)) for a, b in data.near_pairs(hashes, colours)
+             for pair in zip(a.tolist(), b.tolist())}
+    naive = {(a, b) for a, b in itertools.combinations(range(300), 2) if 200 not in (a, b)
+             and bin(int(hashes[a] ^ hashes[b])).count("1") <= data.NEAR_BITS}
+    assert found == naive and 100 < len(naive) < 300
+    same, flat = np.zeros(3000, dtype=np.uint64), np.zeros((3000, 64, 3), np.uint8)
+    flat[:, 0] = 2
+    assert sum(len(a) for a, _ in data.near_pairs(same, flat)) == 0
+    pairs_found = sum(len(a) for a, _ in data.near_pairs(same, flat + colours[0]))
+    assert 3000 < pairs_found <= 5 * data.NEAR_WINDOW * 3000  # all alike: no quadratic time
+
+
+def test_the_doctor_reads_class_lists_and_goes_on_after_a_refusal(tmp_path, capsys):
+    folder = photo_folder(tmp_path / "set", 3, ("Sea_Lion", "sea lion", "owl"))
+    (folder / "hollow").mkdir()
+    for number in range(42):
+        save(folder / "many" / f"{number}.jpg", photo(5000 + number))
+    report, found = checked(folder)
+    assert len(found["refused"]) == 2 and not report["usable"]
+    assert "hollow" in found["refused"][0] and "'Sea_Lion' and 'sea lion'" in found["refused"][1]
+    assert found["few"] == ["Sea_Lion (2)", "owl (2)", "sea lion (2)"]
+    assert found["imbalance"] == [f"{name} (2 to 21)" for name in ("Sea_Lion", "owl", "sea lion")]
+    assert set(found) == {"refused", "few", "imbalance"}
+    assert data.main(["--check", str(folder)]) == 2
+    assert "refused" in capsys.readouterr().out.splitlines()[-1]
+    split = {"train": [["a.jpg", 0, "crane"], ["b.jpg", 1, "owl"], ["c.jpg", 0, "crane"]],
+             "test": [["a.jpg", 0, "crane"], ["d.jpg", 2, "Crane"]]}
+    for number, name in enumerate("abcd"):
+        save(tmp_path / f"own/{name}.jpg", photo(number))
+    (tmp_path / "own/my.json").write_text(json.dumps(split))
+    report, found = checked(tmp_path / "own/my.json")
+    assert found == {"leakage": ["test:a.jpg = train:a.jpg"], "no_train": ["Crane"],
+                     "no_test": ["owl"], "few": ["crane (2)", "owl (1)"], "same_names": ["crane"]}
+    assert report["usable"]
+
+
+def test_the_doctor_reads_tables_with_captions_and_missing_files(tmp_path):
+    rows = ["path,label,split,caption"]
+    for number in range(40):
+        save(tmp_path / f"{number}.jpg", photo(number))
+        caption = {0: "", 1: "word " * 56, 2: "猫" * 56, 3: "x" * 600, 4: "word " * 55,
+                   5: "猫" * 55}.get(number, f"picture {number}")
+        rows.append(f"{number}.jpg,{'ab'[number % 2]},{'test' if number > 35 else 'train'},{caption}")
+    (tmp_path / "t.csv").write_text("\n".join(rows), encoding="utf-8")
+    report, found = checked(tmp_path / "t.csv")
+    assert found == {"no_caption": ["0.jpg"], "long_caption": ["1.jpg", "2.jpg", "3.jpg"]}
+    (tmp_path / "7.jpg").unlink()
+    report, found = checked(tmp_path / "t.csv")
+    assert found.pop("missing") == ["train:7.jpg"] and report["usable"] and len(found) == 2
+    (tmp_path / "8.jpg").unlink()
+    report, found = checked(tmp_path / "t.csv")
+    assert "2 of 36 train images" in found["refused"][0] and not report["usable"]
+    with zipfile.ZipFile(tmp_path / "t.zip", "w") as archive:
+        for file in [tmp_path / "t.csv", *tmp_path.glob("*.jpg")]:
+            archive.write(file, file.name)
+    report, found = checked(tmp_path / "t.zip")
+    assert set(found) == {"refused", "missing", "no_caption", "long_caption"}
+
+
+def test_the_doctor_speaks_json_and_one_line_and_survives_any_file_name(tmp_path, capsys):
+    assert data.main(["--check", str(tmp_path / "none"), "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out)["usable"] is False and "no file" in json.loads(out)["verdict"] and not err
+    assert data.main(["--check", str(tmp_path / "none")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    folder = split_folder(tmp_path / "set")
+    try:
+        (folder / os.fsdecode(b"train/cat/\xff\n\x1b[2J.jpg")).write_bytes(b"")
+    except OSError:
+        (folder / "train/cat/\n.jpg").write_bytes(b"")
+    (folder / "train/dog/猫.jpg").write_bytes(b"")
+    command = [sys.executable, str(ROOT / "data.py"), "--check", str(folder)]
+    done = subprocess.run(command, capture_output=True, timeout=120,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 2 and not done.stderr and b"\x1b" not in done.stdout
+    assert len(done.stdout.splitlines()) == 5 and b"\\u732b.jpg" in done.stdout
+    assert data.main(["--check", str(folder), "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["findings"][1]["count"] == 2
+    assert data.main(["--check", "demo", "--json", "--limit", "5"]) == 0
+    assert json.loads(capsys.readouterr().out)["examined"] == 5
+    assert "1 image or more" in the_one_line(data.check_data, str(folder), limit=0)
+    with pytest.raises(SystemExit):
+        data.main(["--check", "demo", "--few-shot", "demo"])
+
+
+def test_the_doctor_on_real_data(shared):
+    report, found = checked("eurosat", data_dir=shared, limit=600)
+    assert report["examined"] == 600 and report["images"] == 27000 and report["usable"]
+    assert set(found) <= {"near_leakage", "near_duplicates"}
+    report, found = checked("dtd", data_dir=shared)
+    assert "41 of 47 classes" in found["refused"][0] and report["examined"] == 720
+    assert found["near_duplicates"][0] == "train:bubbly/bubbly_0149.jpg = train:bubbly/bubbly_0157.jpg"
