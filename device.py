@@ -12,6 +12,8 @@ methods are called by every process, and only the first one prints or touches a 
     run.log(step, steps, loss=loss)
     run.save("checkpoint_last.pt", state)
 
+`python device.py` lists the devices and measures whether each computes a CLIP step right.
+
 Four promises: the device asked for is the device used; every number comes out the same for any
 number of processes; a checkpoint on disk is whole or absent, whenever the machine stops; no file
 that is read can run code.
@@ -50,6 +52,8 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # How long a process waits for the others: the first one may be downloading or evaluating.
@@ -199,11 +203,7 @@ def start(device="auto", precision="auto", seed=0, out="", deterministic=False):
     rank, local_rank, world_size = _processes()
     device, why = _pick_device(str(device), local_rank, world_size)
     kind = KINDS[device.type]
-    try:
-        kind.select(device.index or 0)
-        torch.ones(1, device=device).add(1).cpu()
-    except RuntimeError as error:  # busy, or too old for this torch
-        raise UserError(f"{device} is listed but does not work: {_one_line(error)}") from error
+    _select(device)
     precision, why_precision = _pick_precision(device, precision)
     if world_size > 1 and not dist.is_initialized():
         # Naming the device spares nccl a guess, which it warns about.
@@ -279,6 +279,15 @@ def _what_exists():
             last = kind.count() - 1
             here.append(f"{name}:0 to {name}:{last}" if last > 0 else name)
     return f"Here there is: {', '.join(here)}. Ask for one of these, or --device auto"
+
+
+def _select(device):
+    """Make `device` this process's own, and try it."""
+    try:
+        KINDS[device.type].select(device.index or 0)
+        torch.ones(1, device=device).add(1).cpu()
+    except RuntimeError as error:  # busy, or too old for this torch
+        raise UserError(f"{device} is listed but does not work: {_one_line(error)}") from error
 
 
 def _pick_precision(device, asked):
@@ -1072,7 +1081,8 @@ def guard(main, get_args, argv=None):
         _leave_stdout()
         code = 128 + 13  # as if SIGPIPE had ended it, which is how `| head` ends other programs
     except KeyboardInterrupt:
-        code = _report("interrupted; --resume auto goes on from the last checkpoint, if there is one", 130, None)
+        code = _report("interrupted; --resume auto goes on from the last checkpoint, if there is "
+                       "one", 130, None)
     except Exception as error:
         if hasattr(error, "exit_code"):
             code = _report(_one_line(error), error.exit_code, error, debug)
@@ -1142,3 +1152,214 @@ def _leave_stdout():
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
         os.close(null)
+
+
+# -----------------------------------------------------------------------------
+# python device.py: does this machine compute a CLIP step right, and how fast?
+
+# The largest relative error that rounding explains, with room for TF32 (newer NVIDIA GPUs round the
+# inputs of fp32 convolutions to 10 bits). A wrong kernel is off by much more.
+LIMITS = {"fp32": 5e-3, "fp16": 5e-2, "bf16": 2e-1}
+
+
+class _SmallCLIP(nn.Module):
+    """A transformer block per tower, with every kind of operation of a ViT CLIP."""
+    def __init__(self, width=128, heads=2):
+        super().__init__()
+        self.heads = heads
+        self.patchify, self.embed = nn.Conv2d(3, width, 8, 8), nn.Embedding(500, width)
+        nn.init.normal_(self.embed.weight, std=0.02)  # as in a CLIP
+        self.places = nn.ParameterList(0.02 * torch.randn(length, width) for length in (64, 16))
+        self.towers = nn.ModuleList(nn.ModuleDict({
+            "norm1": nn.LayerNorm(width), "qkv": nn.Linear(width, 3 * width),
+            "out": nn.Linear(width, width), "norm2": nn.LayerNorm(width),
+            "up": nn.Linear(width, 4 * width), "down": nn.Linear(4 * width, width),
+            "norm3": nn.LayerNorm(width), "head": nn.Linear(width, width)}) for _ in range(2))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10)))
+
+    def forward(self, images, tokens, fused):
+        """images (B, 3, 64, 64) and tokens (B, 16) -> logits (B, B)."""
+        rows, features = torch.arange(len(tokens), device=tokens.device), []
+        x = self.patchify(images).flatten(2).transpose(1, 2), self.embed(tokens)
+        ends = 0 * rows, tokens.argmax(dim=-1)
+        for causal, tower in enumerate(self.towers):
+            h = x[causal] + self.places[causal]                            # (B, L, W)
+            h = h + tower["out"](self.attend(tower["qkv"](tower["norm1"](h)), causal == 1, fused))
+            up = tower["up"](tower["norm2"](h))
+            h = h + tower["down"](up * torch.sigmoid(1.702 * up))          # QuickGELU
+            h = tower["head"](tower["norm3"](h[rows, ends[causal]]))       # (B, W)
+            features.append(F.normalize(h.to(self.log_scale.dtype), dim=-1))
+        return self.log_scale.exp() * features[0] @ features[1].T
+
+    def attend(self, qkv, causal, fused):
+        """(B, L, 3 W) -> (B, L, W)"""
+        B, L, W = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        q, k, v = qkv.view(B, L, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)
+        if fused:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        else:
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)       # (B, H, L, L)
+            if causal:
+                ahead = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1)
+                scores = scores.masked_fill(ahead, float("-inf"))
+            out = scores.softmax(dim=-1) @ v
+        return out.transpose(1, 2).reshape(B, L, W)
+
+
+def _outcome(run, model, images, tokens, fused=False, seconds=0.0):
+    """What one step gives, in float64 on the CPU: {"loss", "gradients", "weights": {name: tensor}},
+    "weights" being how far they moved; and "speed", steps/s over `seconds` and at least one step.
+    """
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=1.0), run.scaler()
+    labels = torch.arange(len(images), device=images.device)
+
+    def host(tensors):
+        return {name: x.detach().cpu().double().clone() for name, x in tensors}
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        with run.autocast():
+            logits = model(images, tokens, fused)
+        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        return host([("loss", loss)])  # waits for the device
+    before = host(model.named_parameters())
+    for _ in range(16):  # the first scales of fp16 may overflow; then it halves and moves nothing
+        loss = step()
+        gradients = host((name, p.grad) for name, p in model.named_parameters())
+        if all(x.isfinite().all() for x in gradients.values()):
+            break
+    after = host(model.named_parameters())
+    count, since = 0, time.perf_counter()
+    while count == 0 or time.perf_counter() - since < seconds:
+        step()
+        count += 1
+    return {"loss": loss, "gradients": gradients,
+            "weights": {name: after[name] - before[name] for name in after},
+            "speed": count / (time.perf_counter() - since)}
+
+
+def _compare(ours, truth):
+    """Relative errors, each of the worst tensor, whose name stands in "worst"; nan is worst."""
+    row, worst = {"speed": ours["speed"]}, []
+    for what in ("loss", "gradients", "weights"):
+        # A tensor whose gradient nearly vanishes holds nothing but rounding.
+        floor = 1e-2 * max(x.norm() for x in truth[what].values())
+        errors = [(float((ours[what][name] - x).norm() / max(x.norm(), floor)), name)
+                  for name, x in truth[what].items()]
+        worst.append(max(errors, key=lambda error: (math.isnan(error[0]), error)))
+        row[what] = worst[-1][0]
+    row["error"], row["worst"] = max(worst, key=lambda error: (math.isnan(error[0]), error))
+    return row
+
+
+def examine(device, seconds=0.3):
+    """Compare a small CLIP step on `device` with float64 on the CPU, in every precision it has.
+
+    -> {"device", "transfer": GB/s to it and back, "rows", "verdict"}. A row: relative errors,
+    steps/s, and under "wrong" what no rounding explains, or "".
+    """
+    device = _pick_device(device, 0, 1)[0]
+    _select(device)
+    run, rows = Run(torch.device("cpu"), "fp32", 0, 1, 0, ""), []  # seeds
+    patient, images = _SmallCLIP(), torch.randn(32, 3, 64, 64)
+    tokens = torch.randint(499, (32, 16))
+    tokens[range(32), torch.randint(16, (32,))] = 499  # one end each: a tie may go either way
+    truth = _outcome(run, copy.deepcopy(patient).double(), images.double(), tokens)
+    for precision, fused in [(name, fused) for name in KINDS[device.type].precisions(device)
+                             for fused in (True, False)]:
+        run = Run(device, precision, 0, 1, 0, "")
+        row = {"precision": precision, "attention": "fused" if fused else "plain", "wrong": ""}
+        what = f"{device} {precision} with {row['attention']} attention"
+        try:
+            row |= _compare(_outcome(run, run.move(copy.deepcopy(patient)),
+                                     *run.move(images, tokens), fused, seconds), truth)
+            if not row["error"] <= LIMITS[precision]:  # nan too
+                row["wrong"] = f"{what} computes wrong: {row['worst']} is off by {row['error']:.1g}"
+        except Exception as error:  # an operation or a dtype it has not
+            row["wrong"] = f"{what} does not run: {_one_line(error)}"
+        rows.append(row)
+    return {"device": str(device), "transfer": _transfer(run), "rows": rows,
+            "verdict": _verdict(device, rows)}
+
+
+def _transfer(run, size=2 ** 26):
+    """GB/s of `size` bytes to the device and back; None on the CPU, where nothing travels."""
+    here, rates = torch.ones(size // 4), []
+    for way in (run.move, torch.Tensor.cpu) if run.device.type != "cpu" else ():
+        way(here)  # the first time costs more
+        run.synchronize()
+        since = time.perf_counter()
+        here = way(here)
+        run.synchronize()
+        rates.append(round(size / 1e9 / (time.perf_counter() - since), 2))
+    return rates or None
+
+
+def _verdict(device, rows):
+    """One line: what each precision is good for here, and the flags to use."""
+    words, speeds = [], {}  # speeds of the precisions that are right
+    for name in dict.fromkeys(row["precision"] for row in rows):
+        some = [row for row in rows if row["precision"] == name]
+        wrong = [row["attention"] for row in some if row["wrong"]]
+        if wrong:
+            words.append(f"{name} WRONG with {' and '.join(wrong)} attention")
+            continue
+        error, speeds[name] = (max(row[key] for row in some) for key in ("gradients", "speed"))
+        word = "exact" if error < 1e-4 else f"usable (gradient error {error:.0e})"
+        faster = speeds[name] / speeds.get("fp32", math.inf)
+        words.append(f"{name} {word}" + f" at {faster:.1f}x fp32's speed" * (0 < faster != 1))
+    auto = _pick_precision(device, "auto")[0]
+    best = auto if auto in speeds else next(iter(speeds), "")
+    return f"{device}: {', '.join(words)}; " + (
+        f"use --device {str(device).removesuffix(':0')} --precision {best}" if best else "do not train on it")
+
+
+def doctor_args(argv=None):
+    parser = Parser(description="Which devices are here, and do they compute a CLIP step right?",
+                    epilog="example: python device.py --device mps")
+    parser.add_argument("--device", default="all", help="examine one only (default: all)")
+    parser.add_argument("--seconds", type=float, default=0.3,
+                        help="to measure each speed over (default: 0.3)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser.parse_args(argv)
+
+
+def doctor(args):
+    """Print the devices, why the others are absent, and what `examine` finds."""
+    absent, found = {name: kind.absent() for name, kind in KINDS.items() if kind.absent()}, []
+    here = [name for name in KINDS if name not in absent]
+    for name in here if args.device == "all" else [args.device]:
+        try:
+            found.append(examine(name, args.seconds))
+        except UserError as error:  # listed, but busy or too old for this torch
+            if args.device != "all":
+                raise
+            absent[name] = str(error)
+    if args.json:
+        _print(json.dumps(_plain({"torch": str(torch.__version__), "absent": absent,
+                                  "devices": found}), indent=1))
+    else:
+        _print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads; a large model "
+               "gains more speed from bf16 and fp16 than the small step measured here")
+        for name, why in absent.items():
+            _print(f"{name:<4} absent: {why}")
+        for report in found:
+            _print(f"\n{report['device']:<7}  attention  loss error  gradients  weights  steps/s")
+            for row in report["rows"]:
+                _print(f"  {row['precision']:<5}  {row['attention']:<9}  " + (
+                    f"{row['loss']:<10.0e}  {row['gradients']:<9.0e}  {row['weights']:<7.0e}  "
+                    f"{row['speed']:.1f}" if "error" in row else "does not run"))
+            if report["transfer"]:
+                _print("  {} GB/s to the device, {} back".format(*report["transfer"]))
+            _print(report["verdict"])
+    wrong = [row["wrong"] for report in found for row in report["rows"] if row["wrong"]]
+    if wrong:
+        raise SafeStop("; ".join(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(guard(doctor, doctor_args))

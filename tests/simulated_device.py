@@ -1,4 +1,4 @@
-"""An `npu` or an `mps` without the hardware: computes on the CPU, refuses what the real one refuses.
+"""An `npu` or an `mps` without the hardware: computes on the CPU, refuses what the real one does.
 
     python tests/simulated_device.py npu train_clipfit.py --data demo --device npu
 
@@ -29,6 +29,7 @@ import runpy
 import sys
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a second accelerator would confuse both
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 import torch  # noqa: E402
@@ -263,7 +264,7 @@ def install_kernels():
     rest.fallback(lambda operation, *args, **kwargs: compute(operation, args, kwargs),
                   "PrivateUse1")
     rest.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    for full in torch._C._dispatch_get_all_op_names():  # arange, eye, ...: a fallback comes too late
+    for full in torch._C._dispatch_get_all_op_names():  # arange, ...: a fallback is too late
         if not full.startswith("aten::"):
             continue
         try:

@@ -1,5 +1,6 @@
 """device.py: choosing, processes, the run's folder, checkpoints that survive, signals, exits."""
 import argparse
+import dataclasses
 import gzip
 import io
 import json
@@ -733,3 +734,77 @@ def test_git_commit_never_fails(tmp_path, monkeypatch):
     assert device.git_commit() == ""
     monkeypatch.setenv("PATH", "")
     assert device.git_commit() == ""
+
+
+# -----------------------------------------------------------------------------
+# The doctor
+
+def test_the_doctor_finds_this_cpu_right_and_says_which_flags_to_use(capsys):
+    assert guard(device.doctor, device.doctor_args, ["--device", "cpu", "--seconds", "0.05",
+                                                     "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    cpu, = report["devices"]
+    errors = {(row["precision"], row["attention"]): row["error"] for row in cpu["rows"]}
+    assert len(errors) == 6 and all(row["wrong"] == "" for row in cpu["rows"])
+    assert max(errors["fp32", "fused"], errors["fp32", "plain"]) < 5e-4
+    for precision in ("fp16", "bf16"):  # measured, not assumed: they do round
+        assert 1e-3 < errors[precision, "plain"] < device.LIMITS[precision] / 2
+    assert all(row["speed"] > 0 for row in cpu["rows"]) and cpu["transfer"] is None
+    assert cpu["verdict"].startswith("cpu: fp32 exact, bf16 usable (gradient error ")
+    assert cpu["verdict"].endswith("use --device cpu --precision fp32")
+    assert set(report["absent"]) == {name for name, kind in device.KINDS.items() if kind.absent()}
+
+
+attention, sgd_step = F.scaled_dot_product_attention, torch.optim.SGD.step
+
+
+@pytest.mark.parametrize("owner, name, wrong, which", [
+    (F, "scaled_dot_product_attention", lambda *qkv, is_causal: attention(*qkv), "fused"),
+    (F, "scaled_dot_product_attention", lambda *qkv, is_causal: attention(*qkv, is_causal=is_causal)
+     * 1.02, "fused"),
+    (F, "scaled_dot_product_attention", lambda q, k, v, is_causal: v * math.nan, "fused"),
+    (torch.optim.SGD, "step", lambda self, closure=None: None, "fused and plain"),
+    (F, "layer_norm", lambda x, *_, **__: missing(), "fused and plain")])
+def test_the_doctor_sees_a_wrong_kernel(owner, name, wrong, which, capsys, monkeypatch):
+    fp32_only = dataclasses.replace(device.KINDS["cpu"], precisions=lambda device: ["fp32"])
+    monkeypatch.setattr(device, "KINDS", {"cpu": fp32_only})
+    truth = device._outcome
+
+    def outcome(run, *arguments, **options):  # another device has other kernels: the truth stays
+        with monkeypatch.context() as patch:
+            if arguments[1].dtype == torch.float32:
+                patch.setattr(owner, name, wrong)
+            return truth(run, *arguments, **options)
+    monkeypatch.setattr(device, "_outcome", outcome)
+    assert guard(device.doctor, device.doctor_args, ["--seconds", "0"]) == 3
+    out, err = capsys.readouterr()
+    assert f"cpu: fp32 WRONG with {which} attention; do not train on it\n" in out
+    assert err.startswith(f"error: cpu fp32 with {which.split()[0]} attention ")
+    assert err.count("\n") == 1
+
+
+def missing():
+    raise NotImplementedError("an operation it has not")
+
+
+def test_the_doctor_lists_what_is_absent_or_broken_and_refuses_it_when_asked(capsys, monkeypatch):
+    cpu = dataclasses.replace(device.KINDS["cpu"], precisions=lambda device: ["fp32"])
+    busy = dataclasses.replace(device.KINDS["cuda"], absent=lambda: "", count=lambda: 1,
+                               select=broken, precisions=lambda device: ["fp32"])
+    gone = dataclasses.replace(device.KINDS["mps"], absent=lambda: "there is no Apple GPU")
+    monkeypatch.setattr(device, "KINDS", {"cuda": busy, "mps": gone, "cpu": cpu})
+    assert guard(device.doctor, device.doctor_args, ["--seconds", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "mps  absent: there is no Apple GPU\n" in out and "cpu: fp32 exact; use --device" in out
+    assert "cuda absent: cuda:0 is listed but does not work: the GPU is busy\n" in out
+    for name, words in (("cuda", "does not work"), ("mps", "no Apple GPU"), ("gpu", "unknown")):
+        assert guard(device.doctor, device.doctor_args, ["--device", name]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+
+
+def test_the_doctor_is_a_command():
+    run = subprocess.run([sys.executable, device.__file__, "--device", "npu:99"], text=True,
+                         capture_output=True)
+    assert run.returncode == 2 and run.stderr.startswith("error: device npu")
+    assert run.stderr.count("\n") == 1
