@@ -45,14 +45,14 @@ import statistics
 import sys
 import time
 
-import torch
+from device import guard, load_checkpoint, Parser, start, UserError  # before torch, which reads
+import torch                                                          # at import what it sets
 import torch.nn.functional as F
 from torch import nn
 
 from clip_model import bucket, CLIP, CONFIGS, canonical_name, load, save
 from data import (class_prompts, classification_scores, few_shot, find_classes, halves,
                   make_loader, open_dataset, Preprocess)
-from device import guard, load_checkpoint, Parser, start, UserError
 from tokenizer import BPETokenizer
 
 # data set -> (epochs, reg_weight) of the few-shot setting; base-to-new takes reg_weight 8 for all

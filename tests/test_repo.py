@@ -69,6 +69,16 @@ def test_nothing_works_at_import(path):
                 assert "__main__" in ast.dump(node.test)
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_import_device_before_torch(name):
+    """torch reads PYTORCH_ENABLE_MPS_FALLBACK when it is imported, and device sets it."""
+    modules = [node.names[0].name if isinstance(node, ast.Import) else node.module
+               for node in tree(ROOT / f"{name}.py").body
+               if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert modules.index("device") < modules.index("torch")
+    assert modules.index("device") < modules.index("clip_model")
+
+
 def code_words(path):
     """(line, word) of every name, attribute and string that is neither docstring nor help."""
     skip = set()
