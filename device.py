@@ -1314,8 +1314,8 @@ def _verdict(device, rows):
         words.append(f"{name} {word}" + f" at {faster:.1f}x fp32's speed" * (0 < faster != 1))
     auto = _pick_precision(device, "auto")[0]
     best = auto if auto in speeds else next(iter(speeds), "")
-    return f"{device}: {', '.join(words)}; " + (
-        f"use --device {str(device).removesuffix(':0')} --precision {best}" if best else "do not train on it")
+    flags = f"use --device {str(device).removesuffix(':0')} --precision {best}"
+    return f"{device}: {', '.join(words)}; {flags if best else 'do not train on it'}"
 
 
 def doctor_args(argv=None):

@@ -316,15 +316,8 @@ class Programs(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        asked = kwargs.get("device")
-        # The only positions where an integer is a device.
-        if function in (torch.Tensor.to, torch.device, torch._C._nn._parse_to):
-            asked = args[function is torch.Tensor.to:][:1] + (asked,)
-        if function is torch.Tensor.cuda or any(
-                type(x) is int or str(x).startswith("cuda")
-                for x in (asked if isinstance(asked, tuple) else (asked,))):
-            if function is not torch.device or type(args[0]) is int:
-                raise AssertionError("Torch not compiled with CUDA enabled")
+        if means_cuda(function, args, kwargs):
+            raise AssertionError("Torch not compiled with CUDA enabled")
         if function is torch.device:
             return function(*args, **kwargs)
         if "device" in kwargs:
@@ -338,7 +331,19 @@ class Programs(TorchFunctionMode):
             isinstance(out, torch.device) and out.type == name) else out
 
 
+def means_cuda(function, args, kwargs):
+    asked = [kwargs.get("device")]
+    if function is torch.Tensor.to:
+        asked += args[1:2]
+    elif function in (torch.device, torch._C._nn._parse_to):
+        asked += args[:1]
+    named = [str(x) for x in asked if isinstance(x, (str, torch.device))]
+    return (function is torch.Tensor.cuda or any(type(x) is int for x in asked)
+            or function is not torch.device and any(x.startswith("cuda") for x in named))
+
+
 def inside(device):
+    """The name that torch knows, for the name the program uses."""
     if shown == "mps":
         if isinstance(device, torch.device) and device.type == "mps":
             return torch.device(name, 0)
