@@ -426,13 +426,14 @@ def tune(parent, model, pretrained, shots, targets, zero_shot, args):
         stored = load_checkpoint(args.resume)
         refuse_other_run(stored, args)
 
-    free = free_clipfit_weights(model)
+    free, several = free_clipfit_weights(model), len(targets) > 1
     restore(free, pretrained)
     for target in targets:
         if target.name not in zero_shot:
             zero_shot[target.name] = evaluate(run, model, target, args)
         if not stored:
-            log_scores(run, 0, f"zero-shot {target.name}", zero_shot[target.name])
+            log_scores(run, 0, ("zero-shot " + target.name * several).strip(),
+                       zero_shot[target.name])
     step, tuned = 0, zero_shot
     if args.eval_only and stored:
         restore(free, stored["weights"])
@@ -456,7 +457,7 @@ def tune(parent, model, pretrained, shots, targets, zero_shot, args):
     if step:
         tuned = {target.name: evaluate(run, model, target, args) for target in targets}
         for name, score in tuned.items():
-            log_scores(run, step, f"test {name}", score)
+            log_scores(run, step, ("test " + name * several).strip(), score)
     return report(run, model, shots, targets, zero_shot, tuned, args)
 
 

@@ -17,13 +17,13 @@ import types
 sys.path[:0] = [str(pathlib.Path(__file__).resolve().parent.parent),
                 str(pathlib.Path(__file__).resolve().parent)]
 
+from device import start  # noqa: E402, I001  (before torch, which reads what it sets)
 import official  # noqa: E402
 import torch  # noqa: E402
 
 import clip_model  # noqa: E402
 import train_clipfit  # noqa: E402
 from data import class_prompts, TEMPLATES  # noqa: E402
-from device import start  # noqa: E402
 from tokenizer import BPETokenizer  # noqa: E402
 
 DTD = """banded blotchy braided bubbly bumpy chequered cobwebbed cracked crosshatched crystalline
