@@ -1034,6 +1034,20 @@ def only_one(lock):
 # -----------------------------------------------------------------------------
 # Saving
 
+def check_layout(config, layout):
+    """Raise WeightsError unless a CLIP of this size can be written in `layout`."""
+    if layout not in ("safetensors", "openai", "open_clip", "hf"):
+        raise WeightsError(f"unknown layout {layout!r}; expected openai, open_clip, hf or "
+                           f"safetensors")
+    if layout == "hf" and config.vision_patch is None:
+        raise WeightsError("transformers' CLIPModel has no ResNet image tower; choose the layout "
+                           "openai, open_clip or safetensors")
+    if layout == "openai" and (config.activation, config.vision_head, config.text_head) != (
+            "quick_gelu", 64, 64):
+        raise WeightsError("OpenAI's `build_model` always makes heads of 64 and QuickGELU, which "
+                           "this model does not have; choose the layout open_clip or safetensors")
+
+
 def save(model, path, layout="safetensors", dtype=None, token_rows=None):
     """Write `model` where the named library reads it; returns the path written.
 
@@ -1045,20 +1059,12 @@ def save(model, path, layout="safetensors", dtype=None, token_rows=None):
     Written beside its place and renamed, so an older file survives an interruption.
     """
     path, config = pathlib.Path(path), model.config
+    check_layout(config, layout)
+    dtype = dtype or torch.float32
     state = {name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
              .contiguous() for name, tensor in model.state_dict().items()}
     metadata = {"format": "pt"}
     folder_files = {"open_clip": "open_clip_model.safetensors", "hf": "model.safetensors"}
-    if layout not in ("safetensors", "openai", *folder_files):
-        raise WeightsError(f"unknown layout {layout!r}; expected openai, open_clip, hf or "
-                           f"safetensors")
-    if layout == "hf" and config.vision_patch is None:
-        raise WeightsError("transformers' CLIPModel has no ResNet image tower; choose the layout "
-                           "openai, open_clip or safetensors")
-    if layout == "openai" and (config.activation, config.vision_head, config.text_head) != (
-            "quick_gelu", 64, 64):
-        raise WeightsError("OpenAI's `build_model` always makes heads of 64 and QuickGELU, which "
-                           "this model does not have; choose the layout open_clip or safetensors")
     if token_rows is not None and layout != "safetensors":
         raise WeightsError(f"token_rows needs the layout safetensors, not {layout!r}")
     if layout == "safetensors":

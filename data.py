@@ -383,18 +383,24 @@ class ImageSet(Dataset):
             self.notes.append(f"{len(lost)} of {len(self):,} {self.split} images are missing, e.g. "
                               f"{self.paths[lost[0]]}: they count as unreadable")
 
-    def preload(self):
-        """Decode every image into memory once (3 bytes per pixel) and return the set itself.
-        Unreadable ones are dropped and noted, or refused as refuse_losses says (DataError)."""
+    def preload(self, limit=1 << 62):
+        """Decode every image into memory once (4 bytes per pixel) and return the set itself.
+        Unreadable ones are dropped and noted, or refused as refuse_losses says (DataError). Beyond
+        `limit` bytes it gives up, notes that, and images go on being read when asked for."""
         if self.images is not None:
             return self
-        images, lost, reasons = [], [], []
+        images, lost, reasons, held = [], [], [], 0
         for index, path in enumerate(self.paths):
             try:
                 images.append(self.store.image(path))
+                held += 4 * images[-1].width * images[-1].height
             except UnreadableImage as error:
                 lost.append(index)
                 reasons.append(error)
+            if held > limit:
+                self.notes.append(f"{len(self):,} {self.split} images take over {limit >> 20:,} MB "
+                                  f"decoded: they are read again at every use")
+                return self
         if lost:
             self.refuse_losses(lost, reasons[0])
             kept = sorted(set(range(len(self))) - set(lost))
@@ -403,6 +409,18 @@ class ImageSet(Dataset):
             self.notes.append(f"{len(lost)} unreadable {self.split} images left out: {reasons[0]}")
         self.images = images
         return self
+
+    def digest(self):
+        """sha256 over the labels and the bytes of the image files: tells whether a set is still the
+        one that a run began with. Reads every file; one that cannot be read counts by its name."""
+        total = hashlib.sha256()
+        for path, label in zip(self.paths, self.labels):
+            try:
+                content = self.store.read(path)
+            except UnreadableImage:
+                content = path.encode("utf-8", "surrogateescape")
+            total.update(f"{label} {len(content)} ".encode() + content)
+        return total.hexdigest()
 
     def refuse_losses(self, lost, reason):
         """Raise if the images at positions `lost` are a whole class or more than max(1, 1 %)."""

@@ -50,7 +50,7 @@ import torch                                                          # at impor
 import torch.nn.functional as F
 from torch import nn
 
-from clip_model import bucket, CLIP, CONFIGS, canonical_name, load, save
+from clip_model import bucket, canonical_name, check_layout, CLIP, CONFIGS, load, save
 from data import (class_prompts, classification_scores, few_shot, find_classes, halves,
                   make_loader, open_dataset, Preprocess)
 from tokenizer import BPETokenizer
@@ -65,7 +65,7 @@ RECIPES = {
 OFFICIAL = {"lr": 0.002, "wd": 5e-4, "momentum": 0.9, "batch_size": 32, "warmup": 1}
 # The bundled model is small and far from its data: the official rate barely moves it.
 DEMO = {"lr": 0.05}
-IN_MEMORY = 4096  # training sets up to here are decoded once and kept, at most a few GB
+IN_MEMORY = 2 << 30  # bytes of decoded training images to keep; more are read at every step
 SHIFTS = ("imagenetv2", "imagenet-sketch", "imagenet-a", "imagenet-r")
 ALIASES = {
     "--dataset": "--data", "--root": "--data-dir", "--data-root": "--data-dir",
@@ -93,8 +93,8 @@ def get_args(argv=None):
     group.add_argument("--download", action="store_true", help="fetch the images with torchvision")
     group.add_argument("--classes", nargs="+", metavar="NAME", help="train and test on these only")
     group.add_argument("--template", help="prompt with {} for the class; default: the paper's")
-    group.add_argument("--shots", nargs="+", type=int, default=[4], metavar="N",
-                       help="training images per class; several give a table (default: 4)")
+    group.add_argument("--shots", nargs="+", type=int, metavar="N", help="training images per "
+                       "class; several give a table (default: 4; 16 for base2new and dg)")
     group.add_argument("--workers", type=int, default=-1, help="processes that read test images "
                        "(default: -1, up to 4 by system; 0 reads in the main process)")
     group = parser.add_argument_group("model")
@@ -154,6 +154,8 @@ def get_args(argv=None):
         value = getattr(args, name)
         if value is not None and not low <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')} is {value}; expected at least {low}")
+    args.shots = list(dict.fromkeys(args.shots or [4 if args.setting == "fewshot" else 16]))
+    args.seed = list(dict.fromkeys(args.seed))
     if args.lr is not None and not 0 < args.lr < 1e3:
         parser.error(f"--lr is {args.lr}; expected a positive number")
     if min(args.shots + args.seed) < 0 or max(args.seed) >= 2 ** 32:
@@ -163,6 +165,12 @@ def get_args(argv=None):
     if args.setting == "dg" and args.data != "imagenet":
         parser.error("--setting dg trains on ImageNet and tests on its four shifts; add "
                      "--data imagenet")
+    if args.setting == "dg" and args.classes:
+        parser.error("--classes does not go with --setting dg, whose test sets have their own")
+    if args.template == "":
+        parser.error("--template is empty; write a sentence with {} for the class")
+    if args.resume not in ("auto", "none") and len(args.shots) * len(args.seed) > 1:
+        parser.error("--resume PATH continues one run; give one --shots and one --seed")
     return args
 
 
@@ -171,13 +179,21 @@ def fill_recipe(args, data):
     epochs, reg_weight = RECIPES.get(data, (100, 2.0))
     official = {**OFFICIAL, "epochs": epochs,
                 "reg_weight": 8.0 if args.setting == "base2new" else reg_weight}
-    for name, value in {**official, **(DEMO if data == "demo" else {})}.items():
+    ours = DEMO if data == "demo" and (args.model or "tiny") == "tiny" else {}
+    for name, value in {**official, **ours}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     notes = [f"--{name.replace('_', '-')} {getattr(args, name):g} (official {value:g})"
              for name, value in official.items() if getattr(args, name) != value]
     notes += [f"--grad-clip {args.grad_clip:g} (official none)"] if args.grad_clip else []
-    notes += [f"the template {args.template!r}"] if args.template else []
+    notes += [f"--{name.replace('_', '-')} {getattr(args, name)} (official {value})"
+              for name, value in (("model", "ViT-B/16"), ("split", "coop"), ("classes", "all"),
+                                  ("template", "by data set"))
+              if getattr(args, name) not in (None, value)]
+    if args.setting == "base2new" and args.shots != [16]:
+        notes.append(f"--shots {args.shots} (official 16 for base-to-new)")
+    if args.epochs <= args.warmup:
+        notes.append(f"--epochs {args.epochs}: the rate never leaves its warm-up of 1e-5")
     if data not in RECIPES:
         notes.append("no official recipe names this data; that of most sets was taken")
     if args.setting == "dg":
@@ -235,7 +251,7 @@ def add_gradient(run, model, images, labels, batch, texts, pretrained, args, sca
     text_leaf = text_features.detach().requires_grad_()
     scale = model.logit_scale.exp()                                      # 100, frozen
     ce_loss = hits = torch.zeros((), device=text_leaf.device)
-    micro = args.micro_batch or -(-batch // args.accum_steps)
+    micro = args.micro_batch or max(1, -(-len(images) // args.accum_steps))
     for some_images, some_labels in zip(images.split(micro), labels.split(micro)):
         with run.autocast():
             image_features = model.encode_image(some_images, normalize=True)
@@ -293,6 +309,11 @@ def evaluate(run, model, target, args):
             break
     rows = torch.cat(run.gather_objects(torch.cat(rows, dim=1)), dim=1)
     index, labels, predictions = rows[:, rows[0].argsort()]
+    lost = index[labels < 0].tolist()
+    if lost:  # more than 1 % of them, or a whole class, is an error
+        first = target.images.paths[lost[0]]
+        target.images.refuse_losses(lost, first)
+        run.say(f"note: {len(lost)} unreadable {target.name} images are left out, e.g. {first}")
     return {**classification_scores(predictions, labels, len(target.images.classnames)),
             "index": index.tolist(), "labels": labels.tolist(), "predictions": predictions.tolist()}
 
@@ -405,6 +426,33 @@ def restore(moving, weights):
 # -----------------------------------------------------------------------------
 # One run
 
+def find_start(run, args):
+    """Take the run's folder -> (checkpoint to go on from or None, results if it is finished)."""
+    if args.resume not in ("auto", "none"):
+        stored = load_checkpoint(args.resume)  # before the folder is touched
+        refuse_other_run(stored, args.resume, args)
+        if not args.eval_only:
+            run.claim(args.config, args.identity, overwrite=args.overwrite)
+        return stored, None
+    last = args.folder / "checkpoint_last.pt"
+    if args.eval_only:
+        stored = run.load(last) if args.resume == "auto" else None
+        if stored:
+            refuse_other_run(stored, last, args)
+        else:
+            run.say(f"no checkpoint in {args.folder}: this is zero-shot")
+        return stored, None
+    if not run.claim(args.config, args.identity, resume=args.resume == "auto",
+                     overwrite=args.overwrite):
+        return None, None
+    stored, done = run.load(last), args.folder / "results.json"
+    if done.exists():
+        run.say(f"{args.folder} holds this run, finished; --overwrite runs it again")
+        return stored, json.loads(done.read_text("utf-8"))
+    run.rewind(stored["step"] if stored else -1)
+    return stored, None
+
+
 def tune(parent, model, pretrained, shots, targets, zero_shot, args):
     """One run, from zero-shot to results.json, in args.folder; -> the results.
 
@@ -412,38 +460,28 @@ def tune(parent, model, pretrained, shots, targets, zero_shot, args):
     before training by target, filled by the first of several runs.
     """
     run = parent.enter("" if args.eval_only else args.folder, args.seed)
-    last, stored = args.folder / "checkpoint_last.pt", None
-    if args.eval_only:
-        stored = run.load(last) if args.resume == "auto" else None
-    elif run.claim({**vars(args), "shots": [args.shots], "seed": [args.seed]}, args.identity,
-                   resume=args.resume == "auto", overwrite=args.overwrite):
-        if (args.folder / "results.json").exists():
-            run.say(f"{args.folder} holds this run, finished; --overwrite runs it again")
-            return json.loads((args.folder / "results.json").read_text("utf-8"))
-        stored = run.load(last)
-        run.rewind(stored["step"] if stored else -1)
-    if args.resume not in ("auto", "none"):
-        stored = load_checkpoint(args.resume)
-        refuse_other_run(stored, args)
-
-    free, several = free_clipfit_weights(model), len(targets) > 1
+    stored, results = find_start(run, args)
+    free, several, step = free_clipfit_weights(model), len(targets) > 1, 0
     restore(free, pretrained)
+    if results:
+        if stored and args.export:
+            restore(free, stored["weights"])
+            export(run, model, args)
+        return results
     for target in targets:
         if target.name not in zero_shot:
             zero_shot[target.name] = evaluate(run, model, target, args)
         if not stored:
             log_scores(run, 0, ("zero-shot " + target.name * several).strip(),
                        zero_shot[target.name])
-    step, tuned = 0, zero_shot
     if args.eval_only and stored:
         restore(free, stored["weights"])
         step = stored["step"]
     elif not args.eval_only and len(shots):
         shots = shots.with_transform(Preprocess(model.config.image_size, True, args.seed))
-        if len(shots) <= IN_MEMORY:
-            known = len(shots.notes)
-            for note in shots.preload().notes[known:]:  # images that could not be read
-                run.say(note)
+        known = len(shots.notes)
+        for note in shots.preload(IN_MEMORY).notes[known:]:  # what could not be read, or kept
+            run.say(note)
         loader = make_loader(shots, args.batch_size, seed=args.seed, rank=run.rank,
                              world_size=run.world_size,
                              **run.loader_options(0 if shots.images else args.workers))
@@ -453,61 +491,74 @@ def tune(parent, model, pretrained, shots, targets, zero_shot, args):
         finally:
             run.unwatch_signals()
         if args.dry_run:
-            restore(free, run.load(last)["weights"])
+            restore(free, run.load(args.folder / "checkpoint_last.pt")["weights"])
+    tuned = zero_shot
     if step:
         tuned = {target.name: evaluate(run, model, target, args) for target in targets}
         for name, score in tuned.items():
             log_scores(run, step, ("test " + name * several).strip(), score)
-    return report(run, model, shots, targets, zero_shot, tuned, args)
+    results = report(run, model, shots, step, targets, zero_shot, tuned, args)
+    if args.export:
+        export(run, model, args)
+    return results
 
 
 def log_scores(run, step, split, score):
     run.log(step, split=split, accuracy=score["accuracy"], macro_f1=score["macro_f1"])
 
 
-def refuse_other_run(stored, args):
-    """Raise UserError unless a checkpoint named by --resume fits this command line."""
+def refuse_other_run(stored, path, args):
+    """Raise UserError unless the checkpoint at `path` fits this command line."""
     theirs = stored.get("identity")
     if stored.get("format") != "clipfit/1" or not isinstance(theirs, dict):
-        raise UserError(f"{args.resume} is not a checkpoint of this script; a CLIP to start from "
-                        f"goes to --weights")
+        raise UserError(f"{path} is not a checkpoint of this script; a CLIP to start from goes to "
+                        f"--weights")
     # Scores of tuned weights on other data are a fair question; on another model they are noise.
-    keys = ("model", "weights_sha256") if args.eval_only else sorted({*theirs, *args.identity})
+    elsewhere = args.eval_only and args.resume not in ("auto", "none")
+    keys = ("model", "weights_sha256") if elsewhere else sorted({*theirs, *args.identity})
     odd = [f"{key} {theirs.get(key)!r} there and {args.identity.get(key)!r} here" for key in keys
            if theirs.get(key) != args.identity.get(key)]
     if odd:
-        raise UserError(f"{args.resume} belongs to another run: {'; '.join(odd)}; give the same "
-                        f"flags, or start without --resume")
+        raise UserError(f"{path} belongs to another run: {'; '.join(odd)}; give the same flags, or "
+                        f"start without --resume")
+    args.shots, args.seed = theirs["shots"], theirs["seed"]  # what these weights were tuned on
 
 
-def report(run, model, shots, targets, zero_shot, tuned, args):
+def report(run, model, shots, step, targets, zero_shot, tuned, args):
     """Print, write and return what one run found."""
     free = [p for p in model.parameters() if p.requires_grad]
     before, after = headline(zero_shot, args.setting), headline(tuned, args.setting)
     results = {
         "method": "clipfit", "data": args.identity["data"], "model": args.model,
-        "setting": args.setting, "shots": args.shots, "seed": args.seed,
-        "zero_shot_accuracy": before, "accuracy": after, "gain": after - before,
-        "macro_f1": tuned[targets[0].name]["macro_f1"],
-        "trainable_parameters": sum(p.numel() for p in free), "trainable_tensors": len(free)}
+        "setting": args.setting, "shots": args.shots if step else 0, "seed": args.seed,
+        "zero_shot_accuracy": before, "accuracy": after, "gain": after - before}
     for target in targets:
-        if len(targets) > 1:
-            results[f"{target.name}_accuracy"] = tuned[target.name]["accuracy"]
-            results[f"zero_shot_{target.name}_accuracy"] = zero_shot[target.name]["accuracy"]
+        prefix = f"{target.name}_" if len(targets) > 1 else ""
+        if prefix:
+            results[f"{prefix}accuracy"] = tuned[target.name]["accuracy"]
+            results[f"zero_shot_{prefix}accuracy"] = zero_shot[target.name]["accuracy"]
+        results[f"{prefix}macro_f1"] = tuned[target.name]["macro_f1"]
         write_tables(run, target, zero_shot[target.name], tuned[target.name])
-    results |= {"images": {t.name: tuned[t.name]["scored"] for t in targets},
-                "unreadable_images": sum(tuned[t.name]["skipped"] for t in targets),
-                "departures": args.departures, "identity": args.identity}
+    results |= {
+        "trainable_parameters": sum(p.numel() for p in free), "trainable_tensors": len(free),
+        "steps": step, "training_images": len(shots) if step else 0,
+        "images": {t.name: tuned[t.name]["scored"] for t in targets},
+        "unreadable_images": sum(tuned[t.name]["skipped"] for t in targets),
+        "dry_run": args.dry_run, "departures": args.departures, "identity": args.identity}
     run.write("shots.json", {"train": [list(pair) for pair in zip(shots.paths, shots.labels)]})
-    if args.export and run.out:
-        path = run.out / "export" / {"openai": "clip.pt", "safetensors": "clip.safetensors"}.get(
-            args.export, args.export)
-        run.say(f"wrote {run.on_first(lambda: str(save(model, path, args.export)))}")
     what = {"fewshot": "accuracy", "base2new": "harmonic mean of base and new",
             "dg": "accuracy on ImageNet"}[args.setting]
-    run.say(f"{what}: zero-shot {before:.2f} %, {args.shots} shots per class (seed {args.seed}) "
-            f"{after:.2f} %, gain {after - before:+.2f}")
+    tuned_by = f"{args.shots} shots per class (seed {args.seed}) {after:.2f} %"
+    run.say("dry run, no result: " * args.dry_run + f"{what}: zero-shot {before:.2f} %" + (
+        f", {tuned_by}, gain {after - before:+.2f}" if step else ""))
     return run.finish(results)
+
+
+def export(run, model, args):
+    """Write the tuned model as a full CLIP that the named library loads."""
+    path = args.folder / "export" / {"openai": "clip.pt", "safetensors": "clip.safetensors"}.get(
+        args.export, args.export)
+    run.say(f"wrote {run.on_first(lambda: str(save(model, path, args.export)))}")
 
 
 def write_tables(run, target, before, after):
@@ -532,9 +583,10 @@ def write_tables(run, target, before, after):
 # -----------------------------------------------------------------------------
 # All runs
 
-# Student's t for a two-sided 95 % interval, by degrees of freedom: with three seeds the usual
-# 1.96 would promise far too much.
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+# Student's t for a two-sided 95 % interval by degrees of freedom, the last for more: with three
+# seeds the usual 1.96 would promise far too much.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+        2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
 
 
 def spread(values):
@@ -543,7 +595,7 @@ def spread(values):
     if n == 1:
         return mean, math.nan, math.nan
     std = statistics.stdev(values)
-    return mean, std, (T_95[n - 2] if n - 2 < len(T_95) else 1.96) * std / math.sqrt(n)
+    return mean, std, T_95[min(n - 2, len(T_95) - 1)] * std / math.sqrt(n)
 
 
 def tabulate(run, results, args):
@@ -576,12 +628,17 @@ def tabulate(run, results, args):
     run.write("table.md", "\n".join(lines) + "\n")
     run.write("table.csv", out.getvalue())
     run.say("\n".join(lines))
-    means = {"accuracy": statistics.fmean(r["accuracy"] for r in results),
-             "zero_shot_accuracy": results[0]["zero_shot_accuracy"]}
-    return run.finish({**{key: results[0][key] for key in (
-        "method", "data", "model", "setting", "trainable_parameters", "trainable_tensors")},
-        **means, "gain": means["accuracy"] - means["zero_shot_accuracy"], "shots": args.shots,
-        "seed": args.seed, "runs": results})
+    by_shots = {row[0]: dict(zip(rows[0][2:], row[2:])) for row in rows[1:]
+                if row[1] in ("accuracy", "H")}
+    same = ("method", "data", "model", "setting", "trainable_parameters", "trainable_tensors",
+            "zero_shot_accuracy")
+    results = run.finish({**{key: results[0][key] for key in same}, "shots": args.shots,
+                          "seed": args.seed, "by_shots": by_shots, "runs": results})
+    # One number that stands for the table: the mean over seeds at the last number of shots.
+    results |= {"accuracy": rows[-1][-4], "gain": rows[-1][-1], "accuracy_at_shots": rows[-1][0]}
+    results["seconds"] = sum(r["seconds"] for r in results["runs"])
+    run.write("results.json", results)
+    return results
 
 
 def open_model(args, data):
@@ -591,8 +648,9 @@ def open_model(args, data):
     if known is None and args.weights in ("auto", "none"):
         raise UserError(f"unknown --model {name!r}; known: {', '.join(CONFIGS)}. A file goes to "
                         f"--weights")
-    if args.weights == "none":
+    if args.weights == "none":  # the same random weights whatever --seed is
         args.model = known
+        torch.manual_seed(0)
         return CLIP(CONFIGS[known]).eval()
     model = load(known if args.weights == "auto" else args.weights)
     if args.weights != "auto" and args.model and CONFIGS.get(known) != model.config:
@@ -610,26 +668,35 @@ def open_tests(args, train_set, where):
     if len(labels) < (4 if args.setting == "base2new" else 2):
         raise UserError(f"{len(labels)} classes cannot be told apart in the setting {args.setting}; "
                         f"name more with --classes")
-    if args.setting == "base2new":
-        base, new = halves(labels)
-        return base, {"base": test.select(base), "new": test.select(new)}
     tests = {"test": test.select(labels)}
+    if args.setting == "base2new":
+        labels, new = halves(labels)
+        tests = {"base": test.select(labels), "new": test.select(new)}
     if args.setting == "dg":
         tests = {"imagenet": tests["test"]} | {
             name: open_dataset(name, "test", **where) for name in SHIFTS}
+    untaught = [train_set.classnames[c] for c in labels if c not in set(train_set.labels)]
+    if untaught:
+        raise UserError(f"{train_set.name}: no training image of {', '.join(untaught[:10])}; add "
+                        f"some, or leave them out with --classes")
+    for name, images in tests.items():
+        if not len(images):
+            raise UserError(f"{train_set.name}: the {name} part has no image to test on")
+        images.check_files()
     return labels, tests
 
 
 def identify(args, model, train_set):
     """What must be equal for a run to be continued, and what names it in results.json."""
     names = ("setting", "split", "classes", "template", "epochs", "batch_size", "lr", "wd",
-             "momentum", "warmup", "grad_clip", "reg_weight", "precision", "dry_run")
+             "momentum", "warmup", "grad_clip", "reg_weight", "precision")
     return {"data": train_set.name, "split_sha256": train_set.fingerprint, "model": args.model,
             "weights_sha256": model.origin["sha256"], **{n: getattr(args, n) for n in names}}
 
 
 def main(args):
     """Every (shots, seed) of the command line; -> the results of the one run, or of the table."""
+    given = dict(vars(args))  # as config.json keeps it, before the recipe fills the rest
     precision = "fp16" if args.precision == "official-fp16" else args.precision
     run = start(args.device, precision, seed=args.seed[0], deterministic=args.deterministic)
     where = dict(data_dir=args.data_dir, layout=args.split)
@@ -638,12 +705,13 @@ def main(args):
     train_set = open_dataset(args.data, "train", **where)
     args.departures = fill_recipe(args, train_set.name)
     labels, tests = open_tests(args, train_set, where)
-    for images in tests.values():
-        images.check_files()
     model = open_model(args, train_set.name)
+    if args.export:
+        check_layout(model.config, args.export)
     identity = identify(args, model, train_set)
     name = f"{train_set.name}_{args.model}_{args.setting}".replace("/", "-")
     folder = pathlib.Path(args.output_dir or f"runs/train_clipfit/{name}")
+    folder = folder.with_name(folder.name + "_dry_run") if args.dry_run else folder
     single = len(args.shots) * len(args.seed) == 1
     jobs = []
     for shots, seed in itertools.product(args.shots, args.seed):
@@ -654,7 +722,13 @@ def main(args):
         inside = folder if single and args.output_dir else folder / f"shots{shots}_seed{seed}"
         jobs.append((few, argparse.Namespace(**{
             **vars(args), "shots": shots, "seed": seed, "folder": inside,
-            "identity": {**identity, "shots": shots, "seed": seed}})))
+            "overwrite": args.overwrite or args.dry_run,
+            "config": {**given, "shots": [shots], "seed": [seed]},
+            "identity": {**identity, "shots": shots, "seed": seed, "shots_sha256": few.digest()}})))
+    table = run.enter("" if args.eval_only else folder)
+    if not single and not args.eval_only:
+        table.claim(given, {**identity, "table": True}, resume=args.resume == "auto",
+                    overwrite=args.overwrite or args.dry_run)
 
     model = run.move(model).fuse_attention(run.fused_attention)
     view, tokenizer = Preprocess(model.config.image_size), BPETokenizer()
@@ -674,7 +748,7 @@ def main(args):
         run.say(f"departs from the official recipe: {departure}")
     zero_shot = {}
     results = [tune(run, model, pretrained, few, targets, zero_shot, job) for few, job in jobs]
-    return results[0] if single else tabulate(run.enter(folder), results, args)
+    return results[0] if single else tabulate(table, results, args)
 
 
 if __name__ == "__main__":
