@@ -1,6 +1,7 @@
 """Ratios against the code this project replaces; prints the table that the README shows.
 
-    python tests/bench.py [--rounds 3] [--batch 32] [--only clipfit]
+    python tests/bench.py [--rounds 3] [--batch 32]
+    python tests/bench.py --exact      the step's loss and gradients, fp32 and fp64, asserted
 
 Random weights: the arithmetic does not depend on them. Both sides of a row run in alternation in
 one process and the medians are compared, because two runs of anything differ by more than some of
@@ -54,7 +55,7 @@ def clipfit_step(rounds, batch):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             total, *_ = official.loss(model, images, labels, tokens, anchor, 8.0)
         total.backward()
-        return float(total)
+        return total.item()
 
     def ours(precision, args):
         run = runs[precision]
@@ -89,11 +90,47 @@ def clipfit_step(rounds, batch):
               f"| {worst:.1e} |")
 
 
+def exactness(batch):
+    """Loss and all 46,080 gradients of the same step against the official computation, asserted."""
+    for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        torch.manual_seed(0)
+        model = clip_model.CLIP(clip_model.CONFIGS["ViT-B/16"]).to(dtype).eval()
+        free = train_clipfit.free_clipfit_weights(model)
+        with torch.no_grad():
+            for p in free.values():
+                p.add_(0.05 * torch.randn_like(p))
+        tokens = BPETokenizer()(class_prompts(DTD, TEMPLATES["dtd"]))
+        images = torch.randn(batch, 3, 224, 224, dtype=dtype)
+        labels = torch.randint(len(DTD), (batch,))
+        anchor = clip_model.unit(torch.randn(len(DTD), 512, dtype=dtype))
+        run = start("cpu", "fp32")
+        args = types.SimpleNamespace(reg_weight=8.0, micro_batch=8, accum_steps=1)
+        began = time.perf_counter()
+        ours = float(train_clipfit.add_gradient(run, model, images, labels, batch, clip_model.bucket(
+            tokens), anchor, args, run.scaler())["loss"])
+        seconds = [time.perf_counter() - began]
+        mine = torch.cat([p.grad.flatten() for p in free.values()])
+        model.zero_grad(set_to_none=True)
+        began = time.perf_counter()
+        total = official.loss(model, images, labels, tokens, anchor, 8.0)[0]
+        total.backward()
+        seconds.append(time.perf_counter() - began)
+        theirs = torch.cat([p.grad.flatten() for p in free.values()])
+        worst = float((mine - theirs).abs().max() / theirs.abs().max())
+        off = abs(ours - total.item()) / abs(total.item())
+        print(f"{dtype}, batch {batch}: loss {off:.1e}, gradients {worst:.1e} of the largest of "
+              f"{len(mine):,}; {seconds[0]:.1f} s against {seconds[1]:.1f} s")
+        assert off <= bound and worst <= bound
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--exact", action="store_true", help="assert equality instead of timing")
     args = parser.parse_args()
+    if args.exact:
+        return exactness(args.batch)
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}, {args.rounds} rounds")
     clipfit_step(args.rounds, args.batch)
