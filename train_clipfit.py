@@ -148,6 +148,14 @@ def get_args(argv=None):
                        help="refuse operations without a repeatable result")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
+    args.shots = list(dict.fromkeys(args.shots or [4 if args.setting == "fewshot" else 16]))
+    args.seed = list(dict.fromkeys(args.seed))
+    refuse_bad_flags(parser, args)
+    return args
+
+
+def refuse_bad_flags(parser, args):
+    """Exit with one line on values and pairs of flags that make no sense."""
     for name, low in (("epochs", 1), ("batch_size", 1), ("micro_batch", 0), ("accum_steps", 1),
                       ("eval_batch_size", 1), ("warmup", 0), ("log_every", 1), ("save_every", 0),
                       ("workers", -1), ("reg_weight", 0), ("wd", 0), ("momentum", 0),
@@ -155,8 +163,6 @@ def get_args(argv=None):
         value = getattr(args, name)
         if value is not None and not low <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')} is {value}; expected at least {low}")
-    args.shots = list(dict.fromkeys(args.shots or [4 if args.setting == "fewshot" else 16]))
-    args.seed = list(dict.fromkeys(args.seed))
     if args.lr is not None and not 0 < args.lr < 1e3:
         parser.error(f"--lr is {args.lr}; expected a positive number")
     if min(args.shots + args.seed) < 0 or max(args.seed) >= 2 ** 32:
@@ -172,7 +178,6 @@ def get_args(argv=None):
         parser.error("--template is empty; write a sentence with {} for the class")
     if args.resume not in ("auto", "none") and len(args.shots) * len(args.seed) > 1:
         parser.error("--resume PATH continues one run; give one --shots and one --seed")
-    return args
 
 
 def fill_recipe(args, data):

@@ -143,7 +143,7 @@ def commands():
 def test_every_documented_command_parses(where, script, flags):
     sys.path.insert(0, str(ROOT))
     module = __import__(script)
-    module.get_args([word for word in shlex.split(flags) if word != "..."])
+    assert module.get_args([word for word in shlex.split(flags) if word != "..."]).data
 
 
 def test_documents_name_no_machine_path():
