@@ -28,7 +28,8 @@ Different from the official code, with the reason:
 - a missing split file is an error, not a silent new split; seed 0 means seed 0;
 - a ResNet tower has no LayerNorm: only the 6,144 text biases move and BatchNorm stays frozen
   (the official code lets its statistics drift);
-- a checkpoint holds the 64 tensors and their momentum, and resuming is exact to the bit.
+- a checkpoint holds the 64 tensors, their momentum, the place in the epoch, the random state and
+  what run it belongs to; resuming is exact to the bit.
 As there, the last epoch's weights are the result: no validation or test image chooses anything.
 
 Logged: loss, ce (cross-entropy), drift, lr, and batch_accuracy on augmented training crops, which
@@ -271,6 +272,8 @@ def add_gradient(run, model, images, labels, batch, texts, pretrained, args, sca
     # 0 on the first step. The same in every process, so each adds its share to the sum over them.
     drift_loss = drift(text_features, pretrained) / run.world_size
     loss = ce_loss + args.reg_weight * drift_loss
+    # The gradient of `loss`, finished: what the images left in the leaf enters the text tower where
+    # the graph was cut, together with the drift term's own, in one backward.
     torch.autograd.backward([text_features, scaler.scale(args.reg_weight * drift_loss)],
                             [text_leaf.grad, None])
     return {"loss": loss.detach(), "ce": ce_loss, "drift": drift_loss.detach(),
