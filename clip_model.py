@@ -13,6 +13,9 @@ without a key map. Different from OpenAI's code, with equal results:
 - files are read without running code: a TorchScript archive goes through a restricted reader, a
   pickle through `weights_only`, and a zip's checksums are verified first.
 
+A CLIP can also be made of other towers, trained by others: BERT, RoBERTa or DistilBERT under
+Hugging Face's names, and any classifier of torchvision. `load(image_tower=..., text_tower=...)`.
+
 Letters: B images, N texts, L tokens, W width of a tower, H heads, G patches per side, D embedding.
 
     python clip_model.py --inspect FILE [--json]     says what any weight file is
@@ -64,6 +67,9 @@ class CLIPConfig:
     vision_head: int = 64         # width of one attention head; LAION's largest ViTs differ
     text_head: int = 64
     activation: str = "quick_gelu"  # "gelu" in models trained by LAION; shapes cannot tell it
+    backbone: str = ""            # a torchvision classifier in the place of CLIP's image towers
+    text: "BertConfig | None" = None  # a BERT in the place of CLIP's text tower
+    proj: str = "linear"          # the step to D on either side; or "mlp", a `ResidualHead`
 
 
 CONFIGS = {
@@ -95,10 +101,40 @@ RELEASED = {  # name -> (file, sha256); the hash is also the folder in the URL
     "ViT-L/14@336px": ("ViT-L-14-336px.pt",
                        "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
 }
+CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 TINY = pathlib.Path(__file__).resolve().parent / "assets" / "tiny_clip.safetensors"
 # What a file of bare tensors cannot say: the head width of LAION's H image tower. (Their g and G
 # have MLPs of other widths and are refused with the shape that differs.)
 HEAD_OF_WIDTH = {1280: 80}
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    family: str                   # "bert", "roberta" or "distilbert": their names and tokenizers
+    vocab_size: int
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    intermediate: int = 3072
+    positions: int = 512          # rows of the table; RoBERTa never uses its first pad_id + 1
+    type_vocab: int = 2           # segments; only the first is used here
+    pad_id: int = 0
+    eps: float = 1e-12
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    pool: str = "pooler"          # tanh of a layer over the first token; or "first", the bare token
+
+
+BERTS = {
+    "roberta-base": BertConfig("roberta", 50_265, positions=514, type_vocab=1, pad_id=1, eps=1e-5),
+    "bert-base-uncased": BertConfig("bert", 30_522),
+    "distilbert-base-uncased": BertConfig("distilbert", 30_522, layers=6, type_vocab=0,
+                                          pool="first"),
+    "chinese-roberta-wwm-ext": BertConfig("bert", 21_128),  # a BERT in spite of its name
+    "chinese-roberta-wwm-ext-large": BertConfig("bert", 21_128, 1024, 24, 16, 4096),
+    "rbt3": BertConfig("bert", 21_128, layers=3),
+    "tiny-bert": BertConfig("bert", 21_128, 32, 2, 2, 64, 64),  # for tests
+}
 
 
 def canonical_name(name):
@@ -115,7 +151,7 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x): the GELU of all nine released models (Hendrycks and Gimpel 2016)."""
 
     def forward(self, x):  # through SiLU, autograd keeps one tensor of (B, L, 4W) instead of two
-        return F.silu(1.702 * x) / 1.702
+        return F.silu(1.702 * x).div_(1.702)
 
 
 ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
@@ -136,7 +172,7 @@ def take(x, rows):
     return x[torch.arange(len(x), device=x.device), rows]
 
 
-def attend(q, k, v, seen=None, causal=False, fused=True):
+def attend(q, k, v, seen=None, causal=False, fused=True, dropout=0.0):
     """softmax(q k^T / sqrt(width)) v over (B, H, L, width); seen: bool, True where q may look.
 
     fused: torch's one kernel, or the two products and the softmax written out. The kernel wins or
@@ -144,13 +180,13 @@ def attend(q, k, v, seen=None, causal=False, fused=True):
     speed of the products; and on some accelerators it has had bugs that the products do not.
     """
     if fused:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal)
+        return F.scaled_dot_product_attention(q, k, v, seen, dropout, causal)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)               # (B, H, L, L)
     if causal:
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if seen is not None:
         scores = scores.masked_fill(~seen, float("-inf"))
-    return scores.softmax(dim=-1, dtype=scores.dtype) @ v
+    return F.dropout(scores.softmax(dim=-1, dtype=scores.dtype), dropout) @ v
 
 
 class Attention(nn.Module):
@@ -229,11 +265,15 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, config.embed_dim))
 
     def forward(self, images):                                         # (B, 3, GP, GP)
+        return project(self.pooled(images), self.proj)                 # (B, D)
+
+    def pooled(self, images):
+        """What the projection head gets: (B, 3, GP, GP) -> (B, W)."""
         x = self.conv1(images).flatten(2).transpose(1, 2)              # (B, G*G, W)
         first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
         x = torch.cat([first, x], dim=1) + self.positional_embedding   # (B, G*G + 1, W)
         x = self.transformer(self.ln_pre(x), rows=0)                   # (B, W)
-        return self.ln_post(x) @ self.proj                             # (B, D)
+        return self.ln_post(x)
 
 
 # -----------------------------------------------------------------------------
@@ -320,19 +360,205 @@ class ModifiedResNet(nn.Module):
 
 
 # -----------------------------------------------------------------------------
+# Towers that others made: BERT, RoBERTa and DistilBERT; any classifier of torchvision
+
+class BertLayer(nn.Module):
+    """One post-LN layer (Devlin et al. 2019; Vaswani et al. 2017) under Hugging Face's names."""
+    fused = True
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, width = config, config.width
+
+        def output(fan_in):
+            return nn.ModuleDict({"dense": Linear(fan_in, width),
+                                  "LayerNorm": nn.LayerNorm(width, eps=config.eps)})
+        self.attention = nn.ModuleDict({
+            "self": nn.ModuleDict({name: Linear(width, width)
+                                   for name in ("query", "key", "value")}),
+            "output": output(width)})
+        self.intermediate = nn.ModuleDict({"dense": Linear(width, config.intermediate)})
+        self.output = output(config.intermediate)
+
+    def forward(self, x, seen, first=False):
+        """(N, L, W) -> (N, L, W), or with `first` (N, 1, W): only the first token asks."""
+        def add(part, y, x):
+            y = F.dropout(part["dense"](y), self.config.dropout, self.training)
+            return part["LayerNorm"](y + x)
+        asking, projections = x[:, :1] if first else x, self.attention["self"]
+        q, k, v = (projections[name](y).unflatten(-1, (self.config.heads, -1)).transpose(1, 2)
+                   for name, y in (("query", asking), ("key", x), ("value", x)))
+        out = attend(q, k, v, seen, fused=self.fused,
+                     dropout=self.config.attention_dropout if self.training else 0.0)
+        x = add(self.attention["output"], out.transpose(1, 2).flatten(2), asking)
+        return add(self.output, F.gelu(self.intermediate["dense"](x)), x)
+
+
+class BertTower(nn.Module):
+    """BERT (Devlin et al. 2019), RoBERTa (Liu et al. 2019) or DistilBERT (Sanh et al. 2019).
+
+    Padding is found by its id and never looked at. RoBERTa numbers its tokens from pad_id + 1.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        rates = config.dropout, config.attention_dropout, config.eps
+        if config.family not in BERT_FAMILIES or config.pool not in ("pooler", "first") or not (
+                isinstance(config.heads, int) and isinstance(config.pad_id, int)
+                and config.heads > 0 and config.width % config.heads == 0
+                and all(isinstance(rate, (int, float)) and 0 <= rate < 1 for rate in rates)):
+            raise ValueError(f"not a BERT: {config}")
+        self.config, width = config, config.width
+        self.embeddings = nn.ModuleDict({
+            "word_embeddings": nn.Embedding(config.vocab_size, width),
+            "position_embeddings": nn.Embedding(config.positions, width),
+            "LayerNorm": nn.LayerNorm(width, eps=config.eps)})
+        if config.type_vocab:
+            self.embeddings["token_type_embeddings"] = nn.Embedding(config.type_vocab, width)
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(
+            BertLayer(config) for _ in range(config.layers))})
+        if config.pool == "pooler":
+            self.pooler = nn.ModuleDict({"dense": Linear(width, width)})
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def forward(self, tokens):                                         # (N, L)
+        table, seen = self.embeddings, tokens != self.config.pad_id
+        if tokens.shape[1] > context_length(self.config):
+            raise ValueError(f"texts of {tokens.shape[1]} tokens, and this text tower has "
+                             f"{context_length(self.config)} positions; cut the texts")
+        x = table["word_embeddings"](tokens)
+        if self.config.family == "roberta":
+            places = seen.long().cumsum(dim=1) * seen + self.config.pad_id
+            x = x + table["position_embeddings"](places)
+        else:
+            x = x + table["position_embeddings"].weight[:tokens.shape[1]]
+        if self.config.type_vocab:
+            x = x + table["token_type_embeddings"].weight[0]
+        x = F.dropout(table["LayerNorm"](x), self.config.dropout, self.training)
+        seen = seen[:, None, None].clone()                             # (N, 1, 1, L)
+        seen[..., 0] = True  # a text of padding alone must see something
+        for layer in self.encoder["layer"][:-1]:
+            x = layer(x, seen)
+        x = self.encoder["layer"][-1](x, seen, first=True)[:, 0]       # (N, W)
+        return self.pooler["dense"](x).tanh() if self.config.pool == "pooler" else x
+
+
+BERT_FAMILIES = {"bert": "wordpiece", "distilbert": "wordpiece", "roberta": "bytebpe"}
+
+
+def context_length(config):
+    """How many tokens a text may have in a tower of this BertConfig."""
+    return config.positions - (config.pad_id + 1 if config.family == "roberta" else 0)
+
+
+def bert_fields(config):
+    """The fields of a CLIPConfig whose text tower is of this BertConfig."""
+    return dict(text=config, text_width=config.width, text_layers=config.layers,
+                vocab_size=config.vocab_size, context_length=context_length(config))
+
+
+def torchvision_models():
+    try:
+        from torchvision import models
+    except Exception as error:  # it raises RuntimeError beside a torch of another build
+        raise WeightsError(f"this image tower needs torchvision, which does not import here: "
+                           f"{one_line(error)}; install the torchvision of torch "
+                           f"{torch.__version__}") from None
+    return models
+
+
+class TorchvisionTower(nn.Module):
+    """A classifier of torchvision without its last layer: the features (B, F) it would classify.
+
+    Dropout in front of the removed layer is off. `pixels` are the mean and deviation that the
+    published weights were trained with.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        models, name = torchvision_models(), config.backbone
+        more = {"image_size": config.image_size} if name.startswith("vit_") else {}
+        if name in ("googlenet", "inception_v3"):
+            more = {"aux_logits": False, "init_weights": False, "transform_input": True}
+        try:
+            self.trunk = models.get_model(name, weights=None, **more)
+        except NotImplementedError:  # RegNet computes in its constructor, which "meta" cannot
+            with torch.device("cpu"):
+                self.trunk = models.get_model(name, weights=None, **more).to("meta")
+        self.removed, last = [(path, module) for path, module in self.trunk.named_modules()
+                              if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
+        parent, _, child = self.removed.rpartition(".")
+        setattr(self.trunk.get_submodule(parent), child, nn.Identity())
+        top = self.trunk.get_submodule(self.removed.split(".")[0])
+        for module in [*self.trunk.children(), *top.children()]:
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        preset = models.get_model_weights(name).DEFAULT.transforms()
+        self.pixels = tuple(preset.mean), tuple(preset.std)
+        self.features = last.weight.shape[1]
+        self.proj = nn.Parameter(self.features ** -0.5 * torch.randn(
+            self.features, config.embed_dim))
+
+    def forward(self, images):                                         # (B, 3, R, R)
+        return project(self.pooled(images), self.proj)                 # (B, D)
+
+    def pooled(self, images):
+        """What the projection head gets: (B, 3, R, R) -> (B, F)."""
+        return self.trunk(images)
+
+
+class ResidualHead(nn.Module):
+    """The projection head of "simple CLIP": LayerNorm(p + Dropout(Linear(GELU(p)))), p = Linear(x).
+    """
+
+    def __init__(self, width, embed_dim):
+        super().__init__()
+        self.projection = nn.Linear(width, embed_dim)
+        self.fc = nn.Linear(embed_dim, embed_dim)
+        self.dropout = nn.Dropout(0.1)
+        self.layer_norm = nn.LayerNorm(embed_dim)
+
+    def forward(self, x):                                              # (B, W) -> (B, D)
+        x = self.projection(x)
+        return self.layer_norm(x + self.dropout(self.fc(F.gelu(x))))
+
+
+def project(x, head):
+    """A head is a ResidualHead, or as in OpenAI's code a bare matrix (W, D)."""
+    return head(x) if isinstance(head, nn.Module) else x @ head
+
+
+# -----------------------------------------------------------------------------
 # CLIP
 
-def trim(tokens):
+# How the names of the two heads begin; the ModifiedResNet's is a part of its pool.
+HEADS = ("visual.proj", "visual.attnpool.c_proj", "text_projection")
+
+
+def ends_of(tokens, pad_id=None):
+    """The place (N,) of each text's last token: CLIP's end of text, which is the largest id in the
+    vocabulary (argmax finds its first place), or where `pad_id` is given the last other id."""
+    if pad_id is None:
+        return tokens.argmax(dim=-1)
+    places = torch.arange(tokens.shape[-1], device=tokens.device)
+    return ((tokens != pad_id) * places).argmax(dim=-1)
+
+
+def trim(tokens, pad_id=None):
     """Cut a batch of texts to its longest: (N, L) -> ((N, L'), ends (N,)), L' <= L.
 
-    The end of text is the largest id in the vocabulary, so argmax finds its first place. Reading
-    the longest waits for an accelerator: in a loop over fixed prompts call this once, before.
+    pad_id: `CLIP.pad_id`; CLIP's own text tower does without. Reading the longest waits for an
+    accelerator: in a loop over fixed prompts call this once, before.
     """
-    ends = tokens.argmax(dim=-1)
+    ends = ends_of(tokens, pad_id)
     return (tokens[:, :int(ends.max()) + 1], ends) if len(tokens) else (tokens, ends)
 
 
-def bucket(tokens, least=64, most=256):
+def bucket(tokens, least=64, most=256, pad_id=None):
     """Group texts of similar length, so that short ones do not pay for the longest.
 
     (N, L) -> a list of (tokens (n, l), ends (n,)) as `encode_text` takes them, and the places (N,)
@@ -340,13 +566,13 @@ def bucket(tokens, least=64, most=256):
     small products are slow, and at most `most`, which bounds memory. ImageNet's 1,000 prompts have
     8 to 18 tokens and 9.2 on average.
     """
-    ends = tokens.argmax(dim=-1)
+    ends = ends_of(tokens, pad_id)
     order = ends.argsort(stable=True)
     groups, first = [], 0
     for last in range(1, len(order) + 1):
         full = last - first == most or last == len(order)
         if full or last - first >= least and ends[order[last]] != ends[order[last - 1]]:
-            groups.append(trim(tokens[order[first:last]]))
+            groups.append(trim(tokens[order[first:last]], pad_id))
             first = last
     return groups, order.argsort()
 
@@ -361,7 +587,9 @@ class CLIP(nn.Module):
     """An image tower and a text tower with one embedding space, and the learned logit scale.
 
     Starts from the paper's initialisation (drawn from torch's global generator). `load` gives one
-    with released weights. `origin` says where the weights came from.
+    with released weights. `origin` says where the weights came from; `image_mean` and `image_std`
+    how its pixels are normalised; `text_kind` ("bpe", "wordpiece" or "bytebpe") and `pad_id` what
+    its token ids are, `config.context_length` how many a text may have.
     """
 
     def __init__(self, config):
@@ -369,36 +597,57 @@ class CLIP(nn.Module):
         if config.activation not in ACTIVATIONS:
             raise ValueError(f"activation {config.activation!r} is not one of "
                              f"{', '.join(ACTIVATIONS)}")
+        if config.proj not in ("linear", "mlp"):
+            raise ValueError(f"proj {config.proj!r} is not \"linear\" or \"mlp\"")
         resnet = config.vision_patch is None
-        for width, head in ((config.vision_width * (32 if resnet else 1), config.vision_head),
-                            (config.text_width, config.text_head)):
-            if head < 1 or width % head:
+        for width, head, other in (
+                (config.vision_width * (32 if resnet else 1), config.vision_head, config.backbone),
+                (config.text_width, config.text_head, config.text)):
+            if not other and (head < 1 or width % head):
                 raise ValueError(f"a width of {width} does not divide into heads of {head}")
         self.config = config
         self.origin = {"name": "random", "sha256": "", "layout": "", "notes": []}
-        self.visual = (ModifiedResNet if resnet else VisionTransformer)(config)
-        width = config.text_width
-        self.transformer = Transformer(width, config.text_layers, width // config.text_head,
-                                       config.activation)
-        self.token_embedding = nn.Embedding(config.vocab_size, width)
-        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
-        self.ln_final = nn.LayerNorm(width)
+        self.visual = (TorchvisionTower if config.backbone else
+                       ModifiedResNet if resnet else VisionTransformer)(config)
+        width, text = config.text_width, config.text
+        if text:
+            self.bert, width = BertTower(text), text.width
+        else:
+            self.transformer = Transformer(width, config.text_layers, width // config.text_head,
+                                           config.activation)
+            self.token_embedding = nn.Embedding(config.vocab_size, width)
+            self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
+            self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, config.embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.init_weights()
+        if config.proj == "mlp":
+            pooled = isinstance(self.visual, ModifiedResNet)
+            for module, name in ((self.visual.attnpool, "c_proj") if pooled else
+                                 (self.visual, "proj"), (self, "text_projection")):
+                head = getattr(module, name)
+                width = head.in_features if isinstance(head, nn.Linear) else len(head)
+                delattr(module, name)  # a module cannot replace a parameter
+                setattr(module, name, ResidualHead(width, config.embed_dim))
+        self.image_mean, self.image_std = (self.visual.pixels if config.backbone else CLIP_PIXELS)
+        self.text_kind = BERT_FAMILIES[text.family] if text else "bpe"
+        self.pad_id = text.pad_id if text else 0
 
     @torch.no_grad()
     def init_weights(self):
-        """Radford et al. 2021 §2.5 and OpenAI's code. ViT blocks keep torch's defaults."""
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.positional_embedding, std=0.01)
+        """Radford et al. 2021 §2.5 and OpenAI's code. ViT blocks keep torch's defaults, and towers
+        that others made their own."""
         width, layers = self.config.text_width, self.config.text_layers
-        for block in self.transformer.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
-        nn.init.normal_(self.text_projection, std=width ** -0.5)
+        if not self.config.text:
+            nn.init.normal_(self.token_embedding.weight, std=0.02)
+            nn.init.normal_(self.positional_embedding, std=0.01)
+            residual = width ** -0.5 * (2 * layers) ** -0.5
+            for block in self.transformer.resblocks:
+                nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
+                nn.init.normal_(block.attn.out_proj.weight, std=residual)
+                nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+                nn.init.normal_(block.mlp.c_proj.weight, std=residual)
+        nn.init.normal_(self.text_projection, std=len(self.text_projection) ** -0.5)
         if isinstance(self.visual, ModifiedResNet):
             pool = self.visual.attnpool
             for linear in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj):
@@ -411,7 +660,7 @@ class CLIP(nn.Module):
         """Choose between torch's fused attention and plain products, which give the same numbers
         up to rounding; `Run.fused_attention` knows what is faster where."""
         for module in self.modules():
-            if isinstance(module, Attention):
+            if isinstance(module, (Attention, BertLayer)):
                 module.fused = fused
         return self
 
@@ -441,12 +690,16 @@ class CLIP(nn.Module):
 
     def encode_text(self, tokens, normalize=False, ends=None):
         """(N, L) token ids -> (N, D). Pass what `trim` returns as `tokens, ends` to spare its wait
-        on an accelerator; `ends` (N,) are the places of the end of text."""
+        on an accelerator; `ends` (N,) are the places of the end of text. ValueError when a BERT's
+        texts are longer than its positions."""
         if ends is None:
-            tokens, ends = trim(tokens)
-        x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
-        x = self.transformer(x, rows=ends, causal=True)                # (N, W)
-        features = self.ln_final(x) @ self.text_projection
+            tokens, ends = trim(tokens, self.pad_id if self.config.text else None)
+        if self.config.text:
+            x = self.bert(tokens)                                      # (N, W)
+        else:
+            x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
+            x = self.ln_final(self.transformer(x, rows=ends, causal=True))  # (N, W)
+        features = project(x, self.text_projection)
         return unit(features) if normalize else features
 
     def forward(self, images, tokens):
@@ -673,6 +926,15 @@ HF_NAMES = [  # (OpenAI's, Hugging Face's); whole names first, then fragments
     (".ln_1.", ".layer_norm1."), (".ln_2.", ".layer_norm2."),
     (".mlp.c_fc.", ".mlp.fc1."), (".mlp.c_proj.", ".mlp.fc2."),
     (".attn.out_proj.", ".self_attn.out_proj."),
+    ("bert.", "text_model."),  # last: what is left of a text_model that is no CLIP's
+]
+DISTILBERT_NAMES = [  # (BERT's, DistilBERT's)
+    ("encoder.layer.", "transformer.layer."),
+    (".attention.self.query.", ".attention.q_lin."), (".attention.self.key.", ".attention.k_lin."),
+    (".attention.self.value.", ".attention.v_lin."),
+    (".attention.output.dense.", ".attention.out_lin."),
+    (".attention.output.LayerNorm.", ".sa_layer_norm."), (".intermediate.dense.", ".ffn.lin1."),
+    (".output.dense.", ".ffn.lin2."), (".output.LayerNorm.", ".output_layer_norm."),
 ]
 
 
@@ -715,6 +977,62 @@ def from_hugging_face(state):
     return out
 
 
+def bert_state(state):
+    """The text tower's tensors in a file of the BERT family, under BERT's names; {} without one.
+
+    Heads for other tasks are left out, and with them what stands beside a tower in a whole CLIP.
+    """
+    table = "embeddings.word_embeddings.weight"
+    stem = next((name.removesuffix(table) for name in state if name.endswith(table)), None)
+    out = {}
+    for name, tensor in state.items() if stem is not None else ():
+        name = name.removeprefix(stem) if name.startswith(stem) else ""
+        if name.startswith(("embeddings.", "encoder.", "transformer.layer.", "pooler.")) and (
+                not name.endswith(("position_ids", "token_type_ids"))):
+            for bert, distilbert in DISTILBERT_NAMES if name.startswith("transformer.") else ():
+                name = name.replace(distilbert, bert)
+            out[re.sub(r"gamma$", "weight", re.sub(r"beta$", "bias", name))] = tensor  # TensorFlow
+    return out
+
+
+def bert_config(sd, **known):
+    """The BertConfig that these tensors' shapes belong to, as `config_from_state_dict`; `known`
+    has what leaves no trace in shapes. The published models are told apart by their segments."""
+    segments = sd.get("embeddings.token_type_embeddings.weight")
+    segments = 0 if segments is None else segments.shape[0]
+    family = known.get("family", {0: "distilbert", 1: "roberta"}.get(segments, "bert"))
+    try:
+        vocab, width = sd["embeddings.word_embeddings.weight"].shape
+        config = BertConfig(**dict(
+            family=family, vocab_size=vocab, width=width, heads=width // 64,
+            layers=count(sd, r"encoder\.layer\.(\d+)\."),
+            intermediate=sd["encoder.layer.0.intermediate.dense.weight"].shape[0],
+            positions=sd["embeddings.position_embeddings.weight"].shape[0], type_vocab=segments,
+            pad_id=int(family == "roberta"), eps=1e-5 if family == "roberta" else 1e-12,
+            pool="pooler" if "pooler.dense.weight" in sd else "first") | known)
+    except KeyError as error:
+        raise WeightsError(f"not a text tower of the BERT family: there is no {error}") from None
+    except (ValueError, IndexError) as error:
+        raise WeightsError(f"these shapes make no BERT: {one_line(error)}") from None
+    return config
+
+
+def bert_known(config):
+    """What a Hugging Face config.json of the BERT family says that shapes do not."""
+    def get(default, *names):  # DistilBERT has names of its own
+        return next((config[name] for name in names if name in config), default)
+    family = config["model_type"]
+    if get("gelu", "hidden_act", "activation") != "gelu" or (
+            config.get("position_embedding_type", "absolute") != "absolute"):
+        raise WeightsError(f"a {family} with another activation than GELU or with relative "
+                           f"positions, which is not among these text towers")
+    return {"family": family, "heads": get(12, "num_attention_heads", "n_heads"),
+            "pad_id": get(int(family == "roberta"), "pad_token_id"),
+            "eps": get(1e-12, "layer_norm_eps"),
+            "dropout": get(0.1, "hidden_dropout_prob", "dropout"),
+            "attention_dropout": get(0.1, "attention_probs_dropout_prob", "attention_dropout")}
+
+
 def state_dict_of(content, path):
     """What a file holds -> (tensors under OpenAI's names, layout, notes).
 
@@ -750,8 +1068,9 @@ def state_dict_of(content, path):
     layout = "openai"  # OpenCLIP's CLIP keeps the same names
     if any(name.startswith(("vision_model.", "text_model.")) for name in state):
         layout = "hf"
-        try:
-            state = from_hugging_face(state)
+        try:  # transformers before 5 wrapped the image tower of a dual encoder once more
+            state = from_hugging_face({re.sub(r"^(vision_model\.){2}", r"\1", name): tensor
+                                       for name, tensor in state.items()})
         except KeyError as error:
             raise WeightsError(f"{path} lacks {error} beside its q_proj") from None
         except RuntimeError as error:
@@ -759,6 +1078,9 @@ def state_dict_of(content, path):
     no_weights = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # old buffers
     state = {name: tensor for name, tensor in state.items()
              if name.rpartition(".")[2] not in no_weights}
+    if "bert.transformer.layer.0.attention.q_lin.weight" in state:
+        state = {name: tensor for name, tensor in state.items() if name[:5] != "bert."} | {
+            "bert." + name: tensor for name, tensor in bert_state(state).items()}
     return state, layout, notes
 
 
@@ -774,13 +1096,24 @@ def config_from_state_dict(sd, **known):
     are among `known`. Raises WeightsError naming the first key that is missing, unknown or of
     another shape.
     """
-    for name in ("text_projection", "positional_embedding", "token_embedding.weight",
-                 "ln_final.weight", "logit_scale"):
+    text, backbone = known.pop("text", {}), known.get("backbone", "")
+    bert = {name[5:]: tensor for name, tensor in sd.items() if name.startswith("bert.")}
+    proj = "mlp" if "text_projection.layer_norm.weight" in sd else "linear"
+    head = "text_projection.layer_norm.weight" if proj == "mlp" else "text_projection"
+    for name in (head, *(() if bert else ("positional_embedding", "token_embedding.weight",
+                                          "ln_final.weight")), "logit_scale"):
         if name not in sd:
             raise WeightsError(f"not a CLIP: there is no {name!r} (the first of {len(sd)} tensors "
                                f"is {next(iter(sd), None)!r})")
     try:
-        if "visual.proj" in sd:
+        if any(name.startswith("visual.trunk.") for name in sd):
+            size, patch, layers = known.get("image_size"), None, 0
+            width = (sd["visual.proj.projection.weight"].shape[1] if proj == "mlp" else
+                     sd["visual.proj"].shape[0])
+            if not (backbone and size):
+                raise WeightsError("its image tower is one of torchvision's, and which one and for "
+                                   "what image size is not written")
+        elif "visual.proj" in sd or "visual.class_embedding" in sd:
             width, _, _, patch = sd["visual.conv1.weight"].shape
             side = math.isqrt(sd["visual.positional_embedding"].shape[0] - 1)
             size, layers = patch * side, count(sd, r"visual\.transformer\.resblocks\.(\d+)\.")
@@ -788,18 +1121,22 @@ def config_from_state_dict(sd, **known):
             width, patch = sd["visual.layer1.0.conv1.weight"].shape[0], None
             size = 32 * math.isqrt(sd["visual.attnpool.positional_embedding"].shape[0] - 1)
             layers = tuple(count(sd, rf"visual\.layer{i}\.(\d+)\.") for i in (1, 2, 3, 4))
-        config = CLIPConfig(**dict(
-            embed_dim=sd["text_projection"].shape[1], image_size=size, vision_layers=layers,
-            vision_width=width, vision_patch=patch, text_width=sd["ln_final.weight"].shape[0],
+        fields = bert_fields(bert_config(bert, **text)) if bert else dict(
+            text_width=sd["ln_final.weight"].shape[0],
             text_layers=count(sd, r"transformer\.resblocks\.(\d+)\."),
             context_length=sd["positional_embedding"].shape[0],
-            vocab_size=sd["token_embedding.weight"].shape[0],
-            vision_head=HEAD_OF_WIDTH.get(width, 64)) | known)
+            vocab_size=sd["token_embedding.weight"].shape[0])
+        config = CLIPConfig(**dict(
+            embed_dim=sd[head].shape[-1], image_size=size, vision_layers=layers,
+            vision_width=width, vision_patch=patch, proj=proj,
+            vision_head=HEAD_OF_WIDTH.get(width, 64)) | fields | known)
     except KeyError as error:
         raise WeightsError(f"not an image tower of CLIP: there is no {error}") from None
+    except WeightsError:
+        raise
     except (ValueError, IndexError) as error:
         raise WeightsError(f"these shapes make no CLIP: {one_line(error)}") from None
-    if not (config.text_layers and config.vision_layers):
+    if not (config.text_layers and (config.vision_layers or backbone)):
         raise WeightsError("not a CLIP: one of its towers has no blocks")
     check_state(config, sd)
     return config
@@ -810,6 +1147,8 @@ def check_state(config, state):
     try:
         with torch.device("meta"):
             expected = CLIP(config).state_dict()
+    except WeightsError:  # no torchvision
+        raise
     except (RuntimeError, ArithmeticError, IndexError, TypeError, ValueError) as error:
         raise WeightsError(f"these sizes make no CLIP: {one_line(error)}") from None
     for name, tensor in expected.items():
@@ -833,9 +1172,14 @@ def declared(path, metadata):
     if "clip_config" in metadata:  # written by `save`
         try:
             fields = json.loads(metadata["clip_config"])
-            return {key: fields[key] for key in ("vision_head", "text_head", "activation",
-                                                 "vocab_size") if key in fields}
-        except (ValueError, TypeError, RecursionError) as error:
+            keys = ["vision_head", "text_head", "activation", "vocab_size"]
+            keys += ["backbone", "image_size"] if fields.get("backbone") else []
+            known = {key: fields[key] for key in keys if key in fields}
+            if fields.get("text"):
+                known["text"] = {key: fields["text"][key] for key in (
+                    "family", "heads", "pad_id", "eps", "dropout", "attention_dropout")}
+            return known
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise WeightsError(f"its clip_config is unreadable: {one_line(error)}") from None
     out = {}
     for name in ("config.json", "open_clip_config.json"):
@@ -843,10 +1187,19 @@ def declared(path, metadata):
             config = json.loads((path.parent / name).read_text("utf-8"))
             if name == "config.json" and "vision_config" in config:
                 vision, text = config["vision_config"], config.get("text_config", {})
+                if config.get("model_type") == "vision-text-dual-encoder" and not vision.get(
+                        "model_type", "").startswith("clip"):
+                    raise WeightsError(f"its image tower is a {vision.get('model_type')!r}; of "
+                                       f"these folders only those with CLIP's are read")
                 out = {"activation": vision.get("hidden_act", "quick_gelu")}
                 for field, part, width in (("vision_head", vision, 768), ("text_head", text, 512)):
                     heads = part.get("num_attention_heads", width // 64)
                     out[field] = part.get("hidden_size", width) // heads
+                if text.get("model_type") in BERT_FAMILIES:
+                    del out["text_head"]
+                    out["text"] = bert_known(text)
+            elif name == "config.json" and config.get("model_type") in BERT_FAMILIES:
+                out = {"text": bert_known(config)}
             elif "model_cfg" in config:
                 model = config["model_cfg"]
                 out = {"activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
@@ -856,6 +1209,8 @@ def declared(path, metadata):
                     out["text_head"] = text["width"] // text["heads"]
         except FileNotFoundError:
             continue
+        except WeightsError as error:
+            raise WeightsError(f"{path.parent / name}: {error}") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError,
                 RecursionError) as error:
             raise WeightsError(f"{path.parent / name} is unreadable: {one_line(error)}") from None
@@ -869,14 +1224,25 @@ FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safet
                 "open_clip_pytorch_model.bin")
 
 
-def load(name_or_path, activation=None):
+def load(name_or_path=None, image_tower=None, text_tower=None, proj="linear", embed_dim=512,
+         keep_visual_projection=True, pool=None, image_size=None, activation=None):
     """A CLIP with weights, fp32, in eval mode, on the CPU.
 
     name_or_path: a released name ("ViT-B/16", fetched once into OpenAI's own ~/.cache/clip),
     "tiny" (bundled), a file (.pt, .bin, .safetensors: OpenAI, OpenCLIP or Hugging Face layout,
-    also inside a training checkpoint), or a folder of either library. activation: "quick_gelu" or
-    "gelu" where the file does not tell; OpenAI's otherwise. Raises WeightsError.
+    also inside a training checkpoint), or a folder of either library, also a dual encoder's.
+    activation: "quick_gelu" or "gelu" where the file does not tell; OpenAI's otherwise. Raises
+    WeightsError.
+
+    image_tower, text_tower: the towers of a new CLIP, see `join`; the one that is not given comes
+    from `name_or_path`. The other arguments are for `join` alone.
     """
+    if image_tower is not None or text_tower is not None:
+        return join([image_part(image_tower or name_or_path, image_size, activation),
+                     text_part(text_tower or name_or_path, pool, activation)],
+                    proj, embed_dim, keep_visual_projection)
+    if name_or_path is None:
+        raise WeightsError("nothing to load; expected a name, a path or two towers")
     path, name = locate(name_or_path)
     content, kind, metadata = read_file(path)
     state, layout, notes = state_dict_of(content, path)
@@ -895,10 +1261,7 @@ def load(name_or_path, activation=None):
     # Every parameter contiguous: some accelerators ignored in-place updates of strided ones.
     dtypes = {key: tensor.dtype for key, tensor in model.state_dict().items()}
     state = {key: tensor.to(dtypes[key]).contiguous() for key, tensor in state.items()}
-    for key, tensor in state.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise WeightsError(f"{path}: {key!r} holds NaN or infinity; the file is damaged or "
-                               f"from a run that diverged")
+    check_finite(state, path)
     model.load_state_dict(state, assign=True)
     model.requires_grad_(True)
     model.origin = {"name": name, "sha256": sha256_of(path), "layout": layout, "format": kind,
@@ -906,10 +1269,172 @@ def load(name_or_path, activation=None):
     return model.eval()
 
 
+def check_finite(state, path):
+    for key, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise WeightsError(f"{path}: {key!r} holds NaN or infinity; the file is damaged or "
+                               f"from a run that diverged")
+
+
+def join(parts, proj, embed_dim, keep_projections):
+    """A CLIP of two towers, each a (fields of CLIPConfig, tensors, origin) as the two functions
+    below give it.
+
+    proj: "linear" without bias, as in OpenAI's and transformers' code, or "mlp", a `ResidualHead`;
+    both to `embed_dim`. A tower that comes from a CLIP keeps its own projection where the shapes
+    agree, unless keep_projections is false (transformers' dual encoder always starts anew). What
+    has no weights is drawn from torch's global generator; `origin["notes"]` tells. The logit scale
+    starts at ln(1/0.07).
+    """
+    fields, state, notes = {}, {}, []
+    for more, tensors, origin in parts:
+        if fields.get("activation", more.get("activation")) != more.get(
+                "activation", fields.get("activation")):
+            raise WeightsError("one CLIP has QuickGELU and the other GELU; give both with the same")
+        fields, state = fields | more, state | tensors
+        notes += [f"{origin['name']}: {note}" for note in origin["notes"]]
+    try:
+        model = CLIP(CLIPConfig(embed_dim=embed_dim, proj=proj, **fields))
+    except WeightsError:
+        raise
+    except ValueError as error:
+        raise WeightsError(one_line(error)) from None
+    own = model.state_dict()
+    drawn = {name for name in own if name == "logit_scale" or name.startswith("bert.pooler.")}
+    for is_image, (_, tensors, origin) in zip((True, False), parts):
+        if not tensors:
+            notes.append(f"{origin['name']} starts from random numbers")
+            drawn |= {name for name in own if name.startswith("visual.") == is_image}
+    for head in HEADS:
+        names = {name for name in own if name.startswith(head)}
+        fits = all(name in state and state[name].shape == own[name].shape for name in names)
+        if names and not (fits and keep_projections):
+            had = state.get(head, state.get(head + ".weight"))
+            notes.append(f"{head} starts from random numbers" + (
+                "" if had is None else f" (the CLIP's own is {tuple(had.shape)})"))
+            state = {name: t for name, t in state.items() if not name.startswith(head)}
+            drawn |= names
+    check_state(model.config, {name: own[name] for name in drawn} | state)
+    model.load_state_dict(own | state)
+    origins = [origin for *_, origin in parts]
+    model.origin = {"name": " + ".join(origin["name"] for origin in origins), "notes": notes,
+                    "sha256": "+".join(filter(None, (o["sha256"] for o in origins))),
+                    "layout": "towers", "format": ""}
+    return model.eval()
+
+
+CLIP_FIELDS = {"image": ("image_size", "vision_layers", "vision_width", "vision_patch",
+                         "vision_head", "activation", "backbone"),
+               "text": ("text_width", "text_layers", "context_length", "vocab_size", "text_head",
+                        "activation", "text")}
+
+
+def clip_part(side, name_or_path, activation):
+    """The image or text tower of a CLIP. "NAME:none" has random weights."""
+    name = canonical_name(str(name_or_path).removesuffix(":none"))
+    if name and str(name_or_path).endswith(":none"):
+        config, state = CONFIGS[name], {}
+        origin = {"name": f"{name}:none", "sha256": "", "notes": []}
+    else:
+        model = load(name_or_path, activation=activation)
+        config, state, origin = model.config, model.state_dict(), model.origin
+    fields = {key: getattr(config, key) for key in CLIP_FIELDS[side]}
+    if config.backbone if side == "image" else config.text:  # which have no use for it
+        del fields["activation"]
+    return fields, {key: tensor for key, tensor in state.items() if key != "logit_scale"
+                    and key.startswith("visual.") == (side == "image")}, origin
+
+
+def image_part(tower, size, activation):
+    """`tower`: what `load` takes, whose image tower it becomes; or "[torchvision:]NAME[:WEIGHTS]".
+
+    NAME is any classifier of torchvision ("resnet50"); WEIGHTS one of its published weights
+    ("IMAGENET1K_V2", which torchvision downloads), a file of its state dict, or "none", as when it
+    is left out: random numbers. size: pixels per side of its images, those of its published
+    weights unless given. What both know ("vit_b_16") is CLIP's without the prefix.
+    """
+    if tower is None:
+        raise WeightsError("no image tower; give one, or a CLIP to take it from")
+    text = str(tower)
+    name, _, weights = text.removeprefix("torchvision:").partition(":")
+    if not text.startswith("torchvision:") and (canonical_name(text.removesuffix(":none"))
+                                                or os.path.exists(os.path.expanduser(text))):
+        return clip_part("image", text, activation)
+    models = torchvision_models()
+    if name not in models.list_models(module=models):
+        raise WeightsError(f"no image tower {text!r}; expected a CLIP's name or path, or a "
+                           f"classifier of torchvision such as resnet50")
+    preset, state, origin = models.get_model_weights(name), {}, {"sha256": "", "notes": []}
+    chosen = preset.DEFAULT
+    if weights in preset.__members__:
+        chosen = preset[weights]
+        try:
+            state = models.get_model(name, weights=chosen).state_dict()
+        except Exception as error:  # no network, a wrong hash, a full disk
+            raise WeightsError(f"torchvision could not fetch {text}: {one_line(error)}") from None
+    elif weights not in ("", "none"):
+        path, _ = locate(weights)
+        state, _, origin["notes"] = state_dict_of(read_file(path)[0], path)
+        origin["sha256"] = sha256_of(path)
+        check_finite(state, path)
+    fields = {"backbone": name, "image_size": size or chosen.transforms().crop_size[0],
+              "vision_layers": 0, "vision_patch": None}
+    with torch.device("meta"):
+        built = TorchvisionTower(CLIPConfig(embed_dim=1, vision_width=0, text_width=0,
+                                            text_layers=0, **fields))
+    unused = (built.removed + ".", "AuxLogits.", "aux1.", "aux2.")
+    state = {f"visual.trunk.{key}": tensor for key, tensor in state.items()
+             if not key.startswith(unused)}
+    return fields | {"vision_width": built.features}, state, origin | {"name": text}
+
+
+def text_part(tower, pool, activation):
+    """`tower`: a folder or file of Hugging Face's BERT, RoBERTa or DistilBERT; "NAME:none" with a
+    NAME out of BERTS, for random numbers; or what `load` takes, whose text tower it becomes.
+
+    pool: "pooler" or "first" (see BertConfig); the pooler unless given, as in transformers' dual
+    encoder, but for DistilBERT, which has none.
+    """
+    if tower is None:
+        raise WeightsError("no text tower; give one, or a CLIP to take it from")
+    text = str(tower)
+    here, name = os.path.exists(os.path.expanduser(text)), text.removesuffix(":none")
+    if pool not in (None, "pooler", "first"):
+        raise WeightsError(f"pool {pool!r} is not \"pooler\" or \"first\"")
+    if name in BERTS and not here:
+        if name == text:
+            raise WeightsError(f"{name} cannot be fetched from here; put its config.json and "
+                               f"model.safetensors (or pytorch_model.bin) into a folder and give "
+                               f"that, or {name}:none for random numbers")
+        config = dataclasses.replace(BERTS[name], pool=pool or BERTS[name].pool)
+        return bert_fields(config), {}, {"name": text, "sha256": "", "notes": []}
+    if not here:
+        return clip_part("text", text, activation)
+    path, _ = locate(text)
+    content, _, metadata = read_file(path)
+    state, _, notes = state_dict_of(content, path)
+    state = bert_state(state)
+    if not state:
+        return clip_part("text", text, activation)
+    try:
+        known = declared(path, metadata).get("text", {})
+        config = bert_config(state, **known)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
+    pool = pool or ("first" if config.family == "distilbert" else "pooler")
+    if pool == "pooler" and config.pool == "first":
+        notes.append("no pooler in the file; it starts from random numbers")
+    state = {f"bert.{key}": tensor for key, tensor in state.items()
+             if pool == "pooler" or not key.startswith("pooler.")}
+    check_finite(state, path)
+    origin = {"name": text, "sha256": sha256_of(path), "notes": notes}
+    return bert_fields(dataclasses.replace(config, pool=pool)), state, origin
+
+
 def locate(name_or_path):
     """-> (path of the weight file, name to show). Fetches a released model that is not here."""
     text = str(name_or_path)
-    path = pathlib.Path(os.path.expandvars(text)).expanduser()
+    path = pathlib.Path(os.path.expanduser(os.path.expandvars(text)))
     if path.is_dir():
         for file in FOLDER_FILES:
             if (path / file).is_file():
@@ -967,7 +1492,10 @@ def download(name, folder=None):
     the file gets its name only after its sha256 is right. CLIP_MIRROR replaces the address.
     """
     file, digest = RELEASED[name]
-    folder = pathlib.Path(folder or "~/.cache/clip").expanduser()
+    folder = pathlib.Path(os.path.expanduser(folder or "~/.cache/clip"))
+    if folder.parts[0] == "~":  # HOME is not set, and the system does not know the user
+        raise WeightsError(f"there is no home folder to keep {name} in; set HOME, or pass the path "
+                           f"of {file} as --weights")
     target, partial = folder / file, folder / (file + ".partial")
     url = f"{os.environ.get('CLIP_MIRROR', OPENAI_URL).rstrip('/')}/{digest}/{file}"
     if target.is_file() and sha256_of(target) == digest:
@@ -1039,6 +1567,12 @@ def check_layout(config, layout):
     if layout not in ("safetensors", "openai", "open_clip", "hf"):
         raise WeightsError(f"unknown layout {layout!r}; expected openai, open_clip, hf or "
                            f"safetensors")
+    text = config.text
+    if layout != "safetensors" and (config.backbone or config.proj != "linear" or (text and (
+            layout != "hf" or text.family == "distilbert" or text.pool != "pooler"))):
+        raise WeightsError(f"the layout {layout} has no place for these towers (hf takes CLIP's "
+                           f"image tower with a BERT or RoBERTa, its pooler and linear heads); "
+                           f"choose the layout safetensors")
     if layout == "hf" and config.vision_patch is None:
         raise WeightsError("transformers' CLIPModel has no ResNet image tower; choose the layout "
                            "openai, open_clip or safetensors")
@@ -1053,7 +1587,8 @@ def save(model, path, layout="safetensors", dtype=None, token_rows=None):
 
     layout: "safetensors" (one file, OpenAI's names, sizes in its metadata), "openai" (a .pt state
     dict that OpenAI's `build_model` takes), "open_clip" (a .pt/.safetensors file, or a folder with
-    open_clip_config.json for `local-dir:`), "hf" (a folder for transformers' CLIPModel; ViT only).
+    open_clip_config.json for `local-dir:`), "hf" (a folder for transformers' CLIPModel, or with a
+    BERT or RoBERTa for its VisionTextDualEncoderModel; ViT only).
     dtype: stored precision, fp32 unless given. token_rows: LongTensor of the vocabulary rows to
     keep, for the bundled model ("safetensors" only; `load` fills the others with zeros).
     Written beside its place and renamed, so an older file survives an interruption.
@@ -1065,8 +1600,9 @@ def save(model, path, layout="safetensors", dtype=None, token_rows=None):
              .contiguous() for name, tensor in model.state_dict().items()}
     metadata = {"format": "pt"}
     folder_files = {"open_clip": "open_clip_model.safetensors", "hf": "model.safetensors"}
-    if token_rows is not None and layout != "safetensors":
-        raise WeightsError(f"token_rows needs the layout safetensors, not {layout!r}")
+    if token_rows is not None and (layout != "safetensors" or config.text):
+        raise WeightsError(f"token_rows needs the layout safetensors and CLIP's text tower, not "
+                           f"{layout!r}")
     if layout == "safetensors":
         metadata["clip_config"] = json.dumps(dataclasses.asdict(config))
         if token_rows is not None:
@@ -1074,6 +1610,9 @@ def save(model, path, layout="safetensors", dtype=None, token_rows=None):
             state["token_embedding.weight"] = state["token_embedding.weight"][token_rows.cpu()]
     if layout == "hf":
         state = {name: tensor.contiguous() for name, tensor in to_hugging_face(state).items()}
+        if config.text:  # transformers before 5 reads only this form, and later ones both
+            state = {re.sub(r"^vision_model\.", "vision_model.vision_model.", name): tensor
+                     for name, tensor in state.items()}
     if layout in folder_files and path.suffix not in (".pt", ".bin", ".safetensors"):
         path.mkdir(parents=True, exist_ok=True)
         name, text = (("config.json", hf_config(config)) if layout == "hf" else
@@ -1125,18 +1664,29 @@ def safetensors_bytes(state, metadata):
 
 
 def hf_config(config):
-    """config.json of transformers' CLIPModel."""
+    """config.json of transformers' CLIPModel or VisionTextDualEncoderModel."""
     def tower(width, layers, head, **more):
         return dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
                     num_attention_heads=width // head, hidden_act=config.activation,
                     projection_dim=config.embed_dim, layer_norm_eps=1e-5, **more)
-    end = config.vocab_size - 1
-    return {"architectures": ["CLIPModel"], "model_type": "clip",
+    end, bert = config.vocab_size - 1, config.text
+    if bert:
+        kind, name = "vision-text-dual-encoder", "VisionTextDualEncoderModel"
+        text = dict(model_type=bert.family, vocab_size=bert.vocab_size, hidden_size=bert.width,
+                    num_hidden_layers=bert.layers, num_attention_heads=bert.heads,
+                    intermediate_size=bert.intermediate, hidden_act="gelu",
+                    max_position_embeddings=bert.positions, type_vocab_size=bert.type_vocab,
+                    pad_token_id=bert.pad_id, layer_norm_eps=bert.eps,
+                    hidden_dropout_prob=bert.dropout,
+                    attention_probs_dropout_prob=bert.attention_dropout)
+    else:
+        kind, name = "clip", "CLIPModel"
+        text = tower(config.text_width, config.text_layers, config.text_head,
+                     model_type="clip_text_model", vocab_size=config.vocab_size,
+                     max_position_embeddings=config.context_length,
+                     bos_token_id=end - 1, eos_token_id=end, pad_token_id=0)
+    return {"architectures": [name], "model_type": kind, "text_config": text,
             "projection_dim": config.embed_dim, "logit_scale_init_value": math.log(1 / 0.07),
-            "text_config": tower(config.text_width, config.text_layers, config.text_head,
-                                 model_type="clip_text_model", vocab_size=config.vocab_size,
-                                 max_position_embeddings=config.context_length,
-                                 bos_token_id=end - 1, eos_token_id=end, pad_token_id=0),
             "vision_config": tower(config.vision_width, config.vision_layers, config.vision_head,
                                    model_type="clip_vision_model", image_size=config.image_size,
                                    patch_size=config.vision_patch)}
@@ -1155,8 +1705,7 @@ def open_clip_config(config):
                              "vocab_size": config.vocab_size, "width": config.text_width,
                              "heads": config.text_width // config.text_head,
                              "layers": config.text_layers}},
-            "preprocess_cfg": {"mean": [0.48145466, 0.4578275, 0.40821073],
-                               "std": [0.26862954, 0.26130258, 0.27577711]}}
+            "preprocess_cfg": {"mean": list(CLIP_PIXELS[0]), "std": list(CLIP_PIXELS[1])}}
 
 
 # -----------------------------------------------------------------------------
@@ -1176,6 +1725,7 @@ def inspect(path):
     state, layout, notes = state_dict_of(content, path)
     dtypes = collections.Counter(str(t.dtype).removeprefix("torch.") for t in state.values())
     report |= {"layout": layout, "notes": notes, "tensors": len(state), "dtypes": dict(dtypes)}
+    known = {}
     try:
         known = declared(path, metadata)
         state = spread_embedding(state, known.get("vocab_size", 49_408))
@@ -1190,6 +1740,11 @@ def inspect(path):
     except WeightsError as error:  # a readable file that is something else
         report |= {"architecture": None, "why": str(error), "first_tensors": list(state)[:8],
                    "parameters": sum(tensor.numel() for tensor in state.values())}
+        with contextlib.suppress(WeightsError):
+            tower = bert_state(state)
+            config = bert_config(tower, **known.get("text", {}))
+            report |= {"architecture": "text tower", "config": dataclasses.asdict(config),
+                       "parameters": sum(tensor.numel() for tensor in tower.values())}
     return report
 
 
