@@ -1,19 +1,27 @@
-"""Examples in, scores out: datasets by name, folder, table or zip; few-shot lists; batches.
+"""Examples in, scores out: datasets by name, folder, table or zip; few-shot lists; images with
+captions; batches.
 
     train = open_dataset("dtd", "train", data_dir="data")        # CoOp's split file, read as it is
     shots = few_shot(train, shots=4, seed=1).preload()           # the published list, decoded once
     loader = make_loader(shots.with_transform(Preprocess(224, train=True, seed=1)), 32, seed=1)
     for images, labels, indices in loader: ...                   # (B, 3, 224, 224), (B,), (B,)
 
+    pairs = open_pairs("flickr8k", "train", data_dir="data")     # also COCO, tables, WebDataset
+    loader = make_pair_loader(pairs.with_transform(Preprocess(224, train=True)), 256, seed=1)
+    for images, used, asked in loader: ...                       # texts: pairs.captions[used[i]]
+
 Everything random is a function of plain numbers: the order of an epoch of (seed, epoch), the crop
-of an image of (seed, epoch, index), the shots of (seed). So a run is the same for any number of
-workers, for fork and for spawn, and goes on from the middle of an epoch with nothing saved but two
-integers. Files are never trusted: no pickle, no unpacking, image bombs refused by their header.
+of an image and the caption it comes with of (seed, epoch, index), the shots of (seed). So a run is
+the same for any number of workers, for fork and for spawn, and goes on from the middle of an epoch
+with nothing saved but two integers. Files are never trusted: no pickle, no unpacking, image bombs
+refused by their header.
 
     python data.py --few-shot dtd --shots 4 --seed 1 --data-dir DIR      prints the list as JSON
+    python data.py --make-shards flickr8k --data-dir DIR --out DIR --per-shard 1000
     python data.py --check PATH          is it fit to train on? leaks, copies, damaged files, ...
 """
 import argparse
+import bisect
 import collections
 import contextlib
 import copy
@@ -30,16 +38,20 @@ import pathlib
 import random
 import re
 import sys
+import tarfile
 import time
 import unicodedata
 import warnings
 import zipfile
+import zlib
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 
 class DataError(ValueError):
@@ -51,6 +63,11 @@ class UnreadableImage(DataError):
     """One image is missing, damaged, not an image or too large; the message names it."""
 
 
+class LostWorker(DataError):
+    """A process that reads images died or hangs; the message names what it was reading."""
+    exit_code = 3
+
+
 def one_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -60,9 +77,12 @@ def one_line(error):
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)     # what torchvision's backbones were trained with
+IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 178_956_970     # where Pillow itself gives up: 0.5 GB once decoded to RGB
 MAX_FILE_BYTES = 1 << 29     # of one file inside a zip: its header may claim anything
 LONGEST_STRIP = 64           # sides; see Preprocess
+PILLOW = int(PIL.__version__.split(".")[0])
 
 
 def to_rgb(image):
@@ -144,47 +164,123 @@ def crop_box(width, height, generator, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
 
 
 class Preprocess:
-    """PIL image -> (3, size, size) float tensor, normalised with CLIP's mean and std.
+    """PIL image, or uint8 (H, W, 3) array -> (3, size, size) float32, normalised by mean and std.
 
     Evaluation: short side to `size` (bicubic, antialiased), centre crop; bit-equal to torchvision's
-    Resize + CenterCrop + ToTensor + Normalize on an RGB image. Training (CoOp's): a random resized
-    crop and a flip, torchvision's own under torch.manual_seed(sample_seed(seed, epoch, index)).
-    Colours are converted before resizing, as in CoOp; OpenAI's code converts after.
+    Resize + CenterCrop + ToTensor + Normalize on an RGB image. With `squash` the whole image goes
+    to size x size. Training (CoOp's): a random resized crop of `scale` times the area and, with
+    `flip`, a flip, torchvision's own under torch.manual_seed(sample_seed(seed, epoch, index));
+    open_clip trains with scale (0.9, 1.0) and no flip. Colours are converted before resizing, as in
+    CoOp; OpenAI's code converts after.
+
+    dtype torch.uint8 gives the pixels as they are, a quarter of the bytes to hand on; `normalise`
+    then finishes whole batches. exact=False resizes faster, with at most 1/255 of difference in any
+    value before it is normalised: from JPEG to batch 1.8 times the images per second of Pillow and
+    torchvision on one core, for test images (tests/bench_data.py).
     """
 
-    def __init__(self, size, train=False, seed=0):
-        self.size, self.train, self.seed = size, train, seed
+    def __init__(self, size, train=False, seed=0, exact=True, dtype=torch.float32, mean=CLIP_MEAN,
+                 std=CLIP_STD, squash=False, scale=(0.08, 1.0), flip=True):
+        if dtype not in (torch.float32, torch.uint8):
+            raise DataError(f"Preprocess cannot give {dtype}; choose torch.float32 or torch.uint8")
+        self.size, self.train, self.seed, self.exact = size, train, seed, exact
+        self.dtype, self.mean, self.std = dtype, mean, std
+        self.squash, self.scale, self.flip = squash, scale, flip
 
     def __call__(self, image, epoch=0, index=0):
-        image = to_rgb(image)
-        image = self.random_crop(image, epoch, index) if self.train else self.centre_crop(image)
+        image = to_rgb(image if isinstance(image, Image.Image) else Image.fromarray(image))
+        box, shape, flip = self.plan(*image.size, epoch, index)
+        image = image if box == (0, 0, *image.size) else image.crop(box)
+        pixels = (self.resize_exactly if self.exact else self.resize_fast)(image, shape)
+        pixels = pixels[..., ::-1] if flip else pixels                        # (3, S, S)
+        if self.dtype == torch.uint8:
+            return torch.from_numpy(np.require(pixels, requirements="CW"))
         # In numpy: the same bits as torch's, without waking its threads for one small image.
-        pixels = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")  # (3, S, S)
+        pixels = pixels.astype(np.float32, order="C")
         pixels /= 255
-        mean, std = np.array((CLIP_MEAN, CLIP_STD), dtype=np.float32).reshape(2, 3, 1, 1)
+        mean, std = np.array((self.mean, self.std), dtype=np.float32).reshape(2, 3, 1, 1)
         return torch.from_numpy((pixels - mean) / std)
 
-    def centre_crop(self, image):
-        size, (width, height) = self.size, image.size
-        short, long = sorted(image.size)
-        if long > LONGEST_STRIP * short:  # a strip 1 x 5000 would be resized to a gigabyte
-            extra = (long - LONGEST_STRIP * short) // 2  # only the middle can reach the crop
-            image = ImageOps.crop(image, (extra, 0) if width > height else (0, extra))
-            width, height = image.size
-            long = max(image.size)
-        long = int(size * long / short)  # torchvision's rounding: down here, to even below
-        width, height = (size, long) if width <= height else (long, size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = round((width - size) / 2), round((height - size) / 2)
-        return image.crop((left, top, left + size, top + size))
+    def plan(self, width, height, epoch, index):
+        """What to cut out first (left, top, right, bottom), the (width, height) to resize that to,
+        and whether to flip. The centre of the result is taken if it is larger than size x size."""
+        size, flip = self.size, False
+        if self.train:
+            generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch, index))
+            box = crop_box(width, height, generator, self.scale)
+            if self.flip:
+                flip = torch.rand(1, generator=generator).item() < 0.5
+            return box, (size, size), flip
+        if self.squash:
+            return (0, 0, width, height), (size, size), flip
+        short, long = sorted((width, height))
+        # A strip 1 x 5000 would be resized to a gigabyte; only the middle can reach the crop.
+        extra = max(0, (long - LONGEST_STRIP * short) // 2)
+        x, y = (extra, 0) if width > height else (0, extra)
+        long = int(size * (long - 2 * extra) / short)  # torchvision rounds down here, to even below
+        shape = (size, long) if width <= height else (long, size)
+        return (x, y, width - x, height - y), shape, flip
 
-    def random_crop(self, image, epoch, index):
-        generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch, index))
-        image = image.crop(crop_box(*image.size, generator))
-        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        if torch.rand(1, generator=generator).item() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return image
+    def resize_exactly(self, image, shape):
+        image = image.resize(shape, Image.Resampling.BICUBIC)
+        left, top = (round((side - self.size) / 2) for side in shape)
+        image = image.crop((left, top, left + self.size, top + self.size))
+        return np.asarray(image).transpose(2, 0, 1)
+
+    def resize_fast(self, image, shape):
+        """The sums of resize_exactly as two sparse matrix products, of the rows and columns that
+        the crop keeps. Values between them are clipped as there but not rounded: that is all the
+        difference, at most half of the weights' absolute sum, below 1."""
+        size, (width, height) = self.size, image.size
+        # Clipping makes the order matter. Pillow takes columns first; 13 rows, if many are to go.
+        rows_first = PILLOW >= 13 and height > shape[1] and (
+            height - shape[1] > 2 * (width - shape[0]))
+        second, first = [(old, new, round((new - size) / 2), size)
+                         for old, new in zip(image.size, shape)]
+        if not rows_first:
+            image, first, second = image.transpose(Image.Transpose.TRANSPOSE), second, first
+        used = image.width * 3
+        stride = used // 32 * 32 + 48        # no power of two, for the caches' sake
+        pixels = np.empty((image.height, stride), dtype=np.float32)
+        pixels[:, :used] = np.asarray(image).reshape(-1, used)
+        place, weight = bicubic(*first)
+        pixels = F.embedding_bag(place, torch.from_numpy(pixels), mode="sum",
+                                 per_sample_weights=weight)                # (S, stride)
+        pixels = pixels.t().contiguous().clamp_(0, 255)
+        place, weight = bicubic(*second, bands=3)
+        pixels = F.embedding_bag(place, pixels, mode="sum", per_sample_weights=weight)
+        pixels = pixels.add_(0.5).clamp_(0, 255).numpy().astype(np.uint8).reshape(3, size, size)
+        return pixels.transpose(0, 2, 1) if rows_first else pixels
+
+
+@functools.lru_cache(maxsize=1024)
+def bicubic(old, new, first, count, bands=1):
+    """What Pillow takes from a line of `old` values to make values first .. first + count - 1 of
+    `new`: positions and weights, both (bands * count, taps), for each band of a line of pixels.
+    A cubic with a = -1/2, widened when it shrinks."""
+    scale = old / new
+    centre, reach = (np.arange(first, first + count) + 0.5) * scale, 2 * max(1, scale)
+    low = np.maximum(centre - reach + 0.5, 0).astype(np.int64)
+    high = np.minimum(centre + reach + 0.5, old).astype(np.int64)
+    place = low[:, None] + np.arange((high - low).max())
+    x = np.abs(place + 0.5 - centre[:, None]) / max(1, scale)
+    weight = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
+    weight[(x >= 2) | (place >= high[:, None])] = 0
+    weight /= weight.sum(axis=1, keepdims=True)
+    place = np.minimum(place, old - 1) * bands + np.arange(bands).reshape(-1, 1, 1)
+    return (torch.from_numpy(place.astype(np.int32)).flatten(0, 1),
+            torch.from_numpy(np.tile(weight.astype(np.float32), (bands, 1))))
+
+
+def normalise(images, mean=CLIP_MEAN, std=CLIP_STD):
+    """uint8 (B, 3, H, W) on any device -> float32 there, (images / 255 - mean) / std, on a CPU the
+    bits that a Preprocess with dtype torch.float32 gives. Floats come back as they are."""
+    if images.is_floating_point():
+        return images
+    images = images.float().div_(255)
+    for channel, (m, s) in enumerate(zip(mean, std)):  # as numbers: a tensor would be an upload
+        images[:, channel].sub_(m).div_(s)
+    return images
 
 
 # -----------------------------------------------------------------------------
@@ -219,7 +315,11 @@ def walk(folder, base="", seen=None):
     except OSError as error:
         raise DataError(f"cannot list {folder} ({error.strerror}); make it readable") from None
     for entry in entries:
-        if entry.is_dir() and not is_litter(entry.name):
+        try:
+            is_folder = entry.is_dir()
+        except OSError:  # a link to itself
+            is_folder = False
+        if is_folder and not is_litter(entry.name):
             yield f"{base}{entry.name}/"
             yield from walk(entry.path, f"{base}{entry.name}/", seen)
         elif not is_litter(entry.name):
@@ -338,8 +438,12 @@ class ImageSet(Dataset):
     def __len__(self):
         return len(self.paths)
 
+    reading = None  # in a loader's worker: the cell of shared memory for what it is reading
+
     def __getitem__(self, key):
         epoch, index = key if isinstance(key, (tuple, list)) else (0, key)
+        if self.reading is not None:
+            self.reading[0] = index
         label = self.labels[index]
         if self.images is not None:
             image = self.images[index]
@@ -465,6 +569,10 @@ def class_prompts(classnames, template):
     if unknown or not fields:
         problem = f"has the unknown field {unknown[0]}" if unknown else "has no place for the class"
         raise DataError(f"template {template!r} {problem}; write {{}} where the class name goes")
+    for text in (template, *classnames):
+        if re.search("[\ud800-\udfff]", text):  # bytes that Python could not decode
+            raise DataError(f"{text!r} is no readable text, with file names and arguments taken as "
+                            f"{sys.getfilesystemencoding()}; set PYTHONUTF8=1, or name it in UTF-8")
     return [re.sub(r"\{c?\}", lambda _: name.replace("_", " "), template) for name in classnames]
 
 
@@ -517,8 +625,8 @@ class Listing:
     def open(self, split, transform=None):
         """One split as an ImageSet. Raises DataError if there is nothing to learn or to score."""
         if len(self.classnames) < 2:
-            raise DataError(f"{self.root}: only the class {self.classnames}; two or more are "
-                            f"needed (a folder must be the one that holds the class folders)")
+            raise DataError(f"{self.root}: only the class {str(self.classnames)[:80]}; two or more "
+                            f"are needed (a folder must be the one that holds the class folders)")
         if not self.rows[split]:
             having = ", ".join(key for key, rows in self.rows.items() if rows)
             raise DataError(f"{self.name} has no {split} split, only {having}")
@@ -573,20 +681,31 @@ def read_coop_split(path):
     return rows, [names[label] for label in sorted(names)]
 
 
+def read_records(text, name):
+    """CSV, TSV, semicolons or JSONL -> rows as dicts of what was written, with lower-case keys, and
+    all the keys. Raises DataError."""
+    first = text.lstrip().split("\n", 1)[0]
+    mark, limit = max(",\t;", key=first.count), csv.field_size_limit(1 << 24)
+    try:
+        records = ([json.loads(line) for line in text.splitlines() if line.strip()]
+                   if first.startswith("{")
+                   else list(csv.DictReader(io.StringIO(text, newline=""), delimiter=mark)))
+        records = [{str(key).strip().lower(): value for key, value in record.items()}
+                   for record in records]
+    except (ValueError, AttributeError, csv.Error) as error:
+        raise DataError(f"{name} is not a readable table ({error})") from None
+    finally:
+        csv.field_size_limit(limit)
+    return records, list(dict.fromkeys(key for record in records for key in record)) or [
+        word.strip().lower() for word in first.split(mark)]
+
+
 def read_table(text, name, in_zip):
     """CSV, TSV or JSONL -> {split or "all": [(path, class name)]}, notes, [(path, caption)] if it
     has such a column. Raises DataError."""
-    first = text.split("\n", 1)[0]
-    mark = max(",\t;", key=first.count)
-    try:
-        records = ([json.loads(line) for line in text.splitlines() if line.strip()]
-                   if first.lstrip().startswith("{")
-                   else list(csv.DictReader(io.StringIO(text, newline=""), delimiter=mark)))
-        records = [{str(key).strip().lower(): "" if value is None else str(value).strip()
-                    for key, value in record.items()} for record in records]
-    except (ValueError, AttributeError, csv.Error) as error:
-        raise DataError(f"{name} is not a readable table ({error})") from None
-    columns = list(records[0]) if records else [word.strip() for word in first.split(mark)]
+    records, columns = read_records(text, name)
+    records = [{key: "" if value is None else str(value).strip() for key, value in record.items()}
+               for record in records]
     path_key = next((key for key in PATH_COLUMNS if key in columns), None)
     label_key = next((key for key in LABEL_COLUMNS if key in columns), None)
     if not (path_key and label_key):
@@ -935,6 +1054,744 @@ def open_dataset(name_or_path, split, data_dir="data", classes=None, half="all",
 
 
 # -----------------------------------------------------------------------------
+# Image-caption pairs
+
+class TarStore(ImageStore):
+    """Images inside plain tars, read in place: `index` maps a path to (file, offset, bytes)."""
+
+    def __init__(self, path, index):
+        super().__init__(path)
+        self.index, self.zipped = index, True
+
+    def has(self, path):
+        return path in self.index
+
+    def read(self, path):
+        try:
+            file, offset, size = self.index[path]
+            with open(file, "rb") as tar:
+                tar.seek(offset)
+                content = tar.read(size)
+        except (KeyError, OSError) as error:
+            raise UnreadableImage(f"{self.path}:{path}: cannot be read ({error})") from None
+        if len(content) < size:
+            raise UnreadableImage(f"{self.path}:{path}: the shard ends inside it")
+        return content
+
+
+@dataclasses.dataclass
+class PairListing:
+    """rows: {"train" | "val" | "test" | "all": [(path, caption)]}; stores: where the images of a
+    split lie, "all" for those that have no store of their own."""
+    name: str
+    root: str
+    stores: dict
+    rows: dict
+    notes: list = dataclasses.field(default_factory=list)
+
+
+class PairSet(Dataset):
+    """Images with their captions. `set[c]` or `set[(epoch, c)]` -> (image, used, asked), where
+    asked is c, a position in `captions`, and used is c too unless its image cannot be read: then it
+    is another pair, found by (c, number of tries) alone, so the same in every run and worker, if by
+    rare chance one whose image is in the batch already. The crop is that of index c either way.
+    DataError if a hundred tries find no image.
+
+    name, split, root   as opened                   paths      images as listed, each once
+    captions            list of str, folded blanks  owner      caption -> position in paths
+    counts              images per split            notes      sentences worth telling the user
+    fingerprint         sha256 of the lists of all splits: identifies the data on resume
+    """
+
+    reading = None  # in a loader's worker: the cell of shared memory for what it is reading
+
+    def __init__(self, listing, split, transform=None):
+        self.name, self.root, self.split = listing.name, listing.root, split
+        self.store = listing.stores.get(split) or listing.stores["all"]
+        self.paths = list(dict.fromkeys(path for path, _ in listing.rows[split]))
+        place = {path: position for position, path in enumerate(self.paths)}
+        self.owner = [place[path] for path, _ in listing.rows[split]]
+        self.captions = [caption for _, caption in listing.rows[split]]
+        self.counts = {key: len({path for path, _ in rows}) for key, rows in listing.rows.items()}
+        lists = json.dumps(listing.rows, sort_keys=True)
+        self.fingerprint = hashlib.sha256(lists.encode()).hexdigest()
+        sizes = " / ".join(f"{count:,} {key}" for key, count in self.counts.items())
+        self.notes = [*listing.notes, f"{self.name}: {sizes} images, {len(self):,} {split} "
+                                      f"captions, split {self.fingerprint[:12]}"]
+        self.transform, self.pixels = transform, None
+
+    def __len__(self):
+        return len(self.captions)
+
+    def __getitem__(self, key):
+        epoch, asked = key if isinstance(key, (tuple, list)) else (0, key)
+        used = asked
+        if self.reading is not None:
+            self.reading[0] = self.owner[asked]
+        for attempt in range(1, 101):
+            try:
+                image = self.picture(self.owner[used])
+                return (self.transform(image, epoch, asked) if self.transform else image,
+                        used, asked)
+            except UnreadableImage as error:
+                reason, used = error, sample_seed(0, attempt, asked) % len(self)
+        raise DataError(f"{self.name}: a hundred images cannot be read ({reason}); restore them")
+
+    def picture(self, position):
+        """The decoded image at a position in paths. Raises UnreadableImage."""
+        if self.pixels is None:
+            return self.store.image(self.paths[position])
+        if not self.pixels.place[position, 1]:
+            raise UnreadableImage(f"{self.paths[position]}: not readable when the cache was filled")
+        return Image.fromarray(self.pixels[position])
+
+    def image_items(self):
+        """A data set of the images, each once, for features: see PairImages."""
+        return PairImages(self)
+
+    @functools.cached_property
+    def groups(self):
+        """Positions in `captions` sorted by image; where each image begins there; its count."""
+        owner = np.asarray(self.owner, dtype=np.int64)
+        count = np.bincount(owner, minlength=len(self.paths))
+        return np.argsort(owner, kind="stable"), np.cumsum(count) - count, count
+
+    def texts_of(self, image):
+        """The captions of the image at this position in paths."""
+        order, start, count = self.groups
+        return [self.captions[c] for c in order[start[image]:start[image] + count[image]]]
+
+    def subset(self, images):
+        """The same set with only the images at these positions, in this order."""
+        chosen, (order, start, count) = copy.copy(self), self.groups
+        kept = [order[start[i]:start[i] + count[i]].tolist() for i in images]
+        chosen.paths = [self.paths[i] for i in images]
+        chosen.owner = [position for position, group in enumerate(kept) for _ in group]
+        chosen.captions = [self.captions[c] for group in kept for c in group]
+        chosen.pixels = self.pixels and self.pixels.subset(images)
+        chosen.notes = list(self.notes)
+        chosen.__dict__.pop("groups", None)
+        return chosen
+
+    def with_transform(self, transform):
+        chosen = copy.copy(self)
+        chosen.transform, chosen.notes = transform, list(self.notes)
+        return chosen
+
+    def check_files(self):
+        """Note the images that are missing; DataError if they are more than max(1, 1 %)."""
+        lost = [i for i, path in enumerate(self.paths) if not self.store.has(path)]
+        self.refuse_losses(lost, "there is no such file", "missing")
+
+    def refuse_losses(self, lost, reason, what="unreadable"):
+        """Raise DataError if the images at positions `lost` are over max(1, 1 %), else note."""
+        if not lost:
+            return
+        said = (f"{len(lost):,} of {len(self.paths):,} {self.split} images are {what}, e.g. "
+                f"{self.paths[lost[0]]} ({reason})")
+        if len(lost) > max(1, len(self.paths) // 100) or len(lost) == len(self.paths):
+            raise DataError(f"{self.name}: {said}, more than 1 %, under {self.store}; restore "
+                            f"them, name the right folder, or list the rest")
+        self.notes.append(f"{said}: other pairs take their places")
+
+    def cache(self, mode="ram", side=256, folder=None, limit=1 << 62, workers=0):
+        """Decode every image once, to at most `side` pixels on its short side (never enlarged), and
+        take all further crops from there; returns the set itself.
+
+        "ram": 3 bytes per pixel in memory, which forked workers read in place. "disk": a file in
+        `folder`, mapped into memory, named after the list and `side` and found again by the next
+        run; files that change under the same name are not noticed. "none": nothing. Beyond `limit`
+        bytes it gives up, notes that, and images go on being read when asked for. Raises DataError
+        if more than max(1, 1 %) of the images cannot be read.
+        """
+        if mode not in ("ram", "disk", "none") or mode == "disk" and folder is None:
+            raise DataError(f"cache {mode!r}: expected ram, none, or disk with a folder")
+        if mode == "none" or self.pixels is not None:
+            return self
+        shrunk = self.with_transform(functools.partial(shrink, side=side)).image_items()
+        if mode == "disk":
+            identity = json.dumps([self.fingerprint, self.paths, str(self.store), side, CACHE])
+            file = os.path.join(folder, hashlib.sha256(identity.encode()).hexdigest()[:24] + CACHE)
+            self.pixels = PixelCache.open(file, len(self.paths))
+            if self.pixels is None:
+                os.makedirs(folder, exist_ok=True)
+                self.pixels = PixelCache.fill(shrunk, limit, workers, file)
+        else:
+            self.pixels = PixelCache.fill(shrunk, limit, workers)
+        if self.pixels is None:
+            self.notes.append(f"{len(self.paths):,} {self.split} images take over {limit >> 20:,} "
+                              f"MB decoded: they are read again at every use")
+        else:
+            lost = np.flatnonzero(self.pixels.place[:, 1] == 0).tolist()
+            self.refuse_losses(lost, "when the cache was filled")
+        return self
+
+
+class PairImages(Dataset):
+    """The images of a PairSet, each once: `[i]` or `[(epoch, i)]` -> (image, position, i), position
+    being i, or -1 with an image of zeros where it cannot be read. Goes to make_loader like an
+    ImageSet; the caller counts the -1 and hands them to `refuse_losses` of the set."""
+
+    reading = None  # as in PairSet
+
+    def __init__(self, pairs):
+        self.pairs, self.transform, self.paths = pairs, pairs.transform, pairs.paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, key):
+        epoch, index = key if isinstance(key, (tuple, list)) else (0, key)
+        if self.reading is not None:
+            self.reading[0] = index
+        try:
+            image = self.pairs.picture(index)
+        except UnreadableImage:
+            if self.transform is None:
+                raise
+            black = self.transform(Image.new("RGB", (8, 8)), epoch, index)
+            return torch.zeros_like(black), -1, index
+        return (self.transform(image, epoch, index) if self.transform else image), index, index
+
+
+def shrink(image, epoch, index, side):
+    """RGB image -> uint8 (H, W, 3), its short side at most `side`."""
+    short = min(image.size)
+    if short > side:
+        image = image.resize([round(length * side / short) for length in image.size],
+                             Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image))
+
+
+CACHE = ".pixels1"         # ending of a cache file: pixels, (n, 3) int64 places, 4 int64 of foot
+SLAB_BYTES = 1 << 28       # memory is taken in such pieces, for the sum is known only afterwards
+
+
+class PixelCache:
+    """Decoded images in a few flat uint8 tensors; `[i]` -> (H, W, 3) array, a view.
+
+    place (n, 3) int64: where image i begins in the whole, its height and width (0 if lost). No
+    image straddles two slabs. A file is one slab, mapped, and is mapped again after pickling.
+    """
+
+    def __init__(self, place, slabs, starts, file=None):
+        self.place, self.slabs, self.starts, self.file = place, slabs, starts, file
+
+    def __getstate__(self):
+        return {**self.__dict__, "slabs": None if self.file else self.slabs}
+
+    def __getitem__(self, i):
+        if self.slabs is None:
+            self.slabs = [torch.from_file(self.file, size=os.path.getsize(self.file),
+                                          dtype=torch.uint8)]
+        begin, height, width = self.place[i].tolist()
+        slab = bisect.bisect_right(self.starts, begin) - 1
+        begin -= self.starts[slab]
+        return self.slabs[slab].numpy()[begin:begin + height * width * 3].reshape(height, width, 3)
+
+    def subset(self, images):
+        return PixelCache(self.place[list(images)], self.slabs, self.starts, self.file)
+
+    @classmethod
+    def fill(cls, shrunk, limit, workers, file=None):
+        """Decode shrunk PairImages into memory or `file` -> PixelCache, None beyond `limit`."""
+        place, slabs, starts, end, used, check = [], [], [], 0, 0, 0
+        temporary = f"{file}.{os.getpid()}.part"
+        with contextlib.ExitStack() as stack:
+            out = file and stack.enter_context(open(temporary, "wb"))
+            stack.callback(lambda: file and pathlib.Path(temporary).unlink(missing_ok=True))
+            for image, position, _ in DataLoader(shrunk, batch_size=None, num_workers=workers,
+                                                 generator=torch.Generator()):
+                image = image if position >= 0 else image[:0]
+                flat = image.flatten()
+                if end + len(flat) > limit:
+                    return None
+                if out:
+                    out.write(flat.numpy())
+                    check = zlib.crc32(flat.numpy(), check)
+                else:
+                    if not slabs or used + len(flat) > SLAB_BYTES:
+                        slabs.append(torch.empty(max(SLAB_BYTES, len(flat)), dtype=torch.uint8))
+                        starts.append(end)
+                        used = 0
+                    slabs[-1][used:used + len(flat)] = flat
+                    used += len(flat)
+                place.append((end, *image.shape[:2]))
+                end += len(flat)
+            place = np.array(place, dtype=np.int64).reshape(-1, 3)
+            if not out:
+                slabs[-1:] = [slab[:used].clone() for slab in slabs[-1:]]
+                return cls(place, slabs, starts)
+            foot = np.array((len(place), end, check, zlib.crc32(place)), dtype=np.int64)
+            out.write(place.tobytes() + foot.tobytes())
+            out.flush()
+            os.fsync(out.fileno())
+            out.close()
+            os.replace(temporary, file)
+        return cls(place, None, [0], file)
+
+    @classmethod
+    def open(cls, file, n):
+        """The cache in `file`, all of it checked (a pass over the file); None if it is no good."""
+        try:
+            with open(file, "rb") as source:
+                source.seek(-32, os.SEEK_END)
+                count, end, check, check_place = np.frombuffer(source.read(32), dtype=np.int64)
+                if count != n or end < 0 or source.tell() != end + 24 * n + 32:
+                    return None
+                source.seek(end)
+                place = np.frombuffer(source.read(24 * n), dtype=np.int64).reshape(n, 3)
+                source.seek(0)
+                found, left = 0, int(end)
+                while left:
+                    piece = source.read(min(left, 1 << 24))
+                    found, left = zlib.crc32(piece, found), left - len(piece)
+                whole = found == check and zlib.crc32(place.tobytes()) == check_place
+        except (OSError, ValueError):
+            return None
+        return cls(place, None, [0], file) if whole else None
+
+
+# -----------------------------------------------------------------------------
+# Readers of pairs
+
+IMAGE_COLUMNS = ("image", "filepath", "filename", "path", "image_path", "image_name", "file")
+CAPTION_COLUMNS = ("caption", "title", "text", "captions", "comment")
+PAIR_IMAGES = ("Images", "images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k-images",
+               "flickr30k_images", "flickr30k_images/flickr30k_images", "")
+TAR_IMAGES = ("jpg", "jpeg", "png", "webp")
+NEVER = "2258277193_586949ec62.jpg"  # Flickr8k captions it, but no copy has the image
+HASHED = (0.8, 0.1, 0.1)
+
+
+def locate(home, paths):
+    """The ImageStore under `home` that holds `paths`, in one of the usual folders or a zip."""
+    sample = paths[::max(1, len(paths) // 50)]
+    places = [find_images([home], folder, paths) for folder in PAIR_IMAGES]
+    return next((place for place in places if any(map(place.has, sample))), ImageStore(home))
+
+
+def load_json(path, content=None):
+    try:
+        return json.loads(read_text(path, content))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON ({one_line(error)}); fetch it again") from None
+
+
+def read_coco(home):
+    """COCO 2017 as folders, or its zips as published -> {split: rows}, {split: store}, notes."""
+    rows, stores, notes = {}, {}, ["the captions of COCO's test images are not public: val2017 is "
+                                   "used as val and as test"]
+    for split, part in (("train", "train2017"), ("val", "val2017")):
+        name, archive = f"annotations/captions_{part}.json", home / "annotations_trainval2017.zip"
+        if (home / name).is_file():
+            content = load_json(home / name)
+        elif archive.is_file() and ImageStore(archive).has(name):
+            content = load_json(name, ImageStore(archive).read(name))
+        else:
+            continue
+        try:
+            names = {image["id"]: image["file_name"] for image in content["images"]}
+            captions, lost = {image: [] for image in names}, []
+            for note in content["annotations"]:
+                captions.get(note["image_id"], lost).append(note["caption"])
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{name} is no COCO caption file ({error!r} missing); expected images "
+                            f"and annotations with captions") from None
+        if lost:
+            notes.append(f"{name}: {len(lost):,} captions of unlisted images left out")
+        rows[split] = [(names[image], text) for image in names for text in captions[image]]
+        paths = [path for path, _ in rows[split]]
+        stores[split] = find_images([home, home / "images"], part, paths)
+    if "val" in rows:
+        rows["test"], stores["test"] = rows["val"], stores["val"]
+    return rows, stores, notes
+
+
+def read_karpathy(path):
+    """dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json -> {split: rows}. COCO's
+    restval counts as train, as everyone trains."""
+    rows = {"train": [], "val": [], "test": []}
+    try:
+        for image in load_json(path)["images"]:
+            file = "/".join(filter(None, (image.get("filepath"), image["filename"])))
+            split = "train" if image["split"] == "restval" else image["split"]
+            rows[split] += [(file, sentence["raw"]) for sentence in image["sentences"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is no Karpathy split ({error!r}); expected images with filename, "
+                        f"split and sentences") from None
+    return rows
+
+
+def read_lines(path, home):
+    """Flickr's "name.jpg#0<TAB>caption", or Kaggle's "name.jpg| 0| caption" of Flickr30k, where one
+    row lacks its second bar, and the lists Flickr_8k.*Images.txt in `home`, if any -> {split or
+    "all": rows}, notes. Images in no list are left out, as the authors do."""
+    rows, odd, names, bars = [], 0, 0, 0
+    for line in read_text(path).removeprefix("image_name| comment_number| comment").splitlines():
+        match = re.match(r"\s*(.+?)(?:#(?:\w+#)?\d+[ \t]|\s*\|\s*\d+(\s*\|)?)\s*(.*)", line)
+        if not match:
+            odd += bool(line.strip())
+            continue
+        name, count = re.subn(r"(\.jpe?g)\.\d+$", r"\1", match[1])
+        names, bars = names + count, bars + (not match[2] and line[match.end(1)] != "#")
+        if name != NEVER:
+            rows.append((name, match[3]))
+    notes = [f"{count} {what}" for count, what in (
+        (names, "image names like a.jpg.1 read as a.jpg"), (odd, "lines of no known form left out"),
+        (bars, "rows without their second | repaired")) if count]
+    lists = {}
+    for split, word in (("train", "train"), ("val", "dev"), ("test", "test")):
+        if home and (home / f"Flickr_8k.{word}Images.txt").is_file():
+            listed = read_text(home / f"Flickr_8k.{word}Images.txt").split()
+            lists.update(dict.fromkeys(listed, split))
+    if not lists:
+        return {"all": rows}, notes
+    unused = len({name for name, _ in rows} - set(lists))
+    notes += [f"{unused} images are in no split and not used"] if unused else []
+    return {split: [row for row in rows if lists.get(row[0]) == split]
+            for split in ("train", "val", "test")}, notes
+
+
+def read_pair_table(path, image_column=None, caption_column=None, content=None):
+    """CSV, TSV or JSONL (or its bytes) -> {split or "all": rows}. Values stay text: "None", "null"
+    and "NA" are captions. Raises DataError with the columns there are."""
+    records, columns = read_records(read_text(path, content), path)
+    image_keys = [image_column.lower()] if image_column else IMAGE_COLUMNS
+    caption_keys = [caption_column.lower()] if caption_column else CAPTION_COLUMNS
+    for keys in (image_keys, caption_keys):
+        if not set(keys) & set(columns):
+            raise DataError(f"{path} has the columns {columns}; expected one of {list(keys)}")
+    rows = {}
+    for record in records:
+        name, texts = (next((record[key] for key in keys if key in record), "")
+                       for keys in (image_keys, caption_keys))
+        name = str(name or "").strip().replace("\\", "/")
+        split = str(record.get("split") or "all").strip().lower()
+        split = SPLIT_WORDS.get(split, split)
+        if split not in ("train", "val", "test", "all"):
+            raise DataError(f"{path}: split {split!r}; write train, val or test")
+        rows.setdefault(split, []).extend(
+            (name, text) for text in (texts if isinstance(texts, list) else [texts]))
+    return rows
+
+
+def read_text_files(store):
+    """Images with a text file of the same name beside each, one caption per line -> {split or
+    "all": rows}, notes. The splits are top folders train, val, test, if there is one train."""
+    names = store.names()
+    texts, rows, alone = {name for name in names if name.endswith(".txt")}, {}, 0
+    divided = any(SPLIT_WORDS.get(name.split("/")[0].lower()) == "train" for name in names)
+    for name in names:
+        if is_image(name):
+            beside = os.path.splitext(name)[0] + ".txt"
+            split = SPLIT_WORDS.get(name.split("/")[0].lower()) if divided else "all"
+            alone += beside not in texts
+            if beside in texts and split:
+                lines = read_text(beside, store.read(beside)).splitlines()
+                rows.setdefault(split, []).extend((name, line) for line in lines or [""])
+    return rows, [f"{alone} images without a text file left out"] * bool(alone)
+
+
+def tar_members(file, notes):
+    """The plain files of a tar -> (name, offset, bytes). Links, devices, sparse files and names
+    that lead out of it are counted in `notes`; what follows damage is left out and noted."""
+    odd, size = 0, os.path.getsize(file)
+    try:
+        with tarfile.open(file, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # or it keeps them all
+                plain = member.isreg() and not member.issparse()
+                if member.size < 0 or plain and member.size > size - member.offset_data:
+                    raise tarfile.ReadError("unexpected end of data")
+                if plain and not leaves_folder(member.name):
+                    yield member.name, member.offset_data, member.size
+                else:
+                    odd += not member.isdir()
+            tar.fileobj.seek(tar.offset)  # a bad header ends the loop like the end mark of zeros
+            if tar.fileobj.read(512) != bytes(512):
+                raise tarfile.ReadError("no end mark")
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        notes.append(f"{file} is damaged ({one_line(error)}): only what comes before is used")
+    if odd:
+        notes.append(f"{file}: {odd} links, devices, sparse files or names outside it ignored")
+
+
+def read_tars(files, home=None):
+    """WebDataset shards -> {split or "all": rows}, TarStore, notes. Members up to the first dot of
+    their name belong together: jpg, jpeg, png or webp with txt, or json with "captions" (a list) or
+    "caption". A shard whose path below `home` says train, val or test is of that split."""
+    files = [os.path.abspath(file) for file in files]
+    home = os.path.abspath(home or os.path.commonpath(map(os.path.dirname, files)))
+    index, rows, notes, incomplete = {}, {}, [], 0
+    for file in files:
+        groups, shard = {}, os.path.relpath(file, home).replace(os.sep, "/")
+        for name, *span in tar_members(file, notes):
+            folder, _, base = name.rpartition("/")
+            stem, _, kind = base.partition(".")
+            groups.setdefault((folder, stem), {})[kind.lower()] = (name, *span)
+        words = re.findall("[a-z]+", shard.lower())
+        split = next((SPLIT_WORDS[word] for word in reversed(words) if word in SPLIT_WORDS), "all")
+        for parts in groups.values():
+            kind = next((kind for kind in TAR_IMAGES if kind in parts), None)
+            texts = [text for text in tar_captions(file, parts) if text.strip()]
+            if not kind or not texts:
+                incomplete += 1
+                continue
+            name, offset, size = parts[kind]
+            index[f"{shard}:{name}"] = (file, offset, size)
+            rows.setdefault(split, []).extend((f"{shard}:{name}", text) for text in texts)
+    notes += [f"{incomplete:,} samples without image or caption left out"] if incomplete else []
+    return rows, TarStore(home, index), notes
+
+
+def tar_captions(file, parts):
+    """The captions of one sample: json's list, or txt, or json's one."""
+    def read(kind):
+        if kind not in parts or parts[kind][2] > 1 << 20:
+            return ""
+        with open(file, "rb") as tar:
+            tar.seek(parts[kind][1])
+            return tar.read(parts[kind][2]).decode("utf-8-sig", "replace")
+    try:
+        content = json.loads(read("json") or "{}")
+        content = content if isinstance(content, dict) else {}
+    except (ValueError, RecursionError):
+        content = {}
+    several, one = content.get("captions"), content.get("caption")
+    if isinstance(several, list):
+        return [text for text in several if isinstance(text, str)]
+    return [read("txt") or (one if isinstance(one, str) else "")]
+
+
+def expand(pattern):
+    """shard-{0000..0012}.tar -> the names it stands for, zeros kept."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not match:
+        return [pattern]
+    low, high = match.groups()
+    if not 0 <= int(high) - int(low) < 1 << 20:
+        raise DataError(f"{pattern}: {match[0]} counts no shards; write {{0000..0012}}")
+    return [done for number in range(int(low), int(high) + 1) for done in expand(
+        pattern[:match.start()] + str(number).zfill(len(low)) + pattern[match.end():])]
+
+
+# What to look for in a folder, in this order: layout -> (patterns, what a user would call it)
+PAIR_LAYOUTS = {
+    "coco": (("annotations/captions_*2017.json", "annotations_trainval2017.zip"), "COCO 2017"),
+    "karpathy": (("dataset_*.json",), "a Karpathy split"),
+    "lines": (("*.token.txt", "*.token", "results.csv", "*/results.csv"), "Flickr's captions"),
+    "table": (("captions.txt", "*.csv", "*.tsv", "*.jsonl"), "one table"),
+    "tars": (("*.tar", "*/*.tar"), "WebDataset shards"),
+    "texts": (("*.txt", "*/*.txt", "*/*/*.txt"), "images with a text file each"),
+}
+
+
+def find_layout(path, layout):
+    """-> the layout of a file or folder, and the files that show it."""
+    if path.is_file():
+        if layout in ("coco", "texts"):
+            raise DataError(f"{path}: the layout {layout} is that of a folder; name the folder")
+        if path.suffix == ".zip":
+            tables = [name for name in ImageStore(path).names()
+                      if name.endswith(TABLE_SUFFIXES) and "/" not in name]
+            if len(tables) != 1:
+                raise DataError(f"{path} holds {len(tables)} tables; expected one .csv, .tsv or "
+                                f".jsonl with images and captions, beside the images")
+            return "zip", tables
+        with path.open("rb") as file:
+            head = file.read(1 << 12).decode("utf-8-sig", "replace").lstrip()
+        kind = ("karpathy" if path.suffix == ".json" else "tars" if path.suffix == ".tar" else
+                "lines" if re.match(r"image_name\||[^,\t\n]+#(\w+#)?\d+\s", head) else "table")
+        return kind if layout == "auto" else layout, [path]
+    for kind in PAIR_LAYOUTS if layout == "auto" else [layout]:
+        files = sorted({file for pattern in PAIR_LAYOUTS[kind][0] for file in path.glob(pattern)})
+        if kind == "table" and len(files) > 1:
+            files = [file for file in files if file.stem.lower() in SPLIT_WORDS]
+        if kind == "texts":
+            files = [file for file in files[:1000] if any(
+                file.with_suffix(suffix).is_file() for suffix in IMAGE_SUFFIXES)]
+        if len(files) == 1 and kind in ("lines", "table"):
+            return find_layout(files[0], layout)
+        if files:
+            return kind, files
+    looked = "; ".join(f"{what} ({', '.join(patterns)})" for kind, (patterns, what) in
+                       PAIR_LAYOUTS.items() if layout in ("auto", kind))
+    raise DataError(f"{path} holds no pairs that are understood; looked for {looked}")
+
+
+def find_pairs(path, layout, captions, image_column, caption_column):
+    """A file or folder -> PairListing, before missing splits are made."""
+    path = path.parent.parent if re.fullmatch("captions_.*2017.json", path.name) else path
+    simple, home = layout == "simple-clip", path if path.is_dir() else path.parent
+    if captions is not None:
+        path = home / captions if (home / captions).is_file() else pathlib.Path(captions)
+        if not path.is_file():
+            raise DataError(f"there is no caption file {home / captions}")
+    kind, files = find_layout(path, "auto" if simple else layout)
+    alone = kind in ("table", "zip") and path.is_file()
+    name = path.stem if alone else home.absolute().name
+    notes, stores = [], None
+    if kind == "coco":
+        rows, stores, notes = read_coco(home)
+    elif kind == "karpathy":
+        rows = read_karpathy(files[0])
+    elif kind == "lines":
+        rows, notes = read_lines(files[0], None if simple else home)
+    elif kind == "tars":
+        rows, store, notes = read_tars(files, home)
+        stores = {"all": store}
+    elif kind == "texts":
+        stores = {"all": ImageStore(home)}
+        rows, notes = read_text_files(stores["all"])
+    elif kind == "zip":
+        stores = {"all": ImageStore(path)}
+        rows = read_pair_table(f"{path}:{files[0]}", image_column, caption_column,
+                               stores["all"].read(files[0]))
+    else:
+        rows = {}
+        for file in files:
+            for split, entries in read_pair_table(file, image_column, caption_column).items():
+                if split == "all" and len(files) > 1:
+                    split = SPLIT_WORDS[file.stem.lower()]
+                rows.setdefault(split, []).extend(entries)
+    if stores is None:
+        stores = {"all": locate(home, [image for entries in rows.values() for image, _ in entries])}
+    return PairListing(name, str(path), stores, rows, notes)
+
+
+def clean_pairs(listing):
+    """Fold the blanks in captions; drop pairs without image name or caption, and count them. An
+    image path may be absolute, but not lead out of the data's folder by two dots."""
+    kept = {}
+    for split, rows in listing.rows.items():
+        rows = [(name, "" if text is None else " ".join(str(text).split())) for name, text in rows]
+        kept[split] = [(name, text) for name, text in rows if name and text]
+        for name, _ in kept[split]:
+            if ".." in name and ".." in name.split("/"):
+                raise DataError(f"{listing.root}: {name} points outside its folder; write paths "
+                                f"relative to it")
+    dropped = sum(len(rows) - len(kept[split]) for split, rows in listing.rows.items())
+    if not any(kept.values()):
+        raise DataError(f"{listing.root} has no image with a caption; expected at least one row"
+                        + "".join(f"; {note}" for note in listing.notes))
+    if dropped:
+        listing.notes.append(f"{dropped:,} rows without image or caption left out")
+    listing.rows = kept
+
+
+def split_pairs(listing, layout, ratio):
+    """Give pairs their three splits: by the hash of the image's name where there are none, so that
+    new images move no old ones; or as the simple-CLIP notebook does, which every copy of it shares:
+    a fifth of the image numbers, drawn by NumPy with seed 42, is both val and test."""
+    rows = listing.rows
+    if layout != "simple-clip" and any(rows[split] for split in rows if split != "all"):
+        rest = rows.get("all", [])
+        if rest:
+            listing.notes.append(f"{len(rest):,} rows of no split are taken as train")
+        if rows.get("val") and not rows.get("test"):
+            listing.notes.append("there is no test split: val is used as test")
+        taught = {path for path, _ in rows.get("train", []) + rest}
+        leaks = {path for split in ("val", "test") for path, _ in rows.get(split, [])} & taught
+        if leaks:
+            listing.notes.append(f"{len(leaks):,} images of val or test are in train too, e.g. "
+                                 f"{min(leaks)}: their scores flatter")
+        listing.rows = {"train": rows.get("train", []) + rest, "val": rows.get("val", []),
+                        "test": rows.get("test") or rows.get("val", [])}
+        return
+    rows = [row for entries in rows.values() for row in entries]
+    images = list(dict.fromkeys(path for path, _ in rows))
+    if layout == "simple-clip":
+        drawn = np.random.RandomState(42).choice(len(images), len(images) // 5, replace=False)
+        held = {images[i] for i in drawn}
+        part = {path: "test" if path in held else "train" for path in images}
+        listing.notes.append("split 80/20 by image as the simple-CLIP notebook: val is also test")
+    else:
+        if len(ratio) != 3 or min(ratio) < 0 or abs(sum(ratio) - 1) > 1e-6:
+            raise DataError(f"split_ratio {ratio}: expected shares of train, val, test, sum 1")
+        part = {}
+        for path in images:
+            digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).digest()
+            share = int.from_bytes(digest[:6], "big") / 2 ** 48
+            part[path] = ("train" if share < ratio[0] else
+                          "val" if share < ratio[0] + ratio[1] else "test")
+        listing.notes.append("no splits were given: images are cut "
+                             f"{'/'.join(f'{100 * r:g}' for r in ratio)} by a hash of their names")
+    listing.rows = {split: [row for row in rows if part[row[0]] == split]
+                    for split in ("train", "val", "test")}
+    if layout == "simple-clip":
+        listing.rows["val"] = listing.rows["test"]
+
+
+def find_pair_path(text, data_dir):
+    """Path, or name of a folder under data_dir in any usual spelling -> Path. Raises DataError."""
+    path, data_dir = (pathlib.Path(os.path.expandvars(os.path.expanduser(name)))
+                      for name in (text, data_dir))
+
+    def plain(name):
+        name = re.sub(r"[^a-z0-9]", "", name.lower())
+        return "coco" if name in ("coco2017", "mscoco", "mscoco2017") else name
+    if text == "demo":
+        return pathlib.Path(__file__).resolve().parent / "assets" / "demo.zip"
+    if "/" in text or os.sep in text or path.suffix:
+        if not path.exists():
+            raise DataError(f"there is no file or folder {path}")
+        return path
+    here = sorted(data_dir.iterdir()) if data_dir.is_dir() else []
+    same = [folder for folder in [data_dir / text, *here, path]
+            if plain(folder.name) == plain(text) and folder.exists()]
+    if not same:
+        raise DataError(f"no pairs {text!r}: neither a path nor a folder in {data_dir}"
+                        f"{nearest(text, [folder.name for folder in here])}")
+    return same[0]
+
+
+def list_pairs(name_or_path, data_dir="data", layout="auto", image_column=None,
+               caption_column=None, split_ratio=HASHED, captions=None):
+    """The three splits of image-caption pairs, as open_pairs takes them -> PairListing."""
+    if layout not in (known := ("auto", "simple-clip", *PAIR_LAYOUTS)):
+        raise DataError(f"layout {layout!r}: expected one of {', '.join(known)}")
+    several = isinstance(name_or_path, (list, tuple))
+    shards = ([os.fspath(name) for name in name_or_path] if several
+              else expand(os.path.expanduser(os.fspath(name_or_path))))
+    if several or len(shards) > 1:
+        missing = [name for name in shards if not os.path.isfile(name)]
+        if missing or not shards:
+            raise DataError(f"{len(missing)} of {len(shards)} shards are missing, e.g. "
+                            f"{(missing or ['none given'])[0]}")
+        rows, store, notes = read_tars(shards)
+        listing = PairListing(os.path.basename(store.path), str(store), {"all": store}, rows, notes)
+    else:
+        path = find_pair_path(shards[0], data_dir)
+        listing = find_pairs(path, layout, captions, image_column, caption_column)
+    clean_pairs(listing)
+    split_pairs(listing, layout, split_ratio)
+    return listing
+
+
+def open_pairs(name_or_path, split, data_dir="data", layout="auto", image_column=None,
+               caption_column=None, split_ratio=HASHED, captions=None, transform=None):
+    """Images with captions, split "train", "val" or "test" -> PairSet. No image is touched.
+
+    Understood, by what lies in the folder: COCO 2017 (folders, or the zips as published), Karpathy
+    JSON, Flickr8k and Flickr30k (token file or Kaggle's tables), CSV/TSV/JSONL, a zip with one of
+    these and its images (as "demo"), images with a text file each, WebDataset tars (a folder,
+    shard-{0000..0012}.tar, or a list). `layout` names one of PAIR_LAYOUTS if several lie there, or
+    is "simple-clip" for that notebook's split. `captions` picks another caption file of the folder,
+    such as a translation. Without splits, images are cut by `split_ratio`, see split_pairs. Pairs
+    without caption are left out and noted. Raises DataError.
+    """
+    if split not in ("train", "val", "test"):
+        raise DataError(f"split {split!r}: expected one of train, val, test")
+    listing = list_pairs(name_or_path, data_dir, layout, image_column, caption_column, split_ratio,
+                         captions)
+    if not listing.rows[split]:
+        having = ", ".join(key for key, rows in listing.rows.items() if rows)
+        raise DataError(f"{listing.name} has no {split} split, only {having}")
+    return PairSet(listing, split, transform)
+
+
+# -----------------------------------------------------------------------------
 # Few-shot lists and batches
 
 def few_shot(dataset, shots, seed, val=None):
@@ -1012,11 +1869,98 @@ class Batches(Sampler):
             yield [(epoch, index) for index in share[self.rank::self.world_size]]
 
 
-def collate(items, size):
+class PairBatches(Batches):
+    """Yields lists of (epoch, caption) in which no image comes twice in one global batch, else two
+    captions of it would be each other's negatives. A function of (seed, epoch); rank r of W takes
+    every W-th of a batch. Every batch is full: the rest of an epoch is left out, by chance.
+
+    captions "one": each image once per epoch, with one of its captions drawn by (seed, epoch,
+    image). "all": each caption once per epoch, but of an image with more captions than there are
+    batches only so many. COCO's 592k captions are ordered in about a second per epoch.
+    """
+
+    def __init__(self, pairs, batch_size, seed=0, rank=0, world_size=1, captions="one"):
+        order, start, count = pairs.groups
+        if captions not in ("one", "all"):
+            raise DataError(f"captions {captions!r}: expected one or all")
+        if batch_size < 2:
+            raise DataError(f"batch size {batch_size}: a contrastive loss needs 2 pairs or more; "
+                            f"that of one pair is 0")
+        if batch_size > len(count):
+            raise DataError(f"batch size {batch_size} with {len(count)} images: no image may come "
+                            f"twice in a batch; take {len(count)} or less")
+        self.order, self.start, self.count, self.every = order, start, count, captions == "all"
+        self.most = len(order) // batch_size if self.every else 1  # captions of one image
+        while self.every and self.most != (
+                batches := int(np.minimum(count, self.most).sum()) // batch_size):
+            self.most = batches  # leaving captions out may have cost a batch
+        super().__init__(int(np.minimum(count, self.most).sum()), batch_size, seed, rank,
+                         world_size, drop_last=True)
+
+    def epoch_order(self):
+        """Positions of captions, (batches, B)."""
+        stream = sample_seed(self.seed, self.epoch, -1)
+        stream = np.random.RandomState([stream & 0xFFFFFFFF, stream >> 32])  # frozen for ever
+        n, batches, size = len(self.count), len(self), self.batch_size
+        if not self.every:
+            draw = sample_seed(self.seed, self.epoch, np.arange(n, dtype=np.uint64))
+            pick = (draw % self.count.astype(np.uint64)).astype(np.int64)
+            chosen = stream.permutation(self.order[self.start + pick])
+            return chosen[:batches * size].reshape(batches, size)
+        # Write the captions image by image into a table with a row for each place in the batch and
+        # a column for each batch. An image lies in one row or runs over into the next. Shuffle each
+        # row, then part the few images that meet themselves in a column.
+        image = np.repeat(np.arange(n), self.count)                # of each entry of self.order
+        mixed = np.lexsort((stream.random_sample(len(image)), image))
+        rank = np.arange(len(image)) - self.start[image]
+        kept = np.sort(stream.permutation(mixed[rank < self.most])[:batches * size])
+        place = stream.permutation(n)
+        kept = kept[np.argsort(place[image[kept]], kind="stable")].reshape(size, batches)
+        table = np.take_along_axis(kept, stream.random_sample(kept.shape).argsort(axis=1), axis=1)
+        over = image[kept[:-1, -1]] == image[kept[1:, 0]]          # runs over, per row
+        for row in np.flatnonzero(over) + 1:
+            one = image[kept[row, 0]]
+            before, mine = image[table[row - 1]] == one, image[table[row]] == one
+            clash = np.flatnonzero(before & mine)
+            free = stream.permutation(np.flatnonzero(~before & ~mine))[:len(clash)]
+            table[row, clash], table[row, free] = table[row, free], table[row, clash]
+        return self.order[table.T]
+
+    def __iter__(self):
+        epoch = self.epoch
+        for share in self.epoch_order()[self.first_batch:]:
+            yield [(epoch, c) for c in share[self.rank::self.world_size].tolist()]
+
+
+def collate(items, size, dtype=torch.float32):
     """Items of an ImageSet -> images (B, 3, S, S), labels (B,), indices (B,); B may be 0."""
     if not items:
-        return [torch.zeros(0, 3, size, size), *torch.zeros(2, 0, dtype=torch.long)]
+        return [torch.zeros(0, 3, size, size, dtype=dtype), *torch.zeros(2, 0, dtype=torch.long)]
     return default_collate(items)
+
+
+WORKER_TIMEOUT = 600  # seconds without a batch after which workers are taken to hang
+
+
+class Loader(DataLoader):
+    """A DataLoader that names what its workers were reading when one of them dies or hangs."""
+
+    def __iter__(self):
+        try:
+            yield from super().__iter__()
+        except RuntimeError as error:
+            if not str(error).startswith(("DataLoader worker", "DataLoader timed out")):
+                raise
+            reading = ", ".join(f"worker {worker} {self.dataset.paths[index]}" for worker, index in
+                                enumerate(self.worker_init_fn.args[0].tolist()) if index >= 0)
+            raise LostWorker(f"{one_line(error).split('. ')[0]} while reading {reading or '?'}: "
+                             f"look at these files and at the memory that is free, or read with "
+                             f"--workers 0; the last checkpoint is intact") from error
+
+
+def tell_reading(places, worker):
+    """Run in each new worker: from now on it keeps in `places` the position that it is reading."""
+    get_worker_info().dataset.reading = places[worker:worker + 1].numpy()
 
 
 def make_loader(dataset, batch_size, seed=0, shuffle=True, drop_last=None, rank=0, world_size=1,
@@ -1024,17 +1968,34 @@ def make_loader(dataset, batch_size, seed=0, shuffle=True, drop_last=None, rank=
     """DataLoader over an ImageSet with a Preprocess; `loader.batch_sampler` is the Batches.
 
     `batch_size` is global. Batches depend neither on `workers` nor on how they are started. The
-    options go to DataLoader; those that only concern workers are ignored when there are none.
+    options go to DataLoader; those that only concern workers are ignored when there are none. A
+    worker that dies, or gives nothing for `timeout` seconds, raises LostWorker.
     """
     batches = Batches(len(dataset), batch_size, seed, rank, world_size, shuffle, drop_last)
+    return load_batches(dataset, batches, workers, options)
+
+
+def load_batches(dataset, batches, workers, options):
     if workers:
-        options = {"persistent_workers": True, **options}
+        places = torch.full((workers,), -1).share_memory_()
+        options = {"persistent_workers": True, "timeout": WORKER_TIMEOUT,
+                   "worker_init_fn": functools.partial(tell_reading, places), **options}
     else:
         for key in ("persistent_workers", "multiprocessing_context", "prefetch_factor", "timeout"):
             options.pop(key, None)
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers,
-                      collate_fn=functools.partial(collate, size=dataset.transform.size),
-                      generator=torch.Generator(), **options)  # else it draws from the global one
+    view = dataset.transform
+    join = functools.partial(collate, size=view.size, dtype=view.dtype)
+    return Loader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=join,
+                  generator=torch.Generator(), **options)  # else it draws from the global one
+
+
+def make_pair_loader(pairs, batch_size, seed=0, captions="one", rank=0, world_size=1, workers=0,
+                     **options):
+    """DataLoader for contrastive training over a PairSet with a Preprocess: batches of images
+    (B, 3, S, S), used (B,), asked (B,). `loader.batch_sampler` is the PairBatches; `batch_size` and
+    `options` as for make_loader."""
+    batches = PairBatches(pairs, batch_size, seed, rank, world_size, captions)
+    return load_batches(pairs, batches, workers, options)
 
 
 # -----------------------------------------------------------------------------
@@ -1080,6 +2041,46 @@ def classification_scores(predictions, labels, classes):
             "per_class": [100 * int(r) / int(a) if a else None for r, a in zip(right, actual)],
             "confusion": confusion,
             "scored": len(truth), "skipped": int((~counted).sum())}
+
+
+def recall_at_k(image_features, text_features, owner, ks=(1, 5, 10), chunk=1024):
+    """Retrieval both ways between unit features (N, D) and (M, D); text j belongs to image
+    owner[j] -> dict in % of queries: i2t_r1, ..., t2i_r10, mean_recall (of them), rsum (their sum),
+    and i2t_median_rank, t2i_median_rank, 1 being best.
+
+    As in the papers, a query counts as found or not: an image if any of its texts is among the
+    first k. Rank: the number of strictly higher scores and of equal ones with a smaller index; a
+    score that is not a number is never a hit. Scores are fp32, a block of at most `chunk` queries
+    and 64 MB at a time. An image without text is in the gallery but asks nothing.
+    """
+    images, texts = image_features.detach().float(), text_features.detach().float()
+    owner = torch.as_tensor(owner, dtype=torch.long).to(images.device)
+    if owner.shape != texts.shape[:1] or not len(owner) or images.shape[1:] != texts.shape[1:] or (
+            not 0 <= int(owner.min()) <= int(owner.max()) < len(images)):
+        raise DataError(f"images {tuple(images.shape)}, texts {tuple(texts.shape)}, owner "
+                        f"{tuple(owner.shape)}: expected (N, D), (M, D), and M numbers below N")
+    ranks = {"i2t": [], "t2i": []}
+    for way, queries, gallery in (("i2t", images, texts), ("t2i", texts, images)):
+        places = torch.arange(len(gallery), device=images.device)
+        some = max(1, min(chunk, (1 << 24) // len(gallery)))
+        for start in range(0, len(queries), some):
+            scores = queries[start:start + some] @ gallery.T               # (some, gallery)
+            asks = torch.arange(start, start + len(scores), device=images.device)[:, None]
+            right = owner == asks if way == "i2t" else places == owner[asks]
+            valid = right & ~scores.isnan()
+            best = scores.masked_fill(~valid, -math.inf).amax(dim=1, keepdim=True)
+            first = torch.where(valid & (scores == best), places, len(gallery)).amin(dim=1)
+            ahead = (scores > best) | (scores == best) & (places < first[:, None])
+            rank = torch.where(first < len(gallery), ahead.sum(dim=1), len(gallery))
+            ranks[way].append(rank[right.any(dim=1)].cpu())
+    found = {}
+    for way in ranks:
+        rank = torch.cat(ranks[way]).numpy()
+        found |= {f"{way}_r{k}": 100 * float((rank < k).mean()) for k in ks}
+    scores = list(found.values())
+    return {**found, "mean_recall": sum(scores) / len(scores), "rsum": sum(scores),
+            **{f"{way}_median_rank": float(np.median(torch.cat(ranks[way]).numpy() + 1))
+               for way in ranks}}
 
 
 # -----------------------------------------------------------------------------
@@ -1327,6 +2328,11 @@ def get_args(argv=None):
                       help="dataset name, or path as for --data of the training scripts")
     what.add_argument("--check", metavar="NAME",
                       help="the same; every image is decoded and compared with all others")
+    what.add_argument("--make-shards", metavar="NAME", help="write image-caption pairs, by name "
+                      "or path, as WebDataset tars into the folder --out")
+    parser.add_argument("--out", default="shards", help="folder of the tars (default shards)")
+    parser.add_argument("--per-shard", type=int, default=1000, metavar="N",
+                        help="images in a tar (default 1000)")
     parser.add_argument("--shots", type=int, default=16, help="images per class (default 16)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the draw (default 1)")
     parser.add_argument("--data-dir", default="data", help="folder of the datasets (default data)")
@@ -1377,12 +2383,58 @@ def print_check(args):
     return 0 if report["usable"] else 2
 
 
+def make_shards(name, data_dir, out, per_shard):
+    """Write every split of a pair set as WebDataset shards `out`/<split>-000000.tar, with the image
+    files as they are -> lines that tell what was written. Raises DataError."""
+    out = pathlib.Path(out)
+    if per_shard < 1 or any(out.glob("*.tar")):
+        raise DataError(f"--per-shard {per_shard}, --out {out}: expected 1 or more, and a folder "
+                        f"without shards")
+    out.mkdir(parents=True, exist_ok=True)
+    said, listing = [], list_pairs(name, data_dir)
+    for split, rows in listing.rows.items():
+        if not rows or split == "test" and rows == listing.rows["val"]:
+            continue
+        pairs = PairSet(listing, split)
+        pairs.check_files()
+        said += pairs.notes[-1:]
+        for shard, start in enumerate(range(0, len(pairs.paths), per_shard)):
+            final = out / f"{split}-{shard:06d}.tar"
+            with tarfile.open(f"{final}.part", "w") as tar:
+                for i in range(start, min(start + per_shard, len(pairs.paths))):
+                    add_sample(tar, pairs, i)
+            os.replace(f"{final}.part", final)
+    return said
+
+
+def add_sample(tar, pairs, i):
+    """<key>.jpg, .txt with the first caption, which every reader knows, and .json with all."""
+    kind = os.path.splitext(pairs.paths[i])[1].lower().lstrip(".")
+    try:
+        content, texts = pairs.store.read(pairs.paths[i]), pairs.texts_of(i)
+        if kind not in TAR_IMAGES:
+            buffer, kind = io.BytesIO(), "png"
+            pairs.store.image(pairs.paths[i]).save(buffer, "png")
+            content = buffer.getvalue()
+    except UnreadableImage as error:
+        print(f"note: left out: {error}", file=sys.stderr)
+        return
+    listed = json.dumps({"path": pairs.paths[i], "captions": texts}, ensure_ascii=False)
+    for suffix, data in ((kind, content), ("txt", texts[0].encode()), ("json", listed.encode())):
+        info = tarfile.TarInfo(f"{i:08d}.{suffix}")
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+
+
 def main(argv=None):
     """Returns the exit code: 0, or 2 after one line on stderr or a report that says why."""
     args = get_args(argv)
     try:
         if args.check is not None:
             return print_check(args)
+        if args.make_shards is not None:
+            print(*make_shards(args.make_shards, args.data_dir, args.out, args.per_shard), sep="\n")
+            return 0
         print_few_shot(args)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -102,6 +102,60 @@ def test_training_crops_and_flips_equal_torchvision_for_the_same_seed():
             assert torch.equal(ours(image, 2, index), expected), (wide, high, index)
 
 
+def test_other_crops_statistics_and_squashing_equal_torchvision():
+    transforms = pytest.importorskip("torchvision.transforms", exc_type=Exception)
+    bicubic = transforms.InterpolationMode.BICUBIC
+    end = [transforms.ToTensor(), transforms.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)]
+    look = dict(mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD)
+    crop = Preprocess(32, train=True, seed=5, scale=(0.9, 1.0), flip=False, **look)
+    theirs = transforms.Compose([
+        transforms.RandomResizedCrop(32, scale=(0.9, 1.0), interpolation=bicubic), *end])
+    for wide, high in [(64, 64), (90, 31), (20, 400), (3, 2)]:
+        image = noise(wide, high)
+        for index in range(6):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(sample_seed(5, 2, index))
+                assert torch.equal(crop(image, 2, index), theirs(image)), (wide, high, index)
+        squashed = transforms.Compose([transforms.Resize((24, 24), bicubic), *end])(image)
+        assert torch.equal(Preprocess(24, squash=True, **look)(image), squashed)
+
+
+def test_raw_pixels_normalise_to_the_bits_of_the_float_path():
+    for options in ({}, {"train": True}, {"squash": True}):
+        for wide, high in SIZES[:8]:
+            image = noise(wide, high, seed=high)
+            raw = Preprocess(97, dtype=torch.uint8, **options)(image, 1, 2)
+            assert raw.dtype == torch.uint8 and raw.shape == (3, 97, 97) and raw.is_contiguous()
+            whole = Preprocess(97, **options)(image, 1, 2)
+            assert torch.equal(data.normalise(raw[None])[0], whole)
+    assert data.normalise(whole) is whole
+    other = data.normalise(raw[None], data.IMAGENET_MEAN, data.IMAGENET_STD)[0]
+    assert torch.equal(other, Preprocess(97, squash=True, mean=data.IMAGENET_MEAN,
+                                         std=data.IMAGENET_STD)(image))
+    assert "torch.uint8" in the_one_line(Preprocess, 8, dtype=torch.float16)
+
+
+def test_the_fast_resize_is_within_one_255th_of_the_exact_one():
+    """Black-and-white noise, where every clipped value counts, and all proportions."""
+    stream = np.random.default_rng(0)
+    shapes = SIZES + [tuple(stream.integers(1, 400, 2)) for _ in range(40)]
+    for trial, (wide, high) in enumerate(shapes):
+        image = Image.fromarray(stream.integers(0, 2, (high, wide, 3), dtype=np.uint8) * 255)
+        size = int(stream.integers(8, 230))
+        for options in ({}, {"train": True, "seed": trial}, {"squash": True}):
+            if options.get("squash") and high > 100 * wide:
+                continue  # where some Pillow turns the order of its passes round
+            exact, fast = (Preprocess(size, exact=exact, dtype=torch.uint8, **options)(image, 1, 2)
+                           for exact in (True, False))
+            off = (exact.int() - fast.int()).abs()
+            assert off.max() <= 1, (wide, high, size, options, off.max())
+            assert trial > 20 or off.float().mean() < 0.3
+    whole, array = Preprocess(32, exact=False), np.asarray(noise(50, 40))
+    assert torch.equal(whole(array), whole(Image.fromarray(array)))
+    assert torch.equal(whole(array), data.normalise(
+        Preprocess(32, exact=False, dtype=torch.uint8)(array)[None])[0])
+
+
 def test_a_sample_is_a_function_of_seed_epoch_and_index_only():
     image, crop = noise(50, 40), Preprocess(16, train=True, seed=1)
     first = crop(image, 3, 7)
@@ -118,6 +172,7 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index_only():
 def test_a_strip_of_one_pixel_costs_no_gigabyte():
     for size in ((1, 5000), (5000, 1), (30000, 2)):
         assert Preprocess(224)(noise(*size)).shape == (3, 224, 224)
+        assert Preprocess(224, exact=False)(noise(*size)).shape == (3, 224, 224)
 
 
 def test_every_colour_mode_comes_out_as_the_right_rgb(tmp_path):
@@ -780,6 +835,9 @@ def test_a_rank_without_images_gets_an_empty_batch(tmp_path):
     sizes = [tuple(part.shape) for part in list(loader)[-1]]
     assert len(train) == 10 and sizes == [(0, 3, 8, 8), (0,), (0,)]
     assert list(loader)[-1][1].dtype == torch.long
+    raw = train.with_transform(Preprocess(8, dtype=torch.uint8))
+    kinds = [images.dtype for images, _, _ in make_loader(raw, 4, rank=2, world_size=3)]
+    assert kinds == [torch.uint8] * len(kinds)
 
 
 # -----------------------------------------------------------------------------
