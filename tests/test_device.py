@@ -208,8 +208,8 @@ def facts_about_processes(rank, world_size, port, folder):
             run.save("checkpoint_last.pt", {"x": bad})
     with pytest.raises(UserError):
         run.enter(folder).claim()
-    with pytest.raises(SafeStop, match="batch 1 of process 1"):
-        run.check_finite([1.0, torch.tensor(math.inf if rank else 1.0)],
+    with pytest.raises(SafeStop, match="batch 3 of process 1"):
+        run.check_finite([1.0, *[torch.tensor(math.inf if rank else 1.0)] * 3],
                          lambda i: f"batch {i} of process {rank}")
     run.check_finite([], str)
 
@@ -223,6 +223,7 @@ def facts_about_processes(rank, world_size, port, folder):
     run.unwatch_signals()
     assert run.finish({"x": 1})["processes"] == 2
     run.barrier()
+    torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter
 
 
 def contrastive_problem(n):
@@ -566,12 +567,27 @@ def test_the_random_state_survives_a_checkpoint(tmp_path, capsys):
     assert draws() == expected and "2 processes, not 1" in capsys.readouterr().out
 
 
-def test_a_loss_that_is_not_finite_stops_and_is_named():
-    run = start("cpu")
+def test_losses_that_are_not_finite_are_named_and_the_third_in_a_row_stops(capsys):
+    run, bad = start("cpu"), torch.tensor(math.nan)
     run.check_finite([1.0, torch.tensor(2.0)], str)
-    with pytest.raises(SafeStop, match="nan at image 1.png") as caught:
-        run.check_finite([1.0, torch.tensor(math.nan), math.inf], lambda i: f"image {i}.png")
+    run.check_finite([1.0, bad, math.inf], lambda i: f"image {i}.png")
+    said = capsys.readouterr().out
+    assert "image 0.png" not in said and "image 1.png" in said and "image 2.png" in said
+    run.check_finite([1.0, bad, -math.inf], str)       # a good one in between: two in a row again
+    with pytest.raises(SafeStop, match="3 steps in a row .* image 0.png") as caught:
+        run.check_finite([bad], lambda i: f"image {i}.png")
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_counts_as_zero(bad):
+    run = start("cpu")
+    p, q, frozen = (torch.nn.Parameter(torch.ones(3)) for _ in range(3))
+    p.grad, q.grad = torch.tensor([1.0, 3e38, 0]), torch.tensor([3e38, -3e38, 1])
+    assert run.drop_bad_gradients([p, q, frozen]) and p.grad[0] == 1 and frozen.grad is None
+    q.grad[1] = bad
+    assert not run.drop_bad_gradients([p, q, frozen])
+    assert p.grad.tolist() == q.grad.tolist() == [0, 0, 0] and frozen.grad is None
 
 
 # -----------------------------------------------------------------------------
