@@ -46,14 +46,15 @@ import statistics
 import sys
 import time
 
-from device import guard, load_checkpoint, Parser, start, UserError  # before torch, which reads
-import torch                                                          # at import what it sets
+from device import (expanded, guard, load_checkpoint, Parser, start,  # before torch, which reads
+                    UserError)                                        # at import what it sets
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from clip_model import bucket, canonical_name, check_layout, CLIP, CONFIGS, load, save
 from data import (class_prompts, classification_scores, few_shot, find_classes, halves,
-                  make_loader, open_dataset, Preprocess)
+                  make_loader, normalise, open_dataset, Preprocess)
 from tokenizer import BPETokenizer
 
 # data set -> (epochs, reg_weight) of the few-shot setting; base-to-new takes reg_weight 8 for all
@@ -115,6 +116,9 @@ def get_args(argv=None):
                        help="images per step over all processes (default: 32)")
     group.add_argument("--micro-batch", type=int, default=0, help="images in memory at a time; the "
                        "gradient stays that of the batch (default: 0, the whole batch)")
+    group.add_argument("--text-memory", type=float, default=4.0, metavar="GB", help="prompts whose "
+                       "activations take more are encoded twice, in parts; the gradient is the "
+                       "same (default: 4)")
     group.add_argument("--accum-steps", type=int, default=1,
                        help="another way to say it: batch-size / accum-steps in memory")
     group.add_argument("--eval-batch-size", type=int, default=100, help="default: 100")
@@ -147,6 +151,8 @@ def get_args(argv=None):
                        help="also save inside an epoch (default: 0, after each epoch)")
     group.add_argument("--deterministic", action="store_true",
                        help="refuse operations without a repeatable result")
+    group.add_argument("--worker-timeout", type=int, default=600, metavar="SECONDS",
+                       help="take a reading process to hang after this long (default: 600)")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     args.shots = list(dict.fromkeys(args.shots or [4 if args.setting == "fewshot" else 16]))
@@ -159,8 +165,9 @@ def refuse_bad_flags(parser, args):
     """Exit with one line on values and pairs of flags that make no sense."""
     for name, low in (("epochs", 1), ("batch_size", 1), ("micro_batch", 0), ("accum_steps", 1),
                       ("eval_batch_size", 1), ("warmup", 0), ("log_every", 1), ("save_every", 0),
-                      ("workers", -1), ("reg_weight", 0), ("wd", 0), ("momentum", 0),
-                      ("grad_clip", 0)):
+                      ("workers", -1), ("worker_timeout", 1), ("reg_weight", 0), ("wd", 0),
+                      ("momentum", 0),
+                      ("grad_clip", 0), ("text_memory", 0)):
         value = getattr(args, name)
         if value is not None and not low <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')} is {value}; expected at least {low}")
@@ -229,6 +236,13 @@ def encode_prompts(model, texts):
                       for tokens, ends in groups])[places]
 
 
+def prompt_memory(model, texts):
+    """Bytes that autograd keeps for one pass over the prompts: per position and block 9 fp32
+    vectors of the tower's width (measured: 8.7 in fp32, 4.9 in bf16)."""
+    positions = sum(tokens.numel() for tokens, _ in texts[0])
+    return 9 * 4 * positions * model.config.text_width * model.config.text_layers
+
+
 def drift(tuned, pretrained):
     """How far the class prompts have turned: 1 - mean cosine. Both (C, D) with unit rows."""
     return 1 - (tuned * pretrained).sum(dim=-1).mean()
@@ -250,11 +264,13 @@ def add_gradient(run, model, images, labels, batch, texts, pretrained, args, sca
     images (b, 3, R, R) and labels (b,) are this process's share of a batch of `batch`; texts are
     the class prompts (see `encode_prompts`), pretrained (C, D) their features before training.
     """
-    with run.autocast():  # one pass over the prompts feeds both terms; the official code makes two
+    kept = prompt_memory(model, texts) <= args.text_memory * 2 ** 30
+    # One pass over the prompts feeds both terms; the official code makes two.
+    with run.autocast(), torch.set_grad_enabled(kept):
         text_features = encode_prompts(model, texts)                      # (C, D)
     # The graph is cut here. Micro-batches of images meet the texts in a leaf, which collects their
-    # gradients; the text tower's own backward then runs once. Exact: cross-entropy is a sum over
-    # images, and there is no BatchNorm in training mode.
+    # gradients and the drift term's; the text tower's own backward then runs once. Exact: the loss
+    # is a sum over images, and there is no BatchNorm in training mode.
     text_leaf = text_features.detach().requires_grad_()
     scale = model.logit_scale.exp()                                      # 100, frozen
     ce_loss = hits = torch.zeros((), device=text_leaf.device)
@@ -270,13 +286,21 @@ def add_gradient(run, model, images, labels, batch, texts, pretrained, args, sca
         hits = hits + (logits.detach().argmax(dim=-1) == some_labels).sum()
 
     # 0 on the first step. The same in every process, so each adds its share to the sum over them.
-    drift_loss = drift(text_features, pretrained) / run.world_size
-    loss = ce_loss + args.reg_weight * drift_loss
-    # The gradient of `loss`, finished: what the images left in the leaf enters the text tower where
-    # the graph was cut, together with the drift term's own, in one backward.
-    torch.autograd.backward([text_features, scaler.scale(args.reg_weight * drift_loss)],
-                            [text_leaf.grad, None])
-    return {"loss": loss.detach(), "ce": ce_loss, "drift": drift_loss.detach(),
+    drift_loss = drift(text_leaf, pretrained) / run.world_size
+    scaler.scale(args.reg_weight * drift_loss).backward()
+    loss = ce_loss + args.reg_weight * drift_loss.detach()
+
+    # The leaf now holds the gradient of `loss` for the prompts' features: on into the text tower.
+    if kept:
+        text_features.backward(text_leaf.grad)
+    else:  # its activations are too many: each group of prompts is encoded again, for its own part
+        groups, places = texts
+        gradients = torch.empty_like(text_leaf).index_copy_(0, places, text_leaf.grad)
+        for (tokens, ends), gradient in zip(groups, gradients.split([len(t) for t, _ in groups])):
+            with run.autocast():
+                features = model.encode_text(tokens, normalize=True, ends=ends)
+            features.backward(gradient)
+    return {"loss": loss, "ce": ce_loss, "drift": drift_loss.detach(),
             "batch_accuracy": 100 * hits / batch}
 
 
@@ -305,10 +329,10 @@ def evaluate(run, model, target, args):
         text_features = encode_prompts(model, target.texts)                  # (C, D)
     loader = make_loader(target.images, args.eval_batch_size * run.world_size, shuffle=False,
                          rank=run.rank, world_size=run.world_size,
-                         **run.loader_options(args.workers))
+                         timeout=args.worker_timeout, **run.loader_options(args.workers))
     rows = []
     for done, (images, labels, indices) in enumerate(loader, 1):
-        images = run.move(images)
+        images = normalise(run.move(images))
         with run.autocast():
             image_features = model.encode_image(images, normalize=True)      # (B, D)
         predictions = (image_features @ text_features.T).argmax(dim=-1).cpu()
@@ -371,6 +395,7 @@ def train(run, model, loader, texts, stored, args):
         clock = time.perf_counter()
         for images, labels, indices in loader:
             images, labels = run.move(images, labels)
+            images = normalise(images)  # pixels travel as bytes
             waited += time.perf_counter() - clock
 
             # ---- one step -----------------------------------------------------------------
@@ -378,6 +403,7 @@ def train(run, model, loader, texts, stored, args):
             optimizer.zero_grad(set_to_none=True)
             losses = add_gradient(run, model, images, labels, size, texts, pretrained, args, scaler)
             run.sum_gradients(moving.values())
+            fine = run.drop_bad_gradients(moving.values(), scaler)
             if args.grad_clip:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(moving.values(), args.grad_clip)
@@ -388,7 +414,7 @@ def train(run, model, loader, texts, stored, args):
             step, batch, seen = step + 1, batch + 1, seen + size
             if batch == len(loader):
                 epoch, batch = epoch + 1, 0
-            unchecked.append((losses["loss"], indices))
+            unchecked.append((torch.where(fine, losses["loss"], math.nan), indices))
             leaving = run.stop_requested()
             saving = leaving or batch == 0 or step == steps or (
                 args.save_every and step % args.save_every == 0)
@@ -396,7 +422,8 @@ def train(run, model, loader, texts, stored, args):
                 check_finite(run, loader.dataset, unchecked)
             if step % args.log_every == 0 or step == steps:
                 run.log(step, steps=steps, epoch=epoch + (batch > 0), samples=seen, waited=waited,
-                        **{name: run.sum(value) for name, value in losses.items()}, lr=lr)
+                        **{name: run.sum(value) for name, value in losses.items()}, lr=lr,
+                        **({"loss_scale": scaler.get_scale()} if scaler.is_enabled() else {}))
                 seen, waited = 0, 0.0
             if saving:
                 run.save(run.out / "checkpoint_last.pt", {
@@ -413,7 +440,8 @@ def train(run, model, loader, texts, stored, args):
 
 
 def check_finite(run, images, unchecked):
-    """Stop on a loss that is not a number, naming the images of its batch. Empties `unchecked`."""
+    """Report the steps that were skipped for a loss or gradient that is not a number, with the
+    images of their batch; stop after several in a row. Empties `unchecked`."""
     run.check_finite([loss for loss, _ in unchecked], lambda i: "the batch of " + ", ".join(
         images.paths[index] for index in unchecked[i][1].tolist()[:8]))
     unchecked.clear()
@@ -455,6 +483,8 @@ def find_start(run, args):
                      overwrite=args.overwrite):
         return None, None
     stored, done = run.load(last), args.folder / "results.json"
+    if stored:
+        refuse_other_run(stored, last, args)
     if done.exists():
         run.say(f"{args.folder} holds this run, finished; --overwrite runs it again")
         return stored, json.loads(done.read_text("utf-8"))
@@ -487,12 +517,14 @@ def tune(parent, model, pretrained, shots, targets, zero_shot, args):
         restore(free, stored["weights"])
         step = stored["step"]
     elif not args.eval_only and len(shots):
-        shots = shots.with_transform(Preprocess(model.config.image_size, True, args.seed))
+        shots = shots.with_transform(Preprocess(model.config.image_size, True, args.seed,
+                                                dtype=torch.uint8))
         known = len(shots.notes)
         for note in shots.preload(IN_MEMORY).notes[known:]:  # what could not be read, or kept
             run.say(note)
         loader = make_loader(shots, args.batch_size, seed=args.seed, rank=run.rank,
                              world_size=run.world_size,
+                             timeout=args.worker_timeout,
                              **run.loader_options(0 if shots.images else args.workers))
         run.watch_signals()
         try:
@@ -616,8 +648,8 @@ def tabulate(run, results, args):
         columns = {**{name: f"zero_shot_{name}" for name in names}, **columns}
     rows = [["shots", "score", "zero-shot", *(f"seed {seed}" for seed in args.seed),
              "mean", "std", "95 % CI", "gain"]]
-    for shots in args.shots:
-        some = [r for r in results if r["shots"] == shots]
+    for place, shots in enumerate(args.shots):  # results come shots by shots, seed by seed
+        some = results[place * len(args.seed):(place + 1) * len(args.seed)]
         for name, base in columns.items():
             values = [r[name] for r in some]
             mean, std, half = spread(values)
@@ -707,7 +739,8 @@ def main(args):
     """Every (shots, seed) of the command line; -> the results of the one run, or of the table."""
     given = dict(vars(args))  # as config.json keeps it, before the recipe fills the rest
     precision = "fp16" if args.precision == "official-fp16" else args.precision
-    run = start(args.device, precision, seed=args.seed[0], deterministic=args.deterministic)
+    run = start(args.device, precision, args.seed[0], "" if args.eval_only else args.output_dir,
+                args.deterministic)
     where = dict(data_dir=args.data_dir, layout=args.split)
     if args.download:  # once; the other processes find the files
         run.on_first(lambda: open_dataset(args.data, "train", **where, download=True).name)
@@ -719,7 +752,7 @@ def main(args):
         check_layout(model.config, args.export)
     identity = identify(args, model, train_set)
     name = f"{train_set.name}_{args.model}_{args.setting}".replace("/", "-")
-    folder = pathlib.Path(args.output_dir or f"runs/train_clipfit/{name}")
+    folder = expanded(args.output_dir or f"runs/train_clipfit/{name}")
     folder = folder.with_name(folder.name + "_dry_run") if args.dry_run else folder
     single = len(args.shots) * len(args.seed) == 1
     jobs = []
@@ -740,9 +773,12 @@ def main(args):
                     overwrite=args.overwrite or args.dry_run)
 
     model = run.move(model).fuse_attention(run.fused_attention)
-    view, tokenizer = Preprocess(model.config.image_size), BPETokenizer()
+    view = Preprocess(model.config.image_size, dtype=torch.uint8)
+    tokenizer = BPETokenizer()
     targets = [Target(run, name, images.with_transform(view), tokenizer, args.template)
                for name, images in tests.items()]
+    if tokenizer.truncated:
+        run.say(f"note: {tokenizer.truncated} class prompts are cut to 77 tokens")
     pretrained = {n: p.detach().clone() for n, p in free_clipfit_weights(model).items()}
     model.round_frozen(run.dtype)
     for note in dict.fromkeys([*train_set.notes, *(n for few, _ in jobs for n in few.notes),

@@ -59,11 +59,12 @@ def batch_for(config, count, classes, dtype):
             torch.randint(classes, (count,), generator=generator))
 
 
-def gradient(model, images, labels, texts, teacher, reg_weight=8.0, micro_batch=0):
+def gradient(model, images, labels, texts, teacher, reg_weight=8.0, micro_batch=0, text_memory=4):
     """(losses, {name: gradient}) of the script's own step."""
     run = start("cpu", "fp32")
     model.zero_grad(set_to_none=True)
-    args = types.SimpleNamespace(reg_weight=reg_weight, micro_batch=micro_batch, accum_steps=1)
+    args = types.SimpleNamespace(reg_weight=reg_weight, micro_batch=micro_batch, accum_steps=1,
+                                 text_memory=text_memory)
     losses = add_gradient(run, model, images, labels, len(images), texts, teacher, args,
                           run.scaler())
     return losses, {name: p.grad.clone() for name, p in model.named_parameters()
@@ -126,17 +127,17 @@ def test_loss_and_gradient_equal_the_official_two_pass_77_token_computation(dtyp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance, images", [
-    (torch.float64, 1e-12, 2), (torch.float32, 1e-5, 4)])
+    (torch.float64, 1e-12, 2)])
 def test_full_size_gradient_of_all_46080_numbers_equals_the_official_one(
         shared, dtype, tolerance, images):
-    """ViT-B/16 with random weights and the 47 DTD prompts; `tests/bench.py` times batch 32."""
+    """ViT-B/16, random weights; `tests/bench.py exact` has batch 32 and all 47 prompts of DTD."""
     model = perturbed(CONFIGS["ViT-B/16"], dtype)
-    names = open_dataset("dtd", "train", shared).classnames
+    names = open_dataset("dtd", "train", shared).classnames[::4]
     tokens, texts = texts_of(names)
     pictures, labels = batch_for(model.config, images, len(names), dtype)
     anchor = clip_model.unit(torch.randn(len(names), 512, dtype=dtype,
                                          generator=torch.Generator().manual_seed(3)))
-    losses, ours = gradient(model, pictures, labels, texts, anchor, micro_batch=3)
+    losses, ours = gradient(model, pictures, labels, texts, anchor, micro_batch=2)
     model.zero_grad(set_to_none=True)
     total, ce, drift = official.loss(model, pictures, labels, tokens, anchor, 8.0)
     total.backward()
@@ -187,6 +188,40 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(micro_batch):
     assert losses["batch_accuracy"] == whole_losses["batch_accuracy"]
     for name in whole:
         assert (whole[name] - parts[name]).abs().max() < 1e-12, name
+
+
+def test_prompts_encoded_in_parts_give_the_same_gradient():
+    model = perturbed(SMALL, torch.float64)
+    words = [f"{a} {b}" for a in CLASSES for b in CLASSES[:30]]
+    words = [word * (1 + i % 4) for i, word in enumerate(words)][:200]  # several lengths
+    _, texts = texts_of(words)
+    assert len(texts[0]) > 2 and texts[1].tolist() != list(range(len(words)))
+    images, labels = batch_for(SMALL, 8, len(words), torch.float64)
+    anchor = clip_model.unit(torch.randn(len(words), 32, dtype=torch.float64))
+    losses, whole = gradient(model, images, labels, texts, anchor)
+    again, parts = gradient(model, images, labels, texts, anchor, text_memory=0)
+    assert losses["loss"] == again["loss"] and losses["drift"] == again["drift"]
+    assert any(not name.startswith("visual.") for name in whole)
+    for name in whole:
+        assert (whole[name] - parts[name]).abs().max() < 1e-12, name
+
+
+def test_the_memory_of_the_prompts_is_estimated_from_above():
+    model = perturbed(dataclasses.replace(SMALL, text_layers=12), torch.float32)
+    _, texts = texts_of(CLASSES)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        features = train_clipfit.encode_prompts(model, texts)
+    assert features.requires_grad
+    estimate = train_clipfit.prompt_memory(model, texts)
+    assert 0.7 * estimate < sum(kept.values()) < estimate
 
 
 def test_an_unreadable_image_adds_nothing_to_the_gradient():
@@ -417,7 +452,9 @@ def test_eval_only_prints_the_number_that_training_printed(uninterrupted, tmp_pa
 
 def test_eval_only_asks_whose_checkpoint_it_is(uninterrupted, tmp_path, capsys):
     """Weights tuned on 8 shots are not reported as 16, nor nothing at all as 4."""
-    text = refusal(capsys, *FLAGS, "--shots", 16, "--eval-only", "--output-dir", uninterrupted)
+    sixteen = list(FLAGS)
+    sixteen[sixteen.index("--shots") + 1] = "16"
+    text = refusal(capsys, *sixteen, "--eval-only", "--output-dir", uninterrupted)
     assert "shots 8 there and 16 here" in text
     nothing = run_main(*FEW, "--eval-only", "--output-dir", tmp_path)
     assert nothing["shots"] == 0 and "zero-shot" in capsys.readouterr().out
@@ -500,6 +537,21 @@ def test_what_a_run_leaves_behind(uninterrupted):
     test = open_dataset("demo", "test")
     shots = json.loads((uninterrupted / "shots.json").read_text())["train"]
     assert len(shots) == 24 and not {path for path, _ in shots} & set(test.paths)
+
+
+def test_the_test_images_are_seen_whole_and_classified_as_a_plain_loop_does(uninterrupted):
+    rows = list(csv.DictReader(open(uninterrupted / "predictions_test.csv", encoding="utf-8")))
+    test = open_dataset("demo", "test").with_transform(train_clipfit.Preprocess(64))
+    names, place = [FEW[1], FEW[2], FEW[3]], {path: i for i, path in enumerate(test.paths)}
+    tokens = BPETokenizer()([test.template.format(name) for name in names])
+    images = torch.stack([test[place[row["path"]]][0] for row in rows])
+    model, moved = clip_model.load("tiny"), weights(uninterrupted)[0]
+    for column in ("zero_shot", "tuned"):
+        with torch.no_grad():
+            image, text, _ = model(images, tokens)
+            for name, p in model.named_parameters():
+                p.copy_(moved.get(name, p))
+        assert [row[column] for row in rows] == [names[i] for i in (image @ text.T).argmax(dim=-1)]
 
 
 # -----------------------------------------------------------------------------
@@ -641,20 +693,58 @@ def test_the_harmonic_mean_of_a_table_is_that_of_the_averages(tmp_path):
     assert result["seconds"] >= sum(r["seconds"] for r in result["runs"]) - 1e-6
 
 
-def test_a_loss_that_is_no_number_stops_with_code_3_and_names_the_images(tmp_path, monkeypatch,
-                                                                         capsys):
+def poison(monkeypatch, bad):
+    """Let the first image of the given steps (from 1) be infinite."""
     taken = []
 
-    def poisoned(*args):
-        losses = add_gradient(*args)
+    def poisoned(run, model, images, *rest):
         taken.append(1)
-        return {**losses, "loss": losses["loss"] * (math.nan if len(taken) == 5 else 1)}
+        if len(taken) in bad:
+            images[0, 0, 0, 0] = math.inf
+        return add_gradient(run, model, images, *rest)
     monkeypatch.setattr(train_clipfit, "add_gradient", poisoned)
+
+
+def test_a_step_without_a_finite_loss_is_skipped_and_its_images_are_named(tmp_path, monkeypatch):
+    poison(monkeypatch, {3, 5})
+    assert math.isfinite(run_main(*FLAGS, "--output-dir", tmp_path)["accuracy"])
+    said = (tmp_path / "log.txt").read_text()
+    assert said.count("step skipped: the loss or its gradient is not finite at the batch of") == 2
+    assert ".jpg" in said
+    stored = torch.load(tmp_path / "checkpoint_last.pt", weights_only=True)
+    assert all(torch.isfinite(w).all() for w in stored["weights"].values())
+
+
+def test_a_skipped_step_moves_nothing_but_momentum_and_weight_decay(tmp_path, monkeypatch):
+    def weights(folder):
+        run_main(*FLAGS, "--output-dir", tmp_path / folder)
+        return torch.load(tmp_path / folder / "checkpoint_last.pt", weights_only=True)["weights"]
+    poison(monkeypatch, {4})
+    skipped = weights("a")
+    monkeypatch.undo()
+    taken = []
+
+    def nothing(run, model, *rest):
+        losses = add_gradient(run, model, *rest)
+        taken.append(1)
+        for p in model.parameters():
+            if len(taken) == 4 and p.grad is not None:
+                p.grad.zero_()
+        return losses
+    monkeypatch.setattr(train_clipfit, "add_gradient", nothing)
+    zeroed = weights("b")
+    assert all(torch.equal(skipped[name], zeroed[name]) for name in zeroed)
+
+
+def test_three_bad_steps_in_a_row_stop_with_code_3_and_name_the_images(tmp_path, monkeypatch,
+                                                                       capsys):
+    poison(monkeypatch, {5, 6, 7})
     code = train_clipfit.guard(main, get_args, [*FLAGS, "--output-dir", str(tmp_path)])
     text = capsys.readouterr().err
-    assert code == 3 and "nan" in text and ".jpg" in text and text.count("\n") == 1
+    assert code == 3 and "3 steps in a row" in text and ".jpg" in text and text.count("\n") == 1
     stored = torch.load(tmp_path / "checkpoint_last.pt", weights_only=True)
-    assert stored["step"] == 4  # saved before the bad step
+    assert 0 < stored["step"] < 7
+    assert all(torch.isfinite(w).all() for w in stored["weights"].values())
 
 
 def test_clipping_scales_the_gradient_that_the_optimiser_sees(tmp_path):
@@ -687,8 +777,8 @@ def test_a_template_changes_the_prompts(tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_learns_ten_points_over_a_useful_zero_shot(tmp_path):
-    """Mean of seeds 1-3 on held-out images; chance is 10 %."""
-    result = run_main("--seeds", 1, 2, 3, "--output-dir", tmp_path)
+    """Mean of two seeds on held-out images; chance is 10 %."""
+    result = run_main("--seeds", 1, 2, "--output-dir", tmp_path)
     assert result["zero_shot_accuracy"] >= 30
     assert result["gain"] >= 10
 
