@@ -2,6 +2,7 @@
 import os
 import pathlib
 import socket
+import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -34,6 +35,24 @@ def no_network(monkeypatch):
             raise OSError(f"the test suite is offline; refused a connection to {address}")
         return connect(self, address)
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def simulated_devices(request, tmp_path_factory):
+    """Both simulated devices at work, each in its own process: {name: (folder, process)}. They
+    start with the session, beside the tests that come before test_devices.py on the other core."""
+    at_work, here = {}, pathlib.Path(__file__).resolve().parent
+    if any(item.path.name == "test_devices.py" for item in request.session.items):
+        for name in ("npu", "mps"):
+            folder = tmp_path_factory.mktemp(name)
+            with open(folder / "output.txt", "w") as output:
+                at_work[name] = folder, subprocess.Popen(
+                    [sys.executable, str(here / "simulated_device.py"), name,
+                     str(here / "test_devices.py"), name, str(folder)],
+                    stdout=output, stderr=output)
+    yield at_work
+    for _, process in at_work.values():
+        process.kill()
 
 
 @pytest.fixture(scope="session")

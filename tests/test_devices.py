@@ -19,7 +19,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils import backend_registration
 
 import train_clipfit
+import train_contrastive
 from device import examine
+from test_train_contrastive import scenes, tiny_flags
 
 HERE = pathlib.Path(__file__).resolve().parent
 SCRIPT = HERE.parent / "train_clipfit.py"
@@ -34,6 +36,19 @@ RUNS = {  # name -> flags. Every third step ends an epoch, saves, and is logged 
     "fp16": ["--precision", "fp16", "--log-every", "3"],
     "official-fp16": ["--precision", "official-fp16", "--log-every", "3"],
 }
+CONTRASTIVE = HERE.parent / "train_contrastive.py"
+# 24 pairs in steps of 8 and pieces of 3, dropout in the text tower: six steps too.
+PAIRS = {
+    "pairs": [],
+    "pairs siglip": ["--loss", "siglip", "--positives", "multi", "--ema", "0.5", "--log-every",
+                     "100"],
+    "pairs triplet": ["--loss", "infonce+triplet", "--grad-clip", "0.5", "--log-every", "100"],
+    "pairs bf16": ["--precision", "bf16", "--log-every", "100"],
+    "pairs fp16": ["--precision", "fp16"],
+    "pairs clip-roberta": ["--preset", "clip-roberta", "--epochs", "1", "--max-steps", "2"],
+    "pairs simple-clip": ["--preset", "simple-clip", "--max-steps", "2", "--epochs", "1"],
+}
+BOTH = ("pairs", "pairs siglip")  # the rest, for time, on one of the devices alone
 # What a program written for cuda does: what the script says -> what it says instead -> the error.
 FAULTS = {
     "cuda": ("model = run.move(model)", "model = run.move(model).cuda()",
@@ -73,15 +88,13 @@ def on_cpu(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=["npu", "mps"])
-def device(request, tmp_path_factory):
+def device(request, simulated_devices):
     """The name of a simulated device, the folder of its runs, and what happened in them."""
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip(f"torch {torch.__version__} cannot take a device written in Python (2.9 can)")
-    folder = tmp_path_factory.mktemp(request.param)
-    done = subprocess.run([sys.executable, str(HERE / "simulated_device.py"), request.param,
-                           __file__, request.param, str(folder)],
-                          text=True, capture_output=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    folder, process = simulated_devices[request.param]
+    code = process.wait(timeout=400)
+    assert code == 0, (folder / "output.txt").read_text()[-6000:]
     return request.param, folder, json.loads((folder / "happened.json").read_text())
 
 
@@ -173,6 +186,64 @@ def test_a_program_written_for_cuda_is_caught(device, name):
     assert FAULTS[name][2].replace("DEVICE", kind) in happened[f"fault {name}"]["error"]
 
 
+@pytest.fixture(scope="module")
+def pairs_on_cpu(tmp_path_factory):
+    """Folders of the contrastive runs on the CPU."""
+    parent = tmp_path_factory.mktemp("cpu_pairs")
+    scenes(parent / "scenes", 24, 12)
+    for name in ("pairs", "pairs clip-roberta", "pairs simple-clip"):
+        train_contrastive.main(train_contrastive.get_args(tiny_flags(
+            parent / "scenes", *PAIRS[name], "--output-dir", parent / name)))
+    return parent
+
+
+def contrastive_losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row[key] for row in rows for key in ("loss", "scale", "mean_recall") if key in row]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_contrastive_script_runs_from_end_to_end(device, name):
+    kind, folder, happened = device
+    if kind != "npu" and name not in BOTH:
+        pytest.skip("run on the npu")
+    assert happened[name]["error"] == ""
+    assert results(folder / name)["device"].split(":")[0] == kind
+    stored = torch.load(folder / name / "checkpoint_last.pt", weights_only=True)
+    assert stored["step"] == (2 if "--max-steps" in PAIRS[name] else 6)
+    assert all(torch.isfinite(x).all() for x in stored["weights"].values())
+
+
+@pytest.mark.parametrize("name", ["pairs", "pairs clip-roberta", "pairs simple-clip"])
+def test_contrastive_fp32_gives_the_numbers_of_the_cpu(device, pairs_on_cpu, name):
+    if device[0] != "npu" and name not in BOTH:
+        pytest.skip("run on the npu")
+    found = contrastive_losses(device[1] / name)
+    assert len(found) >= 8
+    assert found == pytest.approx(contrastive_losses(pairs_on_cpu / name), rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pairs siglip", "pairs triplet", "pairs bf16"])
+def test_a_contrastive_step_that_does_not_log_does_not_wait_for_the_device(device, name):
+    if device[0] != "npu" and name not in BOTH:
+        pytest.skip("run on the npu")
+    _, one, two, three, four, five, rest = device[2][name]["stretches"]
+    for step in (one, two, four, five):
+        assert step["waits"] == []
+    assert three["waits"] and rest["waits"], "the count counts"
+
+
+def test_a_contrastive_checkpoint_is_evaluated_there_and_on_the_cpu(device, tmp_path):
+    _, folder, happened = device
+    trained = results(folder / "pairs")
+    assert happened["pairs evaluated"]["mean_recall"] == trained["mean_recall"]
+    here = train_contrastive.main(train_contrastive.get_args(tiny_flags(
+        folder / "scenes", "--eval-only", "--output-dir", tmp_path, "--resume",
+        folder / "pairs" / "checkpoint_best.pt")))
+    assert here["mean_recall"] == trained["mean_recall"]
+    assert here["loss"] == pytest.approx(trained["loss"], rel=1e-5)
+
+
 # -----------------------------------------------------------------------------
 # In the process with the device
 
@@ -250,7 +321,8 @@ def run_script(path, *flags, stop_after=0):
             signal.raise_signal(signal.SIGTERM)
     hook = register_optimizer_step_post_hook(count)
     try:
-        return {"accuracy": script["main"](script["get_args"](list(map(str, flags))))["accuracy"]}
+        found = script["main"](script["get_args"](list(map(str, flags))))
+        return {key: found[key] for key in ("accuracy", "mean_recall") if key in found}
     finally:
         hook.remove()
 
@@ -268,7 +340,14 @@ def drive(kind, folder):
                            "exit_code": exit_code.get("exit_code")}
     evaluate = [*common, "--eval-only", "--output-dir", folder / "fp32"]
     happened["evaluated"] = attempt(lambda: run_script(SCRIPT, *evaluate))
-    happened["workers"] = attempt(lambda: run_script(SCRIPT, *evaluate, "--workers", 1))
+    evaluate[evaluate.index("--workers") + 1] = "1"
+    happened["workers"] = attempt(lambda: run_script(SCRIPT, *evaluate))
+    scenes(folder / "scenes", 24, 12)
+    for name, flags in PAIRS.items() if kind == "npu" else [(n, PAIRS[n]) for n in BOTH]:
+        happened[name] = attempt(lambda: run_script(CONTRASTIVE, *tiny_flags(
+            folder / "scenes", *flags, "--device", kind, "--output-dir", folder / name)))
+    happened["pairs evaluated"] = attempt(lambda: run_script(CONTRASTIVE, *tiny_flags(
+        folder / "scenes", "--eval-only", "--device", kind, "--output-dir", folder / "pairs")))
     source = SCRIPT.read_text("utf-8")
     for name, (right, wrong, _) in FAULTS.items():
         assert source.count(right) == 1, name

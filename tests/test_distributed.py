@@ -1,12 +1,23 @@
 """Several processes compute what one computes: gradients, weights and printed numbers."""
+import dataclasses
 import json
 import os
 import pathlib
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
 
 import pytest
 import torch
+
+import test_train_contrastive as contrastive
+import train_contrastive
+from clip_model import bert_fields, BertConfig, CLIP, CONFIGS, save
+from device import Run, start
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -36,7 +47,7 @@ _, texts = t.texts_of(t.CLASSES)
 images, labels = t.batch_for(t.SMALL, 7, len(t.CLASSES), torch.float64)
 anchor = t.clip_model.unit(torch.randn(len(t.CLASSES), 32, dtype=torch.float64,
                                        generator=torch.Generator().manual_seed(0)))
-args = types.SimpleNamespace(reg_weight=8.0, micro_batch=2, accum_steps=1)
+args = types.SimpleNamespace(reg_weight=8.0, micro_batch=2, accum_steps=1, text_memory=4)
 mine = slice(run.rank, None, run.world_size)
 losses = train_clipfit.add_gradient(run, model, images[mine], labels[mine], 7, texts, anchor, args,
                                     run.scaler())
@@ -111,3 +122,232 @@ def test_a_run_of_two_processes_goes_on_with_one(tmp_path):
                      for n in ("whole", "moved"))
     for name in first:
         assert torch.allclose(first[name], second[name], atol=1e-5), name
+
+
+# -----------------------------------------------------------------------------
+# train_contrastive.py. Forks of this process stand for processes that torchrun starts: the same
+# group and exit codes, without seconds of importing.
+
+def in_processes(count, work, seconds=120):
+    """work(rank) in `count` processes that find each other -> (exit codes, 128 + n after signal n;
+    what they said, together)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out, children = tempfile.TemporaryFile(), []
+    for rank in range(count):
+        children.append(os.fork())
+        if children[-1]:
+            continue
+        code = 1
+        try:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count),
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            os.dup2(out.fileno(), 1)
+            os.dup2(out.fileno(), 2)
+            sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))
+            code = work(rank) or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    codes, deadline = [None] * count, time.monotonic() + seconds
+    while None in codes and time.monotonic() < deadline:
+        for rank, child in enumerate(children):
+            if codes[rank] is None:
+                done, status = os.waitpid(child, os.WNOHANG)
+                codes[rank] = os.waitstatus_to_exitcode(status) if done else None
+        time.sleep(0.01)
+    for child, code in zip(children, codes):
+        if code is None:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    with out:
+        out.seek(0)
+        said = out.read().decode()
+    assert None not in codes, f"still running after {seconds} s: {said}"
+    return [code if code >= 0 else 128 - code for code in codes], said
+
+
+def compare_steps(rank):
+    """A batch of 11 pairs with partners across processes, over the processes and here alone, in
+    fp64: prints the largest difference of any loss, of any gradient, of any weight after each of up
+    to 5 steps of AdamW, and of local negatives from the mean of the processes' own losses."""
+    run, worst = start("cpu", "fp32"), {}
+    alone = Run(run.device, "fp32", 0, 1, 0, "")
+    shares = [list(range(r, 11, run.world_size)) for r in range(run.world_size)]
+    counts, order = [len(share) for share in shares], sum(shares, [])
+
+    def note(name, ours, theirs):
+        scale = max(1.0, float(theirs.detach().abs().max()))
+        worst[name] = max(worst.get(name, 0.0), float((ours - theirs).abs().max()) / scale)
+
+    def take(model, run, places, batch, counts, args):
+        model.zero_grad(set_to_none=True)
+        found = train_contrastive.add_gradient(run, model, *(x[places] for x in batch), counts,
+                                               args, run.scaler(), 3)
+        run.sum_gradients(model.parameters())
+        return {name: run.sum(value) for name, value in found.items()}
+    rates = contrastive.types.SimpleNamespace(lr=1e-3, image_lr=None, text_lr=None, wd=0.1,
+                                              tower_wd=None)
+    cases = [*contrastive.LOSSES, ("infonce", "hardest"), ("siglip", "hardest")]
+    for (loss, kind), positives in zip(cases, [*["mask"] * 6, "multi", "multi"]):
+        args = contrastive.options(loss=loss, triplet=kind, positives=positives, micro_batch=2,
+                                   tile=3)
+        ours, theirs = (contrastive.model_of(torch.float64) for _ in range(2))
+        moves = [torch.optim.AdamW(train_contrastive.decay_groups(model, rates), eps=1e-6)
+                 for model in (ours, theirs)]
+        for step in range(5 if (loss, positives) == ("infonce", "mask") else 1):
+            batch = contrastive.batch_of(11, torch.float64, seed=step)
+            found = take(ours, run, shares[rank], batch, counts, args)
+            whole = take(theirs, alone, order, batch, [11], args)
+            for name in whole:
+                note("loss", found[name], whole[name])
+            for p, q in zip(ours.parameters(), theirs.parameters()):
+                if q.grad is not None:
+                    note("gradient", p.grad, q.grad)
+            for move in moves:
+                move.step()
+            for p, q in zip(ours.parameters(), theirs.parameters()):
+                note(f"step {step + 1}", p, q)
+
+    args = contrastive.options(micro_batch=2, tile=3, local_negatives=True)
+    model, batch = contrastive.model_of(torch.float64), contrastive.batch_of(11, torch.float64)
+    found = take(model, run, shares[rank], batch, counts, args)
+    local = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    total = 0.0
+    for share in shares:
+        images, tokens, ids = (x[share] for x in batch)
+        total = total + contrastive.defined_loss(*model(images, tokens)[:2], ids, model.logit_scale
+                                                 .exp(), 0, args) / len(shares)
+    total.backward()
+    note("local", found["loss"], total)
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            note("local", local[name], p.grad)
+    print("RESULT " + json.dumps(worst))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_contrastive_steps_over_processes_are_those_of_one(processes):
+    codes, said = in_processes(processes, compare_steps)
+    assert codes == [0] * processes, said
+    results = [json.loads(line.removeprefix("RESULT ")) for line in said.splitlines()
+               if line.startswith("RESULT")]
+    assert len(results) == processes
+    for worst in results:
+        assert set(worst) == {"loss", "gradient", "local", *(f"step {i}" for i in range(1, 6))}
+        assert max(worst.values()) < 1e-12, worst
+
+
+def script(flags):
+    """The exit code of train_contrastive.py with these flags."""
+    return train_contrastive.guard(train_contrastive.main, train_contrastive.get_args,
+                                   [str(flag) for flag in flags])
+
+
+@pytest.fixture(scope="module")
+def six_steps(tmp_path_factory):
+    """Folder, flags of a run of six steps of 7 pairs, three an epoch, without dropout, and a
+    function that gives its folder from some number of processes."""
+    folder = tmp_path_factory.mktemp("contrastive")
+    contrastive.scenes(folder / "pairs", 24, 12)
+    text = BertConfig("bert", len(contrastive.WORDS), 32, 2, 2, 64, 64, dropout=0.0,
+                      attention_dropout=0.0)
+    torch.manual_seed(0)
+    weights = save(CLIP(dataclasses.replace(CONFIGS["tiny-vit"], **bert_fields(text),
+                                            embed_dim=16)), folder / "start", "hf")
+    flags = ["--data", folder / "pairs", "--weights", weights, "--model", "start", "--tokenizer",
+             folder / "pairs" / "vocab.txt", "--batch-size", 7, "--micro-batch", 2, "--epochs", 2,
+             "--lr", 5e-4, "--eps", 1e-4, "--crop", 0.9, "--workers", 0, "--device", "cpu",
+             "--log-every", 1]
+
+    def run_of(processes):
+        out = folder / str(processes)
+        if not out.exists():
+            codes, said = in_processes(processes, lambda rank: script(
+                [*flags, "--output-dir", out]))
+            assert codes == [0] * processes, said
+            assert said.count("weights train") == 1  # only the first process speaks
+        return out
+    return folder, flags, run_of
+
+
+def stored(folder):
+    return torch.load(folder / "checkpoint_last.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_contrastive_runs_of_several_processes_print_the_numbers_of_one(six_steps, processes):
+    """7 pairs leave uneven shares, which divide into other pieces."""
+    run_of = six_steps[2]
+    one, several = ([json.loads(line) for line in (run_of(n) / "metrics.jsonl").read_text()
+                     .splitlines()] for n in (1, processes))
+    assert len(one) == len(several) == 6 + 2 + 1
+    clock = {"samples_per_second", "data_wait", "memory_mb", "time"}
+    for ours, theirs in zip(one, several):
+        assert ours.keys() == theirs.keys()
+        assert (ours["split"], ours["epoch"]) == (theirs["split"], theirs["epoch"])
+        for key in set(ours) - clock - {"split", "epoch"}:
+            assert theirs[key] == pytest.approx(ours[key], rel=1e-5, abs=1e-6), key
+    first, second = (stored(run_of(n))["weights"] for n in (1, processes))
+    for name in first:
+        assert torch.allclose(first[name], second[name], atol=1e-6, rtol=0), name
+
+
+def test_two_processes_of_which_one_was_killed_go_on_to_the_same_bits(six_steps, tmp_path):
+    _, flags, run_of = six_steps
+    flags = [*flags, "--save-every", 2, "--output-dir", tmp_path]
+
+    def dying(rank):
+        step, taken = train_contrastive.add_gradient, []
+
+        def counted(*args):
+            taken.append(1)
+            if len(taken) == 5 and rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*args)
+        train_contrastive.add_gradient = counted
+        return script(flags)
+    codes, said = in_processes(2, dying)
+    assert codes == [3, 128 + signal.SIGKILL] and "has ended" in said
+    assert stored(tmp_path)["step"] == 4
+    codes, said = in_processes(2, lambda rank: script(flags))
+    assert codes == [0, 0], said
+    whole, killed = stored(run_of(2)), stored(tmp_path)
+    assert whole["step"] == killed["step"] == 6 and whole["best"] == killed["best"]
+    for name in whole["weights"]:
+        assert torch.equal(whole["weights"][name], killed["weights"][name]), name
+    for i, moments in whole["optimizer"]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(value, killed["optimizer"]["state"][i][name])
+
+
+def test_a_contrastive_batch_smaller_than_the_processes_is_exact(six_steps):
+    _, flags, _ = six_steps
+    flags = list(flags)
+    flags[flags.index("--batch-size") + 1] = 2
+    codes, said = in_processes(3, lambda rank: script([*flags, "--check-grad"]))
+    assert codes == [0, 0, 0] and "against autograd on all 2" in said, said
+
+
+def test_pairs_without_captions_end_all_processes_with_one_reason(tmp_path):
+    contrastive.scenes(tmp_path / "pairs", 12, captions=0)
+    codes, said = in_processes(2, lambda rank: script(["--data", tmp_path / "pairs"]))
+    assert codes == [2, 2]
+    reasons = [line.partition("error: ")[2] for line in said.splitlines() if "error: " in line]
+    assert len(set(reasons)) == 1 and "caption" in reasons[0] and "Traceback" not in said
+
+
+def test_each_process_of_run_clip_brings_its_own_batch(six_steps):
+    _, flags, _ = six_steps
+    flags = list(flags)
+    at = flags.index("--batch-size")
+    flags[at:at + 2] = ["--per_device_train_batch_size", 5]
+    codes, said = in_processes(2, lambda rank: script(
+        [*flags, "--check-grad", "--local-negatives"]))
+    assert codes == [0, 0] and "against autograd on all 10" in said, said

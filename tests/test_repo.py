@@ -61,7 +61,8 @@ def test_nothing_works_at_import(path):
     """Constants may be computed; nothing is opened, printed or started."""
     for node in tree(path).body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            assert path.stem == "device" and "setdefault" in ast.dump(node)
+            assert path.stem == "device"  # the environment and the allocator, before torch starts
+            assert "setdefault" in ast.dump(node) or "_keep_freed_memory" in ast.dump(node)
         else:
             assert isinstance(node, (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign,
                                      ast.FunctionDef, ast.ClassDef, ast.Expr, ast.If)), node.lineno
@@ -181,4 +182,4 @@ def test_a_script_and_its_leaves_work_in_an_empty_folder(tmp_path, name):
     done = subprocess.run([sys.executable, f"{name}.py", "--dry-run"], cwd=tmp_path, text=True,
                           capture_output=True, env={"PATH": "", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert list(tmp_path.glob("runs/*/*/*/results.json"))
+    assert list((tmp_path / "runs" / name).rglob("results.json"))
