@@ -29,6 +29,7 @@ import csv
 import dataclasses
 import difflib
 import functools
+import gzip
 import hashlib
 import io
 import json
@@ -50,7 +51,7 @@ import numpy as np
 import PIL
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 
@@ -281,6 +282,95 @@ def normalise(images, mean=CLIP_MEAN, std=CLIP_STD):
     for channel, (m, s) in enumerate(zip(mean, std)):  # as numbers: a tensor would be an upload
         images[:, channel].sub_(m).div_(s)
     return images
+
+
+# -----------------------------------------------------------------------------
+# Views: random crops and distortions that a few numbers describe, so that they can be made again
+
+# RandAugment's 14 operations (Cubuk et al. 2020) in the order of torchvision and of DataCompDR,
+# whose files name them by number; their strengths are those of torchvision's magnitude 9 of 31.
+DISTORTIONS = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness",
+               "Color", "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize")
+STRENGTHS = {"ShearX": 0.3, "ShearY": 0.3, "TranslateX": 150 / 331 * 224, "Rotate": 30.0,
+             "TranslateY": 150 / 331 * 224, "Brightness": 0.9, "Color": 0.9, "Contrast": 0.9,
+             "Sharpness": 0.9}
+DRAWN_AT = 224  # translations are pixels of an image of this size
+
+
+def distort(image, number, strength):
+    """One of DISTORTIONS on an RGB image, the pixels that torchvision's RandAugment gives on PIL."""
+    what, size = DISTORTIONS[number], image.size
+    matrix = {"ShearX": (1, strength, 0, 0, 1, 0), "ShearY": (1, 0, 0, strength, 1, 0),
+              "TranslateX": (1, 0, -int(strength), 0, 1, 0),
+              "TranslateY": (1, 0, 0, 0, 1, -int(strength))}.get(what)
+    if matrix:
+        return image.transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST)
+    if what == "Rotate":
+        return image.rotate(strength, Image.Resampling.NEAREST)
+    if what in ("Brightness", "Color", "Contrast", "Sharpness"):
+        return getattr(ImageEnhance, what)(image).enhance(1.0 + strength)
+    if what in ("Posterize", "Solarize"):
+        return getattr(ImageOps, what.lower())(image, int(strength) if what == "Posterize"
+                                               else strength)
+    return getattr(ImageOps, what.lower())(image) if what != "Identity" else image
+
+
+class Views:
+    """PIL image -> a random view of it, uint8 (3, S, S), or one for each of several `sizes`: what a
+    student and its teachers see of one image differs in pixels per side alone.
+
+    `draw` chooses a view and `show` makes it. Between them it is a list as DataCompDR stores it,
+    [[top, left, height, width], [[operation, strength], ...]]: a crop of `scale` of the area,
+    torchvision's RandomResizedCrop, then `augment` operations of RandAugment. Without `scale` the
+    view is always Preprocess's for evaluation, and its list is empty.
+    """
+    dtype = torch.uint8
+
+    def __init__(self, sizes, seed=0, scale=None, augment=0):
+        self.sizes, self.size, self.seed = tuple(sizes), sizes[0], seed
+        self.scale, self.augment = scale, augment
+        self.still = [Preprocess(size, dtype=torch.uint8) for size in self.sizes]
+
+    def __call__(self, image, epoch=0, index=0):
+        image = to_rgb(image if isinstance(image, Image.Image) else Image.fromarray(image))
+        return self.show(image, self.draw(*image.size, epoch, index))
+
+    def draw(self, width, height, epoch, index):
+        if not self.scale:
+            return []
+        generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch, index))
+        left, top, right, bottom = crop_box(width, height, generator, self.scale)
+        chosen = []
+        for number in torch.randint(len(DISTORTIONS), (self.augment,), generator=generator).tolist():
+            strength = 9 / 30 * STRENGTHS.get(DISTORTIONS[number], 0.0)
+            if strength and torch.rand(1, generator=generator).item() < 0.5:
+                strength = -strength
+            chosen.append([number, {"Posterize": 7.0, "Solarize": 178.5}.get(
+                DISTORTIONS[number], strength)])
+        return [[top, left, bottom - top, right - left]] + ([chosen] if chosen else [])
+
+    def show(self, image, numbers):
+        """Raises UnreadableImage when the crop does not lie in the image: not the one it was."""
+        if not numbers:
+            views = [still(image) for still in self.still]
+        else:
+            top, left, height, width = numbers[0]
+            if min(top, left) < 0 or min(height, width) < 1 or (
+                    left + width > image.width or top + height > image.height):
+                raise UnreadableImage(f"a stored crop {numbers[0]} does not fit an image of "
+                                      f"{image.width} x {image.height}: it is another one")
+            cut = image.crop((left, top, left + width, top + height))
+            views = [self.finish(cut, size, numbers[1] if len(numbers) > 1 else None)
+                     for size in self.sizes]
+        return views[0] if len(views) == 1 else tuple(views)
+
+    def finish(self, cut, size, operations):
+        view = cut.resize((size, size), Image.Resampling.BICUBIC)
+        for number, strength in operations or ():
+            if DISTORTIONS[number].startswith("Translate"):
+                strength *= size / DRAWN_AT
+            view = distort(view, number, strength)
+        return torch.from_numpy(np.array(view).transpose(2, 0, 1).copy())
 
 
 # -----------------------------------------------------------------------------
@@ -574,6 +664,26 @@ def class_prompts(classnames, template):
             raise DataError(f"{text!r} is no readable text, with file names and arguments taken as "
                             f"{sys.getfilesystemencoding()}; set PYTHONUTF8=1, or name it in UTF-8")
     return [re.sub(r"\{c?\}", lambda _: name.replace("_", " "), template) for name in classnames]
+
+
+def read_templates(given):
+    """Prompts, or files with one per line (or a JSON list) -> list of str."""
+    found = []
+    for one in given:
+        if "{" in one:
+            found.append(one)
+            continue
+        text = read_text(os.path.expanduser(one))
+        listed = load_json(one, text.encode()) if text.lstrip()[:1] == "[" else text.splitlines()
+        found += [line.strip() for line in listed if line.strip()]
+    return found
+
+
+def prompts_per_class(classnames, templates):
+    """For each class its prompts: templates with {} or {c}, or functions of the name."""
+    columns = [[t(name.replace("_", " ")) for name in classnames] if callable(t) else
+               class_prompts(classnames, t) for t in templates]
+    return [list(row) for row in zip(*columns)]
 
 
 def cleaned(name):
@@ -1360,6 +1470,7 @@ CAPTION_COLUMNS = ("caption", "title", "text", "captions", "comment")
 PAIR_IMAGES = ("Images", "images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k-images",
                "flickr30k_images", "flickr30k_images/flickr30k_images", "")
 TAR_IMAGES = ("jpg", "jpeg", "png", "webp")
+REINFORCED = ("paug.json", "syn.json", "npz", "pth.gz")  # beside them, see ShardTeacher
 NEVER = "2258277193_586949ec62.jpg"  # Flickr8k captions it, but no copy has the image
 HASHED = (0.8, 0.1, 0.1)
 
@@ -1517,32 +1628,96 @@ def tar_members(file, notes):
         notes.append(f"{file}: {odd} links, devices, sparse files or names outside it ignored")
 
 
+def tar_key(name):
+    """The name of a shard's member -> (key, kind), as webdataset: the key, folder included, ends at
+    the first dot of the base name; the kind is the rest in small letters. Both "" for a name that
+    has none, and for webdataset's own __members__."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, kind = base.partition(".")
+    if not stem or not dot or re.fullmatch("__.*__", base):
+        return "", ""
+    return folder + slash + stem, kind.lower()
+
+
+def tar_samples(file, notes):
+    """The samples of a shard -> (key, {kind: (name, offset, bytes)}). Members of one sample stand
+    side by side: another key closes it, and so does a kind that it has already (shards that were
+    joined begin with a key that another ended with). No sample goes over the end of its shard."""
+    key, parts = None, {}
+    for name, *span in tar_members(file, notes):
+        this, kind = tar_key(name)
+        if not this:
+            continue
+        if this != key or kind in parts:
+            if parts:
+                yield key, parts
+            key, parts = this, {}
+        parts[kind] = (name, *span)
+    if parts:
+        yield key, parts
+
+
+def read_span(file, offset, size):
+    with open(file, "rb") as tar:
+        tar.seek(offset)
+        return tar.read(size)
+
+
 def read_tars(files, home=None):
     """WebDataset shards -> {split or "all": rows}, TarStore, notes. Members up to the first dot of
     their name belong together: jpg, jpeg, png or webp with txt, or json with "captions" (a list) or
     "caption". A shard whose path below `home` says train, val or test is of that split."""
     files = [os.path.abspath(file) for file in files]
     home = os.path.abspath(home or os.path.commonpath(map(os.path.dirname, files)))
-    index, rows, notes, incomplete = {}, {}, [], 0
+    index, rows, notes, incomplete, kinds = {}, {}, [], 0, collections.Counter()
     for file in files:
-        groups, shard = {}, os.path.relpath(file, home).replace(os.sep, "/")
-        for name, *span in tar_members(file, notes):
-            folder, _, base = name.rpartition("/")
-            stem, _, kind = base.partition(".")
-            groups.setdefault((folder, stem), {})[kind.lower()] = (name, *span)
+        shard, samples = os.path.relpath(file, home).replace(os.sep, "/"), 0
         words = re.findall("[a-z]+", shard.lower())
         split = next((SPLIT_WORDS[word] for word in reversed(words) if word in SPLIT_WORDS), "all")
-        for parts in groups.values():
-            kind = next((kind for kind in TAR_IMAGES if kind in parts), None)
+        for _, parts in tar_samples(file, notes):
+            kind, samples = next((kind for kind in TAR_IMAGES if kind in parts), None), samples + 1
             texts = [text for text in tar_captions(file, parts) if text.strip()]
+            kinds.update(list(parts))
             if not kind or not texts:
                 incomplete += 1
                 continue
             name, offset, size = parts[kind]
-            index[f"{shard}:{name}"] = (file, offset, size)
-            rows.setdefault(split, []).extend((f"{shard}:{name}", text) for text in texts)
-    notes += [f"{incomplete:,} samples without image or caption left out"] if incomplete else []
+            path = f"{shard}:{name}"
+            while path in index:  # a key that comes again, in another sample
+                path += "+"
+            index[path] = (file, offset, size)
+            rows.setdefault(split, []).extend((path, text) for text in texts)
+        promised = promised_samples(file)
+        if promised not in (None, samples):
+            notes.append(f"{file} has {samples:,} samples and {promised:,} by its folder's list")
+    if incomplete:
+        notes.append(f"{incomplete:,} samples without image or caption left out; the shards hold "
+                     + ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(8)))
     return rows, TarStore(home, index), notes
+
+
+@functools.lru_cache
+def shard_lists(folder):
+    """{shard: samples} of a folder by sizes.json or DataCompDR's info.json, and its nshards.txt."""
+    for name in ("sizes.json", "info.json"):
+        with contextlib.suppress(OSError, DataError):
+            content = load_json(os.path.join(folder, name))
+            found = content.get("lengths", content) if isinstance(content, dict) else {}
+            if isinstance(found, dict):
+                return {key: n for key, n in found.items() if isinstance(n, int)}
+    return {}
+
+
+def promised_samples(file):
+    return shard_lists(os.path.dirname(file)).get(os.path.basename(file))
+
+
+def check_shards(folder, files, notes):
+    """Compare what a folder's nshards.txt and __len__ say with what is there, and note it."""
+    with contextlib.suppress(OSError, ValueError):
+        promised = int(pathlib.Path(folder, "nshards.txt").read_text("utf-8"))
+        if promised != len(files):
+            notes.append(f"{folder} has {len(files)} shards and nshards.txt says {promised}")
 
 
 def tar_captions(file, parts):
@@ -1565,15 +1740,29 @@ def tar_captions(file, parts):
 
 
 def expand(pattern):
-    """shard-{0000..0012}.tar -> the names it stands for, zeros kept."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if not match:
+    """shard-{0000..0012}.tar -> the names it stands for, zeros kept. Several groups give every
+    combination; {a,b} gives either, and may hold groups itself, as in bash."""
+    begin, depth, cuts = pattern.find("{"), 0, []
+    for i in range(max(begin, 0), len(pattern)):
+        depth += {"{": 1, "}": -1}.get(pattern[i], 0)
+        if pattern[i] in "{}," and depth == (pattern[i] != "}"):
+            cuts.append(i)
+        if begin >= 0 and depth == 0:
+            break
+    if begin < 0 or depth:
         return [pattern]
-    low, high = match.groups()
-    if not 0 <= int(high) - int(low) < 1 << 20:
-        raise DataError(f"{pattern}: {match[0]} counts no shards; write {{0000..0012}}")
-    return [done for number in range(int(low), int(high) + 1) for done in expand(
-        pattern[:match.start()] + str(number).zfill(len(low)) + pattern[match.end():])]
+    parts = [pattern[low + 1:high] for low, high in zip(cuts, cuts[1:])]
+    if len(parts) > 1:
+        stands_for = [done for part in parts for done in expand(part)]
+    elif match := re.fullmatch(r"(\d+)\.\.(\d+)", parts[0]):
+        low, high = match.groups()
+        if not 0 <= int(high) - int(low) < 1 << 20:
+            raise DataError(f"{pattern}: {{{match[0]}}} counts no shards; write {{0000..0012}}")
+        stands_for = [str(n).zfill(len(low)) for n in range(int(low), int(high) + 1)]
+    else:  # braces that are part of the name
+        stands_for = [f"{{{done}}}" for done in expand(parts[0])]
+    rest = expand(pattern[cuts[-1] + 1:])
+    return [pattern[:begin] + middle + end for middle in stands_for for end in rest]
 
 
 # What to look for in a folder, in this order: layout -> (patterns, what a user would call it)
@@ -1789,6 +1978,249 @@ def open_pairs(name_or_path, split, data_dir="data", layout="auto", image_column
         having = ", ".join(key for key, rows in listing.rows.items() if rows)
         raise DataError(f"{listing.name} has no {split} split, only {having}")
     return PairSet(listing, split, transform)
+
+
+# -----------------------------------------------------------------------------
+# Stored teachers: views of the images, and what the teachers make of them and of the captions
+
+STORED = ("images", "texts", "views", "sizes")  # the arrays of a folder, beside its teacher.json
+
+
+class StoredTeacher:
+    """A folder with embeddings of `views` random views of each image, the numbers that make each
+    view again, and embeddings of each caption, computed once (Faghri et al. 2023; MobileCLIP).
+
+    teacher.json    what it was made from, and the CRC-32 of each array:
+    images.npy      (V, n, D) unit rows; of K teachers side by side, `dims` says where to cut
+    texts.npy       (M, D)
+    views.npy       (V, n, 4 + 2 A) a crop and A distortions, see Views
+    sizes.npy       (n, 2) width and height that the image had
+    """
+
+    def __init__(self, folder, facts, arrays):
+        self.folder, self.facts, self.arrays = folder, facts, arrays
+        self.views, self.dims = facts["views"], [t["dim"] for t in facts["teachers"]]
+
+    def __getstate__(self):
+        return {**self.__dict__, "arrays": None}
+
+    @classmethod
+    def create(cls, folder, facts, images, captions, augment, dtype):
+        """Empty arrays in `folder`.part, to be filled and then closed with `complete`."""
+        part, dim = pathlib.Path(f"{folder}.part"), sum(t["dim"] for t in facts["teachers"])
+        part.mkdir(parents=True, exist_ok=True)
+        for name, shape, kind in zip(STORED, (
+                (facts["views"], images, dim), (captions, dim),
+                (facts["views"], images, 4 + 2 * augment), (images, 2)), (
+                dtype, dtype, np.float32, np.int32)):
+            np.lib.format.open_memmap(part / f"{name}.npy", "w+", kind, shape).flush()
+
+    @classmethod
+    def filling(cls, folder, facts):
+        part = pathlib.Path(f"{folder}.part")
+        return cls(part, facts, {name: np.load(part / f"{name}.npy", "r+") for name in STORED})
+
+    @classmethod
+    def complete(cls, folder, facts):
+        """Sign the filled arrays and put the folder into its place."""
+        part, folder = pathlib.Path(f"{folder}.part"), pathlib.Path(folder)
+        facts = {**facts, "crc": {name: file_crc(part / f"{name}.npy") for name in STORED}}
+        (part / "teacher.json").write_text(json.dumps(facts, indent=1), "utf-8")
+        if folder.exists():
+            folder.rename(f"{folder}.old")
+        part.rename(folder)
+        for name in (*(f"{name}.npy" for name in STORED), "teacher.json"):
+            pathlib.Path(f"{folder}.old", name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            pathlib.Path(f"{folder}.old").rmdir()
+
+    @classmethod
+    def open(cls, folder):
+        """Raises DataError unless every array is there and whole."""
+        folder = pathlib.Path(os.path.expanduser(folder))
+        facts = load_json(folder / "teacher.json")
+        try:
+            arrays = {name: np.load(folder / f"{name}.npy", "r", allow_pickle=False)
+                      for name in STORED}
+            bad = [name for name in STORED if file_crc(folder / f"{name}.npy") != facts["crc"][name]]
+            if bad:
+                raise ValueError(f"the checksum of {bad[0]}.npy is wrong")
+            return cls(folder, facts, arrays)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"the stored teacher in {folder} is damaged ({one_line(error)}); write "
+                            f"it again with --write-reinforced") from None
+
+    def adopt(self, pairs):
+        """The pairs in the form that is taught here. Raises DataError for another data set."""
+        ours = [self.facts["data"], self.facts["split"], self.facts["images"]]
+        theirs = [pairs.fingerprint, pairs.split, len(pairs.paths)]
+        if ours != theirs:
+            raise DataError(f"the stored teacher in {self.folder} is of other data: split "
+                            f"{ours[0][:12]}, {ours[2]} {ours[1]} images, and this is "
+                            f"{theirs[0][:12]}, {theirs[2]} {theirs[1]}; write it again")
+        lost = set(self.facts["lost"])
+        self.kept = [i for i in range(len(pairs.paths)) if i not in lost]
+        order, start, count = pairs.groups
+        self.rows = np.concatenate([order[start[i]:start[i] + count[i]] for i in self.kept])
+        return pairs.subset(self.kept)
+
+    def array(self, name):
+        if self.arrays is None:  # in a worker
+            self.arrays = {name: np.load(self.folder / f"{name}.npy", "r") for name in STORED}
+        return self.arrays[name]
+
+    def sample(self, image, view, caption, place):
+        """-> the view's numbers, the size its image had, embeddings (D,) of view and caption."""
+        i = self.kept[image]
+        flat = [float(x) for x in self.array("views")[view, i]]
+        numbers = [[int(x) for x in flat[:4]]] if flat[3] else []
+        if len(flat) > 4 and numbers:
+            numbers.append([[int(op), s] for op, s in zip(flat[4::2], flat[5::2])])
+        return (numbers, tuple(self.array("sizes")[i].tolist()), self.array("images")[view, i],
+                self.array("texts")[self.rows[caption]])
+
+
+def file_crc(path):
+    total = 0
+    with open(path, "rb") as source:
+        while piece := source.read(1 << 24):
+            total = zlib.crc32(piece, total)
+    return total
+
+
+class ShardTeacher:
+    """The same out of shards in the published layout of DataCompDR: beside each image (or in shards
+    of their own, under the same keys) `paug.json` {"param_aug": [view, ...]}, `npz` or `pth.gz`
+    {"image_emb": (V, D), "text_emb": (captions, D)}, and `syn.json` {"syn_text": [...]}, captions
+    that a model wrote. Read when a sample is asked for, so nothing is copied."""
+
+    def __init__(self, files, dims):
+        self.beside, notes = {}, []
+        for file in files:
+            for key, parts in tar_samples(file, notes):
+                self.beside.setdefault(key, {}).update(
+                    {kind: (file, *parts[kind][1:]) for kind in parts if kind in REINFORCED})
+        self.dims, self.folder = list(dims), os.path.dirname(files[0])
+        self.facts = {"teachers": [{"name": f"stored {i}", "sha256": "", "dim": dim}
+                                   for i, dim in enumerate(dims)]}
+
+    def adopt(self, pairs):
+        """The pairs that are taught here, their synthetic captions behind the real ones."""
+        self.keys, rows, views = [], [], set()
+        for i, path in enumerate(pairs.paths):
+            parts = self.beside.get(tar_key(path.rpartition(":")[2])[0], {})
+            if "paug.json" in parts and ("npz" in parts or "pth.gz" in parts):
+                self.keys.append(tar_key(path.rpartition(":")[2])[0])
+                written = self.json(parts["syn.json"])["syn_text"] if "syn.json" in parts else []
+                rows += [(path, text) for text in pairs.texts_of(i) + list(written)]
+                views.add(len(self.json(parts["paug.json"])["param_aug"]))
+        if not rows:
+            kinds = sorted({kind for parts in self.beside.values() for kind in parts})
+            raise DataError(f"no sample of {pairs.name} has paug.json and npz or pth.gz in "
+                            f"{self.folder}; found of these: {', '.join(kinds) or 'nothing'}")
+        self.views = min(views)
+        taught = PairSet(PairListing(pairs.name, pairs.root, {"all": pairs.store},
+                                     {pairs.split: rows}), pairs.split)
+        left = len(pairs.paths) - len(taught.paths)
+        taught.notes = pairs.notes + taught.notes[-1:] + (
+            [f"{left:,} images without a stored teacher left out"] if left else [])
+        return taught
+
+    def json(self, span):
+        return json.loads(read_span(*span))
+
+    def sample(self, image, view, caption, place):
+        parts = self.beside[self.keys[image]]
+        numbers = self.json(parts["paug.json"])["param_aug"][view]
+        try:
+            if "npz" in parts:
+                held = dict(np.load(io.BytesIO(read_span(*parts["npz"])), allow_pickle=False))
+            else:
+                packed = gzip.decompress(read_span(*parts["pth.gz"]))
+                held = {key: torch.as_tensor(value).float().numpy() for key, value in torch.load(
+                    io.BytesIO(packed), weights_only=True).items()}
+            row, text = held["image_emb"][view], held["text_emb"][place]
+            if row.shape != (sum(self.dims),) or text.shape != row.shape:
+                raise ValueError(f"embeddings of {row.shape}, expected {sum(self.dims)}")
+        except Exception as error:  # of zipfile, zlib, pickle, numpy
+            raise DataError(f"{self.keys[image]}: its stored embeddings cannot be used "
+                            f"({one_line(error)}); --teacher-dims says where they are cut") from None
+        return [x for x in numbers if x], None, row, text
+
+
+class StoredPairs(Dataset):
+    """A PairSet whose items are (view, image embedding (D,), text embedding (D,), c, c): the view
+    of this epoch, drawn by (seed, epoch, image), or the epochs' turn with `in_turn`. An image that
+    cannot be read any more, or is not the one it was, raises DataError."""
+    reading = None
+
+    def __init__(self, pairs, teacher, transform, seed=0, in_turn=False):
+        self.pairs, self.teacher, self.transform = pairs, teacher, transform
+        self.seed, self.in_turn = seed, in_turn
+        self.paths, self.owner, self.groups = pairs.paths, pairs.owner, pairs.groups
+        order, start, _ = self.groups
+        self.place = np.empty(len(order), dtype=np.int64)  # of a caption among its image's
+        self.place[order] = np.arange(len(order)) - start[np.asarray(self.owner)[order]]
+
+    def __len__(self):
+        return len(self.owner)
+
+    def view(self, epoch, image):
+        """Number of the view that an image shows in an epoch."""
+        return (epoch if self.in_turn else sample_seed(self.seed, epoch, image)) % self.teacher.views
+
+    def __getitem__(self, key):
+        epoch, c = key
+        i = self.owner[c]
+        if self.reading is not None:
+            self.reading[0] = i
+        numbers, size, row, text = self.teacher.sample(i, self.view(epoch, i), c, int(self.place[c]))
+        try:
+            image = self.pairs.picture(i)
+            if numbers and size and size != image.size:  # a cache of another side, say
+                numbers = [scaled(numbers[0], size, image.size), *numbers[1:]]
+            view = self.transform.show(image, numbers)
+        except UnreadableImage as error:
+            raise DataError(f"{error}; its teacher is stored, so no other takes its place: restore "
+                            f"the image, or write the stored teacher again") from None
+        as_tensor = functools.partial(torch.tensor, dtype=torch.float32)
+        return view, as_tensor(row), as_tensor(text), c, c
+
+
+class ViewItems(Dataset):
+    """Images for a stored teacher: `[(view, i)]` -> (pixels, numbers (4 + 2 A,), size (2,), i or -1
+    where the image cannot be read, i)."""
+    reading = None
+
+    def __init__(self, pairs, transform):
+        self.pairs, self.transform, self.paths = pairs, transform, pairs.paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, key):
+        view, i = key
+        if self.reading is not None:
+            self.reading[0] = i
+        position = i
+        try:
+            image = self.pairs.picture(i)
+        except UnreadableImage:
+            image, position = Image.new("RGB", (64, 64)), -1
+        numbers = self.transform.draw(*image.size, view, i)
+        flat = [x for part in numbers for x in (part if part and not isinstance(part[0], list)
+                                                else sum(part, []))]
+        flat += [0.0] * (4 + 2 * self.transform.augment - len(flat))
+        return (self.transform.show(image, numbers), torch.tensor(flat), torch.tensor(image.size),
+                position, i)
+
+
+def scaled(crop, old, new):
+    """A crop [top, left, height, width] of an image of size `old` in the same image at `new`."""
+    x, y = new[0] / old[0], new[1] / old[1]
+    top, left = round(crop[0] * y), round(crop[1] * x)
+    return [top, left, max(1, min(round(crop[2] * y), new[1] - top)),
+            max(1, min(round(crop[3] * x), new[0] - left))]
 
 
 # -----------------------------------------------------------------------------
