@@ -1163,6 +1163,42 @@ def open_dataset(name_or_path, split, data_dir="data", classes=None, half="all",
     return listing.open(split, transform)
 
 
+def open_zero_shot(name_or_path, data_dir="data"):
+    """A labelled test set for zero-shot classification -> ImageSet, with `templates`: what
+    open_dataset takes (ImageNet and its shifts by name: only the classes that a shift has), or a
+    folder of CLIP_benchmark: test/nshards.txt, test/0.tar ... with `cls` beside each image,
+    classnames.txt and zeroshot_classification_templates.txt."""
+    home = pathlib.Path(os.path.expanduser(os.fspath(name_or_path)))
+    if not (home / "classnames.txt").is_file() or not (home / "test").is_dir():
+        images = open_dataset(name_or_path, "test", data_dir)
+        images.templates = [images.template]
+        return images
+    classnames = read_text(home / "classnames.txt").splitlines()
+    classnames = [name.strip() for name in classnames if name.strip()]
+    files = sorted((home / "test").glob("*.tar"), key=lambda f: (len(f.stem), f.stem))
+    index, rows, notes, odd = {}, [], [], 0
+    for file in files:
+        for _, parts in tar_samples(file, notes):
+            kind = next((kind for kind in TAR_IMAGES if kind in parts), None)
+            label = read_span(file, *parts["cls"][1:]).strip() if "cls" in parts else b""
+            if not kind or not label.isdigit() or int(label) >= len(classnames):
+                odd += 1
+                continue
+            path = f"test/{file.name}:{parts[kind][0]}"
+            index[path] = (str(file), *parts[kind][1:])
+            rows.append((path, int(label)))
+    if not rows:
+        raise DataError(f"{home}: no sample with an image and a `cls` below {len(classnames)} in "
+                        f"{len(files)} shards of test/; is it a set of another kind?")
+    check_shards(home / "test", files, notes)
+    notes += [f"{odd:,} samples without an image or a label left out"] if odd else []
+    listing = Listing(home.name, str(home), TarStore(home, index),
+                      {"train": [], "val": [], "test": rows}, classnames, notes=notes)
+    images, prompts = listing.open("test"), home / "zeroshot_classification_templates.txt"
+    images.templates = read_templates([str(prompts)]) if prompts.is_file() else [images.template]
+    return images
+
+
 # -----------------------------------------------------------------------------
 # Image-caption pairs
 
@@ -1628,6 +1664,14 @@ def tar_members(file, notes):
         notes.append(f"{file}: {odd} links, devices, sparse files or names outside it ignored")
 
 
+def read_class_captions(store):
+    """Class folders of images -> {split or "all": rows}, with "a photo of a <name>." """
+    rows, _ = read_class_folders(store)
+    template = TEMPLATES.get(dataset_name(os.path.basename(store.path)) or "", ANY_TEMPLATE)
+    return {split: [(path, class_prompts([name], template)[0]) for path, name in entries]
+            for split, entries in rows.items()}, ["captions are made of the class folders' names"]
+
+
 def tar_key(name):
     """The name of a shard's member -> (key, kind), as webdataset: the key, folder included, ends at
     the first dot of the base name; the kind is the rest in small letters. Both "" for a name that
@@ -1773,6 +1817,7 @@ PAIR_LAYOUTS = {
     "table": (("captions.txt", "*.csv", "*.tsv", "*.jsonl"), "one table"),
     "tars": (("*.tar", "*/*.tar"), "WebDataset shards"),
     "texts": (("*.txt", "*/*.txt", "*/*/*.txt"), "images with a text file each"),
+    "classes": (("*/*", "*/*/*"), "class folders, whose names become captions"),
 }
 
 
@@ -1797,6 +1842,8 @@ def find_layout(path, layout):
         files = sorted({file for pattern in PAIR_LAYOUTS[kind][0] for file in path.glob(pattern)})
         if kind == "table" and len(files) > 1:
             files = [file for file in files if file.stem.lower() in SPLIT_WORDS]
+        if kind == "classes":
+            files = [file for file in files if is_image(file.name)][:1]
         if kind == "texts":
             files = [file for file in files[:1000] if any(
                 file.with_suffix(suffix).is_file() for suffix in IMAGE_SUFFIXES)]
@@ -1829,10 +1876,14 @@ def find_pairs(path, layout, captions, image_column, caption_column):
         rows, notes = read_lines(files[0], None if simple else home)
     elif kind == "tars":
         rows, store, notes = read_tars(files, home)
+        check_shards(home, files, notes)
         stores = {"all": store}
     elif kind == "texts":
         stores = {"all": ImageStore(home)}
         rows, notes = read_text_files(stores["all"])
+    elif kind == "classes":
+        stores = {"all": ImageStore(home)}
+        rows, notes = read_class_captions(stores["all"])
     elif kind == "zip":
         stores = {"all": ImageStore(path)}
         rows = read_pair_table(f"{path}:{files[0]}", image_column, caption_column,
@@ -1935,20 +1986,39 @@ def find_pair_path(text, data_dir):
     return same[0]
 
 
+def find_shards(text):
+    """A list of files, or a pattern of braces, several joined by :: (a folder or * stands for the
+    tars that match) -> files. One name that is no pattern comes back as it is."""
+    if isinstance(text, (list, tuple)):
+        shards = [os.fspath(name) for name in text]
+    else:
+        shards = [name for part in os.fspath(text).split("::")
+                  for name in expand(os.path.expanduser(part))]
+        if len(shards) == 1 and "*" not in shards[0]:
+            return shards
+        shards = [str(file) for name in shards for file in (
+            sorted(pathlib.Path(name).glob("*.tar")) if os.path.isdir(name) else
+            sorted(pathlib.Path(os.path.dirname(name) or ".").glob(os.path.basename(name)))
+            if "*" in name else [name])]
+    missing = [name for name in shards if not os.path.isfile(name)]
+    if missing or not shards:
+        raise DataError(f"{len(missing)} of {len(shards)} shards are missing, e.g. "
+                        f"{(missing or ['none given'])[0]}")
+    return shards
+
+
 def list_pairs(name_or_path, data_dir="data", layout="auto", image_column=None,
                caption_column=None, split_ratio=HASHED, captions=None):
     """The three splits of image-caption pairs, as open_pairs takes them -> PairListing."""
     if layout not in (known := ("auto", "simple-clip", *PAIR_LAYOUTS)):
         raise DataError(f"layout {layout!r}: expected one of {', '.join(known)}")
-    several = isinstance(name_or_path, (list, tuple))
-    shards = ([os.fspath(name) for name in name_or_path] if several
-              else expand(os.path.expanduser(os.fspath(name_or_path))))
+    several = isinstance(name_or_path, (list, tuple)) or "::" in os.fspath(name_or_path)
+    shards = find_shards(name_or_path)
     if several or len(shards) > 1:
-        missing = [name for name in shards if not os.path.isfile(name)]
-        if missing or not shards:
-            raise DataError(f"{len(missing)} of {len(shards)} shards are missing, e.g. "
-                            f"{(missing or ['none given'])[0]}")
         rows, store, notes = read_tars(shards)
+        for folder in sorted(set(map(os.path.dirname, shards))):
+            check_shards(folder, [file for file in shards if os.path.dirname(file) == folder],
+                         notes)
         listing = PairListing(os.path.basename(store.path), str(store), {"all": store}, rows, notes)
     else:
         path = find_pair_path(shards[0], data_dir)
@@ -2421,12 +2491,49 @@ def load_batches(dataset, batches, workers, options):
                   generator=torch.Generator(), **options)  # else it draws from the global one
 
 
+class WeightedPairBatches(PairBatches):
+    """Batches drawn with replacement from several sources of shards: an image of a source comes
+    with a probability proportional to the source's weight, twice in an epoch perhaps, but never
+    twice in a batch. Each batch is a function of (seed, epoch, its number)."""
+
+    def __init__(self, pairs, batch_size, seed=0, rank=0, world_size=1, weights=()):
+        super().__init__(pairs, batch_size, seed, rank, world_size)
+        self.weights = np.asarray(weights, dtype=np.float64) / np.sum(weights)
+
+    def epoch_order(self):
+        rows = []
+        for batch in range(len(self)):
+            stream = sample_seed(self.seed, self.epoch, -2 - batch)
+            stream = np.random.RandomState([stream & 0xFFFFFFFF, stream >> 32])
+            images = stream.choice(len(self.weights), self.batch_size, False, self.weights)
+            pick = (stream.random_sample(len(images)) * self.count[images]).astype(np.int64)
+            rows.append(self.order[self.start[images] + pick])
+        return np.stack(rows)
+
+
+def source_weights(pairs, source, weights):
+    """The weight of each image, for `data` "a::b" and weights "1::2". Raises DataError."""
+    sources, given = os.fspath(source).split("::"), weights.split("::")
+    try:
+        given = [float(weight) for weight in given]
+    except ValueError:
+        given = []
+    if len(given) != len(sources) or min(given) <= 0 or not math.isfinite(sum(given)):
+        raise DataError(f"weights {weights!r} for {len(sources)} sources: expected a positive "
+                        f"number for each, joined by ::")
+    place = {os.path.abspath(file): i for i, part in enumerate(sources)
+             for file in find_shards([part] if os.path.isfile(part) else part)}
+    return [given[place[pairs.store.index[path][0]]] for path in pairs.paths]
+
+
 def make_pair_loader(pairs, batch_size, seed=0, captions="one", rank=0, world_size=1, workers=0,
-                     **options):
+                     weights=None, **options):
     """DataLoader for contrastive training over a PairSet with a Preprocess: batches of images
     (B, 3, S, S), used (B,), asked (B,). `loader.batch_sampler` is the PairBatches; `batch_size` and
     `options` as for make_loader."""
     batches = PairBatches(pairs, batch_size, seed, rank, world_size, captions)
+    if weights is not None:  # of each image
+        batches = WeightedPairBatches(pairs, batch_size, seed, rank, world_size, weights)
     return load_batches(pairs, batches, workers, options)
 
 

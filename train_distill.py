@@ -46,6 +46,7 @@ on held-out pairs (%), zero_shot_..., image-tower parameters and latency (ms) of
 import argparse
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import json
 import math
@@ -61,10 +62,11 @@ import torch                                                          # which re
 import torch.nn.functional as F
 from torch import nn
 
-from clip_model import bucket, CLIP, HEADS, inherit, load, project, save, trim, unit
-from data import (class_prompts, classification_scores, make_loader, make_pair_loader, normalise,
-                  open_dataset, open_pairs, Preprocess, read_templates, recall_at_k, sample_seed,
-                  ShardTeacher, StoredPairs, StoredTeacher, Views, zero_shot_weights)
+from clip_model import bucket, inherit, load, save, trim, unit
+from data import (classification_scores, find_shards, make_loader, make_pair_loader, normalise,
+                  open_pairs, open_zero_shot, Preprocess, prompts_per_class, read_templates,
+                  recall_at_k, sample_seed, ShardTeacher, source_weights, StoredPairs,
+                  StoredTeacher, ViewItems, Views, zero_shot_weights)
 from tokenizer import BPETokenizer, open_tokenizer, WordPieceTokenizer
 
 DEFAULTS = {"epochs": 30, "batch_size": 256, "lr": 1e-3, "wd": 0.1, "warmup": 0.05, "crop": 0.4,
@@ -1214,3 +1216,507 @@ def finish_epoch(run, held, state, done, args):
         state.save("checkpoint_best.pt")
 
 
+# -----------------------------------------------------------------------------
+# A run
+
+class SharedHead(nn.Module):
+    """The text tower's projection (W, D) for images too, behind an adapter (F, W) where F != W."""
+
+    def __init__(self, features, projection):
+        super().__init__()
+        self.into = None if features == len(projection) else nn.Parameter(
+            features ** -0.5 * torch.randn(features, len(projection)))
+        self.shared = projection
+
+    def matrix(self):
+        return self.shared if self.into is None else self.into @ self.shared
+
+    def forward(self, x):                                              # (B, F) -> (B, D)
+        return (x if self.into is None else x @ self.into) @ self.shared
+
+
+def open_student(args, teachers, stored):
+    """The CLIP that learns, on the CPU; its text tower is the first teacher's or one of its own."""
+    torch.manual_seed(args.seed)
+    teach = teachers[0]
+    if args.weights:
+        model, pretrained = load(args.weights), True
+    else:
+        known = pathlib.Path(args.model).exists() or ":" in args.model
+        tower = args.model if known else f"{args.model}:none"
+        source = args.teacher[0] if args.teacher else None
+        if args.text_tower == "teacher" and source is None:
+            raise UserError("the student's text tower is the teacher's, and the stored teacher "
+                            "names no file; give --teacher FILE or --text-tower")
+        more = dict(proj=teach.model.config.proj if teach.model else "linear",
+                    embed_dim=args.embed_dim or teach.dim,
+                    text_tower=source if args.text_tower == "teacher" else args.text_tower)
+        model = load(None, tower, image_size=args.image_size, **more)
+        largest = max([t.model.config.image_size for t in teachers if t.model] or [10_000])
+        if not args.image_size and model.config.image_size > largest and not model.config.vision_patch:
+            torch.manual_seed(args.seed)
+            model = load(None, tower, image_size=largest, **more)
+        pretrained = known and not tower.endswith(":none")
+    model.origin["pretrained"] = pretrained
+    frozen = args.text_tower == "teacher" and not args.train_text
+    if frozen and model.config.embed_dim != teach.dim:
+        raise UserError(f"the student's embeddings have {model.config.embed_dim} numbers and those "
+                        f"of the teacher's frozen text tower {teach.dim}; leave --embed-dim out, or "
+                        f"add --train-text")
+    if args.inherit:
+        if teach.model is None:
+            raise UserError("--inherit needs the teacher itself, not its stored answers")
+        for line in inherit(model, teach.model, text=args.text_tower != "teacher"):
+            model.origin["notes"].append(line)
+    if args.shared_proj != "off":
+        share_projection(model)
+    for name, p in model.named_parameters():
+        text = not name.startswith(("visual.", "logit_"))
+        if text and (frozen or args.shared_proj == "frozen" and name == "text_projection"):
+            p.requires_grad_(False)
+    return model, frozen
+
+
+def share_projection(model):
+    """Give the image tower the text tower's projection for a head; UserError where one has none."""
+    if not isinstance(getattr(model.visual, "proj", None), nn.Parameter) or not isinstance(
+            model.text_projection, nn.Parameter):
+        raise UserError("--shared-proj needs towers with one linear projection each; "
+                        f"{type(model.visual).__name__} has none")
+    features = len(model.visual.proj)
+    del model.visual.proj
+    model.visual.proj = SharedHead(features, model.text_projection)
+
+
+def tokenizer_of(model, *folders):
+    """The tokenizer of a model's text tower, out of the first of the folders that is given."""
+    folder = next(filter(None, folders), None)
+    if model.text_kind == "bpe" and not folder:
+        return BPETokenizer()
+    if not folder or not pathlib.Path(folder).exists():
+        raise UserError(f"a text tower of {model.origin['name']} needs its vocabulary: name its "
+                        f"folder with --tokenizer (student) or --teacher-tokenizer")
+    tokenizer = open_tokenizer(folder)
+    kind = {BPETokenizer: "bpe", WordPieceTokenizer: "wordpiece"}.get(type(tokenizer), "bytebpe")
+    if kind != model.text_kind or tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(f"the tokenizer in {folder} is a {kind} of {tokenizer.vocab_size:,} tokens "
+                        f"and the text tower takes a {model.text_kind} of "
+                        f"{model.config.vocab_size:,}; they do not belong together")
+    return tokenizer
+
+
+def open_teachers(args, stored):
+    """The CLIPs that teach. With stored answers they are opened only to be checked, for their text
+    tower and for --eval-teacher."""
+    held = stored.facts["teachers"] if stored else []
+    names = args.teacher or [t.get("source", "") for t in held]
+    args.teacher = [] if isinstance(stored, ShardTeacher) and not args.teacher else names
+    scales = args.teacher_scale
+    if scales and len(scales) != len(held or names):
+        raise UserError(f"--teacher-scale has {len(scales)} numbers for {len(held or names)} "
+                        f"teachers")
+    if isinstance(stored, ShardTeacher) and not args.live:
+        return [Teacher(t["name"], scales[i] if scales else 100.0, t["dim"])
+                for i, t in enumerate(held)]
+    if held and len(held) != len(names):
+        raise UserError(f"{len(names)} teachers are given and {len(held)} are stored in "
+                        f"{args.reinforced}")
+    found = []
+    for i, name in enumerate(names):
+        model = load(name, activation=args.teacher_activation).eval().requires_grad_(False)
+        if held and held[i].get("sha256") not in ("", None, model.origin["sha256"]):
+            raise UserError(f"the answers in {args.reinforced} are those of {held[i]['name']} "
+                            f"({held[i]['sha256'][:12]}), not of {name} "
+                            f"({model.origin['sha256'][:12]}); give that teacher, or write them "
+                            f"again with --write-reinforced")
+        folder = args.teacher_tokenizer or (name if model.text_kind != "bpe" else None)
+        found.append(Teacher(model.origin["name"], scales[i] if scales else float(
+            model.logit_scale.exp()), model.config.embed_dim, model, tokenizer_of(model, folder)))
+        found[-1].source = name
+    return found
+
+
+def open_stored(args):
+    """The stored answers that --reinforced names, or None."""
+    if not args.reinforced:
+        return None
+    if pathlib.Path(args.reinforced).expanduser().is_dir():
+        folder = pathlib.Path(args.reinforced).expanduser()
+        if (folder / "teacher.json").exists():
+            return StoredTeacher.open(folder)
+        args.reinforced = str(folder / "*.tar")
+    return ShardTeacher(find_shards(args.reinforced), args.teacher_dims or [768, 768])
+
+
+def open_data(args):
+    """-> {"train", "val", "test": PairSet or None}; without val, test takes its place."""
+    where = dict(data_dir=args.data_dir, layout=args.layout, captions=args.caption_file,
+                 image_column=args.image_column, caption_column=args.caption_column)
+    sets = {"train": open_pairs(args.data, "train", **where)}
+    for split in ("val", "test"):
+        sets[split] = open_pairs(args.data, split, **where) if sets["train"].counts.get(
+            split) else None
+    if args.max_samples:
+        sets["train"] = sets["train"].subset(range(min(args.max_samples,
+                                                       len(sets["train"].paths))))
+    for pairs in filter(None, sets.values()):
+        pairs.check_files()
+    return sets
+
+
+def cache_images(run, pairs, size, folder, args):
+    """Decode the images once, as --cache says, and say what was noticed."""
+    known = len(pairs.notes) if pairs.split != "train" else 0
+    pairs.cache(args.cache, size * 8 // 7, folder / "cache", int(args.cache_gb * 2 ** 30),
+                run.loader_options(args.workers)["workers"])
+    for note in pairs.notes[known:]:
+        run.say(note)
+    return pairs
+
+
+def write_reinforced(run, pairs, teachers, folder, args):
+    """Store the teachers' embeddings of `--views` random views of each image, and of each caption.
+    Embeddings of a batch are written before the next, so any number of images will do."""
+    target = pathlib.Path(args.write_reinforced).expanduser()
+    if target.exists() and not args.overwrite:
+        raise UserError(f"{target} is there already; --overwrite writes it again")
+    sizes = sorted({t.model.config.image_size for t in teachers})
+    for t in teachers:
+        t.size = sizes.index(t.model.config.image_size)
+        run.move(t.model)
+    pairs = cache_images(run, pairs, sizes[-1], folder, args)
+    look = Views(sizes, args.seed, (args.crop, 1.0) if args.crop else None, args.randaugment)
+    facts = {"format": 1, "views": args.views, "data": pairs.fingerprint, "split": pairs.split,
+             "images": len(pairs.paths), "lost": [], "seed": args.seed, "crop": args.crop,
+             "randaugment": args.randaugment, "precision": run.precision,
+             "teachers": [{"name": t.name, "source": os.path.abspath(t.source) if os.path.exists(
+                 t.source) else t.source, "sha256": t.model.origin["sha256"], "dim": t.dim,
+                 "image_size": t.model.config.image_size, "mean": t.model.image_mean,
+                 "std": t.model.image_std} for t in teachers]}
+    dtype = "float16" if args.store_precision == "fp16" else "float32"
+    run.on_first(lambda: StoredTeacher.create(target, facts, len(pairs.paths), len(pairs.captions),
+                                              args.randaugment, dtype))
+    arrays, lost = StoredTeacher.filling(target, facts).arrays, set()
+    texts = torch.cat([text_table(run, t.model, t.tokenizer, pairs.captions, args)
+                       for t in teachers], dim=1)
+    mine = slice(run.rank, None, run.world_size)
+    arrays["texts"][mine] = texts[mine].numpy().astype(dtype)
+    loader = make_loader(ViewItems(pairs, look), args.eval_batch_size * run.world_size,
+                         shuffle=False, rank=run.rank, world_size=run.world_size,
+                         timeout=args.worker_timeout,
+                         **run.loader_options(0 if pairs.pixels else args.workers))
+    began = time.perf_counter()
+    for view in range(args.views):
+        loader.batch_sampler.set_epoch(view)
+        for images, *rest, indices in loader:
+            if not len(indices):
+                continue
+            numbers, shape, positions = rest
+            images = images if isinstance(images, list) else [images]
+            whole = [slice(None)]
+            answers = torch.cat([t.look(run, images[t.size], whole, Mix())[0] for t in teachers],
+                                dim=1)
+            arrays["images"][view, indices] = answers.cpu().numpy().astype(dtype)
+            arrays["views"][view, indices] = numbers.float().numpy()
+            arrays["sizes"][indices] = shape.int().numpy()
+            lost |= set(indices[positions < 0].tolist())
+        run.say(f"view {view + 1} of {args.views}: {len(pairs.paths):,} images, "
+                f"{time.perf_counter() - began:.1f} s")
+    for array in arrays.values():
+        array.flush()
+    facts["lost"] = sorted(set().union(*run.gather_objects(lost)))
+    pairs.refuse_losses(facts["lost"], "they do not decode")
+    run.on_first(lambda: StoredTeacher.complete(target, facts))
+    run.say(f"wrote {target}: {args.views} views of {len(pairs.paths):,} images, "
+            f"{len(pairs.captions):,} captions, {sum(a.nbytes for a in arrays.values()) >> 20:,} MB")
+    return {"method": "distill", "wrote": str(target), "views": args.views,
+            "seconds": time.perf_counter() - began, "images": len(pairs.paths)}
+
+
+def refuse_other_run(stored, path, args):
+    """Raise UserError unless the checkpoint at `path` fits this command line."""
+    theirs = stored.get("identity")
+    if stored.get("format") != "distill/1" or not isinstance(theirs, dict):
+        raise UserError(f"{path} is not a checkpoint of this script; a student to start from goes "
+                        f"to --weights")
+    keys = ("model", "weights_sha256") if args.eval_only else sorted({*theirs, *args.identity})
+    odd = [f"{key} {theirs.get(key)!r} there and {args.identity.get(key)!r} here" for key in keys
+           if theirs.get(key) != args.identity.get(key)]
+    if odd:
+        raise UserError(f"{path} belongs to another run: {'; '.join(odd)}; give the same flags, or "
+                        f"start without --resume")
+
+
+def find_start(run, folder, given, args):
+    """Take the run's folder -> (checkpoint to go on from or None, results if it is finished)."""
+    named, best = args.resume not in ("auto", "none"), folder / "checkpoint_best.pt"
+    path = args.resume if named else best if args.eval_only and best.exists() else (
+        folder / "checkpoint_last.pt")
+    if args.eval_only or named:
+        stored = load_checkpoint(path) if named or path.exists() and args.resume == "auto" else None
+        if stored:
+            refuse_other_run(stored, path, args)
+        if not args.eval_only:
+            run.claim(given, args.identity, overwrite=args.overwrite)
+        return stored, None
+    if not run.claim(given, args.identity, resume=args.resume == "auto",
+                     overwrite=args.overwrite or args.dry_run):
+        return None, None
+    stored, done = run.load(path), folder / "results.json"
+    if done.exists():
+        run.say(f"{folder} holds this run, finished; --overwrite runs it again")
+        return stored, json.loads(done.read_text("utf-8"))
+    run.rewind(stored["step"] if stored else -1)
+    return stored, None
+
+
+def identify(args, pairs, model, teachers, stored):
+    """What must be equal for a run to be continued, and what names it in results.json."""
+    names = (*TERMS, "bn", "mixup", "cutmix", "mix_prob", "epochs", "max_steps", "batch_size",
+             "upsample", "crop", "randaugment", "cache", "max_samples", "max_text", "lr", "wd",
+             "beta2", "warmup", "schedule", "grad_clip", "ema", "ema_teacher", "precision", "seed",
+             "text_tower", "train_text", "shared_proj", "text_teacher", "text_teacher_weight",
+             "text_teacher_temp", "views_in_turn", "live", "inside_until", "image_size", "inherit")
+    return {"data": pairs.name, "split_sha256": pairs.fingerprint, "model": args.model,
+            "weights_sha256": model.origin["sha256"],
+            "teachers": [t.name for t in teachers], "teacher_scales": [t.scale for t in teachers],
+            "stored": stored.facts.get("crc", {}).get("images") if stored else None,
+            **{n: getattr(args, n) for n in names}}
+
+
+def plain_copy(model):
+    """The student as any CLIP: a shared head becomes the one matrix that it computes."""
+    model = copy.deepcopy(model)
+    if isinstance(getattr(model.visual, "proj", None), SharedHead):
+        matrix = nn.Parameter(model.visual.proj.matrix().detach().clone())
+        del model.visual.proj
+        model.visual.proj = matrix
+    return model.eval()
+
+
+def export(run, model, folder, args):
+    """Write student_export.pt (weights and sizes, nothing else; `clip_model.load` reads it), and
+    what --export names."""
+    plain = plain_copy(model).cpu()
+    path = folder / "export" / "student_export.pt"
+
+    def write():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".partial")
+        torch.save({"format": "clip/1", "clip_config": json.dumps(dataclasses.asdict(plain.config)),
+                    "image_mean": plain.image_mean, "image_std": plain.image_std,
+                    "state_dict": plain.state_dict()}, temporary)
+        os.replace(temporary, path)
+        wrote = [path]
+        if "safetensors" in args.export:
+            wrote.append(save(plain, path.with_suffix(".safetensors")))
+        if "onnx" in args.export:
+            wrote += write_onnx(plain, path.parent)
+        return ", ".join(map(str, wrote))
+    run.say(f"wrote {run.on_first(write)}")
+
+
+class Half(nn.Module):
+    """One tower with unit rows, for ONNX."""
+
+    def __init__(self, model, kind):
+        super().__init__()
+        self.model, self.kind = model, kind
+
+    def forward(self, x):
+        if self.kind == "image":
+            return F.normalize(self.model.visual(x), dim=-1)
+        return F.normalize(self.model.encode_text(x, ends=x.argmax(dim=-1)), dim=-1)
+
+
+def write_onnx(model, folder):
+    """student_image.onnx and student_text.onnx, for any number of rows. UserError without onnx."""
+    try:
+        import onnx  # noqa: F401
+    except ImportError:
+        raise UserError("--export onnx needs the package onnx (pip install onnx)") from None
+    model, size, wrote = model.fuse_attention(False), model.config.image_size, []
+    inputs = {"image": torch.zeros(2, 3, size, size),
+              "text": torch.ones(2, model.config.context_length, dtype=torch.long)}
+    for kind, x in inputs.items():
+        if kind == "text" and model.config.text:
+            continue
+        wrote.append(folder / f"student_{kind}.onnx")
+        torch.onnx.export(Half(model, kind), (x,), str(wrote[-1]), input_names=[kind],
+                          output_names=["features"], dynamic_axes={kind: {0: "n"},
+                                                                   "features": {0: "n"}},
+                          dynamo=False)
+    return wrote
+
+
+def report(run, model, teachers, state, sets, tokenizer, labelled, folder, args):
+    """Score the best weights on the test pairs, print, write and return what the run found."""
+    best = run.load(run.out / "checkpoint_best.pt") if run.out and not args.eval_only else None
+    if best and state.step:
+        state.load(best, weights_only=True)
+        run.say(f"testing the weights of step {best['step']}, the best held-out mean recall")
+    pairs = sets["test"] or sets["val"]
+    tested = state.tested
+    scores = evaluate(run, tested, pairs, tokenizer, args) if pairs else {}
+    scores |= zero_shot(run, tested, labelled, tokenizer, args)
+    if run.out:
+        export(run, tested, folder, args)
+    sizes = {"student": sum(p.numel() for p in tested.visual.parameters()),
+             "student_latency_ms": latency(run, tested)}
+    for teacher in teachers[:1]:
+        if teacher.model is not None:
+            sizes |= {"teacher": sum(p.numel() for p in teacher.model.visual.parameters()),
+                      "teacher_latency_ms": latency(run, run.move(teacher.model))}
+    if pairs:
+        run.log(state.step, split=f"best on {pairs.split}", **scores)
+    seconds, count = state.clock
+    results = {"method": "distill", "data": args.identity["data"], "model": args.model, **scores,
+               "teachers": [t.name for t in teachers],
+               **{f"{k}{'_image_parameters' if k in ('student', 'teacher') else ''}": v
+                  for k, v in sizes.items()},
+               "steps": state.step, "epochs": state.epoch, "batch_size": args.batch_size,
+               "scale": float(model.logit_scale.detach().exp()), "skipped_steps": state.skipped,
+               "samples_per_second": count / seconds if seconds else 0.0,
+               "trainable_parameters": sum(p.numel() for p in state.moving.values()),
+               "trainable_tensors": len(state.moving), "dry_run": args.dry_run,
+               **args.teacher_scores, "identity": args.identity}
+    results = run.finish(results)
+    if pairs:
+        run.say(f"test, {len(pairs.paths)} images: image to text R@1 {scores['i2t_r1']:.1f} R@5 "
+                f"{scores['i2t_r5']:.1f} R@10 {scores['i2t_r10']:.1f}, text to image "
+                f"{scores['t2i_r1']:.1f} {scores['t2i_r5']:.1f} {scores['t2i_r10']:.1f} %")
+    return results
+
+
+def score_teachers(run, teachers, pairs, labelled, args):
+    """Retrieval and zero-shot of each teacher, before anything is learned from it."""
+    found = {}
+    for i, teacher in enumerate(teachers):
+        if teacher.model is None:
+            continue
+        name = f"teacher{i or ''}"
+        look = Preprocess(teacher.model.config.image_size, dtype=torch.uint8)
+        scores = evaluate(run, run.move(teacher.model), pairs.with_transform(look),
+                          teacher.tokenizer, args) if pairs else {}
+        scores |= zero_shot(run, teacher.model, labelled, teacher.tokenizer, args)
+        run.log(0, split=f"{name} {teacher.name}", **scores)
+        found |= {f"{name}_{k}": v for k, v in scores.items()}
+    return found
+
+
+@torch.no_grad()
+def look_up_texts(run, model, tokenizer, teachers, captions, frozen, stored, folder, args):
+    """Every caption encoded once by whatever is frozen -> Texts."""
+    keys = [] if stored else [text_table(run, t.model, t.tokenizer, captions, args, folder)
+                              for t in teachers]
+    other = None
+    if args.text_teacher:
+        bert = run.move(load(None, "tiny-vit:none", args.text_teacher).eval())
+        words = tokenizer_of(bert, args.text_teacher)(captions, context_length=min(
+            args.max_text, bert.config.context_length))
+        groups, places = bucket(words, pad_id=bert.pad_id)
+        other = torch.cat([bert.bert(run.move(t)).float().cpu() for t, _ in groups])[places]
+        other = unit(other - other.mean(dim=0))  # BERT's vectors share one direction
+    tokens = None if frozen else tokenizer(captions, context_length=args.max_text)
+    return Texts(tokens, keys[0] if frozen and keys else None, keys, other)
+
+
+def main(args):
+    """Train (or score) one student, or store its teachers' answers -> the results."""
+    given = dict(vars(args))
+    run = start(args.device, args.precision, seed=args.seed, deterministic=args.deterministic)
+    if args.batch_size < run.world_size:
+        raise UserError(f"--batch-size {args.batch_size} with {run.world_size} processes leaves "
+                        f"some without a pair")
+    if args.accum_steps > 1:
+        args.micro_batch = -(-args.batch_size // (run.world_size * args.accum_steps))
+    args.max_steps = 3 if args.dry_run else args.max_steps
+    sets, stored = open_data(args), open_stored(args)
+    labelled = [open_zero_shot(name, args.data_dir) for name in args.zero_shot]
+    teachers = open_teachers(args, stored)
+    root = pathlib.Path(args.output_dir or "runs/train_distill/x").expanduser().parent
+    if args.write_reinforced:
+        return write_reinforced(run, sets["train"], teachers, root, args)
+    if stored:
+        sets["train"] = stored.adopt(sets["train"])
+    model, frozen = open_student(args, teachers, stored)
+    args.max_text = min(args.max_text, model.config.context_length)
+    tokenizer = tokenizer_of(model, args.tokenizer or (
+        None if model.text_kind == "bpe" else args.text_tower if args.text_tower != "teacher"
+        else args.teacher[0]))
+    args.identity = identify(args, sets["train"], model, teachers, stored)
+    kind = "stored" if stored and not args.live else "live"
+    name = f"{sets['train'].name}_{pathlib.Path(args.model).name}_{kind}".replace(":", "-")
+    folder = pathlib.Path(args.output_dir or f"runs/train_distill/{name}").expanduser()
+    folder = folder.with_name(folder.name + "_dry_run") if args.dry_run else folder
+    run = run.enter("" if args.eval_only else folder, args.seed)
+    start_from, results = find_start(run, folder, given, args)
+    if results:
+        return results
+
+    if stored and not args.live and not args.eval_teacher:
+        for teacher in teachers:
+            teacher.model = None
+    loader = open_loader(run, sets, model, teachers, stored, folder, args)
+    model = run.move(model).fuse_attention(run.fused_attention)
+    for teacher in filter(lambda t: t.model is not None, teachers):
+        run.move(teacher.model).fuse_attention(run.fused_attention)
+    inside = None
+    if args.relation + args.hint + args.attention:
+        inside = run.move(Inside(model, teachers[0].model, {
+            k: getattr(args, k) for k in ("relation", "hint", "attention")}))
+    adapters = run.move(Adapters(model.config.embed_dim, [t.dim for t in teachers], not frozen))
+    free = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    run.say(f"{args.model}: {free:,} of {sum(p.numel() for p in model.parameters()):,} weights "
+            f"train, {len(loader)} steps an epoch of {args.batch_size} pairs; "
+            f"{'stored' if stored and not args.live else 'live'} teachers: " + ", ".join(
+                f"{t.name} (scale {t.scale:.4g})" for t in teachers))
+    for note in model.origin["notes"]:
+        run.say(note)
+    if frozen and args.icl:
+        run.say("--icl is off: with a frozen text tower it is the task loss again")
+    args.teacher_scores = {}
+    if args.eval_teacher:
+        args.teacher_scores = score_teachers(run, teachers, sets["test"] or sets["val"], labelled,
+                                             args)
+    state = State(run, model, (adapters, inside), args)
+    if start_from:
+        state.load(start_from, weights_only=args.eval_only)
+    if not args.eval_only:
+        texts = look_up_texts(run, model, tokenizer, teachers, sets["train"].captions, frozen,
+                              stored, folder.parent / "cache", args)
+        run.watch_signals()
+        try:
+            train(run, model, (adapters, inside), teachers, loader, texts,
+                  sets["val"] and (sets["val"], tokenizer), state, args)
+        finally:
+            run.unwatch_signals()
+    return report(run, model, teachers, state, sets, tokenizer, labelled, folder, args)
+
+
+def open_loader(run, sets, model, teachers, stored, folder, args):
+    """Give each set its transform and cache -> the loader of training batches."""
+    live = [t for t in teachers if t.model is not None and (args.live or not stored)]
+    sizes = list(dict.fromkeys([model.config.image_size, *(t.model.config.image_size
+                                                           for t in live)]))
+    for teacher in live:
+        teacher.size = sizes.index(teacher.model.config.image_size)
+    look = Views(sizes, args.seed, (args.crop, 1.0) if args.crop else None, args.randaugment)
+    still = Preprocess(model.config.image_size, dtype=torch.uint8)
+    for split in filter(sets.get, sets):
+        pairs = sets[split].with_transform(look if split == "train" else still)
+        if not (split == "train" and (args.eval_only or isinstance(stored, ShardTeacher))):
+            cache_images(run, pairs, max(sizes), folder, args)
+        sets[split] = pairs
+    pairs = sets["train"]
+    if stored:
+        pairs = StoredPairs(pairs, stored, look, args.seed, args.views_in_turn)
+    workers = 0 if sets["train"].pixels and args.workers < 0 else args.workers
+    weights = source_weights(sets["train"], args.data, args.upsample) if args.upsample else None
+    return make_pair_loader(pairs, args.batch_size, args.seed, "one", run.rank, run.world_size,
+                            weights=weights, timeout=args.worker_timeout,
+                            **run.loader_options(workers))
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main, get_args))
