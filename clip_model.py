@@ -1608,6 +1608,8 @@ def load(name_or_path=None, image_tower=None, text_tower=None, proj="linear", em
         raise WeightsError("nothing to load; expected a name, a path or two towers")
     path, name = locate(name_or_path)
     content, kind, metadata = read_file(path)
+    if isinstance(content, dict) and isinstance(content.get("clip_config"), str):
+        metadata = {**metadata, "clip_config": content["clip_config"]}  # a student_export.pt
     state, layout, notes = state_dict_of(content, path)
     try:
         known = declared(path, metadata)

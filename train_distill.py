@@ -53,6 +53,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import sys
 import time
 from typing import NamedTuple
@@ -849,11 +850,25 @@ def text_table(run, model, tokenizer, captions, args, folder=None):
     return texts
 
 
+class Held:
+    """Pairs that retrieval is measured on; a frozen text tower encodes their captions once."""
+
+    def __init__(self, pairs, tokenizer, frozen):
+        self.pairs, self.tokenizer, self.frozen, self.texts = pairs, tokenizer, frozen, None
+
+    def encode(self, run, model, args):
+        texts = self.texts
+        if texts is None:
+            texts = text_table(run, model, self.tokenizer, self.pairs.captions, args)
+            self.texts = texts if self.frozen else None
+        return texts
+
+
 @torch.no_grad()
-def embed(run, model, pairs, tokenizer, args):
+def embed(run, model, held, args):
     """-> unit image features (n, D), text features (M, D), owner (M,): images that cannot be read
     are left out with their captions, and noted. On the CPU, the same in every process."""
-    encoder = Encoder(run, model, 0)
+    pairs, encoder = held.pairs, Encoder(run, model, 0)
     loader = make_loader(pairs.image_items(), args.eval_batch_size * run.world_size, shuffle=False,
                          rank=run.rank, world_size=run.world_size, timeout=args.worker_timeout,
                          **run.loader_options(0 if pairs.pixels else args.workers))
@@ -866,7 +881,7 @@ def embed(run, model, pairs, tokenizer, args):
     rows = torch.cat([part[0] for part in parts], dim=1)
     order = rows[0].argsort()
     image, readable = torch.cat([part[1] for part in parts])[order], rows[1][order] >= 0
-    text, owner = text_table(run, model, tokenizer, pairs.captions, args), torch.tensor(pairs.owner)
+    text, owner = held.encode(run, model, args), torch.tensor(pairs.owner)
     if not readable.all():
         pairs.refuse_losses((~readable).nonzero()[:, 0].tolist(), "they do not decode")
         text, owner = text[readable[owner]], (readable.cumsum(0) - 1)[owner[readable[owner]]]
@@ -874,15 +889,14 @@ def embed(run, model, pairs, tokenizer, args):
     return image, text, owner
 
 
-def evaluate(run, model, pairs, tokenizer, args):
+def evaluate(run, model, held, args):
     """Retrieval both ways on held-out pairs -> dict of floats, in %."""
     was_training = model.training
     model.eval()
-    image, text, owner = embed(run, model, pairs, tokenizer, args)
+    image, text, owner = embed(run, model, held, args)
     model.train(was_training)
     scores = recall_at_k(image, text, owner)
-    return {k: v for k, v in scores.items() if k.partition("_")[2][:1] in ("r", "m") or
-            k == "mean_recall"}
+    return {k: v for k, v in scores.items() if re.fullmatch(r"..._r\d+|mean_recall", k)}
 
 
 @torch.no_grad()
@@ -1208,9 +1222,8 @@ def finish_epoch(run, held, state, done, args):
     its last step: the run that goes on begins with the next epoch."""
     if held is None or not (done or state.batch == 0 and state.epoch % args.eval_every == 0):
         return
-    pairs, tokenizer = held
-    scores = evaluate(run, state.tested, pairs, tokenizer, args)
-    run.log(state.step, split=pairs.split, **scores)
+    scores = evaluate(run, state.tested, held, args)
+    run.log(state.step, split=held.pairs.split, **scores)
     if scores["mean_recall"] > state.best:
         state.best = scores["mean_recall"]
         state.save("checkpoint_best.pt")
@@ -1549,15 +1562,14 @@ def write_onnx(model, folder):
     return wrote
 
 
-def report(run, model, teachers, state, sets, tokenizer, labelled, folder, args):
+def report(run, model, teachers, state, held, tokenizer, labelled, folder, args):
     """Score the best weights on the test pairs, print, write and return what the run found."""
     best = run.load(run.out / "checkpoint_best.pt") if run.out and not args.eval_only else None
     if best and state.step:
         state.load(best, weights_only=True)
         run.say(f"testing the weights of step {best['step']}, the best held-out mean recall")
-    pairs = sets["test"] or sets["val"]
-    tested = state.tested
-    scores = evaluate(run, tested, pairs, tokenizer, args) if pairs else {}
+    tested, pairs = state.tested, held and held.pairs
+    scores = evaluate(run, tested, held, args) if held else {}
     scores |= zero_shot(run, tested, labelled, tokenizer, args)
     if run.out:
         export(run, tested, folder, args)
@@ -1596,8 +1608,8 @@ def score_teachers(run, teachers, pairs, labelled, args):
             continue
         name = f"teacher{i or ''}"
         look = Preprocess(teacher.model.config.image_size, dtype=torch.uint8)
-        scores = evaluate(run, run.move(teacher.model), pairs.with_transform(look),
-                          teacher.tokenizer, args) if pairs else {}
+        scores = evaluate(run, run.move(teacher.model), Held(pairs.with_transform(
+            look), teacher.tokenizer, False), args) if pairs else {}
         scores |= zero_shot(run, teacher.model, labelled, teacher.tokenizer, args)
         run.log(0, split=f"{name} {teacher.name}", **scores)
         found |= {f"{name}_{k}": v for k, v in scores.items()}
@@ -1679,6 +1691,7 @@ def main(args):
     if args.eval_teacher:
         args.teacher_scores = score_teachers(run, teachers, sets["test"] or sets["val"], labelled,
                                              args)
+    held = {split: Held(sets[split], tokenizer, frozen) for split in ("val", "test") if sets[split]}
     state = State(run, model, (adapters, inside), args)
     if start_from:
         state.load(start_from, weights_only=args.eval_only)
@@ -1688,10 +1701,11 @@ def main(args):
         run.watch_signals()
         try:
             train(run, model, (adapters, inside), teachers, loader, texts,
-                  sets["val"] and (sets["val"], tokenizer), state, args)
+                  held.get("val"), state, args)
         finally:
             run.unwatch_signals()
-    return report(run, model, teachers, state, sets, tokenizer, labelled, folder, args)
+    return report(run, model, teachers, state, held.get("test") or held.get("val"), tokenizer,
+                  labelled, folder, args)
 
 
 def open_loader(run, sets, model, teachers, stored, folder, args):
