@@ -345,8 +345,8 @@ class Views:
             strength = 9 / 30 * STRENGTHS.get(DISTORTIONS[number], 0.0)
             if strength and torch.rand(1, generator=generator).item() < 0.5:
                 strength = -strength
-            chosen.append([number, {"Posterize": 7.0, "Solarize": 178.5}.get(
-                DISTORTIONS[number], strength)])
+            strength = {"Posterize": 7.0, "Solarize": 178.5}.get(DISTORTIONS[number], strength)
+            chosen.append([number, float(np.float32(strength))])  # as it can be stored
         return [[top, left, bottom - top, right - left]] + ([chosen] if chosen else [])
 
     def show(self, image, numbers):

@@ -393,20 +393,19 @@ class Gradients(NamedTuple):
     scale: torch.Tensor | float = 0.0
 
 
-def affinity(teachers, images, texts, weight, mix, stored):
+def affinity(name, scales, images, texts, weight, mix, stored):
     """CRD: targets of K teachers, averaged after the softmax (each row then sums to 1 both ways).
 
     A stored teacher has not seen the mixed images: its probabilities for an image and for the
     partner are mixed instead, which for one share over a permutation stay distributions.
     """
-    targets = []
-    for teacher, image, text in zip(teachers, images, texts):
-        part = weight / len(teachers)
-        targets.append(Target("crd", part * (mix.share if stored else 1.0), image, text,
-                              teacher.scale))
-        if stored and mix.share < 1:
+    targets, weight = [], weight / len(scales)
+    for scale, image, text in zip(scales, images, texts):
+        share = mix.share if stored else 1.0
+        targets.append(Target(name, weight * share, image, text, scale))
+        if share < 1:
             partner = image[mix.partners(len(image)).to(image.device)]
-            targets.append(Target("crd", part * (1 - mix.share), partner, text, teacher.scale))
+            targets.append(Target(name, weight * (1 - share), partner, text, scale))
     return targets
 
 
@@ -757,15 +756,15 @@ def add_gradient(run, model, losses, teachers, batch, counts, weights, mix, args
         scale = model.logit_scale.exp()
         answers, keys = [look[0] for look in looks], [gather(run.move(k)) for k in batch.keys]
         answered = answers[0] is not None
-        targets = affinity(teachers, answers, keys, weights["crd"], mix, stored) \
-            if weights["crd"] and answered else []
+        targets = affinity("crd", [t.scale for t in teachers], answers, keys, weights["crd"], mix,
+                           stored) if weights["crd"] and answered else []
         task, other = weights["task"], None
         if batch.other is not None:
             other = gather(run.move(batch.other))
             if not text_moves:  # a part of the hard targets is softened
                 part = task * args.text_teacher_weight
-                targets.append(Target("task", part, other[sides.own], other,
-                                      1 / args.text_teacher_temp))
+                targets += affinity("task", [1 / args.text_teacher_temp], [other[sides.own]],
+                                    [other], part, mix, stored=True)
                 task -= part
         if average is not None and weights["ema"]:
             targets.append(look_average(run, average, batch, parts, mix, sides, gather,
