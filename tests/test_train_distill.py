@@ -502,3 +502,461 @@ def test_bf16_towers_change_the_loss_by_less_than_two_percent():
         losses[precision] = float(Scene.step(scene, run=start("cpu", precision),
                                              weights={**WEIGHTS, "icl": 0.0})[0]["loss"])
     assert 0 < abs(losses["bf16"] / losses["fp32"] - 1) < 0.02
+
+
+# -----------------------------------------------------------------------------
+# What distillation is for
+
+class Toy(torch.nn.Module):
+    """Anything with `encode_image` learns: an MLP over 192 numbers that pass for 3 x 8 x 8 pixels."""
+    image_mean, image_std = (0.0,) * 3, (1.0,) * 3
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Flatten(), *layers)
+        self.logit_scale = torch.nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def encode_image(self, images, normalize=False):
+        features = self.layers(images)
+        return unit(features) if normalize else features
+
+
+def test_a_student_learns_more_from_a_good_teacher_than_from_pairs_alone():
+    """64 classes in noise, 256 pairs for the student; the teacher has seen 16,384."""
+    draw = torch.Generator().manual_seed(0)
+    centres, texts = torch.randn(64, 192, generator=draw), unit(torch.randn(64, 32, generator=draw))
+
+    def sample(n):
+        labels = torch.randint(64, (n,), generator=draw)
+        return (centres[labels] + 2.5 * torch.randn(n, 192, generator=draw)).view(n, 3, 8, 8), labels
+    many, labels = sample(16_384)
+    flat = many.flatten(1)
+    ridge = torch.linalg.solve(flat.T @ flat + 100 * torch.eye(192), flat.T @ texts[labels])
+    linear = torch.nn.Linear(192, 32, bias=False)
+    linear.weight.data = ridge.T.contiguous()
+    teacher = Teacher("toy", 50.0, 32, Toy(linear).eval().requires_grad_(False))
+    (images, labels), (test, truth) = sample(256), sample(2000)
+    run, score, near = start("cpu", "fp32"), {}, {}
+
+    def accuracy(model):
+        return 100 * float(((model.encode_image(test) @ texts.T).argmax(1) == truth).float().mean())
+    for name, terms in {"task": (1, 0, 0), "crd": (0, 1, 0), "fd": (0, 0, 8),
+                        "all": (0.25, 1, 8)}.items():
+        torch.manual_seed(0)
+        model = Toy(torch.nn.Linear(192, 128), torch.nn.ReLU(), torch.nn.Linear(128, 32))
+        weights = {**dict.fromkeys(WEIGHTS, 0.0), **dict(zip(("task", "crd", "fd"), terms))}
+        adapters, optimizer = Adapters(32, [32], False), torch.optim.AdamW(model.parameters(), 3e-3)
+        key, losses = texts[labels], []
+        for step in range(100):
+            rows = torch.randint(256, (128,), generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            found = add_gradient(run, model, (adapters, None), [teacher], Batch(
+                (images[rows],), None, key[rows], [None], [key[rows]], None), [128], weights, Mix(),
+                options(), run.scaler(), step)
+            optimizer.step()
+            losses.append(float(found["loss"]))
+        assert losses[-1] < losses[0]
+        score[name] = accuracy(model.eval())
+        near[name] = float((unit(model.encode_image(images)) * unit(
+            teacher.model.encode_image(images))).sum(1).mean())
+    print(score, near, accuracy(teacher.model))
+    assert accuracy(teacher.model) > score["all"] > score["task"] + 10
+    assert score["fd"] > score["task"] + 10 and score["crd"] > score["task"] + 5
+    assert near["all"] > 0.8 and near["fd"] > 0.8
+
+
+# -----------------------------------------------------------------------------
+# Runs
+
+def flags(school, *more):
+    chosen = [("--data", school / "pairs"), ("--teacher", school / "teacher.safetensors"),
+              ("--model", "tiny-vit"), ("--batch-size", 8), ("--epochs", 2), ("--workers", 0),
+              ("--crop", 0.8), ("--device", "cpu"), ("--log-every", 1)]
+    return [str(w) for flag, value in chosen if flag not in more for w in (flag, value)] + [
+        str(w) for w in more]
+
+
+@pytest.fixture(scope="module")
+def school(tmp_path_factory):
+    """24 + 12 drawn pairs of 32 x 32 pixels; two random teachers, the second of another width and
+    image size."""
+    folder = tmp_path_factory.mktemp("school")
+    scenes(folder / "pairs", 24, 12)
+    torch.manual_seed(7)
+    for name, more in (("teacher", {}), ("second", {"embed_dim": 24, "image_size": 48})):
+        model = CLIP(dataclasses.replace(CONFIGS["tiny-vit"], **more))
+        with torch.no_grad():  # so that images differ to it
+            for p in model.visual.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        save(model, folder / f"{name}.safetensors")
+    return folder
+
+
+def logged(folder, split="train"):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    times = ("samples_per_second", "data_wait", "memory_mb", "time")
+    return [{k: v for k, v in row.items() if k not in times} for row in rows if row["split"] == split]
+
+
+@contextlib.contextmanager
+def spying():
+    """How many images teachers were asked about."""
+    asked, look = [0], Teacher.look
+
+    def counted(self, run, images, *rest, **more):
+        asked[0] += len(images)
+        return look(self, run, images, *rest, **more)
+    Teacher.look = counted
+    try:
+        yield asked
+    finally:
+        Teacher.look = look
+
+
+@pytest.fixture(scope="module")
+def finished(school, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return folder, run_main(*flags(school, "--output-dir", folder, "--export", "safetensors"))
+
+
+def test_a_run_leaves_its_results_and_a_student_that_loads_alone(finished, school):
+    folder, results = finished
+    stored = json.loads((folder / "results.json").read_text())
+    assert stored["method"] == "distill" and stored["steps"] == 6 and 0 <= stored["mean_recall"] <= 100
+    assert {"i2t_r1", "t2i_r10", "student_latency_ms", "teacher_latency_ms", "samples_per_second",
+            "student_image_parameters", "seconds", "git"} <= set(stored)
+    row = logged(folder)[0]
+    assert row["loss"] == pytest.approx(0.25 * row["task"] + row["crd"] + 8 * row["fd"], rel=1e-6)
+    file = folder / "export" / "student_export.pt"
+    held = torch.load(file, weights_only=True)
+    model, other = load(file), load(file.with_suffix(".safetensors"))
+    count = sum(p.numel() for p in model.parameters())
+    assert not {"optimizer", "adapters", "average"} & set(held)
+    assert 4 * count < file.stat().st_size < 4.1 * count + 100_000
+    checkpoint = torch.load(folder / "checkpoint_best.pt", weights_only=True)
+    for name, weight in checkpoint["weights"].items():
+        assert model.state_dict()[name].equal(weight), name
+    images = torch.randn(2, 3, 32, 32)
+    assert model.encode_image(images).equal(other.encode_image(images))
+    tokens = torch.tensor([[49406, 320, 49407]])
+    teacher = load(school / "teacher.safetensors")
+    assert model.encode_text(tokens).equal(teacher.encode_text(tokens))  # frozen all along
+
+
+def test_frozen_text_has_no_gradient_no_moments_and_teachers_stay_in_eval(school):
+    args = get_args(flags(school, "--text-tower", "teacher"))
+    teachers = train_distill.open_teachers(args, None)
+    model, frozen = train_distill.open_student(args, teachers, None)
+    assert frozen and not any(p.requires_grad for n, p in model.named_parameters()
+                              if not n.startswith(("visual.", "logit_scale")))
+    training_mode(model, args, False, False)
+    assert model.visual.training and not model.transformer.training and not model.ln_final.training
+    assert not teachers[0].model.training
+    run = start("cpu", "fp32")
+    state = State(run, model, (Adapters(32, [32], False), None), args)
+    held = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
+    assert id(model.text_projection) not in held and id(model.visual.proj) in held
+
+
+def test_resuming_is_exact_also_inside_an_epoch(school, tmp_path):
+    more = ("--ema", "0.9", "--mixup", "0.4", "--train-text", "--teacher", school / "teacher.safetensors",
+            school / "second.safetensors", "--ema-teacher", "0.3", "--randaugment", "1")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run_main(*flags(school, "--output-dir", whole, *more))
+    update = train_distill.update
+
+    def interrupt(run, state, args):
+        fine = update(run, state, args)
+        if state.step == 4:
+            raise KeyboardInterrupt
+        return fine
+    train_distill.update = interrupt
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_main(*flags(school, "--output-dir", cut, "--save-every", "4", *more))
+    finally:
+        train_distill.update = update
+    run_main(*flags(school, "--output-dir", cut, "--save-every", "4", *more))
+    assert logged(cut) == logged(whole) and len(logged(whole)) == 6
+    one, two = (torch.load(f / "checkpoint_last.pt", weights_only=True) for f in (cut, whole))
+    for part in ("weights", "adapters", "buffers"):
+        for name, tensor in one[part].items():
+            assert tensor.equal(two[part][name]), name
+    assert all(a.equal(b) for a, b in zip(one["average"], two["average"])) and one["average"]
+    orders = [PairOrder(school, epoch) for epoch in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    with pytest.raises(UserError, match="crd was 1.0, now 2.0"):
+        run_main(*flags(school, "--output-dir", whole, "--crd", "2", *more))
+
+
+def PairOrder(school, epoch):
+    pairs = open_pairs(school / "pairs", "train").with_transform(Views([32]))
+    loader = make_pair_loader(pairs, 8, seed=1)
+    loader.batch_sampler.set_epoch(epoch)
+    return [c for batch in loader.batch_sampler for _, c in batch]
+
+
+def test_a_bad_step_moves_nothing_and_three_in_a_row_save_and_stop(school, tmp_path, monkeypatch):
+    step, before, after, bad = train_distill.update, {}, {}, [1]
+
+    def spoiled(run, state, args):
+        if state.step in bad:
+            state.parameters[0].grad.view(-1)[0] = math.nan
+            before.update(pack(state))
+        fine = step(run, state, args)
+        if state.step in bad:
+            after.update(pack(state))
+        else:
+            norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in state.parameters
+                                                         if p.grad is not None]))
+            assert norm <= args.grad_clip * 1.001
+        return fine
+
+    def pack(state):
+        moments = {f"{i} {k}": v.clone() for i, held in state.optimizer.state_dict()["state"].items()
+                   for k, v in held.items()}
+        return {**moments, **{n: p.detach().clone() for n, p in state.moving.items()},
+                **{f"ema {i}": t.clone() for i, t in enumerate(state.average.tensors())}}
+    monkeypatch.setattr(train_distill, "update", spoiled)
+    results = run_main(*flags(school, "--output-dir", tmp_path / "a", "--ema", "0.9", "--grad-clip",
+                              "0.1"))
+    assert results["skipped_steps"] == 1 and results["steps"] == 6
+    assert before and all(before[k].equal(after[k]) for k in before)
+    assert all(math.isfinite(row["loss"]) for row in logged(tmp_path / "a")[2:])
+    bad += [2, 3]
+    with pytest.raises(SafeStop, match="3 steps in a row were skipped.*batch of"):
+        run_main(*flags(school, "--output-dir", tmp_path / "b", "--ema", "0.9", "--grad-clip", "0.1"))
+    assert torch.load(tmp_path / "b" / "checkpoint_last.pt", weights_only=True)["step"] == 4
+
+
+def test_the_scale_stays_below_100_at_any_rate(school, tmp_path):
+    results = run_main(*flags(school, "--output-dir", tmp_path / "a", "--lr", "50", "--warmup", "0",
+                              "--max-steps", "3", "--grad-clip", "0"))
+    assert 1 <= results["scale"] <= 100.001
+
+
+def test_the_teacher_sees_the_mixed_image(school, tmp_path, monkeypatch):
+    seen, look = [], Teacher.look
+
+    def spy(self, run, images, parts, mix, *rest):
+        seen.append(mix)
+        return look(self, run, images, parts, mix, *rest)
+    monkeypatch.setattr(Teacher, "look", spy)
+    run_main(*flags(school, "--output-dir", tmp_path / "a", "--mixup", "1", "--mix-prob", "1",
+                    "--max-steps", "2"))
+    assert len(seen) == 2 and all(0 < mix.share < 1 for mix in seen)
+
+
+# -----------------------------------------------------------------------------
+# Teachers and students that differ
+
+def test_shared_projection_keeps_the_teachers_text_and_folds_into_a_plain_clip(school, tmp_path):
+    base = flags(school, "--max-steps", "2")
+    args = get_args(base + ["--shared-proj", "frozen"])
+    teachers = train_distill.open_teachers(args, None)
+    shared, _ = train_distill.open_student(args, teachers, None)
+    plain, _ = train_distill.open_student(get_args(base), teachers, None)
+
+    def free(model):
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert free(plain) - free(shared) == 64 * 32  # features x D: widths are equal, no adapter
+    tokens = torch.tensor([[49406, 320, 1125, 49407]])
+    assert shared.encode_text(tokens).equal(teachers[0].model.encode_text(tokens))
+    results = run_main(*base, "--shared-proj", "frozen", "--output-dir", tmp_path / "a", "--model",
+                       "mobilevit_xxs", "--image-size", "32")
+    assert results["steps"] == 2
+    exported = load(tmp_path / "a" / "export" / "student_export.pt")
+    assert exported.visual.proj.shape == (320, 32)
+    torch.manual_seed(0)
+    wide = load(None, "mobilevit_xxs:none", "tiny-vit:none", embed_dim=32, image_size=32).eval()
+    share_projection(wide)
+    images = torch.randn(2, 3, 32, 32)
+    assert plain_copy(wide).encode_image(images).allclose(wide.encode_image(images), atol=1e-5)
+    with pytest.raises(SystemExit):
+        get_args(base + ["--shared-proj", "train"])
+    assert get_args(base + ["--shared-proj", "train", "--train-text"])
+
+
+def test_two_teachers_of_other_width_and_size_and_a_bert_teach_together(school, tmp_path):
+    torch.manual_seed(0)
+    bert = tmp_path / "bert"
+    bert.mkdir()
+    model = load(None, "tiny-vit:none", "tiny-bert:none")
+    torch.save({f"bert.{n}": p for n, p in model.bert.state_dict().items()}, bert / "pytorch_model.bin")
+    config = model.config.text
+    (bert / "config.json").write_text(json.dumps({
+        "model_type": "bert", "num_attention_heads": config.heads, "hidden_size": config.width,
+        "vocab_size": config.vocab_size, "pad_token_id": config.pad_id}))
+    words = (school / "pairs" / "vocab.txt").read_text()
+    (bert / "vocab.txt").write_text(words)
+    run_main(*flags(school, "--teacher", school / "teacher.safetensors", school /
+                    "second.safetensors", "--output-dir", tmp_path / "a", "--max-steps", "2",
+                    "--text-teacher", bert, "--eval-teacher", "--relation", "0.5"))
+    rows = logged(tmp_path / "a")
+    assert len(rows) == 2 and rows[0]["relation"] > 0 and rows[0]["crd"] > 0
+    assert json.loads((tmp_path / "a" / "results.json").read_text())["teacher1_mean_recall"] >= 0
+    odd = {"--embed-dim 16": "frozen text tower", "--teacher-scale 1 2": "2 numbers for 1 teacher"}
+    for more, said in odd.items():
+        with pytest.raises(UserError, match=said):
+            run_main(*flags(school, "--output-dir", tmp_path / "b", *more.split()))
+
+
+# -----------------------------------------------------------------------------
+# Stored teachers
+
+@pytest.fixture(scope="module")
+def stored(school):
+    run_main(*flags(school, "--write-reinforced", school / "stored", "--views", "3",
+                    "--eval-batch-size", "5", "--randaugment", "2"))
+    return school / "stored"
+
+
+def test_what_is_stored_is_what_the_teacher_says_of_the_view_made_again(school, stored):
+    """24 images in batches of 5: the published generator loses what comes after the first batch."""
+    teacher, held = load(school / "teacher.safetensors"), StoredTeacher.open(stored)
+    pairs = held.adopt(open_pairs(school / "pairs", "train"))
+    look, seen = Views([32], augment=2), set()
+    for image in range(24):
+        for view in range(3):
+            c = pairs.owner.index(image)
+            numbers, size, row, text = held.sample(image, view, c, 0)
+            pixels = look.show(pairs.picture(image), numbers)
+            with torch.no_grad():
+                x = Mix().view(start("cpu", "fp32"), pixels[None], slice(None), teacher)
+                own = teacher.encode_image(x, normalize=True)[0]
+            assert float(own @ torch.tensor(row)) > 0.99999 and size == (32, 32)
+            seen.add(json.dumps(numbers))
+    assert len(seen) == 72
+    tokens = train_distill.BPETokenizer()(pairs.captions)
+    with torch.no_grad():
+        texts = teacher.encode_text(tokens, normalize=True)
+    rows = torch.stack([torch.tensor(held.sample(pairs.owner[c], 0, c, 0)[3]) for c in range(48)])
+    assert (rows - texts).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("more", [(), ("--workers", "2", "--views-in-turn", "--train-text")])
+def test_stored_answers_train_as_the_live_teacher_does_on_the_same_views(school, stored, tmp_path,
+                                                                         more):
+    base = flags(school, "--reinforced", stored, *more)
+    with spying() as asked:
+        run_main(*base, "--output-dir", tmp_path / "stored")
+        assert asked == [0]
+        run_main(*base, "--output-dir", tmp_path / "live", "--live")
+        assert asked == [48]
+    for one, two in zip(logged(tmp_path / "stored"), logged(tmp_path / "live")):
+        for name, value in one.items():
+            assert value == pytest.approx(two[name], rel=1e-5) or isinstance(value, str)
+
+
+def test_another_teachers_or_datas_answers_are_refused_and_so_is_damage(school, stored, tmp_path):
+    with pytest.raises(UserError, match="not of .*second"):
+        run_main(*flags(school, "--reinforced", stored, "--teacher", school / "second.safetensors",
+                        "--output-dir", tmp_path / "a"))
+    scenes(tmp_path / "pairs", 20, 4)
+    with pytest.raises(ValueError, match="of other data"):
+        run_main(*flags(school, "--data", tmp_path / "pairs", "--reinforced", stored,
+                        "--output-dir", tmp_path / "a"))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in stored.iterdir():
+        content = bytearray(file.read_bytes())
+        if file.name == "images.npy":
+            content[300] ^= 1
+        (broken / file.name).write_bytes(content)
+    with pytest.raises(ValueError, match="checksum of images.npy"):
+        StoredTeacher.open(broken)
+    with pytest.raises(UserError, match="--overwrite writes it again"):
+        run_main(*flags(school, "--write-reinforced", stored))
+    with pytest.raises(SystemExit):
+        get_args(flags(school, "--reinforced", stored, "--hint", "1"))
+
+
+def test_the_distortions_are_torchvisions():
+    transforms = pytest.importorskip("torchvision.transforms")
+    from torchvision.transforms.autoaugment import _apply_op
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (37, 51, 3), dtype=np.uint8))
+    space = transforms.RandAugment()._augmentation_space(31, (224, 224))
+    assert tuple(space) == DISTORTIONS
+    for name, (strengths, signed) in space.items():
+        strength = float(strengths[9]) if strengths.ndim else 0.0
+        assert strength == pytest.approx({"Posterize": 7.0, "Solarize": 178.5}.get(
+            name, 9 / 30 * STRENGTHS.get(name, 0.0)), rel=1e-6)
+        for value in (strength, -strength) if signed else (strength,):
+            theirs = _apply_op(image, name, value, transforms.InterpolationMode.NEAREST, None)
+            ours = distort(image, DISTORTIONS.index(name), value)
+            assert np.array_equal(np.asarray(ours), np.asarray(theirs)), name
+
+
+def png(colour=0, size=32):
+    buffer = io.BytesIO()
+    noise = np.random.RandomState(colour).randint(0, 255, (size, size, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def shard(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def reinforced_shard(path, teachers, n, views=2, packed="npz"):
+    """A shard in DataCompDR's layout, with what the two teachers really say."""
+    look, members = Views([32], scale=(0.5, 1.0), augment=2), []
+    run, tokenizer = start("cpu", "fp32"), train_distill.BPETokenizer()
+    for i in range(n):
+        image, texts = Image.open(io.BytesIO(png(i))), [f"real {i}", f"written {i}", f"also {i}"]
+        numbers = [look.draw(32, 32, view, i) for view in range(views)]
+        with torch.no_grad():
+            pixels = torch.stack([look.show(image, some) for some in numbers])
+            rows = torch.cat([t.encode_image(Mix().view(run, pixels, slice(None), t), normalize=True)
+                              for t in teachers], dim=1)
+            words = torch.cat([t.encode_text(tokenizer(texts), normalize=True) for t in teachers],
+                              dim=1)
+        buffer = io.BytesIO()
+        if packed == "npz":
+            np.savez(buffer, image_emb=rows.numpy(), text_emb=words.numpy())
+            content = buffer.getvalue()
+        else:
+            torch.save({"image_emb": rows.bfloat16(), "text_emb": words.bfloat16()}, buffer)
+            content = gzip.compress(buffer.getvalue())
+        members += [(f"{i:05d}.png", png(i)), (f"{i:05d}.txt", texts[0].encode()),
+                    (f"{i:05d}.url.txt", b"http://"), (f"{i:05d}.json", b'{"uid": "x"}'),
+                    (f"{i:05d}.syn.json", json.dumps({"syn_text": texts[1:]}).encode()),
+                    (f"{i:05d}.paug.json", json.dumps({"param_aug": numbers}).encode()),
+                    (f"{i:05d}.{packed}", content)]
+    return shard(path, members)
+
+
+def test_shards_in_the_published_layout_teach_as_their_teachers_would(school, tmp_path):
+    torch.manual_seed(1)
+    teachers = [load(school / "teacher.safetensors"), load(school / "teacher.safetensors")]
+    with torch.no_grad():
+        teachers[1].visual.proj.mul_(torch.randn_like(teachers[1].visual.proj))
+    save(teachers[1], tmp_path / "other.safetensors")
+    for k, packed in enumerate(("npz", "pth.gz")):
+        reinforced_shard(tmp_path / f"{k}.tar", teachers, 8, packed=packed)
+    pattern, dims = str(tmp_path / "{0..1}.tar"), ("--teacher-dims", "32", "32")
+    held = ShardTeacher([str(tmp_path / "0.tar")], [32, 32])
+    pairs = held.adopt(open_pairs([tmp_path / "0.tar"], "train", split_ratio=(1, 0, 0)))
+    assert pairs.texts_of(2) == ["real 2", "written 2", "also 2"] and held.views == 2
+    numbers, _, row, text = held.sample(2, 1, 0, 2)
+    tokens = train_distill.BPETokenizer()(["also 2"])
+    with torch.no_grad():
+        expected = torch.cat([t.encode_text(tokens, normalize=True) for t in teachers], dim=1)[0]
+    assert torch.tensor(text).allclose(expected, atol=1e-5)
+    both = ("--teacher", school / "teacher.safetensors", tmp_path / "other.safetensors")
+    base = flags(school, "--data", pattern, "--reinforced", pattern, *dims, "--batch-size", "4",
+                 "--max-steps", "2", *both)
+    run_main(*base, "--output-dir", tmp_path / "stored")
+    run_main(*base, "--output-dir", tmp_path / "live", "--live", "--teacher-scale", "100", "100")
+    for one, two in zip(logged(tmp_path / "stored"), logged(tmp_path / "live")):
+        for name in ("loss", "task", "crd", "fd"):
+            assert one[name] == pytest.approx(two[name], rel=2e-2)  # bf16 in one of the shards
+    with pytest.raises(ValueError, match="--teacher-dims"):
+        run_main(*flags(school, "--data", pattern, "--reinforced", pattern, "--teacher-dims", "16",
+                        "--teacher", school / "teacher.safetensors", "--batch-size", "4",
+                        "--output-dir", tmp_path / "c", "--embed-dim", "32"))
