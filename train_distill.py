@@ -1445,6 +1445,17 @@ def write_reinforced(run, pairs, teachers, folder, args):
             "seconds": time.perf_counter() - began, "images": len(pairs.paths)}
 
 
+def refuse_other_text(run, model, tokenizer, pairs, stored, args):
+    """Raise UserError unless the frozen text tower gives what the shards hold of a caption: they
+    do not name their teachers."""
+    ours = text_table(run, model, tokenizer, pairs.captions[:1], args)[0]
+    near = float(F.cosine_similarity(ours, torch.as_tensor(
+        stored.sample(pairs.owner[0], 0, 0, 0)[3][:len(ours)]), dim=0))
+    if near < 0.99:
+        raise UserError(f"the stored embedding of {pairs.captions[0]!r} and that of {args.teacher[0]} "
+                        f"have a cosine of {near:.2f}: the shards are of another teacher")
+
+
 def refuse_other_run(stored, path, args):
     """Raise UserError unless the checkpoint at `path` fits this command line."""
     theirs = stored.get("identity")
@@ -1677,6 +1688,8 @@ def main(args):
         inside = run.move(Inside(model, teachers[0].model, {
             k: getattr(args, k) for k in ("relation", "hint", "attention")}))
     adapters = run.move(Adapters(model.config.embed_dim, [t.dim for t in teachers], not frozen))
+    if frozen and isinstance(stored, ShardTeacher):
+        refuse_other_text(run, model, tokenizer, sets["train"], stored, args)
     free = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run.say(f"{args.model}: {free:,} of {sum(p.numel() for p in model.parameters()):,} weights "
             f"train, {len(loader)} steps an epoch of {args.batch_size} pairs; "
