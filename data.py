@@ -759,6 +759,7 @@ def refuse(message, faults):
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "dev": "val",
                "validation": "val", "test": "test", "testing": "test"}
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+NO_SPLITS = "no splits were given: each class is cut 50/20/30 by a fixed permutation"
 PATH_COLUMNS = ("image", "path", "filepath", "filename", "file")
 LABEL_COLUMNS = ("classname", "class", "category", "label", "title")
 
@@ -907,7 +908,7 @@ def complete_splits(rows, faults=None):
         val = train + max(0, min(round(0.2 * len(paths)), len(paths) - train - 1))  # test first
         for split, part in zip(cut, (paths[:train], paths[train:val], paths[val:])):
             cut[split] += [(path, label) for path in part]
-    return cut, ["no splits were given: each class is cut 50/20/30 by a fixed permutation"]
+    return cut, [NO_SPLITS]
 
 
 def list_path(path, faults=None):
@@ -1165,12 +1166,16 @@ def open_dataset(name_or_path, split, data_dir="data", classes=None, half="all",
 
 def open_zero_shot(name_or_path, data_dir="data"):
     """A labelled test set for zero-shot classification -> ImageSet, with `templates`: what
-    open_dataset takes (ImageNet and its shifts by name: only the classes that a shift has), or a
-    folder of CLIP_benchmark: test/nshards.txt, test/0.tar ... with `cls` beside each image,
+    open_dataset takes (ImageNet and its shifts by name: only the classes that a shift has; all
+    images of a folder without splits), or a folder of CLIP_benchmark: test/nshards.txt, test/0.tar ... with `cls` beside each image,
     classnames.txt and zeroshot_classification_templates.txt."""
     home = pathlib.Path(os.path.expanduser(os.fspath(name_or_path)))
     if not (home / "classnames.txt").is_file() or not (home / "test").is_dir():
-        images = open_dataset(name_or_path, "test", data_dir)
+        listing = find_listing(os.fspath(name_or_path), data_dir)
+        if NO_SPLITS in listing.notes:
+            listing.notes.remove(NO_SPLITS)
+            listing.rows = {"train": [], "val": [], "test": sorted(sum(listing.rows.values(), []))}
+        images = listing.open("test")
         images.templates = [images.template]
         return images
     classnames = read_text(home / "classnames.txt").splitlines()
@@ -1678,7 +1683,7 @@ def tar_key(name):
     has none, and for webdataset's own __members__."""
     folder, slash, base = name.rpartition("/")
     stem, dot, kind = base.partition(".")
-    if not stem or not dot or re.fullmatch("__.*__", base):
+    if not stem or not dot or re.fullmatch("__.*__", stem):
         return "", ""
     return folder + slash + stem, kind.lower()
 

@@ -1213,10 +1213,10 @@ def test_wrong_command_lines_are_refused_in_one_line(capsys):
 
 def test_a_dry_run_trains_three_steps_of_the_demo_and_exports(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "train_distill.py", "--dry-run", "--model", "tiny",
-                           "--max-samples", "192", "--device", "cpu", "--zero-shot", "demo",
+                           "--max-samples", "192", "--cache", "none", "--device", "cpu", "--zero-shot", "demo",
                            "--workers", "0"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    folder = next((tmp_path / "runs" / "train_distill").iterdir())
+    folder = next((tmp_path / "runs" / "train_distill").glob("*_dry_run"))
     results = json.loads((folder / "results.json").read_text())
     assert results["steps"] == 3 and 0 <= results["zero_shot_demo_top1"] <= 100
     assert (folder / "export" / "student_export.pt").exists()
