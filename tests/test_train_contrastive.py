@@ -21,10 +21,10 @@ from PIL import Image, ImageDraw
 import clip_model
 import train_contrastive
 from clip_model import BERTS, bert_fields, CLIP, CONFIGS, unit
-from data import open_pairs, PairBatches
+from data import batch_losses, open_pairs, PairBatches, row_error
 from device import start
-from train_contrastive import (add_gradient, batch_losses, criterion, decay_groups, freeze,
-                               get_args, Gradients, main, plain_loss, rate, row_error, Sides)
+from train_contrastive import (add_gradient, criterion, decay_groups, freeze, get_args, Gradients,
+                               main, plain_loss, rate, Sides)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230),
