@@ -36,6 +36,7 @@ import mmap
 import os
 import pathlib
 import pickle
+import pickletools
 import re
 import sys
 import typing
@@ -1050,7 +1051,11 @@ class ScriptReader(pickle.Unpickler):
 
     def __init__(self, archive, root):
         self.archive, self.root, self.storages = archive, root, {}
-        super().__init__(io.BytesIO(archive.read(f"{root}data.pkl")))
+        data = archive.read(f"{root}data.pkl")
+        for code, number, _ in pickletools.genops(data):  # the unpickler's table grows to the
+            if code.name.endswith("PUT") and number > len(data):  # largest: gigabytes of zeros
+                raise pickle.UnpicklingError(f"it asks for a memo of {number:,} places")
+        super().__init__(io.BytesIO(data))
 
     def find_class(self, module, name):
         if module.startswith("__torch__"):

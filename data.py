@@ -2542,6 +2542,23 @@ def make_pair_loader(pairs, batch_size, seed=0, captions="one", rank=0, world_si
     return load_batches(pairs, batches, workers, options)
 
 
+class FeatureLoader:
+    """A loader's batches with the rows of (n, F) features in the place of images."""
+
+    def __init__(self, loader, features):
+        self.batch_sampler, self.dataset, self.features = (loader.batch_sampler, loader.dataset,
+                                                           features)
+        self.owner = torch.tensor(loader.dataset.owner)
+
+    def __len__(self):
+        return len(self.batch_sampler)
+
+    def __iter__(self):
+        for batch in self.batch_sampler:
+            used = torch.tensor([c for _, c in batch], dtype=torch.long)
+            yield self.features[self.owner[used]], used, used
+
+
 # -----------------------------------------------------------------------------
 # Scores
 
@@ -2625,6 +2642,37 @@ def recall_at_k(image_features, text_features, owner, ks=(1, 5, 10), chunk=1024)
     return {**found, "mean_recall": sum(scores) / len(scores), "rsum": sum(scores),
             **{f"{way}_median_rank": float(np.median(torch.cat(ranks[way]).numpy() + 1))
                for way in ranks}}
+
+
+def batch_losses(image, text, owner, scale, size=64):
+    """Mean over rows of the InfoNCE of batches of `size` captions in the order of the file, and
+    its floor: rows of one image are each other's negatives there, so even a perfect model has
+    ln(copies of the image in the batch). As run_clip.py evaluates."""
+    loss = floor = 0.0
+    for some in torch.arange(len(text)).split(size):
+        z = scale * image[owner[some]] @ text[some].T
+        label = torch.arange(len(some))
+        loss += len(some) * float(F.cross_entropy(z, label) + F.cross_entropy(z.T, label)) / 2
+        copies = (owner[some][:, None] == owner[some]).sum(dim=1)
+        floor += float(copies.to(torch.float64).log().sum())
+    return loss / len(text), floor / len(text)
+
+
+def row_error(image, text, owner, k=5):
+    """% of captions whose own row is not among the first k when the gallery has a row per caption,
+    so that every image stands there with as many equal copies as it has captions. As the simple
+    CLIP evaluates; with k copies of the best image in front it is 100 - R@1 of text to image."""
+    copies = torch.bincount(owner, minlength=len(image)).float()
+    earlier = torch.zeros(len(owner))  # captions of the same image that stand before
+    order = owner.argsort(stable=True)
+    earlier[order] = torch.arange(len(owner)) - (copies.cumsum(0) - copies)[owner[order]]
+    missed = 0
+    for some in torch.arange(len(text)).split(1024):
+        scores = text[some] @ image.T
+        own = scores.gather(1, owner[some][:, None])
+        ahead = ((scores > own) * copies).sum(dim=1) + earlier[some]
+        missed += int((ahead >= k).sum())
+    return 100 * missed / len(text)
 
 
 # -----------------------------------------------------------------------------

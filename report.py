@@ -37,7 +37,8 @@ SYSTEM = (
     "NotoSansCJKsc-Regular.otf", "NotoSansSC-Regular.otf", "SourceHanSansSC-Regular.otf",
     "wqy-microhei.ttc", "wqy-zenhei.ttc", "Hiragino Sans GB.ttc", "STHeiti Light.ttc", "msyh.ttc",
     "simhei.ttf", "simsun.ttc", "DroidSansFallbackFull.ttf", "DroidSansFallback.ttf", "uming.ttc")
-TITLES = {"lr": "learning rate", "r": "recall (%)", "accuracy": "accuracy (%)",
+TITLES = {"lr": "learning rate", "i2t_r": "image to text recall (%)",
+          "t2i_r": "text to image recall (%)", "accuracy": "accuracy (%)",
           "macro_f1": "macro F1 (%)", "samples_per_second": "samples per second",
           "data_wait": "share of time waiting for data", "memory_mb": "memory (MB)"}
 TIMING = ("samples_per_second", "data_wait", "memory_mb")
@@ -377,6 +378,8 @@ class Run:
         found = {}
         for record in self.records:
             split = str(record.get("split", "train"))
+            if split.startswith("best on "):  # the final score, which stands in the table
+                continue
             for name, value in record.items():
                 if name in ("step", "steps", "epoch", "time", "split") or isinstance(value, bool) \
                         or not isinstance(value, (int, float, type(None))) \
@@ -385,8 +388,11 @@ class Run:
                 steps, values = found.setdefault(name, {}).setdefault(split, ([], []))
                 steps.append(record["step"])
                 values.append(math.nan if value is None or abs(value) > 1e300 else value)
-        return {name: kept for name, splits in found.items() if (kept := {
-            split: xy for split, xy in splits.items() if np.isfinite(xy[1]).any()})}
+        whole = found.get("loss", {}).get("train")
+        return {name: kept for name, splits in found.items()
+                if (name == "loss" or splits != {"train": whole})  # the only term of the loss
+                and (kept := {split: xy for split, xy in splits.items()
+                              if np.isfinite(xy[1]).any()})}
 
     def targets(self):
         """Test sets with tables: the order of results.json, then the alphabet."""
@@ -470,8 +476,12 @@ def group_names(runs, apart=("seed",)):
 
 
 def stem(name):
-    """What names of one panel share: i2t_r1 and t2i_r5 are both r, ce_loss is a loss."""
-    return name.rstrip("0123456789").rsplit("_", 1)[-1] or name
+    """What names of one panel share: ce_loss is a loss, and ln_batch is what a contrastive loss
+    begins with; i2t_r1 and i2t_r5 are both i2t_r."""
+    bare = name.rstrip("0123456789")
+    if name == "ln_batch":
+        return "loss"
+    return bare if bare.endswith("_r") else bare.rsplit("_", 1)[-1] or name
 
 
 def panels(runs, timing=False):
@@ -494,7 +504,7 @@ def panels(runs, timing=False):
         for i, s in enumerate(panel) if len(runs) == 1 else ():
             parts = [s["name"]] * (len(names) > 1) + [s["split"]] * (len(splits) > 1)
             s.update(label=", ".join(parts), colour=PALETTE[i % len(PALETTE)])
-        title = names[0] if len(names) == 1 else key
+        title = names[0] if len(names) == 1 and not key.endswith("_r") else key
         title = TITLES.get(title, title.replace("_", " "))
         if len(runs) > 1 and splits != ["train"]:
             title += f", {' / '.join(splits)}"

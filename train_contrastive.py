@@ -13,7 +13,7 @@ The gradient is that of the whole batch at once, the scale's included, for 4/3 o
 `--check-grad` shows it on your model and data. Processes exchange embeddings and log-sums only.
 
     python train_contrastive.py                                    drawn scenes, a minute on a CPU
-    python train_contrastive.py --data flickr8k --data-dir DIR     a small ViT from scratch
+    python train_contrastive.py --data flickr8k --data-dir DIR --model tiny    a small ViT
     python train_contrastive.py --data coco --preset clip-roberta --image-tower ViT-B/32 \
         --text-tower FOLDER                                        ViT-B/32 + RoBERTa on COCO 2017
     python train_contrastive.py --data flickr8k --preset simple-clip --batch-size 1024
@@ -53,8 +53,9 @@ from torch import nn
 
 from clip_model import (bucket, canonical_name, CLIP, CONFIGS, HEADS, load, project, save,
                         trim, unit)
-from data import (class_prompts, classification_scores, make_loader, make_pair_loader,
-                  normalise, open_dataset, open_pairs, Preprocess, recall_at_k)
+from data import (batch_losses, class_prompts, classification_scores, FeatureLoader, make_loader,
+                  make_pair_loader, normalise, open_dataset, open_pairs, Preprocess, recall_at_k,
+                  row_error)
 from tokenizer import BPETokenizer, open_tokenizer, WordPieceTokenizer
 
 # What a preset sets where the command line does not. clip-roberta and simple-clip are two public
@@ -752,23 +753,6 @@ def pooled_features(run, model, pairs, folder, args):
     return features
 
 
-class FeatureLoader:
-    """A loader's batches with the rows of (n, F) features in the place of images."""
-
-    def __init__(self, loader, features):
-        self.batch_sampler, self.dataset, self.features = (loader.batch_sampler, loader.dataset,
-                                                           features)
-        self.owner = torch.tensor(loader.dataset.owner)
-
-    def __len__(self):
-        return len(self.batch_sampler)
-
-    def __iter__(self):
-        for batch in self.batch_sampler:
-            used = torch.tensor([c for _, c in batch], dtype=torch.long)
-            yield self.features[self.owner[used]], used, used
-
-
 # -----------------------------------------------------------------------------
 # Evaluation
 
@@ -813,37 +797,6 @@ def embed(run, model, target, args):
         text, owner = text[readable[owner]], (readable.cumsum(0) - 1)[owner[readable[owner]]]
         image = image[readable]
     return image, text, owner
-
-
-def batch_losses(image, text, owner, scale, size=64):
-    """Mean over rows of the InfoNCE of batches of `size` captions in the order of the file, and
-    its floor: rows of one image are each other's negatives there, so even a perfect model has
-    ln(copies of the image in the batch). As run_clip.py evaluates."""
-    loss = floor = 0.0
-    for some in torch.arange(len(text)).split(size):
-        z = scale * image[owner[some]] @ text[some].T
-        label = torch.arange(len(some))
-        loss += len(some) * float(F.cross_entropy(z, label) + F.cross_entropy(z.T, label)) / 2
-        copies = (owner[some][:, None] == owner[some]).sum(dim=1)
-        floor += float(copies.to(torch.float64).log().sum())
-    return loss / len(text), floor / len(text)
-
-
-def row_error(image, text, owner, k=5):
-    """% of captions whose own row is not among the first k when the gallery has a row per caption,
-    so that every image stands there with as many equal copies as it has captions. As the simple
-    CLIP evaluates; with k copies of the best image in front it is 100 - R@1 of text to image."""
-    copies = torch.bincount(owner, minlength=len(image)).float()
-    earlier = torch.zeros(len(owner))  # captions of the same image that stand before
-    order = owner.argsort(stable=True)
-    earlier[order] = torch.arange(len(owner)) - (copies.cumsum(0) - copies)[owner[order]]
-    missed = 0
-    for some in torch.arange(len(text)).split(1024):
-        scores = text[some] @ image.T
-        own = scores.gather(1, owner[some][:, None])
-        ahead = ((scores > own) * copies).sum(dim=1) + earlier[some]
-        missed += int((ahead >= k).sum())
-    return 100 * missed / len(text)
 
 
 def evaluate(run, model, target, args):

@@ -263,13 +263,15 @@ def loss(rounds, counts=(16_384,), more=(32_768,)):
 
 
 class Pairs:
-    """One training step of ViT-B/32 with captions of real length, by each library."""
+    """One training step of ViT-B/32 with captions of real length, by each library; or ours of
+    another size."""
 
-    def __init__(self, side, batch):
+    def __init__(self, side, batch, size="ViT-B/32"):
         torch.manual_seed(0)
-        self.side, self.pixels = side, torch.randint(0, 255, (batch, 3, 224, 224),
+        pixels = clip_model.CONFIGS[size].image_size
+        self.side, self.pixels = side, torch.randint(0, 255, (batch, 3, pixels, pixels),
                                                      dtype=torch.uint8)
-        self.tokens = BPETokenizer()(captions(batch * 5)[::5])
+        self.tokens = BPETokenizer()((captions(5 * batch)[::5] * (batch // 1000 + 1))[:batch])
         if side == "open_clip":
             import open_clip
             self.model = open_clip.create_model("ViT-B-32-quickgelu")
@@ -277,7 +279,7 @@ class Pairs:
             import transformers
             self.model = transformers.CLIPModel(transformers.CLIPConfig())
         else:
-            self.model = clip_model.CLIP(clip_model.CONFIGS["ViT-B/32"])
+            self.model = clip_model.CLIP(clip_model.CONFIGS[size])
 
     def step(self, run, micro_batch=0):
         self.model.zero_grad(set_to_none=True)
@@ -309,8 +311,8 @@ class Pairs:
 SIDES = ("OpenAI's computation", "open_clip", "transformers", "ours")
 
 
-def alone_pairs(side, batch, precision, micro_batch="0"):
-    pairs = Pairs(side, int(batch))
+def alone_pairs(side, batch, precision, micro_batch="0", size="ViT-B/32"):
+    pairs = Pairs(side, int(batch), size)
     if precision != "nothing":
         pairs.step(start("cpu", precision), int(micro_batch))
 
@@ -333,6 +335,19 @@ def training(rounds, batch=32):
             print(f"| {name} | {took:.2f} | {best / took:.2f} | "
                   f"{peak_memory('pairs', side, str(batch), precision, micro or '0'):,.0f} |",
                   flush=True)
+
+
+def memory(rounds):
+    """Peak memory of one exact step as the batch grows, once each."""
+    rows = [("tiny", "ours", n, 256) for n in (256, 1_024, 4_096, 16_384, 32_768)]
+    rows += [("ViT-B/32", "ours", n, 16) for n in (32, 256)] + [("ViT-B/32", "open_clip", 96, 0)]
+    table("one step, fp32, a process of its own", "batch", "--micro-batch", "peak memory, MB",
+          "of which images and model, MB")
+    for size, side, batch, micro in rows:
+        both = [peak_memory("pairs", side, str(batch), what, str(micro), size)
+                for what in ("fp32", "nothing")]
+        print(f"| {size}, {side} | {batch:,} | {micro or batch} | {both[0]:,.0f} | {both[1]:,.0f} |",
+              flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -420,7 +435,8 @@ def startup(rounds):
 
 
 TABLES = {"clipfit": clipfit, "imagenet": imagenet, "features": features, "tokenizer": tokenizer,
-          "transform": transform, "startup": startup, "loss": loss, "training": training}
+          "transform": transform, "startup": startup, "loss": loss, "training": training,
+          "memory": memory}
 
 
 def main():

@@ -2,7 +2,6 @@
 import os
 import pathlib
 import socket
-import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -21,6 +20,15 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite runs as two processes, each test file in one of them; a part runs as one."""
+    whole = config.args_source.name != "ARGS" and not config.option.usepdb
+    if whole and "PYTEST_XDIST_WORKER" not in os.environ and (
+            getattr(config.option, "numprocesses", 0) is None):
+        config.option.numprocesses, config.option.dist = 2, "loadfile"
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than about ten seconds")
 
@@ -35,24 +43,6 @@ def no_network(monkeypatch):
             raise OSError(f"the test suite is offline; refused a connection to {address}")
         return connect(self, address)
     monkeypatch.setattr(socket.socket, "connect", guarded)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def simulated_devices(request, tmp_path_factory):
-    """Both simulated devices at work, each in its own process: {name: (folder, process)}. They
-    start with the session, beside the tests that come before test_devices.py on the other core."""
-    at_work, here = {}, pathlib.Path(__file__).resolve().parent
-    if any(item.path.name == "test_devices.py" for item in request.session.items):
-        for name in ("npu", "mps"):
-            folder = tmp_path_factory.mktemp(name)
-            with open(folder / "output.txt", "w") as output:
-                at_work[name] = folder, subprocess.Popen(
-                    [sys.executable, str(here / "simulated_device.py"), name,
-                     str(here / "test_devices.py"), name, str(folder)],
-                    stdout=output, stderr=output)
-    yield at_work
-    for _, process in at_work.values():
-        process.kill()
 
 
 @pytest.fixture(scope="session")

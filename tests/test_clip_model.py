@@ -1015,6 +1015,15 @@ def mutate(data, rng):
     return bytes(data)
 
 
+def test_a_pickle_that_asks_for_a_huge_memo_is_refused_before_it_has_one(tmp_path, archives):
+    members = members_of(archives["tiny-vit"][0].read_bytes())
+    name = next(name for name in members if name.endswith("data.pkl"))
+    members[name] = members[name][:-1] + b"r" + (2 ** 30).to_bytes(4, "little") + b"."
+    (tmp_path / "a.pt").write_bytes(zip_of(members))
+    with pytest.raises(WeightsError, match="memo of 1,073,741,824 places"):
+        load(tmp_path / "a.pt")
+
+
 def repacked(data, rng):
     """The pickle of a zip changed, and the zip's checksums right again."""
     members = members_of(data)

@@ -311,7 +311,7 @@ def test_a_run_leaves_its_files_and_numbers(tmp_path, capsys):
     assert run.finish({"accuracy": torch.tensor(1.5)})["accuracy"] == 1.5
     config = json.loads((run.out / "config.json").read_text())
     assert config == {"model": "tiny", "out": str(run.out), "identity": {"model": "tiny"}}
-    assert "pytest" in (run.out / "command.txt").read_text()
+    assert sys.argv[0] in (run.out / "command.txt").read_text()
     assert json.loads((run.out / "env.json").read_text())["torch"] == torch.__version__
     log = (run.out / "log.txt").read_text("utf-8").splitlines()
     assert log[0].startswith("device cpu") and log[1].startswith("猫") and "5/10" in log[2]

@@ -87,6 +87,21 @@ def on_cpu(tmp_path_factory):
     return parent
 
 
+@pytest.fixture(scope="module")
+def simulated_devices(tmp_path_factory):
+    """Both simulated devices at work, each in its own process: {name: (folder, process)}."""
+    at_work, here = {}, pathlib.Path(__file__).resolve()
+    for name in ("npu", "mps"):
+        folder = tmp_path_factory.mktemp(name)
+        with open(folder / "output.txt", "w") as output:
+            at_work[name] = folder, subprocess.Popen(
+                [sys.executable, str(here.parent / "simulated_device.py"), name, str(here), name,
+                 str(folder)], stdout=output, stderr=output)
+    yield at_work
+    for _, process in at_work.values():
+        process.kill()
+
+
 @pytest.fixture(scope="module", params=["npu", "mps"])
 def device(request, simulated_devices):
     """The name of a simulated device, the folder of its runs, and what happened in them."""

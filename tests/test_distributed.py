@@ -299,6 +299,47 @@ def test_contrastive_runs_of_several_processes_print_the_numbers_of_one(six_step
         assert torch.allclose(first[name], second[name], atol=1e-6, rtol=0), name
 
 
+@pytest.fixture
+def two_hosts():
+    """Names and addresses of two network namespaces joined by a cable, as two hosts are."""
+    names, ends = ([f"{kind}{os.getpid() % 100_000}{i}" for i in "ab"] for kind in ("host", "c"))
+    hosts = list(zip(names, ends, ("10.213.7.1", "10.213.7.2")))
+    commands = [f"ip netns add {name}" for name in names]
+    commands += [f"ip link add {ends[0]} type veth peer name {ends[1]}"]
+    for name, end, address in hosts:
+        commands += [f"ip link set {end} netns {name}", f"ip -n {name} link set lo up",
+                     f"ip -n {name} addr add {address}/24 dev {end}",
+                     f"ip -n {name} link set {end} up"]
+    try:
+        for command in commands:
+            try:
+                subprocess.run(command.split(), check=True, capture_output=True, text=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', '') or error}")
+        yield hosts
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_two_hosts_print_the_numbers_of_one(six_steps, two_hosts, tmp_path):
+    _, flags, run_of = six_steps
+    at_work = [subprocess.Popen(
+        ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2",
+         "--node-rank", str(number), "--nproc-per-node", "1", "--master-addr", two_hosts[0][2],
+         "--master-port", "29400", "train_contrastive.py", *map(str, flags), "--output-dir",
+         str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=ROOT, env={**os.environ, "GLOO_SOCKET_IFNAME": end, "OMP_NUM_THREADS": "1"})
+        for number, (name, end, _) in enumerate(two_hosts)]
+    said = [process.communicate(timeout=120)[0] for process in at_work]
+    assert [process.returncode for process in at_work] == [0, 0], "".join(said)
+    assert "processes 2" in said[0] and "weights train" not in said[1]
+    ours, theirs = stored(tmp_path / "run"), stored(run_of(2))
+    assert ours["step"] == 6 and ours["best"] == theirs["best"]
+    for name in theirs["weights"]:
+        assert torch.equal(ours["weights"][name], theirs["weights"][name]), name
+
+
 def test_two_processes_of_which_one_was_killed_go_on_to_the_same_bits(six_steps, tmp_path):
     _, flags, run_of = six_steps
     flags = [*flags, "--save-every", 2, "--output-dir", tmp_path]

@@ -3,6 +3,7 @@ import csv
 import html.parser
 import io
 import json
+import math
 import pathlib
 import re
 import subprocess
@@ -244,13 +245,29 @@ def test_metrics_of_any_name_are_drawn_and_grouped(tmp_path, canvases):
                 *({"step": s, "split": "val", "i2t_r1": 10.0 + s / 50, "t2i_r5": 30.0, "note": "x",
                    "fine": True} for s in (100, 200)))
     figures = report.panels(report.find_runs([run])[0])
-    assert set(figures) == {"loss", "logit scale", "recall (%)"}
+    assert set(figures) == {"loss", "logit scale", "image to text recall (%)",
+                            "text to image recall (%)"}
     assert [s["line"] for s in figures["loss"]] == [True, True]
-    assert [(s["label"], s["line"]) for s in figures["recall (%)"]] == [
-        ("i2t_r1", False), ("t2i_r5", False)]
+    assert [s["line"] for s in figures["text to image recall (%)"]] == [False]
     page = draw(run)
     check_labels(canvases["curves.png"])
     assert "not finished" in page and "step 499" in page
+
+
+def test_a_contrastive_run_shows_its_loss_beside_ln_b_and_recalls_by_direction(tmp_path, canvases):
+    run = lines(tmp_path / "run", *({"step": s, "split": "train", "loss": 5 / s, "infonce": 5 / s,
+                                     "ln_batch": math.log(64)} for s in range(1, 99)),
+                *({"step": s, "split": split, "loss": 3.0, **{f"{way}_r{k}": 5.0 * k + s / 50
+                   for way in ("i2t", "t2i") for k in (1, 5, 10)}}
+                  for s, split in ((50, "val"), (98, "val"), (98, "best on test"))))
+    figures = report.panels(report.find_runs([run])[0])
+    assert set(figures) == {"loss", "image to text recall (%)", "text to image recall (%)"}
+    assert [s["label"] for s in figures["loss"]] == ["loss, train", "loss, val", "ln_batch, train"]
+    assert [s["label"] for s in figures["image to text recall (%)"]] == [
+        "i2t_r1", "i2t_r5", "i2t_r10"]
+    assert len({s["colour"] for s in figures["image to text recall (%)"]}) == 3
+    draw(run)
+    check_labels(canvases["curves.png"])
 
 
 def test_the_page_needs_nothing_from_outside_and_escapes_names(tmp_path):

@@ -21,10 +21,10 @@ from PIL import Image, ImageDraw
 import clip_model
 import train_contrastive
 from clip_model import BERTS, bert_fields, CLIP, CONFIGS, unit
-from data import open_pairs, PairBatches
+from data import batch_losses, open_pairs, PairBatches, row_error
 from device import start
-from train_contrastive import (add_gradient, batch_losses, criterion, decay_groups, freeze,
-                               get_args, Gradients, main, plain_loss, rate, row_error, Sides)
+from train_contrastive import (add_gradient, criterion, decay_groups, freeze, get_args, Gradients,
+                               main, plain_loss, rate, Sides)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230),
@@ -1113,24 +1113,25 @@ def test_equal_captions_do_not_count_against_each_other(pairs):
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
-    """96 steps on 512 drawn scenes; 64 of different kinds are held out."""
+    """256 steps on 512 drawn scenes of 96 kinds; 64 of different kinds are held out."""
     folder = tmp_path_factory.mktemp("learned")
     scenes(folder / "pairs", 512, 64)
     flags = ["--data", folder / "pairs", "--image-tower", "tiny-vit:none", "--text-tower",
-             "tiny:none", "--embed-dim", 64, "--batch-size", 64, "--lr", "1e-3", "--warmup", 0.2,
-             "--wd", 0.05, "--crop", 0.9, "--workers", 0, "--device", "cpu", "--log-every", 1,
-             "--epochs", 12, "--eval-every", 12]
+             "tiny:none", "--embed-dim", 64, "--batch-size", 64, "--lr", "2e-3", "--warmup", 0.1,
+             "--wd", 0.05, "--crop", 0, "--workers", 0, "--device", "cpu", "--log-every", 1,
+             "--epochs", 32, "--eval-every", 32]
     result = run_main(*flags, "--micro-batch", 0, "--output-dir", folder / "whole")
     return folder, flags, result
 
 
 @pytest.mark.slow
-def test_drawn_scenes_are_learned_far_above_chance(learned):
+def test_drawn_scenes_are_learned(learned):
+    """A batch holds images of one kind with either of its two sentences: the loss ends above 0."""
     folder, _, result = learned
     losses = [row["loss"] for row in metrics(folder / "whole")]
-    assert losses[0] > 0.95 * math.log(64) and sum(losses[-8:]) / 8 < 0.65 * math.log(64)
+    assert losses[0] > 0.95 * math.log(64) and sum(losses[-8:]) / 8 < 0.12 * math.log(64)
     assert result["images"] == 64  # chance is 1 in 64
-    assert result["t2i_r1"] > 8 * 100 / 64 and result["i2t_r1"] > 8 * 100 / 64
+    assert result["t2i_r1"] > 90 and result["i2t_r1"] > 90  # 98 both
 
 
 @pytest.mark.slow
