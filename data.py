@@ -290,7 +290,8 @@ def normalise(images, mean=CLIP_MEAN, std=CLIP_STD):
 # RandAugment's 14 operations (Cubuk et al. 2020) in the order of torchvision and of DataCompDR,
 # whose files name them by number; their strengths are those of torchvision's magnitude 9 of 31.
 DISTORTIONS = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness",
-               "Color", "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize")
+               "Color", "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast",
+               "Equalize")
 STRENGTHS = {"ShearX": 0.3, "ShearY": 0.3, "TranslateX": 150 / 331 * 224, "Rotate": 30.0,
              "TranslateY": 150 / 331 * 224, "Brightness": 0.9, "Color": 0.9, "Contrast": 0.9,
              "Sharpness": 0.9}
@@ -298,7 +299,7 @@ DRAWN_AT = 224  # translations are pixels of an image of this size
 
 
 def distort(image, number, strength):
-    """One of DISTORTIONS on an RGB image, the pixels that torchvision's RandAugment gives on PIL."""
+    """One of DISTORTIONS on an RGB image: the pixels of torchvision's RandAugment on PIL."""
     what, size = DISTORTIONS[number], image.size
     matrix = {"ShearX": (1, strength, 0, 0, 1, 0), "ShearY": (1, 0, 0, strength, 1, 0),
               "TranslateX": (1, 0, -int(strength), 0, 1, 0),
@@ -341,7 +342,8 @@ class Views:
         generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch, index))
         left, top, right, bottom = crop_box(width, height, generator, self.scale)
         chosen = []
-        for number in torch.randint(len(DISTORTIONS), (self.augment,), generator=generator).tolist():
+        for number in torch.randint(len(DISTORTIONS), (self.augment,),
+                                    generator=generator).tolist():
             strength = 9 / 30 * STRENGTHS.get(DISTORTIONS[number], 0.0)
             if strength and torch.rand(1, generator=generator).item() < 0.5:
                 strength = -strength
@@ -1167,7 +1169,8 @@ def open_dataset(name_or_path, split, data_dir="data", classes=None, half="all",
 def open_zero_shot(name_or_path, data_dir="data"):
     """A labelled test set for zero-shot classification -> ImageSet, with `templates`: what
     open_dataset takes (ImageNet and its shifts by name: only the classes that a shift has; all
-    images of a folder without splits), or a folder of CLIP_benchmark: test/nshards.txt, test/0.tar ... with `cls` beside each image,
+    images of a folder without splits), or a folder of CLIP_benchmark: test/nshards.txt, test/0.tar
+    ... with `cls` beside each image,
     classnames.txt and zeroshot_classification_templates.txt."""
     home = pathlib.Path(os.path.expanduser(os.fspath(name_or_path)))
     if not (home / "classnames.txt").is_file() or not (home / "test").is_dir():
@@ -2117,7 +2120,8 @@ class StoredTeacher:
         try:
             arrays = {name: np.load(folder / f"{name}.npy", "r", allow_pickle=False)
                       for name in STORED}
-            bad = [name for name in STORED if file_crc(folder / f"{name}.npy") != facts["crc"][name]]
+            bad = [name for name in STORED
+                   if file_crc(folder / f"{name}.npy") != facts["crc"][name]]
             if bad:
                 raise ValueError(f"the checksum of {bad[0]}.npy is wrong")
             return cls(folder, facts, arrays)
@@ -2219,7 +2223,7 @@ class ShardTeacher:
                 raise ValueError(f"embeddings of {row.shape}, expected {sum(self.dims)}")
         except Exception as error:  # of zipfile, zlib, pickle, numpy
             raise DataError(f"{self.keys[image]}: its stored embeddings cannot be used "
-                            f"({one_line(error)}); --teacher-dims says where they are cut") from None
+                            f"({one_line(error)}); --teacher-dims says where to cut") from None
         return [x for x in numbers if x], None, row, text
 
 
@@ -2242,14 +2246,16 @@ class StoredPairs(Dataset):
 
     def view(self, epoch, image):
         """Number of the view that an image shows in an epoch."""
-        return (epoch if self.in_turn else sample_seed(self.seed, epoch, image)) % self.teacher.views
+        number = epoch if self.in_turn else sample_seed(self.seed, epoch, image)
+        return number % self.teacher.views
 
     def __getitem__(self, key):
         epoch, c = key
         i = self.owner[c]
         if self.reading is not None:
             self.reading[0] = i
-        numbers, size, row, text = self.teacher.sample(i, self.view(epoch, i), c, int(self.place[c]))
+        numbers, size, row, text = self.teacher.sample(i, self.view(epoch, i), c,
+                                                       int(self.place[c]))
         try:
             image = self.pairs.picture(i)
             if numbers and size and size != image.size:  # a cache of another side, say

@@ -253,7 +253,7 @@ def _processes():
             "`torchrun --nproc-per-node 2 SCRIPT.py ...`")
     if not os.environ["MASTER_PORT"].strip("0"):  # each process would take a port of its own
         raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']}: expected the number of a free "
-                        "port, the same for all processes")
+                        "port, the same for all processes; `torchrun --standalone` finds one")
     rank, local_rank, world_size = map(int, numbers)
     return rank, local_rank, world_size
 

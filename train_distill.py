@@ -17,13 +17,11 @@ once and keeps their numbers and the teacher's embeddings (Faghri et al. 2023); 
 trains from them: the same losses, no teacher in the loop. DataCompDR's shards are read too.
 
     python train_distill.py                                   bundled teacher and demo, on a CPU
-    python train_distill.py --data flickr8k --data-dir DIR --teacher clip.safetensors \
-        --model mobilevit_xs                                  a live teacher
-    python train_distill.py --data flickr8k --data-dir DIR --teacher clip.safetensors \
-        --write-reinforced stored --views 10                  once, for all students
-    python train_distill.py --data flickr8k --data-dir DIR --reinforced stored --model mobilevit_xs
-    torchrun --standalone --nproc-per-node 8 train_distill.py --data shards/{000..127}.tar \
-        --teacher ViT-B/16 --model mobilenet_v3_small:IMAGENET1K_V1
+    python train_distill.py --teacher clip.pt --data flickr8k --data-dir DIR       a live teacher
+    python train_distill.py --teacher clip.pt --data flickr8k --write-reinforced stored --views 10
+    python train_distill.py --reinforced stored --data flickr8k --model mobilevit_xs
+    torchrun --standalone --nproc-per-node 8 train_distill.py --teacher ViT-B/16 \
+        --data shards/{000..127}.tar --model mobilenet_v3_small:IMAGENET1K_V1
 
 `--batch-size` is always the batch that is compared, over all processes: in pieces (`--micro-batch`)
 the loss and its gradient are computed tile by tile and handed back to each piece (GradCache, Gao et
@@ -48,6 +46,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -84,9 +83,8 @@ ALIASES = {
     "--max-grad-norm": "--grad-clip", "--zeroshot": "--zero-shot", "--smoke": "--dry-run",
     "--accum-freq": "--accum-steps", "--gradient-accumulation-steps": "--accum-steps",
     "--distill-logit-scale": "--teacher-scale", "--distill-teacher-dimension": "--teacher-dims",
-    "--train-data-upsampling-factors": "--upsample", "--report-to": "--export",
+    "--train-data-upsampling-factors": "--upsample",
 }
-del ALIASES["--report-to"]
 
 
 def get_args(argv=None):
@@ -162,15 +160,15 @@ def add_model_flags(group):
 def add_teacher_flags(group):
     group.add_argument("--teacher", nargs="+", default=[], help="one CLIP or several: names, files "
                        "or folders (default: the bundled one for the demo; a stored teacher's own)")
-    group.add_argument("--teacher-scale", nargs="+", type=float, default=[], help="1/temperature of "
+    group.add_argument("--teacher-scale", nargs="+", type=float, default=[], help="scale of "
                        "each (default: the scale it learned)")
     group.add_argument("--teacher-activation", choices=("quick_gelu", "gelu"), help="where its "
                        "file does not tell: gelu for LAION's")
     group.add_argument("--teacher-tokenizer", help="folder of the vocabulary, for a teacher whose "
                        "own folder has none")
     group.add_argument("--eval-teacher", action="store_true", help="score the teachers first")
-    group.add_argument("--write-reinforced", metavar="DIR", help="store the teachers' embeddings of "
-                       "--views views of the training images, and stop")
+    group.add_argument("--write-reinforced", metavar="DIR", help="store the teachers' embeddings "
+                       "of --views views of the training images, and stop")
     group.add_argument("--views", type=int, default=10, help="stored views of an image (default: "
                        "10)")
     group.add_argument("--store-precision", choices=("fp32", "fp16"), default="fp32",
@@ -179,9 +177,9 @@ def add_teacher_flags(group):
                        "of --write-reinforced, or DataCompDR's shards, {0000..0012}.tar")
     group.add_argument("--teacher-dims", nargs="+", type=int, default=[], help="where the "
                        "embeddings in shards are cut (DataCompDR: 768 768)")
-    group.add_argument("--views-in-turn", action="store_true", help="view number = epoch, not drawn")
-    group.add_argument("--live", action="store_true", help="ask the teachers although their answers "
-                       "are stored, to compare")
+    group.add_argument("--views-in-turn", action="store_true", help="view = epoch, not drawn")
+    group.add_argument("--live", action="store_true", help="ask the teachers although their "
+                       "answers are stored, to compare")
     group.add_argument("--text-teacher", metavar="FOLDER", help="a BERT whose similarities of "
                        "captions soften the task's targets; with a trained text tower they teach "
                        "it their relations instead")
@@ -550,8 +548,8 @@ class Adapters(nn.Module):
 # Losses on maps inside the image towers: of each image by itself, so exact in pieces
 
 class Inside(nn.Module):
-    """The student's map of features against the teacher's, on the coarser of their two grids (h, w),
-    P = hw places; both are averaged down to it. Means over the images of
+    """The student's map of features against the teacher's, on the coarser of their two grids
+    (h, w), P = hw places; both are averaged down to it. Means over the images of
 
         relation   mean of (G - G')^2, G the P x P cosines between places     no adapter is needed
         hint       1 - cos(adapter(map), LayerNorm(teacher's map)), mean of P  FitNets, Romero 2015
@@ -569,10 +567,11 @@ class Inside(nn.Module):
         for side, model in (("teacher", teacher), ("student", student)):
             if not getattr(model.visual, "tap_channels", None):
                 raise UserError(f"--relation, --hint and --attention need maps inside the "
-                                f"{side}'s image tower, and {type(model.visual).__name__} gives none")
+                                f"{side}'s image tower: {type(model.visual).__name__} has none")
             was, size = model.training, model.config.image_size
             with torch.no_grad():
-                maps = model.eval().visual.taps(torch.zeros(1, 3, size, size)).maps
+                maps = model.eval().visual.taps(torch.zeros(
+                    1, 3, size, size, device=model.logit_scale.device)).maps
             model.train(was)
             shapes[side] = sorted(((x.shape[-1], tap, x.shape) for tap, x in maps.items()))
         self.teacher_tap = shapes["teacher"][0][1]
@@ -743,13 +742,14 @@ def add_gradient(run, model, losses, teachers, batch, counts, weights, mix, args
     images = [(batch.images[0], rows) for rows in parts]
     image, last_image = encoder.all("image", images)                             # (n, D)
     if text_moves:
-        texts, places = text_pieces(batch.tokens, micro, model.pad_id if model.config.text else None)
+        texts, places = text_pieces(batch.tokens, micro,
+                                    model.pad_id if model.config.text else None)
         text, last_text = encoder.all("text", texts)
         text = text[run.move(places)]
     else:
         text = run.move(batch.text)
 
-    # ---- the losses on embeddings, in fp32 over all processes -------------------------------------
+    # ---- the losses on embeddings, in fp32 over all processes ------------------------------------
     with torch.no_grad():
         gather = (lambda x: x) if alone else (lambda x: run.gather(x, counts))
         sides = Sides(image, gather(text), sum(counts[:run.rank]), None if alone else run)
@@ -786,7 +786,7 @@ def add_gradient(run, model, losses, teachers, batch, counts, weights, mix, args
         (total * send).backward()
         terms |= more
         add_to(adapters.icl_scale, d_icl * send)
-    # -----------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     add_to(model.logit_scale, found.scale * scale * send)
     gradients = [g * send if leaf is None or leaf.grad is None else g * send + leaf.grad
@@ -1265,7 +1265,8 @@ def open_student(args, teachers, stored):
                     text_tower=source if args.text_tower == "teacher" else args.text_tower)
         model = load(None, tower, image_size=args.image_size, **more)
         largest = max([t.model.config.image_size for t in teachers if t.model] or [10_000])
-        if not args.image_size and model.config.image_size > largest and not model.config.vision_patch:
+        if not (args.image_size or model.config.vision_patch) and (
+                model.config.image_size > largest):
             torch.manual_seed(args.seed)
             model = load(None, tower, image_size=largest, **more)
         pretrained = known and not tower.endswith(":none")
@@ -1273,8 +1274,8 @@ def open_student(args, teachers, stored):
     frozen = args.text_tower == "teacher" and not args.train_text
     if frozen and model.config.embed_dim != teach.dim:
         raise UserError(f"the student's embeddings have {model.config.embed_dim} numbers and those "
-                        f"of the teacher's frozen text tower {teach.dim}; leave --embed-dim out, or "
-                        f"add --train-text")
+                        f"of the teacher's frozen text tower {teach.dim}; leave --embed-dim out, "
+                        f"or add --train-text")
     if args.inherit:
         if teach.model is None:
             raise UserError("--inherit needs the teacher itself, not its stored answers")
@@ -1440,7 +1441,8 @@ def write_reinforced(run, pairs, teachers, folder, args):
     pairs.refuse_losses(facts["lost"], "they do not decode")
     run.on_first(lambda: StoredTeacher.complete(target, facts))
     run.say(f"wrote {target}: {args.views} views of {len(pairs.paths):,} images, "
-            f"{len(pairs.captions):,} captions, {sum(a.nbytes for a in arrays.values()) >> 20:,} MB")
+            f"{len(pairs.captions):,} captions, "
+            f"{sum(a.nbytes for a in arrays.values()) >> 20:,} MB")
     return {"method": "distill", "wrote": str(target), "views": args.views,
             "seconds": time.perf_counter() - began, "images": len(pairs.paths)}
 
@@ -1452,7 +1454,7 @@ def refuse_other_text(run, model, tokenizer, pairs, stored, args):
     near = float(F.cosine_similarity(ours, torch.as_tensor(
         stored.sample(pairs.owner[0], 0, 0, 0)[3][:len(ours)]), dim=0))
     if near < 0.99:
-        raise UserError(f"the stored embedding of {pairs.captions[0]!r} and that of {args.teacher[0]} "
+        raise UserError(f"the stored embedding of {pairs.captions[0]!r} and {args.teacher[0]}'s "
                         f"have a cosine of {near:.2f}: the shards are of another teacher")
 
 
@@ -1554,10 +1556,8 @@ class Half(nn.Module):
 
 def write_onnx(model, folder):
     """student_image.onnx and student_text.onnx, for any number of rows. UserError without onnx."""
-    try:
-        import onnx  # noqa: F401
-    except ImportError:
-        raise UserError("--export onnx needs the package onnx (pip install onnx)") from None
+    if not importlib.util.find_spec("onnx"):
+        raise UserError("--export onnx needs the package onnx (pip install onnx)")
     model, size, wrote = model.fuse_attention(False), model.config.image_size, []
     inputs = {"image": torch.zeros(2, 3, size, size),
               "text": torch.ones(2, model.config.context_length, dtype=torch.long)}

@@ -20,6 +20,7 @@ from torch.utils import backend_registration
 
 import train_clipfit
 import train_contrastive
+import train_distill
 from device import examine
 from test_train_contrastive import scenes, tiny_flags
 
@@ -49,6 +50,28 @@ PAIRS = {
     "pairs simple-clip": ["--preset", "simple-clip", "--max-steps", "2", "--epochs", "1"],
 }
 BOTH = ("pairs", "pairs siglip")  # the rest, for time, on one of the devices alone
+DISTILL = HERE.parent / "train_distill.py"
+# 64 demo images, the bundled teacher: four steps of 16 pairs.
+TAUGHT = {
+    "taught": ["--ema", "0.9", "--ema-teacher", "0.3", "--mixup", "0.4", "--relation", "1", "--hint",
+               "1", "--attention", "1"],
+    "taught stored": ["--reinforced", "stored", "--cutmix", "1", "--train-text"],
+    "taught fp16": ["--precision", "fp16"],
+}
+
+
+def taught_flags(folder, name, device):
+    more = [str(folder / "stored") if word == "stored" else word for word in TAUGHT[name]]
+    return ["--data", "demo", "--max-samples", "64", "--model", "tiny-vit", "--batch-size", "16",
+            "--epochs", "1", "--workers", "0", "--cache", "none", "--log-every", "1", "--device",
+            device, "--output-dir", str(folder / name), *more]
+
+
+def store(folder):
+    """A stored teacher for both, made on the CPU."""
+    train_distill.main(train_distill.get_args([
+        "--data", "demo", "--max-samples", "64", "--write-reinforced", str(folder / "stored"),
+        "--views", "2", "--workers", "0", "--cache", "none", "--device", "cpu"]))
 # What a program written for cuda does: what the script says -> what it says instead -> the error.
 FAULTS = {
     "cuda": ("model = run.move(model)", "model = run.move(model).cuda()",
@@ -259,6 +282,29 @@ def test_a_contrastive_checkpoint_is_evaluated_there_and_on_the_cpu(device, tmp_
     assert here["loss"] == pytest.approx(trained["loss"], rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def taught_on_cpu(tmp_path_factory):
+    """Folders of the distillation runs on the CPU."""
+    parent = tmp_path_factory.mktemp("cpu_taught")
+    store(parent)
+    for name in ("taught", "taught stored"):
+        train_distill.main(train_distill.get_args(taught_flags(parent, name, "cpu")))
+    return parent
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_the_distillation_script_gives_the_numbers_of_the_cpu(device, taught_on_cpu, name):
+    kind, folder, happened = device
+    if kind != "npu" and name != "taught":
+        pytest.skip("run on the npu")
+    assert happened[name]["error"] == ""
+    assert results(folder / name)["device"].split(":")[0] == kind
+    if name != "taught fp16":
+        found = contrastive_losses(folder / name)
+        assert len(found) >= 8
+        assert found == pytest.approx(contrastive_losses(taught_on_cpu / name), rel=1e-4, abs=1e-4)
+
+
 # -----------------------------------------------------------------------------
 # In the process with the device
 
@@ -363,6 +409,9 @@ def drive(kind, folder):
             folder / "scenes", *flags, "--device", kind, "--output-dir", folder / name)))
     happened["pairs evaluated"] = attempt(lambda: run_script(CONTRASTIVE, *tiny_flags(
         folder / "scenes", "--eval-only", "--device", kind, "--output-dir", folder / "pairs")))
+    store(folder)
+    for name in TAUGHT if kind == "npu" else ["taught"]:
+        happened[name] = attempt(lambda: run_script(DISTILL, *taught_flags(folder, name, kind)))
     source = SCRIPT.read_text("utf-8")
     for name, (right, wrong, _) in FAULTS.items():
         assert source.count(right) == 1, name
