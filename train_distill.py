@@ -650,9 +650,9 @@ class Encoder:
     """Unit features of pieces of a batch, twice with the same random numbers. What the losses
     inside the tower say of a piece comes with it, and their values are kept in `values`."""
 
-    def __init__(self, run, model, seed, mix=Mix(), inside=None, seen=()):
+    def __init__(self, run, model, seed, mix=Mix(), inside=None, seen=(), weights=None):
         self.run, self.model, self.seed, self.mix = run, model, seed, mix
-        self.inside, self.seen, self.values = inside, seen, {}
+        self.inside, self.seen, self.weights, self.values = inside, seen, weights, {}
 
     def image(self, piece):
         images, rows = piece
@@ -664,9 +664,9 @@ class Encoder:
         if torch.is_grad_enabled():  # once for each piece
             terms = self.inside(taps.maps[self.inside.student_tap], *(s[rows] for s in self.seen))
             for name, value in terms.items():
-                more = more + self.inside.weights[name] * value
+                more = more + self.weights[name] * value
                 self.values[name] = self.values.get(name, 0.0) + (
-                    self.inside.weights[name] * value.detach())
+                    self.weights[name] * value.detach())
         return unit(taps.embedding), more
 
     def text(self, piece):
@@ -729,6 +729,8 @@ def add_gradient(run, model, losses, teachers, batch, counts, weights, mix, args
     average: the averaged student, where it teaches too.
     """
     adapters, inside = losses
+    if not weights["relation"] + weights["hint"] + weights["attention"]:
+        inside = None  # they have faded
     n, N, alone = len(batch.images[0]), sum(counts), run.world_size == 1
     micro = args.micro_batch or max(1, n)
     parts = [slice(i, min(i + micro, n)) for i in range(0, n, micro)]
@@ -738,7 +740,8 @@ def add_gradient(run, model, losses, teachers, batch, counts, weights, mix, args
     looks = [teacher.look(run, batch.images[teacher.size], parts, mix, inside if i == 0 else None)
              if ask else (answers if answers is None else run.move(answers), ())
              for i, (teacher, answers, ask) in enumerate(zip(teachers, batch.answers, asked))]
-    encoder = Encoder(run, model, seed * run.world_size + run.rank, mix, inside, looks[0][1])
+    encoder = Encoder(run, model, seed * run.world_size + run.rank, mix, inside, looks[0][1],
+                      weights)
     images = [(batch.images[0], rows) for rows in parts]
     image, last_image = encoder.all("image", images)                             # (n, D)
     if text_moves:

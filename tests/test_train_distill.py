@@ -451,6 +451,12 @@ def test_losses_inside_the_towers_are_exact_in_pieces():
     for name in ("relation", "hint", "attention", "loss"):
         assert float(one[name]) == pytest.approx(float(two[name]), rel=1e-4)
     assert whole["inside.hint.weight"].abs().max() > 0
+    faded = {**weights, "relation": 0.5, "hint": 0.25, "attention": 0.15}
+    three, half = Scene.step(scene, options(), weights=faded, inside=inside)
+    assert half["inside.hint.weight"].allclose(0.5 * whole["inside.hint.weight"], atol=1e-7)
+    assert float(three["relation"]) == pytest.approx(float(one["relation"]), rel=1e-5)
+    assert "relation" not in Scene.step(scene, options(), weights={**WEIGHTS, "icl": 0.0},
+                                        inside=inside)[0]
 
 
 def test_batchnorm_counts_each_sample_once():
