@@ -25,11 +25,13 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 from device import start  # noqa: E402, I001  (before torch, which reads what it sets)
 import official  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 import clip_model  # noqa: E402
 import train_clipfit  # noqa: E402
 import train_contrastive  # noqa: E402
-from data import class_prompts, normalise, TEMPLATES  # noqa: E402
+import train_distill  # noqa: E402
+from data import class_prompts, normalise, TEMPLATES, Views  # noqa: E402
 from tokenizer import BPETokenizer  # noqa: E402
 
 DTD = """banded blotchy braided bubbly bumpy chequered cobwebbed cracked crosshatched crystalline
@@ -351,6 +353,72 @@ def memory(rounds):
 
 
 # -----------------------------------------------------------------------------
+# Distillation
+
+class Taught:
+    """A step of a MobileNetV3-S student of a ViT-B/32 teacher, both with random weights: views made,
+    forward, losses, backward. Frozen text, as both scripts have it computed: ours once."""
+
+    def __init__(self, batch, size=224):
+        torch.manual_seed(0)
+        self.teacher = clip_model.CLIP(clip_model.CONFIGS["ViT-B/32"]).eval().requires_grad_(False)
+        self.model = clip_model.load(None, "mobilenet_v3_small:none", "ViT-B/32:none",
+                                     image_size=size).train()
+        for name, p in self.model.named_parameters():
+            p.requires_grad_(name.startswith(("visual.", "logit_scale")))
+        self.photos = [Image.fromarray(x) for x in torch.randint(
+            255, (batch, 256, 256, 3), dtype=torch.uint8).numpy()]
+        self.look, self.epoch = Views([size], scale=(0.4, 1.0)), 0
+        self.tokens = BPETokenizer()(captions(batch * 5)[::5])
+        with torch.no_grad():
+            self.texts = self.model.encode_text(self.tokens, normalize=True)
+            self.images = self.teacher.encode_image(normalise(self.views()), normalize=True)
+        self.adapters = train_distill.Adapters(512, [512], False)
+
+    def views(self):
+        self.epoch += 1
+        return torch.stack([self.look(photo, self.epoch, i) for i, photo in enumerate(self.photos)])
+
+    def ours(self, run, stored, task=0.25, crd=1.0, fd=8.0):
+        weights = {**dict.fromkeys((*train_distill.TERMS, "ema", "text_relation"), 0.0),
+                   "task": task, "crd": crd, "fd": fd}
+        args = types.SimpleNamespace(micro_batch=0, tile=1024)
+        teacher = train_distill.Teacher("", 100.0, 512, self.teacher)
+        batch = train_distill.Batch((self.views(),), None, self.texts,
+                                    [self.images if stored else None], [self.texts], None)
+        train_distill.add_gradient(run, self.model, (self.adapters, None), [teacher], batch,
+                                   [len(self.tokens)], weights, train_distill.Mix(), args,
+                                   run.scaler(), 0)
+
+    def open_clip(self):
+        from open_clip.loss import DistillClipLoss
+        images, scale = normalise(self.views()), torch.tensor(100.0)
+        with torch.no_grad():
+            text = self.model.encode_text(self.tokens, normalize=True)
+            told = (self.teacher.encode_image(images, normalize=True),
+                    self.teacher.encode_text(self.tokens, normalize=True))
+        sum(DistillClipLoss()(self.model.encode_image(images, normalize=True), text,
+                              self.model.logit_scale.exp(), *told, scale)).backward()
+
+
+def distill(rounds, batch=32):
+    """A distillation step, live and stored, against plain InfoNCE and open_clip's distillation."""
+    step, run = Taught(batch), start("cpu", "fp32")
+    calls = {"open_clip's distillation (DistillClipLoss, live)": step.open_clip,
+             "ours, live": lambda: step.ours(run, False),
+             "ours, stored": lambda: step.ours(run, True),
+             "ours, stored, task alone (InfoNCE)": lambda: step.ours(run, True, 1.0, 0.0, 0.0)}
+    seconds = alternate(calls, rounds, lambda: step.model.zero_grad(set_to_none=True))
+    table(f"distillation step, MobileNetV3-S of ViT-B/32, batch {batch}, fp32", "seconds",
+          "open_clip's / this", "live / this", "this / InfoNCE")
+    for name, took in seconds.items():
+        print(f"| {name} | {statistics.median(took):.2f} | "
+              f"{ratio(seconds[next(iter(calls))], took):.2f} | "
+              f"{ratio(seconds['ours, live'], took):.2f} | "
+              f"{ratio(took, list(seconds.values())[-1]):.2f} |", flush=True)
+
+
+# -----------------------------------------------------------------------------
 # Inference and input
 
 def captions(count):
@@ -436,7 +504,7 @@ def startup(rounds):
 
 TABLES = {"clipfit": clipfit, "imagenet": imagenet, "features": features, "tokenizer": tokenizer,
           "transform": transform, "startup": startup, "loss": loss, "training": training,
-          "memory": memory}
+          "distill": distill, "memory": memory}
 
 
 def main():
