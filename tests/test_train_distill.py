@@ -1,7 +1,6 @@
 """The distillation script: losses, the exact step, stored teachers, shards, zero-shot, faults."""
 import contextlib
 import copy
-import csv
 import dataclasses
 import gzip
 import io
@@ -20,11 +19,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import clip_model
 import train_distill
 from clip_model import CLIP, CONFIGS, load, save, unit
 from data import (distort, DISTORTIONS, expand, make_pair_loader, open_pairs, open_zero_shot,
-                  prompts_per_class, read_tars, sample_seed, ShardTeacher, source_weights,
+                  prompts_per_class, read_tars, ShardTeacher, source_weights, StoredPairs,
                   StoredTeacher, STRENGTHS, Views)
 from device import SafeStop, start, UserError
 from test_train_contrastive import batch_of, model_of, scenes
@@ -853,6 +851,23 @@ def test_stored_answers_train_as_the_live_teacher_does_on_the_same_views(school,
         for name, value in one.items():
             assert value == (two[name] if isinstance(value, str) else pytest.approx(
                 two[name], rel=1e-5)), name
+
+
+def test_an_epoch_shows_each_image_in_one_of_its_views_and_all_views_come(school, stored):
+    held = StoredTeacher.open(stored)
+    pairs = held.adopt(open_pairs(school / "pairs", "train"))
+    drawn, turn = (StoredPairs(pairs, held, Views([32], augment=2), 1, in_turn)
+                   for in_turn in (False, True))
+    assert [turn.view(epoch, 5) for epoch in range(5)] == [0, 1, 2, 0, 1]
+    views = torch.tensor([[drawn.view(epoch, i) for i in range(24)] for epoch in range(60)])
+    assert torch.bincount(views.flatten(), minlength=3).min() > 1440 / 3 * 0.85
+    assert (views.double().std(dim=0, correction=0) > 0).all() and (views.double().std(dim=1) > 0).all()
+    for epoch in range(3):  # pixels and embedding are of one view
+        c = pairs.owner.index(4)
+        image, row, text, *_ = drawn[(epoch, c)]
+        numbers, _, answer, _ = held.sample(4, drawn.view(epoch, 4), c, 0)
+        assert row.numpy() == pytest.approx(answer)
+        assert image.equal(drawn.transform.show(pairs.picture(4), numbers))
 
 
 def test_another_teachers_or_datas_answers_are_refused_and_so_is_damage(school, stored, tmp_path):
