@@ -179,7 +179,7 @@ def take(x, rows):
     """One row per sample: (B, L, W) -> (B, W). rows: one place for all, or LongTensor (B,)."""
     if isinstance(rows, int):
         return x[:, rows]
-    return x[torch.arange(len(x), device=x.device), rows]
+    return x[torch.arange(x.shape[0], device=x.device), rows]
 
 
 def attend(q, k, v, seen=None, causal=False, fused=True, dropout=0.0):
@@ -308,7 +308,7 @@ class VisionTransformer(nn.Module):
     def tokens(self, images):
         """What the first block gets: (B, 3, GP, GP) -> (B, 1 + G*G, W), the class token first."""
         x = self.conv1(images).flatten(2).transpose(1, 2)              # (B, G*G, W)
-        first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+        first = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
         return self.ln_pre(torch.cat([first, x], dim=1) + self.positional_embedding)
 
     def taps(self, images, at=None, attention=()):
@@ -766,9 +766,9 @@ class MobileViTBlock(nn.Module):
         if odd:
             x = F.interpolate(x, (2 * h, 2 * w), mode="bilinear", align_corners=False)
         x = x.unflatten(3, (w, 2)).unflatten(2, (h, 2))                # (B, W, h, 2, w, 2)
-        x = x.permute(0, 3, 5, 2, 4, 1).reshape(len(x) * 4, h * w, -1)  # (4B, h*w, W)
-        x = self.global_rep(x).view(len(images), 2, 2, h, w, -1)
-        x = x.permute(0, 5, 3, 1, 4, 2).reshape(len(images), -1, 2 * h, 2 * w)
+        x = x.permute(0, 3, 5, 2, 4, 1).reshape(x.shape[0] * 4, h * w, -1)  # (4B, h*w, W)
+        x = self.global_rep(x).view(images.shape[0], 2, 2, h, w, -1)
+        x = x.permute(0, 5, 3, 1, 4, 2).reshape(images.shape[0], -1, 2 * h, 2 * w)
         if odd:
             x = F.interpolate(x, size, mode="bilinear", align_corners=False)
         return self.fusion(torch.cat([images, self.conv_proj(x)], dim=1))

@@ -1321,3 +1321,25 @@ def test_two_processes_compute_what_one_does_and_skip_a_bad_step_together(school
     for a, b in zip(logged(tmp_path / "one"), logged(tmp_path / "two")):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     assert results["mean_recall"] == pytest.approx(float(recall), abs=5)
+
+
+def test_onnx_files_take_any_number_of_rows_and_give_the_students_numbers(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    from onnx.reference import ReferenceEvaluator
+    student = load(None, "mobilevit_xxs:none", "tiny-vit:none", embed_dim=32, image_size=32).eval()
+    tokens = torch.zeros(5, 77, dtype=torch.long)
+    tokens[:, 0], tokens[torch.arange(5), torch.arange(2, 7)] = 49406, 49407
+    inputs = {"image": torch.randn(5, 3, 32, 32), "text": tokens}
+    for path in train_distill.write_onnx(student, tmp_path):
+        kind = path.stem.partition("_")[2]
+        onnx.checker.check_model(onnx.load(path))
+        found = ReferenceEvaluator(str(path)).run(None, {kind: inputs[kind].numpy()})[0]
+        own = getattr(student, f"encode_{kind}")(inputs[kind], normalize=True)
+        assert (torch.tensor(found) - own).abs().max() < 1e-5
+
+
+def test_onnx_without_its_packages_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_distill.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs the package onnx"):
+        train_distill.write_onnx(None, tmp_path)
