@@ -1214,7 +1214,7 @@ def prepare(run, model, sets, folder, args):
 def summary(run, results, args):
     """The table that the first project prints, one line a run."""
     row = {"name": args.model, "eval loss": results.get("run_clip_loss", results.get("loss")),
-           "floor": results.get("run_clip_floor", 0.0), "FPS": results["samples_per_second"],
+           "floor": results.get("run_clip_floor", 0.0), "FPS": results["samples_per_second"] or "-",
            "precision": run.precision, "epochs": args.epochs, "batch": args.batch_size,
            "processes": run.world_size}
     cells = [f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()]
