@@ -56,7 +56,7 @@ from clip_model import (bucket, canonical_name, CLIP, CONFIGS, HEADS, load, proj
 from data import (batch_losses, class_prompts, classification_scores, FeatureLoader, make_loader,
                   make_pair_loader, normalise, open_dataset, open_pairs, Preprocess, recall_at_k,
                   row_error)
-from tokenizer import BPETokenizer, open_tokenizer, WordPieceTokenizer
+from tokenizer import BPETokenizer, open_tokenizer
 
 # What a preset sets where the command line does not. clip-roberta and simple-clip are two public
 # projects' recipes: Hugging Face's run_clip.py on COCO, and ResNet50 + DistilBERT on Flickr.
@@ -1110,9 +1110,8 @@ def open_texts(args, model):
         raise UserError(f"the text tower {folder} needs its vocabulary; name its folder with "
                         f"--tokenizer")
     tokenizer = open_tokenizer(folder)
-    kind = {BPETokenizer: "bpe", WordPieceTokenizer: "wordpiece"}.get(type(tokenizer), "bytebpe")
-    if kind != model.text_kind:
-        raise UserError(f"the tokenizer in {folder} is a {kind} and the text tower needs a "
+    if tokenizer.text_kind != model.text_kind:
+        raise UserError(f"the tokenizer in {folder} is a {tokenizer.text_kind} and the text tower needs a "
                         f"{model.text_kind}; name the folder of its own with --tokenizer")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"the tokenizer in {folder} has {tokenizer.vocab_size:,} tokens and the "
