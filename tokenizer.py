@@ -237,6 +237,11 @@ def merge_pairs(symbols, ranks):
 
 # ------------------------------------------------------------------------------------------ CLIP
 
+def in_order(text):
+    """`text` with its long runs of accents as Unicode's normal form orders them."""
+    return ACCENT_RUN.sub(lambda run: "".join(sorted(run[0], key=unicodedata.combining)), text)
+
+
 def is_plain(text):
     """Printable ASCII without "&": nothing to repair or unescape, which is most of the time."""
     return text.isascii() and "&" not in text and text.replace("\n", " ").isprintable()
@@ -245,7 +250,7 @@ def is_plain(text):
 def clean(text):
     """What OpenAI's tokenizer sees of `text`: repaired, unescaped, single spaces, lower case."""
     if not is_plain(text):
-        text = ACCENT_RUN.sub(lambda run: "".join(sorted(run[0], key=unicodedata.combining)), text)
+        text = in_order(text)
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return regex.sub(r"\s+", " ", text.strip()).strip().lower()
 
@@ -515,7 +520,7 @@ class ChineseTokenizer(WordPieceTokenizer):
     def _encode_chunk(self, chunk):
         chunk = "".join(c for c in chunk
                         if c != "\ufffd" and unicodedata.category(c) not in ("Cc", "Cf")).lower()
-        chunk = ACCENT_RUN.sub(lambda run: "".join(sorted(run[0], key=unicodedata.combining)), chunk)
+        chunk = in_order(chunk)
         chunk = [c for c in unicodedata.normalize("NFD", chunk) if unicodedata.category(c) != "Mn"]
         words = [[]]
         for character in chunk:

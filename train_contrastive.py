@@ -1111,8 +1111,8 @@ def open_texts(args, model):
                         f"--tokenizer")
     tokenizer = open_tokenizer(folder)
     if tokenizer.text_kind != model.text_kind:
-        raise UserError(f"the tokenizer in {folder} is a {tokenizer.text_kind} and the text tower needs a "
-                        f"{model.text_kind}; name the folder of its own with --tokenizer")
+        raise UserError(f"the tokenizer in {folder} is a {tokenizer.text_kind} and the text tower "
+                        f"needs a {model.text_kind}; name the folder of its own with --tokenizer")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"the tokenizer in {folder} has {tokenizer.vocab_size:,} tokens and the "
                         f"text tower {model.config.vocab_size:,}; they do not belong together")
