@@ -1690,13 +1690,16 @@ def check_layout(config, layout):
                            f"chinese_clip or safetensors")
     text, chinese = config.text, is_chinese_clip(config)
     plain = not config.backbone and config.proj == "linear"
-    fits = {"safetensors": True, "chinese_clip": chinese and config.activation == "quick_gelu",
+    heads = text and (text.heads * 64, config.vision_head) == (  # a .pt does not tell them
+        text.width, HEAD_OF_WIDTH.get(config.vision_width, 64))
+    fits = {"safetensors": True,
+            "chinese_clip": chinese and heads and config.activation == "quick_gelu",
             "hf": plain and (not text or chinese or text.family != "distilbert"
                              and text.pool == "pooler")}.get(layout, plain and not text)
     if not fits:
         raise WeightsError(f"the layout {layout} has no place for these towers (hf takes CLIP's "
                            f"image tower with a BERT or RoBERTa, its pooler and linear heads; "
-                           f"chinese_clip the same with QuickGELU and a BERT without pooler); "
+                           f"chinese_clip the same with QuickGELU, heads of 64 and no pooler); "
                            f"choose the layout safetensors")
     if layout == "hf" and config.vision_patch is None:
         raise WeightsError("transformers' CLIPModel has no ResNet image tower; choose the layout "
