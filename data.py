@@ -1307,7 +1307,9 @@ class PairSet(Dataset):
         images = copy.copy(self)
         if list(place) != self.paths:
             images.paths, images.pixels = list(place), None
-            images.owner = [place.get(self.paths[owner], -1) for owner in self.owner]
+            kept = [c for c, owner in enumerate(self.owner) if self.paths[owner] in place]
+            images.owner = [place[self.paths[self.owner[c]]] for c in kept]
+            images.captions = [self.captions[c] for c in kept]
             images.__dict__.pop("groups", None)
         return Retrieval(images, [" ".join(text.split()) for text, _ in texts],
                          torch.tensor(relevant), notes)
@@ -2270,10 +2272,11 @@ def open_pairs(name_or_path, split, data_dir="data", layout="auto", image_column
     of its competition) or LMDB, whole or one split of it, COCO-CN, Flickr30k-CN, COCO 2017
     (folders, or the zips as published), Karpathy JSON, Flickr8k and Flickr30k (token file or
     Kaggle's tables), CSV/TSV/JSONL, a zip with one of these and its images (as "demo"), images with
-    a text file each, WebDataset tars (a folder, shard-{0000..0012}.tar, or a list). `layout` names one of PAIR_LAYOUTS if several lie there, or
-    is "simple-clip" for that notebook's split. `captions` picks another caption file of the folder,
-    such as a translation. Without splits, images are cut by `split_ratio`, see split_pairs. Pairs
-    without caption are left out and noted. Raises DataError.
+    a text file each, WebDataset tars (a folder, shard-{0000..0012}.tar, or a list). `layout` names
+    one of PAIR_LAYOUTS if several lie there, or is "simple-clip" for that notebook's split.
+    `captions` picks another caption file of the folder, such as a translation. Without splits,
+    images are cut by `split_ratio`, see split_pairs. Pairs without caption are left out and noted.
+    Raises DataError.
     """
     if split not in ("train", "val", "test"):
         raise DataError(f"split {split!r}: expected one of train, val, test")
