@@ -1045,7 +1045,7 @@ class CLIP(nn.Module):
     def recompute_blocks(self, on=True):
         """Keep no activations inside the blocks of both towers: the backward pass runs each block
         again, with the same dropout. A third more arithmetic for a fraction of the memory; the
-        gradients are the same. A ResNet and torchvision's towers have no such blocks."""
+        gradients are the same. A ResNet, torchvision's towers and MobileViT have none."""
         for module in self.modules():
             if isinstance(module, Recomputing):
                 module.recompute = on
