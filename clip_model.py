@@ -15,8 +15,9 @@ without a key map. Different from OpenAI's code, with equal results:
 
 A CLIP can also be made of other towers, trained by others: BERT, RoBERTa or DistilBERT under
 Hugging Face's names, MobileViT, and any classifier of torchvision: `load(image_tower=...,
-text_tower=...)`. Distillation finds in every image tower, large or small, its feature maps
-(`taps`), and `inherit` starts a small CLIP from a part of a large one.
+text_tower=...)`. Chinese-CLIP (Yang et al. 2022) is such a one: OpenAI's image tower with a Chinese
+RoBERTa-wwm. Distillation finds in every image tower, large or small, its feature maps (`taps`), and
+`inherit` starts a small CLIP from a part of a large one.
 
 Letters: B images, N texts, L tokens, W width of a tower, H heads, G patches per side, D embedding.
 
@@ -48,6 +49,7 @@ import zipfile
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class WeightsError(ValueError):
@@ -147,11 +149,29 @@ BERTS = {
 }
 
 
+# Chinese-CLIP's sizes: key of CONFIGS -> what the authors call it, and where its weights are.
+CHINESE_CLIPS = {
+    "CN-RN50": ("RN50@RBT3-chinese", "chinese-clip-rn50"),
+    "CN-ViT-B/32": ("ViT-B-32@RoBERTa-wwm-ext-base-chinese", None),  # never released
+    "CN-ViT-B/16": ("ViT-B-16@RoBERTa-wwm-ext-base-chinese", "chinese-clip-vit-base-patch16"),
+    "CN-ViT-L/14": ("ViT-L-14@RoBERTa-wwm-ext-base-chinese", "chinese-clip-vit-large-patch14"),
+    "CN-ViT-L/14@336px": ("ViT-L-14-336@RoBERTa-wwm-ext-base-chinese",
+                          "chinese-clip-vit-large-patch14-336px"),
+    "CN-ViT-H/14": ("ViT-H-14@RoBERTa-wwm-ext-large-chinese", "chinese-clip-vit-huge-patch14"),
+}
+
+
 def canonical_name(name):
-    """The key of CONFIGS that `name` spells ("ViT-B-16", "vit_b16", "rn50"), or None."""
+    """The key of CONFIGS that `name` spells ("ViT-B-16", "vit_b16", "rn50"), or None.
+
+    Chinese-CLIP's names for a size, a file and a folder are known too: "clip_cn_vit-b-16.pt"."""
     def squeeze(text):
-        return re.sub(r"[^a-z0-9]", "", text.lower()).removesuffix("px")
-    return {squeeze(known): known for known in CONFIGS}.get(squeeze(name))
+        text = re.sub(r"[^a-z0-9]", "", text.lower().removesuffix(".pt")).removesuffix("px")
+        return re.sub(r"^(ofasys)?(chineseclip|clipcn)", "cn", text)
+    known = {squeeze(key): key for key in CONFIGS}
+    for key, spellings in CHINESE_CLIPS.items():
+        known |= {squeeze(spelling): key for spelling in spellings if spelling}
+    return known.get(squeeze(name))
 
 
 # -----------------------------------------------------------------------------
@@ -262,7 +282,17 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class Transformer(nn.Module):
+class Recomputing:
+    """Blocks whose activations are not kept for the backward pass: `CLIP.recompute_blocks`."""
+    recompute = False
+
+    def through(self, block, *args):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+
+class Transformer(Recomputing, nn.Module):
     def __init__(self, width, layers, heads, activation):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads, activation) for _ in range(layers))
@@ -270,8 +300,8 @@ class Transformer(nn.Module):
     def forward(self, x, rows, causal=False):
         """(B, L, W) -> (B, W): the outputs at `rows` alone, which spares most of the last block."""
         for block in self.resblocks[:-1]:
-            x = block(x, causal)
-        return self.resblocks[-1](x, causal, rows)
+            x = self.through(block, x, causal)
+        return self.through(self.resblocks[-1], x, causal, rows)
 
 
 class Taps(typing.NamedTuple):
@@ -297,19 +327,25 @@ class VisionTransformer(nn.Module):
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, config.embed_dim))
 
-    def forward(self, images):                                         # (B, 3, GP, GP)
-        return project(self.pooled(images), self.proj)                 # (B, D)
+    def forward(self, images, patches=None):                           # (B, 3, GP, GP)
+        return project(self.pooled(images, patches), self.proj)        # (B, D)
 
-    def pooled(self, images):
-        """What the projection head gets: (B, 3, GP, GP) -> (B, W)."""
-        x = self.transformer(self.tokens(images), rows=0)              # (B, W)
+    def pooled(self, images, patches=None):
+        """What the projection head gets: (B, 3, GP, GP) -> (B, W). patches: LongTensor (B, K), the
+        places of those of the G*G that are kept, each at its own position (FLIP, Li et al. 2023).
+        """
+        x = self.transformer(self.tokens(images, patches), rows=0)     # (B, W)
         return self.ln_post(x)
 
-    def tokens(self, images):
+    def tokens(self, images, patches=None):
         """What the first block gets: (B, 3, GP, GP) -> (B, 1 + G*G, W), the class token first."""
         x = self.conv1(images).flatten(2).transpose(1, 2)              # (B, G*G, W)
         first = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
-        return self.ln_pre(torch.cat([first, x], dim=1) + self.positional_embedding)
+        x = torch.cat([first, x], dim=1) + self.positional_embedding   # (B, G*G + 1, W)
+        if patches is not None:
+            kept = F.pad(patches + 1, (1, 0))                          # the class token stays
+            x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))  # (B, K + 1, W)
+        return self.ln_pre(x)
 
     def taps(self, images, at=None, attention=()):
         """-> Taps with the patch tokens that the blocks `at` give, as maps (B, W, G, G), and of
@@ -332,7 +368,7 @@ class VisionTransformer(nn.Module):
                 row = block.attn.weights(block.ln_1(x), 0)
                 rows |= {name: row for name in names.intersection(attention)}
             tapped = names.intersection(at)
-            x = block(x, rows=None if tapped or i < depth - 1 else 0)
+            x = self.transformer.through(block, x, False, None if tapped or i < depth - 1 else 0)
             if tapped:
                 side = math.isqrt(x.shape[1] - 1)
                 grid = x[:, 1:].transpose(1, 2).unflatten(2, (side, side))
@@ -490,7 +526,7 @@ class BertLayer(nn.Module):
         return add(self.output, F.gelu(self.intermediate["dense"](x)), x)
 
 
-class BertTower(nn.Module):
+class BertTower(Recomputing, nn.Module):
     """BERT (Devlin et al. 2019), RoBERTa (Liu et al. 2019) or DistilBERT (Sanh et al. 2019).
 
     Padding is found by its id and never looked at. RoBERTa numbers its tokens from pad_id + 1.
@@ -538,8 +574,8 @@ class BertTower(nn.Module):
         seen = seen[:, None, None].clone()                             # (N, 1, 1, L)
         seen[..., 0] = True  # a text of padding alone must see something
         for layer in self.encoder["layer"][:-1]:
-            x = layer(x, seen)
-        x = self.encoder["layer"][-1](x, seen, first=True)[:, 0]       # (N, W)
+            x = self.through(layer, x, seen)
+        x = self.through(self.encoder["layer"][-1], x, seen, True)[:, 0]  # (N, W)
         return self.pooler["dense"](x).tanh() if self.config.pool == "pooler" else x
 
 
@@ -555,6 +591,24 @@ def bert_fields(config):
     """The fields of a CLIPConfig whose text tower is of this BertConfig."""
     return dict(text=config, text_width=config.width, text_layers=config.layers,
                 vocab_size=config.vocab_size, context_length=context_length(config))
+
+
+def chinese_clip(text, *image):
+    """A size of Chinese-CLIP: the fields of CLIP's image tower, and a BERT's bare first token."""
+    return CLIPConfig(*image, vision_head=HEAD_OF_WIDTH.get(image[3], 64), **bert_fields(
+        dataclasses.replace(BERTS[text], pool="first")))
+
+
+CONFIGS = {
+    **CONFIGS,
+    #                    text tower                         D   image  layers  width patch
+    "CN-RN50":           chinese_clip("rbt3",              1024, 224, (3, 4, 6, 3), 64, None),
+    "CN-ViT-B/32":       chinese_clip("chinese-roberta-wwm-ext", 512, 224, 12,  768, 32),
+    "CN-ViT-B/16":       chinese_clip("chinese-roberta-wwm-ext", 512, 224, 12,  768, 16),
+    "CN-ViT-L/14":       chinese_clip("chinese-roberta-wwm-ext", 768, 224, 24, 1024, 14),
+    "CN-ViT-L/14@336px": chinese_clip("chinese-roberta-wwm-ext", 768, 336, 24, 1024, 14),
+    "CN-ViT-H/14":       chinese_clip("chinese-roberta-wwm-ext-large", 1024, 224, 32, 1280, 14),
+}
 
 
 def torchvision_models():
@@ -895,7 +949,8 @@ class CLIP(nn.Module):
     Starts from the paper's initialisation (drawn from torch's global generator). `load` gives one
     with released weights. `origin` says where the weights came from; `image_mean` and `image_std`
     how its pixels are normalised; `text_kind` ("bpe", "wordpiece" or "bytebpe") and `pad_id` what
-    its token ids are, `config.context_length` how many a text may have.
+    its token ids are, `config.context_length` how many a text may have. `vocabulary` is what the
+    file told of its tokens, a dict that `tokenizer.open_tokenizer` takes, or None; `save` keeps it.
     """
 
     def __init__(self, config):
@@ -938,6 +993,7 @@ class CLIP(nn.Module):
                 setattr(module, name, ResidualHead(width, config.embed_dim))
         self.image_mean, self.image_std = (self.visual.pixels if config.backbone else CLIP_PIXELS)
         self.text_kind = BERT_FAMILIES[text.family] if text else "bpe"
+        self.vocabulary = None
         self.pad_id = text.pad_id if text else 0
 
     @torch.no_grad()
@@ -986,13 +1042,25 @@ class CLIP(nn.Module):
                     p if p.requires_grad else p.detach().to(dtype) for p in pair)
         return self
 
-    def encode_image(self, images, normalize=False):
-        """(B, 3, R, R) normalised pixels -> (B, D). ValueError when R is not the model's size."""
+    def recompute_blocks(self, on=True):
+        """Keep no activations inside the blocks of both towers: the backward pass runs each block
+        again, with the same dropout. A third more arithmetic for a fraction of the memory; the
+        gradients are the same. A ResNet, torchvision's towers and MobileViT have none."""
+        for module in self.modules():
+            if isinstance(module, Recomputing):
+                module.recompute = on
+        return self
+
+    def encode_image(self, images, normalize=False, patches=None):
+        """(B, 3, R, R) normalised pixels -> (B, D). ValueError when R is not the model's size.
+        patches: LongTensor (B, K), all that a ViT gets to see, see VisionTransformer."""
         size = self.config.image_size
         if images.shape[-2:] != (size, size):
             raise ValueError(f"images are {tuple(images.shape[-2:])} pixels and this model takes "
                              f"({size}, {size}); resize them with data.Preprocess({size})")
-        features = self.visual(images)
+        if patches is not None and not isinstance(self.visual, VisionTransformer):
+            raise ValueError("only a ViT can see some of the patches alone")
+        features = self.visual(images) if patches is None else self.visual(images, patches)
         return unit(features) if normalize else features
 
     def encode_text(self, tokens, normalize=False, ends=None):
@@ -1401,13 +1469,34 @@ def bert_known(config):
             "attention_dropout": get(0.1, "attention_probs_dropout_prob", "attention_dropout")}
 
 
+def unfuse(state):
+    """FlashAttention's names of Chinese-CLIP -> its usual ones; BERT's q, k, v are apart there."""
+    out = {}
+    for name, tensor in state.items():
+        name = name.replace(".attention.self.out_proj.", ".attention.output.dense.")
+        if ".attention.self.Wqkv." in name:
+            for part, share in zip(("query", "key", "value"), tensor.chunk(3)):
+                out[name.replace("Wqkv", part)] = share
+        else:
+            out[re.sub(r"\.attn\.Wqkv\.(?=weight$|bias$)", ".attn.in_proj_", name)] = tensor
+    return out
+
+
+def without_pooler(state, layout, known):
+    """`state` as it is, or in Chinese-CLIP's layouts without the pooler of the BERT it began with,
+    which it never uses."""
+    if layout == "chinese_clip" or known.get("text", {}).get("pool") == "first":
+        return {name: t for name, t in state.items() if not name.startswith("bert.pooler.")}
+    return state
+
+
 def state_dict_of(content, path):
     """What a file holds -> (tensors under OpenAI's names, layout, notes).
 
     Finds the state dict inside a training checkpoint and takes off the prefixes that wrappers
     leave (`module.` of DDP, `_orig_mod.` of torch.compile, `model.` of Lightning).
     """
-    notes = []
+    notes, wrapper = [], content if isinstance(content, dict) else {}
     for _ in range(8):  # a hostile file can hold itself
         inner = next((key for key in ("state_dict", "model", "model_state_dict", "module", "net",
                                       "weights") if isinstance(content, dict)
@@ -1441,6 +1530,14 @@ def state_dict_of(content, path):
                                        for name, tensor in state.items()})
         except KeyError as error:
             raise WeightsError(f"{path} lacks {error} beside its q_proj") from None
+        except RuntimeError as error:
+            raise WeightsError(f"{path}: shapes that fit no CLIP: {one_line(error)}") from None
+    if any(name.startswith("bert.") for name in state) and layout == "openai" and (
+            {"epoch", "step", "state_dict"} <= wrapper.keys() or "prefix 'module.' removed" in notes
+            or any(".Wqkv." in name for name in state)):
+        layout = "chinese_clip"
+        try:
+            state = unfuse(state)
         except RuntimeError as error:
             raise WeightsError(f"{path}: shapes that fit no CLIP: {one_line(error)}") from None
     no_weights = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # old buffers
@@ -1563,6 +1660,9 @@ def declared(path, metadata):
                 for field, part, width in (("vision_head", vision, 768), ("text_head", text, 512)):
                     heads = part.get("num_attention_heads", width // 64)
                     out[field] = part.get("hidden_size", width) // heads
+                if config.get("model_type") == "chinese_clip":
+                    del out["text_head"]
+                    out["text"] = bert_known({**text, "model_type": "bert"}) | {"pool": "first"}
                 if text.get("model_type") in BERT_FAMILIES:
                     del out["text_head"]
                     out["text"] = bert_known(text)
@@ -1618,7 +1718,9 @@ def load(name_or_path=None, image_tower=None, text_tower=None, proj="linear", em
     state, layout, notes = state_dict_of(content, path)
     try:
         known = declared(path, metadata)
-        if not (activation or "activation" in known or kind == "TorchScript archive"):
+        state = without_pooler(state, layout, known)
+        if not (activation or "activation" in known or kind == "TorchScript archive"
+                or layout == "chinese_clip"):
             notes.append("the file does not say its activation and QuickGELU, OpenAI's, was taken; "
                          "models trained by LAION need load(..., activation=\"gelu\")")
         known["activation"] = activation or known.get("activation", "quick_gelu")
@@ -1632,11 +1734,30 @@ def load(name_or_path=None, image_tower=None, text_tower=None, proj="linear", em
     dtypes = {key: tensor.dtype for key, tensor in model.state_dict().items()}
     state = {key: tensor.to(dtypes[key]).contiguous() for key, tensor in state.items()}
     check_finite(state, path)
-    model.load_state_dict(state, assign=True)
+    fill(model, state, assign=True)
     model.requires_grad_(True)
     model.origin = {"name": name, "sha256": sha256_of(path), "layout": layout, "format": kind,
                     "notes": notes}
+    model.vocabulary = vocabulary_of(content, metadata)
     return model.eval()
+
+
+def vocabulary_of(content, metadata):
+    """What `save` wrote of the tokens: a dict, or None. `tokenizer.open_tokenizer` judges it."""
+    found = content.get("vocabulary") if isinstance(content, dict) else None
+    with contextlib.suppress(ValueError, RecursionError, TypeError):
+        found = json.loads(metadata["vocabulary"]) if "vocabulary" in metadata else found
+    return found if isinstance(found, dict) else None
+
+
+def fill(model, state, assign=False):
+    """load_state_dict, with what tensors do not tell: the versions of modules, without which
+    torchvision's MNASNet refuses, and the zero count of batches of BatchNorms older than it."""
+    own = model.state_dict()
+    state = collections.OrderedDict({name: torch.tensor(0) for name in own
+                                     if name.endswith(".num_batches_tracked")} | state)
+    state._metadata = own._metadata
+    model.load_state_dict(state, assign=assign)
 
 
 def check_finite(state, path):
@@ -1685,7 +1806,7 @@ def join(parts, proj, embed_dim, keep_projections):
             state = {name: t for name, t in state.items() if not name.startswith(head)}
             drawn |= names
     check_state(model.config, {name: own[name] for name in drawn} | state)
-    model.load_state_dict(own | state)
+    fill(model, own | state)
     origins = [origin for *_, origin in parts]
     model.origin = {"name": " + ".join(origin["name"] for origin in origins), "notes": notes,
                     "sha256": "+".join(filter(None, (o["sha256"] for o in origins))),
@@ -1703,8 +1824,9 @@ def clip_part(side, name_or_path, activation, size=None):
     """The image or text tower of a CLIP. "NAME:none" has random weights, for images of `size`."""
     name = canonical_name(str(name_or_path).removesuffix(":none"))
     if name and str(name_or_path).endswith(":none"):
-        config, state = dataclasses.replace(CONFIGS[name], image_size=size or CONFIGS[
-            name].image_size), {}
+        config, state = CONFIGS[name], {}
+        config = dataclasses.replace(config, image_size=size or config.image_size,
+                                     activation=activation or config.activation)
         origin = {"name": f"{name}:none", "sha256": "", "notes": []}
     else:
         model = load(name_or_path, activation=activation)
@@ -1713,8 +1835,8 @@ def clip_part(side, name_or_path, activation, size=None):
             raise WeightsError(f"{name_or_path} takes images of {config.image_size} pixels and has "
                                f"no positions for {size}; leave image_size out")
     fields = {key: getattr(config, key) for key in CLIP_FIELDS[side]}
-    if config.backbone if side == "image" else config.text:  # which have no use for it
-        del fields["activation"]
+    if (config.backbone if side == "image" else config.text) or not (state or activation):
+        del fields["activation"]  # has no use for it, or takes the other tower's
     return fields, {key: tensor for key, tensor in state.items() if key != "logit_scale"
                     and key.startswith("visual.") == (side == "image")}, origin
 
@@ -1793,7 +1915,7 @@ def text_part(tower, pool, activation):
         return clip_part("text", text, activation)
     path, _ = locate(text)
     content, _, metadata = read_file(path)
-    state, _, notes = state_dict_of(content, path)
+    state, layout, notes = state_dict_of(content, path)
     state = bert_state(state)
     if not state:
         return clip_part("text", text, activation)
@@ -1802,7 +1924,8 @@ def text_part(tower, pool, activation):
         config = bert_config(state, **known)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
-    pool = pool or ("first" if config.family == "distilbert" else "pooler")
+    bare = config.family == "distilbert" or layout == "chinese_clip" or known.get("pool") == "first"
+    pool = pool or ("first" if bare else "pooler")
     if pool == "pooler" and config.pool == "first":
         notes.append("no pooler in the file; it starts from random numbers")
     state = {f"bert.{key}": tensor for key, tensor in state.items()
@@ -1855,7 +1978,8 @@ def inherit(student, teacher, image=True, text=True):
                      f"numbers are inherited")
         lines += [f"{side} tower: {note}" for note in notes]
         new |= cut
-    student.load_state_dict(state | new)
+    for name, tensor in new.items():
+        state[name].copy_(tensor)  # which is the parameter itself
     return lines
 
 
@@ -1892,7 +2016,8 @@ def part_of(teacher, tower, layers, of_layers):
         elif any(mine > theirs for mine, theirs in zip(shape, source.shape)) or (
                 # kernels of other patches, and words with other numbers, are other things
                 source.dim() == 4 and source.shape[2:] != shape[2:]
-                or "d_embedding" in name and len(source) != len(tensor)):
+                or name.endswith(("token_embedding.weight", "word_embeddings.weight"))
+                and len(source) != len(tensor)):
             notes.append(f"{name} {tuple(shape)} stays: the teacher's is {tuple(source.shape)}")
         elif ".in_proj_" in name:  # queries, keys and values one below the other
             cut[name] = torch.cat([leading(part, (len(tensor) // 3, *shape[1:]))
@@ -1933,6 +2058,14 @@ def locate(name_or_path):
         return TINY, known
     if known in RELEASED:
         return download(known), known
+    if known in CHINESE_CLIPS:
+        place = CHINESE_CLIPS[known][1]
+        raise WeightsError(f"{known} cannot be fetched from here; " + (
+            f"take its .pt file from OFA-Sys/{place} on Hugging Face and give its path" if place
+            else "its authors published no weights"))
+    if known:
+        raise WeightsError(f"there are no released weights of {known}; give a file of your own, or "
+                           f"start from random numbers: {known}:none as a tower, --weights none")
     raise WeightsError(f"no file or model {text!r}; expected a path, \"tiny\", or one of "
                        f"{', '.join(RELEASED)}")
 
@@ -2050,14 +2183,21 @@ def only_one(lock):
 
 def check_layout(config, layout):
     """Raise WeightsError unless a CLIP of this size can be written in `layout`."""
-    if layout not in ("safetensors", "openai", "open_clip", "hf"):
-        raise WeightsError(f"unknown layout {layout!r}; expected openai, open_clip, hf or "
-                           f"safetensors")
-    text = config.text
-    if layout != "safetensors" and (config.backbone or config.proj != "linear" or (text and (
-            layout != "hf" or text.family == "distilbert" or text.pool != "pooler"))):
+    if layout not in ("safetensors", "openai", "open_clip", "hf", "chinese_clip"):
+        raise WeightsError(f"unknown layout {layout!r}; expected openai, open_clip, hf, "
+                           f"chinese_clip or safetensors")
+    text, chinese = config.text, is_chinese_clip(config)
+    plain = not config.backbone and config.proj == "linear"
+    heads = text and (text.heads * 64, config.vision_head) == (  # a .pt does not tell them
+        text.width, HEAD_OF_WIDTH.get(config.vision_width, 64))
+    fits = {"safetensors": True,
+            "chinese_clip": chinese and heads and config.activation == "quick_gelu",
+            "hf": plain and (not text or chinese or text.family != "distilbert"
+                             and text.pool == "pooler")}.get(layout, plain and not text)
+    if not fits:
         raise WeightsError(f"the layout {layout} has no place for these towers (hf takes CLIP's "
-                           f"image tower with a BERT or RoBERTa, its pooler and linear heads); "
+                           f"image tower with a BERT or RoBERTa, its pooler and linear heads; "
+                           f"chinese_clip the same with QuickGELU, heads of 64 and no pooler); "
                            f"choose the layout safetensors")
     if layout == "hf" and config.vision_patch is None:
         raise WeightsError("transformers' CLIPModel has no ResNet image tower; choose the layout "
@@ -2068,13 +2208,22 @@ def check_layout(config, layout):
                            "this model does not have; choose the layout open_clip or safetensors")
 
 
+def is_chinese_clip(config):
+    """Whether a CLIP of this size is built as Chinese-CLIP: CLIP's image tower, a bare BERT."""
+    text = config.text
+    return bool(text and text.family == "bert" and text.pool == "first" and not config.backbone
+                and config.proj == "linear")
+
+
 def save(model, path, layout="safetensors", dtype=None, token_rows=None):
     """Write `model` where the named library reads it; returns the path written.
 
     layout: "safetensors" (one file, OpenAI's names, sizes in its metadata), "openai" (a .pt state
     dict that OpenAI's `build_model` takes), "open_clip" (a .pt/.safetensors file, or a folder with
     open_clip_config.json for `local-dir:`), "hf" (a folder for transformers' CLIPModel, or with a
-    BERT or RoBERTa for its VisionTextDualEncoderModel; ViT only).
+    BERT or RoBERTa for its VisionTextDualEncoderModel, or for its ChineseCLIPModel if the BERT has
+    no pooler; ViT only), "chinese_clip" (a .pt that the programs of Chinese-CLIP read and resume
+    with --reset-optimizer). `model.vocabulary` goes along in safetensors, chinese_clip and hf.
     dtype: stored precision, fp32 unless given. token_rows: LongTensor of the vocabulary rows to
     keep, for the bundled model ("safetensors" only; `load` fills the others with zeros).
     Written beside its place and renamed, so an older file survives an interruption.
@@ -2091,12 +2240,15 @@ def save(model, path, layout="safetensors", dtype=None, token_rows=None):
                            f"{layout!r}")
     if layout == "safetensors":
         metadata["clip_config"] = json.dumps(dataclasses.asdict(config))
+        if model.vocabulary:
+            metadata["vocabulary"] = json.dumps(model.vocabulary)
         if token_rows is not None:
             state["token_embedding.rows"] = token_rows.to(torch.int32).cpu()
             state["token_embedding.weight"] = state["token_embedding.weight"][token_rows.cpu()]
     if layout == "hf":
         state = {name: tensor.contiguous() for name, tensor in to_hugging_face(state).items()}
-        if config.text:  # transformers before 5 reads only this form, and later ones both
+        if config.text and not is_chinese_clip(config):
+            # transformers before 5 reads only this form, and later ones both
             state = {re.sub(r"^vision_model\.", "vision_model.vision_model.", name): tensor
                      for name, tensor in state.items()}
     if layout in folder_files and path.suffix not in (".pt", ".bin", ".safetensors"):
@@ -2104,15 +2256,50 @@ def save(model, path, layout="safetensors", dtype=None, token_rows=None):
         name, text = (("config.json", hf_config(config)) if layout == "hf" else
                       ("open_clip_config.json", open_clip_config(config)))
         write(path / name, json.dumps(text, indent=2).encode())
+        if layout == "hf" and is_chinese_clip(config):
+            chinese_clip_extras(path, model)
         path = path / folder_files[layout]
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors" or layout == "safetensors":  # a pickle would lose the sizes
         write(path, *safetensors_bytes(state, metadata))
     else:
+        if layout == "chinese_clip":
+            name = next((n for n, c in CONFIGS.items() if c == config), "custom")
+            state = {"epoch": 0, "step": 0, "name": CHINESE_CLIPS.get(name, (name,))[0],
+                     "state_dict": {f"module.{key}": tensor for key, tensor in state.items()}} | (
+                {"vocabulary": model.vocabulary} if model.vocabulary else {})
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write(path, buffer.getbuffer())
     return path
+
+
+def chinese_clip_extras(folder, model):
+    """What transformers' ChineseCLIPProcessor reads: how images are prepared, and the tokens."""
+    size = {"height": model.config.image_size, "width": model.config.image_size}
+    for name, content in (("preprocessor_config.json", {
+            "image_processor_type": "ChineseCLIPImageProcessor", "do_resize": True, "size": size,
+            "resample": 3, "do_center_crop": False, "do_rescale": True, "rescale_factor": 1 / 255,
+            "do_normalize": True, "do_convert_rgb": True, "image_mean": list(model.image_mean),
+            "image_std": list(model.image_std)}),
+            ("tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "do_lower_case": True,
+                                       "model_max_length": model.config.context_length})):
+        write(folder / name, json.dumps(content, indent=2).encode())
+    if model.vocabulary:
+        tokens = "".join(f"{token}\n" for token in model.vocabulary["tokens"])
+        write(folder / "vocab.txt", tokens.encode())
+
+
+def digest(model, side):
+    """The sha256 of one tower with its projection ("image" or "text"): names, shapes, values. It
+    changes with any weight, which makes it the key to features that were kept."""
+    found = hashlib.sha256(json.dumps(dataclasses.asdict(model.config)).encode())
+    for name, tensor in model.state_dict().items():
+        if name != "logit_scale" and name.startswith("visual.") == (side == "image"):
+            tensor = tensor.detach().cpu().contiguous()
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def write(path, *chunks):
@@ -2150,7 +2337,7 @@ def safetensors_bytes(state, metadata):
 
 
 def hf_config(config):
-    """config.json of transformers' CLIPModel or VisionTextDualEncoderModel."""
+    """config.json of transformers' CLIPModel, ChineseCLIPModel or VisionTextDualEncoderModel."""
     def tower(width, layers, head, **more):
         return dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
                     num_attention_heads=width // head, hidden_act=config.activation,
@@ -2165,6 +2352,9 @@ def hf_config(config):
                     pad_token_id=bert.pad_id, layer_norm_eps=bert.eps,
                     hidden_dropout_prob=bert.dropout,
                     attention_probs_dropout_prob=bert.attention_dropout)
+        if is_chinese_clip(config):
+            kind, name = "chinese_clip", "ChineseCLIPModel"
+            text["model_type"] = "chinese_clip_text_model"
     else:
         kind, name = "clip", "CLIPModel"
         text = tower(config.text_width, config.text_layers, config.text_head,
@@ -2174,7 +2364,9 @@ def hf_config(config):
     return {"architectures": [name], "model_type": kind, "text_config": text,
             "projection_dim": config.embed_dim, "logit_scale_init_value": math.log(1 / 0.07),
             "vision_config": tower(config.vision_width, config.vision_layers, config.vision_head,
-                                   model_type="clip_vision_model", image_size=config.image_size,
+                                   model_type=("chinese_clip" if kind == "chinese_clip" else
+                                               "clip") + "_vision_model",
+                                   image_size=config.image_size,
                                    patch_size=config.vision_patch)}
 
 
@@ -2224,13 +2416,17 @@ def inspect(path):
         report["beside_the_weights"] = {
             str(key): value for key, value in content.items()
             if isinstance(value, (str, int, float, bool)) or value is None} | {
-            key: metadata[key] for key in metadata if key != "clip_config"}
+            key: metadata[key] for key in metadata if key not in ("clip_config", "vocabulary")}
+    vocabulary = vocabulary_of(content, metadata)
+    if vocabulary:
+        report["vocabulary"] = f"{len(vocabulary.get('tokens', ())):,} tokens"
     state, layout, notes = state_dict_of(content, path)
     dtypes = collections.Counter(str(t.dtype).removeprefix("torch.") for t in state.values())
     report |= {"layout": layout, "notes": notes, "tensors": len(state), "dtypes": dict(dtypes)}
     known = {}
     try:
         known = declared(path, metadata)
+        state = without_pooler(state, layout, known)
         state = spread_embedding(state, known.get("vocab_size", 49_408))
         config = config_from_state_dict(state, **known)
         buffers = ("running_mean", "running_var", "num_batches_tracked")

@@ -13,14 +13,16 @@ captions; batches.
 Everything random is a function of plain numbers: the order of an epoch of (seed, epoch), the crop
 of an image and the caption it comes with of (seed, epoch, index), the shots of (seed). So a run is
 the same for any number of workers, for fork and for spawn, and goes on from the middle of an epoch
-with nothing saved but two integers. Files are never trusted: no pickle, no unpacking, image bombs
-refused by their header.
+with nothing saved but two integers. Files are never trusted: no pickle runs, no unpacking, image
+bombs refused by their header.
 
     python data.py --few-shot dtd --shots 4 --seed 1 --data-dir DIR      prints the list as JSON
     python data.py --make-shards flickr8k --data-dir DIR --out DIR --per-shard 1000
     python data.py --check PATH          is it fit to train on? leaks, copies, damaged files, ...
 """
 import argparse
+import base64
+import binascii
 import bisect
 import collections
 import contextlib
@@ -34,10 +36,12 @@ import hashlib
 import io
 import json
 import math
+import mmap
 import os
 import pathlib
 import random
 import re
+import struct
 import sys
 import tarfile
 import time
@@ -193,7 +197,7 @@ class Preprocess:
         box, shape, flip = self.plan(*image.size, epoch, index)
         image = image if box == (0, 0, *image.size) else image.crop(box)
         pixels = (self.resize_exactly if self.exact else self.resize_fast)(image, shape)
-        pixels = pixels[..., ::-1] if flip else pixels                        # (3, S, S)
+        pixels = self.distort(pixels[..., ::-1] if flip else pixels, epoch, index)  # (3, S, S)
         if self.dtype == torch.uint8:
             return torch.from_numpy(np.require(pixels, requirements="CW"))
         # In numpy: the same bits as torch's, without waking its threads for one small image.
@@ -201,6 +205,9 @@ class Preprocess:
         pixels /= 255
         mean, std = np.array((self.mean, self.std), dtype=np.float32).reshape(2, 3, 1, 1)
         return torch.from_numpy((pixels - mean) / std)
+
+    def distort(self, pixels, epoch, index):
+        return pixels  # an Augment does
 
     def plan(self, width, height, epoch, index):
         """What to cut out first (left, top, right, bottom), the (width, height) to resize that to,
@@ -252,6 +259,60 @@ class Preprocess:
         pixels = F.embedding_bag(place, pixels, mode="sum", per_sample_weights=weight)
         pixels = pixels.add_(0.5).clamp_(0, 255).numpy().astype(np.uint8).reshape(3, size, size)
         return pixels.transpose(0, 2, 1) if rows_first else pixels
+
+
+# Chinese-CLIP's ways to train: the share of the area that a crop takes, then what distorts it.
+AUGMENTS = {"none": None, "seed": (0.8, 1.0), "strong": (0.7, 1.0), "autoaugment": (0.9, 1.0)}
+
+
+class Augment(Preprocess):
+    """Preprocess for training under one of AUGMENTS; every image is seeded as there.
+
+    none          the whole image, squashed to size x size: what Chinese-CLIP does unless told
+    seed          crop of 0.8 to 1, flip, ColorJitter(0.2, 0.2, 0.2)
+    strong        crop of 0.7 to 1, flips of both kinds, ColorJitter(0.3, 0.3, 0.3, hue 0.1), turned
+                  up to 15 degrees and moved up to a tenth: for a few hundred images
+    autoaugment   crop of 0.9 to 1, flip, AutoAugment's ImageNet policy as torchvision has it, whose
+                  posterize differs a little from the one of timm that Chinese-CLIP trains with
+
+    flip, colour: False leaves out the flips, or all that changes colours. Needs torchvision for all
+    but "none"; DataError without it.
+    """
+
+    def __init__(self, size, augment="none", seed=0, flip=True, colour=True, **options):
+        if augment not in AUGMENTS:
+            raise DataError(f"augment {augment!r}: expected one of {', '.join(AUGMENTS)}")
+        plain = AUGMENTS[augment] is None
+        super().__init__(size, train=not plain, seed=seed, squash=plain, flip=flip,
+                         scale=AUGMENTS[augment] or (1.0, 1.0), **options)
+        self.augment, self.colour = augment, colour
+        self.distortions = [] if plain else self.prepare()
+
+    def prepare(self):
+        try:
+            from torchvision import transforms as T  # a RuntimeError if built for another torch
+        except (ImportError, RuntimeError, OSError) as error:
+            raise DataError(f"the augmentation {self.augment} needs torchvision, which does not "
+                            f"import ({one_line(error)}); install the build for torch "
+                            f"{torch.__version__}, or take none") from None
+        chosen = []
+        if self.augment == "strong":
+            chosen += [T.RandomVerticalFlip()] if self.flip else []
+            chosen += [T.RandomAffine(15, (0.1, 0.1), interpolation=T.InterpolationMode.BILINEAR)]
+        if self.augment == "autoaugment":
+            return chosen + [T.AutoAugment()] * self.colour
+        jitter = (0.3, 0.3, 0.3, 0.1) if self.augment == "strong" else (0.2, 0.2, 0.2)
+        return chosen + [T.ColorJitter(*jitter)] * self.colour
+
+    def distort(self, pixels, epoch, index):
+        if not self.distortions:
+            return pixels
+        image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+            torch.manual_seed(sample_seed(self.seed + 1, epoch, index))
+            for distortion in self.distortions:
+                image = distortion(image)
+        return np.asarray(image).transpose(2, 0, 1)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -734,6 +795,9 @@ class Listing:
     captions: list = ()
     ignored: list = ()
 
+    def store_of(self, split):
+        return self.store
+
     def open(self, split, transform=None):
         """One split as an ImageSet. Raises DataError if there is nothing to learn or to score."""
         if len(self.classnames) < 2:
@@ -794,15 +858,28 @@ def read_coop_split(path):
     return rows, [names[label] for label in sorted(names)]
 
 
+def read_json_lines(text):
+    """JSONL -> its objects. ValueError with the line. U+2028 and its like do not end a line."""
+    records = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number}: {one_line(error)}") from None
+            if not isinstance(records[-1], dict):
+                raise ValueError(f"line {number}: a {type(records[-1]).__name__}, not an object")
+    return records
+
+
 def read_records(text, name):
     """CSV, TSV, semicolons or JSONL -> rows as dicts of what was written, with lower-case keys, and
     all the keys. Raises DataError."""
     first = text.lstrip().split("\n", 1)[0]
     mark, limit = max(",\t;", key=first.count), csv.field_size_limit(1 << 24)
     try:
-        records = ([json.loads(line) for line in text.splitlines() if line.strip()]
-                   if first.startswith("{")
-                   else list(csv.DictReader(io.StringIO(text, newline=""), delimiter=mark)))
+        records = (read_json_lines(text) if first.startswith("{") else
+                   list(csv.DictReader(io.StringIO(text, newline=""), delimiter=mark)))
         records = [{str(key).strip().lower(): value for key, value in record.items()}
                    for record in records]
     except (ValueError, AttributeError, csv.Error) as error:
@@ -1233,15 +1310,67 @@ class TarStore(ImageStore):
         return content
 
 
+class Base64Store(TarStore):
+    """Images as base64 text, at places in a TSV or LMDB: `index` as a TarStore's, by image id."""
+
+    def __init__(self, path, index):
+        super().__init__(path, index)
+        self._maps = {}
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_maps": {}}
+
+    def read(self, path):
+        try:
+            file, offset, size = self.index[path]
+            if file not in self._maps:
+                self._maps[file] = map_file(file)
+            text = self._maps[file][offset:offset + size].rstrip(b"\r\n")
+            return base64.b64decode(text.translate(URL_SAFE), validate=True)
+        except KeyError:
+            raise UnreadableImage(f"{self.path}:{path}: there is no such image") from None
+        except (binascii.Error, DataError) as error:
+            raise UnreadableImage(f"{self.path}:{path}: no base64 of an image ({error})") from error
+
+    def image(self, path):
+        return read_image(io.BytesIO(self.read(path)), f"{self.path}:{path}")
+
+
+URL_SAFE = bytes.maketrans(b"-_", b"+/")
+
+
+def map_file(path):
+    """A file mapped into memory, read only. Raises DataError."""
+    try:
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # ValueError: it is empty
+        raise DataError(f"cannot read {path} ({one_line(error)}); copy it again") from None
+
+
 @dataclasses.dataclass
 class PairListing:
     """rows: {"train" | "val" | "test" | "all": [(path, caption)]}; stores: where the images of a
-    split lie, "all" for those that have no store of their own."""
+    split lie, "all" for those that have no store of their own. Where texts are listed apart from
+    images: texts {split: [(text, [path, ...])]}, and pools {split: [path, ...]} of all images."""
     name: str
     root: str
     stores: dict
     rows: dict
     notes: list = dataclasses.field(default_factory=list)
+    texts: dict = dataclasses.field(default_factory=dict)
+    pools: dict = dataclasses.field(default_factory=dict)
+
+    def store_of(self, split):
+        return self.stores.get(split) or self.stores["all"]
+
+
+class Retrieval(NamedTuple):
+    """What a search is scored on: `PairSet.retrieval`."""
+    images: "PairSet"       # its paths are the pool; images.image_items() goes to make_loader
+    texts: list             # the queries, N of them
+    relevant: torch.Tensor  # (R, 2) int64: text, image; a text may have several images, or none
+    notes: list
 
 
 class PairSet(Dataset):
@@ -1261,7 +1390,7 @@ class PairSet(Dataset):
 
     def __init__(self, listing, split, transform=None):
         self.name, self.root, self.split = listing.name, listing.root, split
-        self.store = listing.stores.get(split) or listing.stores["all"]
+        self.store = listing.store_of(split)
         self.paths = list(dict.fromkeys(path for path, _ in listing.rows[split]))
         place = {path: position for position, path in enumerate(self.paths)}
         self.owner = [place[path] for path, _ in listing.rows[split]]
@@ -1273,6 +1402,10 @@ class PairSet(Dataset):
         self.notes = [*listing.notes, f"{self.name}: {sizes} images, {len(self):,} {split} "
                                       f"captions, split {self.fingerprint[:12]}"]
         self.transform, self.pixels = transform, None
+        self.questions = listing.texts.get(split) or [
+            question for part in listing.texts.values() for question in part
+            if any(path in place for path in question[1])]
+        self.pool = listing.pools.get(split) or self.paths
 
     def __len__(self):
         return len(self.captions)
@@ -1303,6 +1436,38 @@ class PairSet(Dataset):
         """A data set of the images, each once, for features: see PairImages."""
         return PairImages(self)
 
+    def retrieval(self):
+        """-> Retrieval: the set as a search task, by the rules of Chinese-CLIP's evaluation: every
+        listed text is a query, be it without images, and every listed image is in the pool, be it
+        without text. Without such lists each caption is a query for its own image. Call it before
+        `cache`, and cache its images. Raises DataError if there is nothing to choose from."""
+        place = {path: position for position, path in enumerate(self.pool)}
+        texts = self.questions or [(caption, [self.paths[owner]]) for caption, owner
+                                   in zip(self.captions, self.owner)]
+        wanted = [(text, path) for text, (_, paths) in enumerate(texts)
+                  for path in dict.fromkeys(paths)]
+        relevant = [(text, place[path]) for text, path in wanted if path in place]
+        if len(place) < 2 or not relevant:
+            raise DataError(f"{self.name}: {len(place)} {self.split} images for {len(texts)} "
+                            f"texts with {len(relevant)} pairs; a search needs 2 images or more")
+        notes = [f"{count} {what}" for count, what in (
+            (len(wanted) - len(relevant), "pairs name images that are not there: not scored"),
+            (len(texts) - len({text for text, _ in wanted}), "texts name no image: always missed"),
+            (len(place) - len({path for _, path in wanted} & place.keys()),
+             "images have no text: they are in the pool and ask nothing")) if count]
+        least = min(len(place), len(texts))
+        notes += [f"a pool of {least}: R@k is 100 from k = {least} on, whatever the model does; "
+                  f"the official evaluation refuses pools under 10"] * (least < 10)
+        images = copy.copy(self)
+        if list(place) != self.paths:
+            images.paths, images.pixels = list(place), None
+            kept = [c for c, owner in enumerate(self.owner) if self.paths[owner] in place]
+            images.owner = [place[self.paths[self.owner[c]]] for c in kept]
+            images.captions = [self.captions[c] for c in kept]
+            images.__dict__.pop("groups", None)
+        return Retrieval(images, [" ".join(text.split()) for text, _ in texts],
+                         torch.tensor(relevant), notes)
+
     @functools.cached_property
     def groups(self):
         """Positions in `captions` sorted by image; where each image begins there; its count."""
@@ -1325,6 +1490,10 @@ class PairSet(Dataset):
         chosen.pixels = self.pixels and self.pixels.subset(images)
         chosen.notes = list(self.notes)
         chosen.__dict__.pop("groups", None)
+        here = set(chosen.paths)
+        chosen.pool, chosen.questions = chosen.paths, [
+            (text, here_too) for text, paths in self.questions
+            if (here_too := [path for path in paths if path in here])]
         return chosen
 
     def with_transform(self, transform):
@@ -1817,11 +1986,313 @@ def expand(pattern):
     return [pattern[:begin] + middle + end for middle in stands_for for end in rest]
 
 
+# -----------------------------------------------------------------------------
+# Chinese-CLIP's own files: TSV and JSONL, LMDB; the lists of Flickr30k-CN and COCO-CN
+
+TEXT_KEYS = (("text_id", "query_id"), ("text", "query_text"), ("image_ids", "item_ids"))
+
+
+def split_word(name):
+    """The last of train, val(id), test, ... among the words of a file's name, else "all"."""
+    words = re.findall("[a-z]+", name.lower())
+    return next((SPLIT_WORDS[word] for word in reversed(words) if word in SPLIT_WORDS), "all")
+
+
+def read_texts(path, notes):
+    """{"text_id", "text", "image_ids"} a line, or MUGE's own names -> [(text, [path, ...])]. Ids
+    can be numbers or text. Raises DataError with the line."""
+    found, seen, twice = [], set(), 0
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            text_id, text, images = (next((record[key] for key in keys if key in record), None)
+                                     for keys in TEXT_KEYS)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise DataError(f"{path}, line {number}: not JSON ({one_line(error)}); mend or delete "
+                            f"it") from None
+        images = [] if images is None else images
+        if not isinstance(text, str) or not isinstance(images, list):
+            raise DataError(f'{path}, line {number}: expected {{"text_id": 1, "text": "...", '
+                            f'"image_ids": [2, 3]}}, found {line.strip()[:60]}')
+        twice += str(text_id) in seen
+        seen.add(str(text_id))
+        found.append((text, [str(image) for image in images]))
+    if twice:
+        notes.append(f"{path.name}: {twice} text ids come twice; each line is a query of its own")
+    return found
+
+
+def index_tsv(path, notes):
+    """"id<TAB>base64" a line -> {id: (file, offset, bytes)}. Of an id that comes twice the last
+    counts, as in the LMDB that the authors make of it. Raises DataError with the line."""
+    content, index, number, twice = map_file(path), {}, 0, 0
+    begin, size = 3 * (content[:3] == b"\xef\xbb\xbf"), len(content)
+    while begin < size:
+        number += 1
+        end = content.find(b"\n", begin)
+        end = size if end < 0 else end
+        tab = content.find(b"\t", begin, end)
+        if tab < 0 and content[begin:end].strip():
+            raise DataError(f"{path}, line {number}: no tab between the image's id and its base64")
+        if tab >= 0:
+            image = content[begin:tab].decode("utf-8", "replace").strip()
+            twice += image in index
+            index[image] = (os.path.abspath(path), tab + 1, end - tab - 1)
+        begin = end + 1
+    if twice:
+        notes.append(f"{path.name}: {twice} image ids come twice; the last of each counts")
+    return index
+
+
+class LMDB:
+    """An LMDB file, read only, without the lmdb package: `.get(key)`, `.items()`, `len`, `in`.
+
+    `path`: the folder with data.mdb. All keys are found at once when it is opened, by NumPy, page
+    level by page level of the B+ tree; then each look-up is one of a dict. Keys and values are
+    bytes, keys in byte order. Every offset is checked against the file. DataError if it is damaged,
+    or more than one plain table of 64-bit little-endian LMDB 0.9.
+    """
+
+    def __init__(self, path):
+        path = pathlib.Path(path)
+        self.path = path / "data.mdb" if path.is_dir() else path
+        self.content = map_file(self.path)
+        try:
+            self.spans = self.read_tree(*self.read_meta())  # key -> (begin, end)
+        except (ValueError, IndexError, OverflowError, MemoryError, struct.error) as error:
+            raise DataError(f"{self.path} is not an LMDB file that can be read "
+                            f"({one_line(error)}); copy or make it again") from None
+
+    def __len__(self):
+        return len(self.spans)
+
+    def __contains__(self, key):
+        return key in self.spans
+
+    def get(self, key, default=None):
+        span = self.spans.get(key)
+        return default if span is None else self.content[span[0]:span[1]]
+
+    def items(self):
+        for key, (begin, end) in self.spans.items():
+            yield key, self.content[begin:end]
+
+    def read_meta(self):
+        """-> page size, depth, entries and root page, of the newer of the two meta pages."""
+        metas, page = [], 0
+        for place in (0, 1):
+            at = place * page + 16
+            magic, version = struct.unpack_from("<II", self.content, at)
+            if magic != 0xBEEFC0DE or version != 1:
+                raise ValueError(f"no LMDB 0.9: magic {magic:x}, version {version}")
+            page = struct.unpack_from("<I", self.content, at + 24)[0]
+            if page not in [1 << power for power in range(8, 17)]:
+                raise ValueError(f"pages of {page} bytes")
+            flags, depth, _, _, _, entries, root = struct.unpack_from("<HHQQQQQ", self.content,
+                                                                      at + 76)
+            last, transaction = struct.unpack_from("<QQ", self.content, at + 120)
+            metas.append((transaction, page, flags, depth, entries, root, last))
+        _, page, flags, depth, entries, root, last = max(metas)
+        if flags or depth > 32:
+            raise ValueError(f"not a plain table (flags {flags}, depth {depth})")
+        if (last + 1) * page > len(self.content):
+            raise ValueError(f"it breaks off: {len(self.content):,} bytes of {(last + 1) * page:,}")
+        return page, depth, entries, root
+
+    def read_tree(self, page, depth, entries, root):
+        """-> {key: (begin, end)} of all leaves below the page `root`."""
+        if not entries:
+            return {}
+        halves = np.frombuffer(self.content, dtype="<u2", count=len(self.content) // 2)
+        total, pages = len(self.content) // page, np.array([root], dtype=np.uint64)
+        for level in range(1, depth + 1):
+            if pages.max() >= total or len(np.unique(pages)) < len(pages):
+                raise ValueError("a page outside the file, or twice in the tree")
+            start = pages.astype(np.int64) * page
+            kind, lower = halves[start // 2 + 5], halves[start // 2 + 6].astype(np.int64)
+            count = (lower - 16) // 2  # nodes of each page
+            if (kind & 3 != (2 if level == depth else 1)).any() or (count < 1).any() or (
+                    (lower > page).any()):
+                raise ValueError("a page of the wrong kind")
+            within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+            start = np.repeat(start, count)
+            place = halves[(start + 16) // 2 + within].astype(np.int64)
+            if (place % 2).any() or (place + 8 > page).any():
+                raise ValueError("an entry outside its page")
+            node = halves[((start + place) // 2)[:, None] + np.arange(4)].astype(np.uint64)
+            pages = node[:, 0] | node[:, 1] << np.uint64(16) | node[:, 2] << np.uint64(32)
+        if len(node) != entries:
+            raise ValueError(f"{len(node):,} entries of {entries:,}")
+        return self.read_leaves(page, start, start + place + 8, node)
+
+    def read_leaves(self, page, start, at, node):
+        """Keys begin at `at`; node (n, 4): size, its high half, flags, length of the key."""
+        size = (node[:, 0] | node[:, 1] << np.uint64(16)).astype(np.int64)
+        flags, begin = node[:, 2], at + node[:, 3].astype(np.int64)
+        big = flags == 1  # the value lies on pages of its own, whose number stands here
+        if (flags > 1).any() or (begin + np.where(big, 8, size) > start + page).any():
+            raise ValueError("an entry that leaves its page, or another table inside")
+        if big.any():
+            octets = np.frombuffer(self.content, dtype=np.uint8)
+            number = octets[begin[big][:, None] + np.arange(8)].astype(np.uint64)
+            number = (number << np.arange(0, 64, 8, dtype=np.uint64)).sum(axis=1, dtype=np.uint64)
+            if number.max() > len(self.content) // page:
+                raise ValueError("a page outside the file")
+            keys_end, begin = begin, begin.copy()
+            begin[big] = number.astype(np.int64) * page + 16
+        else:
+            keys_end = begin
+        if (begin + size > len(self.content)).any():
+            raise ValueError("a value that leaves the file")
+        content = self.content
+        keys = [content[a:b] for a, b in zip(at.tolist(), keys_end.tolist())]
+        return dict(zip(keys, zip(begin.tolist(), (begin + size).tolist())))
+
+
+def read_plain_pickle(data):
+    """Bytes of a pickle of numbers, text and tuples of them -> the value. Any other opcode, and so
+    all that could run code or claim memory, raises ValueError."""
+    stack, marks, memo, at = [], [], {}, 0
+    try:
+        while True:
+            code, at = data[at], at + 1
+            if code == 0x2E and len(stack) == 1:                              # STOP
+                return stack[0]
+            elif code in (0x58, 0x8C):                                        # text
+                wide = 4 if code == 0x58 else 1
+                end = at + wide + int.from_bytes(data[at:at + wide], "little")
+                if end > len(data):
+                    raise ValueError("text that breaks off")
+                stack.append(data[at + wide:end].decode("utf-8", "surrogatepass"))
+                at = end
+            elif code in (0x4B, 0x4D, 0x4A):                                  # 1, 2, 4 bytes
+                wide = {0x4B: 1, 0x4D: 2, 0x4A: 4}[code]
+                stack.append(int.from_bytes(data[at:at + wide], "little", signed=wide == 4))
+                at += wide
+            elif code == 0x8A and data[at] <= 8:                              # a longer number
+                stack.append(int.from_bytes(data[at + 1:at + 1 + data[at]], "little", signed=True))
+                at += 1 + data[at]
+            elif code in (0x94, 0x71, 0x72):                                  # remember the top
+                wide = {0x94: 0, 0x71: 1, 0x72: 4}[code]
+                key = int.from_bytes(data[at:at + wide], "little") if wide else len(memo)
+                memo[key], at = stack[-1], at + wide
+            elif code in (0x68, 0x6A):                                        # recall
+                wide = 1 if code == 0x68 else 4
+                stack.append(memo[int.from_bytes(data[at:at + wide], "little")])
+                at += wide
+            elif code in (0x86, 0x87):                                        # tuple of 2, 3
+                stack[-(code - 0x84):] = [tuple(stack[-(code - 0x84):])]
+            elif code == 0x28:                                                # mark
+                marks.append(len(stack))
+            elif code == 0x74:                                                # tuple to the mark
+                cut = marks.pop()
+                stack[cut:] = [tuple(stack[cut:])]
+            elif code in (0x80, 0x95):                                        # protocol, frame
+                at += 1 if code == 0x80 else 8
+            elif code in (0x49, 0x4C, 0x56, 0x70, 0x67):                      # protocol 0: lines
+                end = data.index(b"\n", at)
+                line, at = data[at:end].decode("ascii"), end + 1
+                if code == 0x56:
+                    stack.append(line.encode("ascii").decode("raw_unicode_escape"))
+                elif code == 0x70:
+                    memo[int(line)] = stack[-1]
+                else:
+                    stack.append(memo[int(line)] if code == 0x67 else int(line.rstrip("L")))
+            else:
+                raise ValueError(f"opcode 0x{code:02x}")
+    except (IndexError, KeyError, UnicodeError) as error:
+        raise ValueError(f"broken ({type(error).__name__})") from None
+
+
+def read_lmdb(folder, notes):
+    """One split's folder with pairs and imgs -> rows, texts, Base64Store."""
+    pairs, images = LMDB(folder / "pairs"), LMDB(folder / "imgs")
+    file = os.path.abspath(images.path)
+    index = {key.decode("utf-8", "replace"): (file, begin, end - begin)
+             for key, (begin, end) in images.spans.items() if key != b"num_images"}
+    rows, texts = [], {}
+    try:
+        number = int(pairs.get(b"num_samples", len(pairs)))
+        for i in range(number):
+            image, text_id, text = read_plain_pickle(pairs.get(str(i).encode(), b""))
+            rows.append((str(image), str(text)))
+            texts.setdefault((str(text_id), str(text)), []).append(str(image))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{pairs.path}: pair {len(rows)} is refused and was not run: it is not a "
+                        f"plain (image id, text id, text), {one_line(error)}") from None
+    apart = [path for path in folder.parent.parent.glob("*_texts.jsonl")
+             if split_word(path.stem) == split_word(folder.name)]
+    questions = read_texts(apart[0], notes) if apart else [
+        (text, paths) for (_, text), paths in texts.items()]
+    return rows, questions, Base64Store(file, index)
+
+
+def read_chinese(kind, files):
+    """TSV and JSONL, or the folders of LMDBs -> rows, stores, notes, texts, pools by split."""
+    rows, stores, notes, texts, pools = {}, {}, [], {}, {}
+    for file in files:
+        split = split_word(file.stem)
+        if kind == "lmdb":
+            pairs, questions, store = read_lmdb(file, notes)
+        else:
+            images, questions = images_beside(file), read_texts(file, notes)
+            store = Base64Store(images, index_tsv(images, notes))
+            pairs = [(path, text) for text, paths in questions for path in paths]
+        if split in rows:
+            raise DataError(f"{file} is a second {split} split beside {stores[split].path}; name "
+                            f"the one that is meant")
+        if not pairs:
+            notes.append(f"{file.name} names no images (hidden labels?): not used")
+            continue
+        rows[split], stores[split] = pairs, store
+        texts[split], pools[split] = questions, list(store.index)
+    if "val" in rows and "test" not in rows:
+        for table in (stores, texts, pools):
+            table["test"] = table["val"]
+    return rows, stores, notes, texts, pools
+
+
+def images_beside(texts):
+    """The path of the images that belong to a file of texts: train_texts.jsonl, train_imgs.tsv."""
+    return texts.with_name(re.sub(r"_(texts|queries)\.jsonl$", "_imgs.tsv", texts.name))
+
+
+def read_caption_lists(files, home):
+    """"image#id#0 caption" lines: Flickr30k-CN has a file for each split, COCO-CN lists of image
+    names beside its one, Flickr8k-CN Flickr8k's lists -> rows, notes."""
+    rows, notes, lists = {}, [], {}
+    for path in home.glob("coco-cn_*.txt"):
+        if split_word(path.stem) != "all":
+            lists |= dict.fromkeys(read_text(path).split(), split_word(path.stem))
+    for path in files:
+        found, more = read_lines(path, home)
+        notes += more
+        if set(found) == {"all"} and split_word(path.stem) in rows:
+            raise DataError(f"{path} is not the only {split_word(path.stem)} split in {home}; name "
+                            f"the caption file that is meant")
+        for split, entries in found.items():
+            for name, text in entries:
+                part = (split if split != "all" else lists.get(name) if lists else
+                        split_word(path.stem))
+                year = re.match(r"COCO_((?:train|val)2014)_", name)
+                name = name if is_image(name) else name + ".jpg"
+                if part:
+                    rows.setdefault(part, []).append((f"{year[1]}/{name}" if year else name, text))
+    return rows, notes
+
+
 # What to look for in a folder, in this order: layout -> (patterns, what a user would call it)
 PAIR_LAYOUTS = {
+    "chinese": (("*_texts.jsonl", "*_queries.jsonl"), "Chinese-CLIP's TSV and JSONL"),
+    "lmdb": (("pairs/data.mdb", "*/pairs/data.mdb", "lmdb/*/pairs/data.mdb"),
+             "Chinese-CLIP's LMDB"),
     "coco": (("annotations/captions_*2017.json", "annotations_trainval2017.zip"), "COCO 2017"),
     "karpathy": (("dataset_*.json",), "a Karpathy split"),
     "lines": (("*.token.txt", "*.token", "results.csv", "*/results.csv"), "Flickr's captions"),
+    "lists": (("imageid.human-written-caption.txt", "*zhc.caption.txt", "*train*.caption.txt",
+               "*val*.caption.txt", "*test*.caption.txt"), "COCO-CN, Flickr30k-CN or Flickr8k-CN"),
     "table": (("captions.txt", "*.csv", "*.tsv", "*.jsonl"), "one table"),
     "tars": (("*.tar", "*/*.tar"), "WebDataset shards"),
     "texts": (("*.txt", "*/*.txt", "*/*/*.txt"), "images with a text file each"),
@@ -1832,7 +2303,13 @@ PAIR_LAYOUTS = {
 def find_layout(path, layout):
     """-> the layout of a file or folder, and the files that show it."""
     if path.is_file():
-        if layout in ("coco", "texts"):
+        texts = path.with_name(re.sub(r"_imgs\.tsv$", "_texts.jsonl", path.name))
+        texts = texts if texts.is_file() else path.with_name(
+            re.sub(r"_imgs\.tsv$", "_queries.jsonl", path.name))
+        if layout in ("auto", "chinese") and images_beside(texts) != texts and texts.is_file() and (
+                images_beside(texts).is_file()):
+            return "chinese", [texts]
+        if layout in ("coco", "texts", "lmdb", "lists"):
             raise DataError(f"{path}: the layout {layout} is that of a folder; name the folder")
         if path.suffix == ".zip":
             tables = [name for name in ImageStore(path).names()
@@ -1848,6 +2325,10 @@ def find_layout(path, layout):
         return kind if layout == "auto" else layout, [path]
     for kind in PAIR_LAYOUTS if layout == "auto" else [layout]:
         files = sorted({file for pattern in PAIR_LAYOUTS[kind][0] for file in path.glob(pattern)})
+        if kind == "chinese":
+            files = [file for file in files if images_beside(file).is_file()]
+        if kind == "lmdb":
+            files = [file.parent.parent for file in files]
         if kind == "table" and len(files) > 1:
             files = [file for file in files if file.stem.lower() in SPLIT_WORDS]
         if kind == "classes":
@@ -1876,8 +2357,22 @@ def find_pairs(path, layout, captions, image_column, caption_column):
     alone = kind in ("table", "zip") and path.is_file()
     name = path.stem if alone else home.absolute().name
     notes, stores = [], None
+    texts, pools = {}, {}
     if kind == "coco":
         rows, stores, notes = read_coco(home)
+    elif kind in ("chinese", "lmdb"):
+        rows, stores, notes, texts, pools = read_chinese(kind, files)
+        name = [part for part in home.absolute().parts
+                if part.lower() not in ("lmdb", *SPLIT_WORDS)][-1]
+    elif kind == "lists":
+        rows, notes = read_caption_lists(files, home)
+        flat = {split: [(image.split("/")[-1], text) for image, text in entries]
+                for split, entries in rows.items()}
+        for rows in (rows, flat):  # COCO's images lie in folders by year, or all in one
+            images = [image for entries in rows.values() for image, _ in entries]
+            stores = {"all": locate(home, images)}
+            if any(map(stores["all"].has, images[::max(1, len(images) // 50)])):
+                break
     elif kind == "karpathy":
         rows = read_karpathy(files[0])
     elif kind == "lines":
@@ -1905,7 +2400,7 @@ def find_pairs(path, layout, captions, image_column, caption_column):
                 rows.setdefault(split, []).extend(entries)
     if stores is None:
         stores = {"all": locate(home, [image for entries in rows.values() for image, _ in entries])}
-    return PairListing(name, str(path), stores, rows, notes)
+    return PairListing(name, str(path), stores, rows, notes, texts, pools)
 
 
 def clean_pairs(listing):
@@ -2040,13 +2535,15 @@ def open_pairs(name_or_path, split, data_dir="data", layout="auto", image_column
                caption_column=None, split_ratio=HASHED, captions=None, transform=None):
     """Images with captions, split "train", "val" or "test" -> PairSet. No image is touched.
 
-    Understood, by what lies in the folder: COCO 2017 (folders, or the zips as published), Karpathy
-    JSON, Flickr8k and Flickr30k (token file or Kaggle's tables), CSV/TSV/JSONL, a zip with one of
-    these and its images (as "demo"), images with a text file each, WebDataset tars (a folder,
-    shard-{0000..0012}.tar, or a list). `layout` names one of PAIR_LAYOUTS if several lie there, or
-    is "simple-clip" for that notebook's split. `captions` picks another caption file of the folder,
-    such as a translation. Without splits, images are cut by `split_ratio`, see split_pairs. Pairs
-    without caption are left out and noted. Raises DataError.
+    Understood, by what lies in the folder: Chinese-CLIP's TSV and JSONL (MUGE also under the names
+    of its competition) or LMDB, whole or one split of it, COCO-CN, Flickr30k-CN, COCO 2017
+    (folders, or the zips as published), Karpathy JSON, Flickr8k and Flickr30k (token file or
+    Kaggle's tables), CSV/TSV/JSONL, a zip with one of these and its images (as "demo"), images with
+    a text file each, WebDataset tars (a folder, shard-{0000..0012}.tar, or a list). `layout` names
+    one of PAIR_LAYOUTS if several lie there, or is "simple-clip" for that notebook's split.
+    `captions` picks another caption file of the folder, such as a translation. Without splits,
+    images are cut by `split_ratio`, see split_pairs. Pairs without caption are left out and noted.
+    Raises DataError.
     """
     if split not in ("train", "val", "test"):
         raise DataError(f"split {split!r}: expected one of train, val, test")
@@ -2612,34 +3109,45 @@ def classification_scores(predictions, labels, classes):
 
 def recall_at_k(image_features, text_features, owner, ks=(1, 5, 10), chunk=1024):
     """Retrieval both ways between unit features (N, D) and (M, D); text j belongs to image
-    owner[j] -> dict in % of queries: i2t_r1, ..., t2i_r10, mean_recall (of them), rsum (their sum),
-    and i2t_median_rank, t2i_median_rank, 1 being best.
+    owner[j], or `owner` has (R, 2) pairs of a text and an image -> dict in % of queries: i2t_r1,
+    ..., t2i_r10, mean_recall (of them), rsum (their sum), and i2t_median_rank, t2i_median_rank, 1
+    being best.
 
     As in the papers, a query counts as found or not: an image if any of its texts is among the
     first k. Rank: the number of strictly higher scores and of equal ones with a smaller index; a
     score that is not a number is never a hit. Scores are fp32, a block of at most `chunk` queries
-    and 64 MB at a time. An image without text is in the gallery but asks nothing.
+    and 64 MB at a time. An image without text is in the gallery but asks nothing; a text without
+    image asks in vain. These are also the rules of Chinese-CLIP's evaluation programs.
     """
     images, texts = image_features.detach().float(), text_features.detach().float()
-    owner = torch.as_tensor(owner, dtype=torch.long).to(images.device)
-    if owner.shape != texts.shape[:1] or not len(owner) or images.shape[1:] != texts.shape[1:] or (
-            not 0 <= int(owner.min()) <= int(owner.max()) < len(images)):
+    owner = torch.as_tensor(owner, dtype=torch.long).cpu()
+    pairs = owner if owner.dim() == 2 else torch.stack((torch.arange(len(owner)), owner), dim=1)
+    if len(owner) < 1 or pairs.shape[1:] != (2,) or images.shape[1:] != texts.shape[1:] or (
+            owner.dim() == 1 and len(owner) != len(texts)) or pairs.min() < 0 or (
+            (pairs.amax(dim=0) >= torch.tensor([len(texts), len(images)])).any()):
         raise DataError(f"images {tuple(images.shape)}, texts {tuple(texts.shape)}, owner "
-                        f"{tuple(owner.shape)}: expected (N, D), (M, D), and M numbers below N")
+                        f"{tuple(owner.shape)}: expected (N, D), (M, D), and M numbers below N, or "
+                        f"(R, 2) pairs of a text and an image")
     ranks = {"i2t": [], "t2i": []}
     for way, queries, gallery in (("i2t", images, texts), ("t2i", texts, images)):
+        asking, wanted = pairs[pairs[:, 0 if way == "t2i" else 1].argsort(stable=True)].T
+        asking, wanted = (asking, wanted) if way == "t2i" else (wanted, asking)
+        asking = asking.contiguous()
         places = torch.arange(len(gallery), device=images.device)
         some = max(1, min(chunk, (1 << 24) // len(gallery)))
+        never = max(len(gallery), *ks)
         for start in range(0, len(queries), some):
             scores = queries[start:start + some] @ gallery.T               # (some, gallery)
-            asks = torch.arange(start, start + len(scores), device=images.device)[:, None]
-            right = owner == asks if way == "i2t" else places == owner[asks]
+            low, high = torch.searchsorted(asking, torch.tensor((start, start + len(scores))))
+            right = torch.zeros(scores.shape, dtype=torch.bool)
+            right[asking[low:high] - start, wanted[low:high]] = True
+            right = right.to(images.device)
             valid = right & ~scores.isnan()
             best = scores.masked_fill(~valid, -math.inf).amax(dim=1, keepdim=True)
             first = torch.where(valid & (scores == best), places, len(gallery)).amin(dim=1)
             ahead = (scores > best) | (scores == best) & (places < first[:, None])
-            rank = torch.where(first < len(gallery), ahead.sum(dim=1), len(gallery))
-            ranks[way].append(rank[right.any(dim=1)].cpu())
+            rank = torch.where(first < len(gallery), ahead.sum(dim=1), never)
+            ranks[way].append((rank if way == "t2i" else rank[right.any(dim=1)]).cpu())
     found = {}
     for way in ranks:
         rank = torch.cat(ranks[way]).numpy()
@@ -2679,6 +3187,106 @@ def row_error(image, text, owner, k=5):
         ahead = ((scores > own) * copies).sum(dim=1) + earlier[some]
         missed += int((ahead >= k).sum())
     return 100 * missed / len(text)
+
+
+def top_k(queries, gallery, k=10, chunk=1024):
+    """The k best of `gallery` (N, D) for each of `queries` (Q, D), best first -> scores (Q, k) in
+    fp32 and places (Q, k) in the gallery, k at most N. Of equal scores the smaller place is first,
+    as after a stable sort; one that is not a number comes last. At most `chunk` queries and 64 MB
+    of scores at a time."""
+    queries, gallery = queries.detach().float(), gallery.detach().float()
+    if not len(gallery) or queries.shape[1:] != gallery.shape[1:] or k < 1:
+        raise DataError(f"queries {tuple(queries.shape)}, gallery {tuple(gallery.shape)}, k {k}: "
+                        f"expected (Q, D) and (N, D) with N > 0, and 1 or more")
+    k, found = min(k, len(gallery)), []
+    some = max(1, min(chunk, (1 << 24) // len(gallery)))
+    for start in range(0, len(queries), some):
+        scores = queries[start:start + some] @ gallery.T                   # (some, N)
+        scores.masked_fill_(scores.isnan(), -math.inf)
+        best, places = scores.topk(min(k + 1, len(gallery)), dim=1)
+        tied = (best[:, 1:] == best[:, :-1]).any(dim=1).nonzero()[:, 0]
+        best, places = best[:, :k].contiguous(), places[:, :k].contiguous()
+        if len(tied):  # topk takes any of several equal ones
+            ordered = scores[tied].sort(dim=1, descending=True, stable=True)
+            best[tied], places[tied] = ordered[0][:, :k], ordered[1][:, :k]
+        found.append((best, places))
+    if not found:
+        return queries.new_zeros(0, k), torch.zeros(0, k, dtype=torch.long, device=queries.device)
+    return tuple(torch.cat(parts) for parts in zip(*found))
+
+
+def cached_features(folder, identity, compute, ids=None):
+    """The features (N, D) of `compute()`, kept in `folder` -> (array mapped into memory, whether it
+    was there already).
+
+    identity: plain values that decide every bit of them: the digest of the tower, the fingerprint
+    of the data, how pixels or tokens were made, the precision. Another identity is another file.
+    ids: what the rows are, kept beside them. A file whose checksum is wrong is made again.
+    """
+    folder = pathlib.Path(folder)
+    identity = json.loads(json.dumps({"identity": identity, "ids": ids}))
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+    file, said = folder / f"{key}.npy", folder / f"{key}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        kept = json.loads(said.read_text("utf-8"))
+        found = np.load(file, mmap_mode="r", allow_pickle=False)
+        if kept["identity"] == identity["identity"] and kept["crc32"] == zlib.crc32(
+                np.ascontiguousarray(found).data):
+            return found, True
+    features = np.ascontiguousarray(compute())
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(identity | {"shape": features.shape, "crc32": zlib.crc32(features.data)})
+    buffer = io.BytesIO()
+    np.save(buffer, features, allow_pickle=False)
+    for path, content in ((file, buffer.getbuffer()), (said, text.encode())):
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+        with open(temporary, "wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+    return np.load(file, mmap_mode="r", allow_pickle=False), False
+
+
+SIDES = re.compile(r"[左右]|\b(?:left|right)\b", re.IGNORECASE)
+COLOURS = re.compile(r"[红橙黄绿蓝紫黑白灰粉棕]|\b(?:red|orange|yellow|green|blue|purple|black|"
+                     r"white|gr[ae]y|pink|brown)\b", re.IGNORECASE)
+TAGGED = re.compile(r"(?:^|\s)\S+[:/][a-z]{1,3}(?=\s|$)")  # a word with its part of speech
+
+
+def caption_notes(captions, statistics=None, context_length=None, flips=False, hues=False):
+    """What is doubtful about captions as a training set, a sentence each.
+
+    statistics: `tokenizer.statistics(captions, context_length)`, for the shares that are cut and
+    unknown. flips, hues: whether the augmentation mirrors images or changes their colours.
+    """
+    n, notes = len(captions), []
+
+    def share(count, what):
+        if count:
+            notes.append(f"{count:,} of {n:,} captions ({100 * count / n:.1f} %) {what}")
+    if statistics:
+        share(statistics["truncated"], f"are longer than the {context_length} tokens that are read "
+              f"(the longest has {statistics['longest']}); the rest is cut off")
+        unknown, tokens = statistics["unknown"], max(1, statistics["tokens"])
+        if unknown:
+            notes.append(f"{unknown:,} of {tokens:,} tokens ({100 * unknown / tokens:.2f} %) are "
+                         f"unknown to the vocabulary")
+    if flips:
+        share(sum(map(bool, map(SIDES.search, captions))),
+              "name left or right (左, 右), which is wrong after a flip; augment without flips")
+    if hues:
+        share(sum(map(bool, map(COLOURS.search, captions))),
+              "name colours, which hue changes and inversions make wrong; augment without them")
+    tagged = sum(len(TAGGED.findall(caption)) > 1 for caption in captions)
+    if tagged > n // 10:
+        share(tagged, "carry part-of-speech tags (词:n); take the file without them")
+    different = len(set(captions))
+    if n and different < n:
+        repeated = n - different
+        share(repeated, "repeat another; as negatives they contradict each other, so give them "
+                        "targets by text (multi-positive loss) or mask them")
+    return notes
 
 
 # -----------------------------------------------------------------------------
@@ -2856,10 +3464,10 @@ def check_images(listing, chosen, faults, find):
         lost = []
         for position, (path, label) in enumerate(rows):
             kinds, signature = ["missing"], None
-            if listing.store.has(path):
+            if listing.store_of(split).has(path):
                 if path not in chosen:
                     continue
-                kinds, signature = examine(listing.store, path)
+                kinds, signature = examine(listing.store_of(split), path)
                 examined += 1
                 if examined % 500 == 0 and sys.stderr.isatty():
                     print(f"{examined:,} images", end="\r", file=sys.stderr, flush=True)
@@ -2880,6 +3488,40 @@ def check_images(listing, chosen, faults, find):
     return examined
 
 
+class PairRows(Listing):
+    """A PairListing as the doctor looks at it: images without classes."""
+
+    def __init__(self, pairs):
+        rows = {split: [(path, 0) for path in dict.fromkeys(path for path, _ in entries)]
+                for split, entries in pairs.rows.items()}
+        if pairs.rows["test"] == pairs.rows["val"]:
+            rows["test"] = rows["val"]
+        captions = list(dict.fromkeys(row for entries in pairs.rows.values() for row in entries))
+        super().__init__(pairs.name, pairs.root, None, rows, [], notes=pairs.notes + caption_notes(
+            [text for _, text in captions], flips=True), captions=captions)
+        self.pairs, self.store_of = pairs, pairs.store_of
+
+    def open(self, split, transform=None):
+        pairs = PairSet(self.pairs, split, transform)
+        if split != "train":
+            self.notes += [f"{split}: {note}" for note in pairs.retrieval().notes]
+        return pairs
+
+
+def find_any_listing(text, data_dir, layout, faults):
+    """The Listing of classes or of pairs that lies there: pairs first where their files show it."""
+    path = pathlib.Path(os.path.expandvars(os.path.expanduser(text)))
+    with contextlib.suppress(DataError):
+        if path.exists() and find_layout(path, "auto")[0] not in ("table", "texts", "zip"):
+            return PairRows(list_pairs(text, data_dir))
+    try:
+        return find_listing(text, data_dir, layout, faults=faults)
+    except DataError as error:
+        with contextlib.suppress(DataError):
+            return PairRows(list_pairs(text, data_dir))
+        raise error
+
+
 def check_data(text, data_dir="data", layout="coop", limit=None):
     """All that is worth knowing before training, as a dict for JSON; "usable" is False if training
     would refuse the data. Keeps half a kilobyte per image; `limit` decodes that many, drawn by a
@@ -2887,7 +3529,7 @@ def check_data(text, data_dir="data", layout="coop", limit=None):
     if limit is not None and limit < 1:
         raise DataError(f"limit {limit}: expected 1 image or more")
     start, faults, found = time.monotonic(), [], {}
-    listing = find_listing(text, data_dir, layout, faults=faults)
+    listing = find_any_listing(text, data_dir, layout, faults)
 
     def find(kind, example):
         entry = found.setdefault(kind, {"count": 0, "examples": []})
@@ -2902,7 +3544,8 @@ def check_data(text, data_dir="data", layout="coop", limit=None):
     leaks = sum(found[kind]["count"] for kind in ("leakage", "near_leakage") if kind in found)
     return {"name": listing.name, "root": listing.root, "notes": listing.notes,
             "counts": {split: len(rows) for split, rows in listing.rows.items()},
-            "classes": len(listing.classnames), "images": len(paths), "examined": examined,
+            "classes": len(listing.classnames), "captions": len(listing.captions),
+            "images": len(paths), "examined": examined,
             "seconds": round(time.monotonic() - start, 2),
             "findings": [{"finding": kind, **found[kind], "what": what, "advice": advice}
                          for kind, (what, _, advice) in ((kind, text.partition("; "))
@@ -2966,7 +3609,9 @@ def print_check(args):
         print(json.dumps(report))
         return 0 if report["usable"] else 2
     sizes = " / ".join(f"{count:,} {split}" for split, count in report["counts"].items())
-    lines = [f"{report['root']}: {sizes} images in {report['classes']:,} classes",
+    lines = [f"{report['root']}: {sizes} images " + (
+                 f"in {report['classes']:,} classes" if report["classes"] else
+                 f"with {report['captions']:,} captions"),
              f"{report['examined']:,} of {report['images']:,} files decoded in "
              f"{report['seconds']:.1f} s" + ("; only some copies can be found among a part"
                                              if args.limit else "")]

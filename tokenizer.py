@@ -3,11 +3,13 @@
 | class              | text towers                    | ids equal to                   |
 |--------------------|--------------------------------|--------------------------------|
 | BPETokenizer       | CLIP's own                     | OpenAI's SimpleTokenizer       |
-| WordPieceTokenizer | BERT, DistilBERT, Chinese-CLIP | transformers' BertTokenizer    |
+| WordPieceTokenizer | BERT, DistilBERT               | transformers' BertTokenizer    |
+| ChineseTokenizer   | Chinese-CLIP                   | Chinese-CLIP's own tokenizer   |
 | ByteBPETokenizer   | RoBERTa                        | transformers' RobertaTokenizer |
 
-All have `encode(text)`, `decode(ids)`, `tokenizer(texts)`, `start_id`, `end_id`, `pad_id`,
-`vocab_size` and `truncated`; `open_tokenizer(path)` picks the class by the files that it finds.
+All have `encode(text)`, `decode(ids)`, `tokenizer(texts)`, `statistics(texts)`, `start_id`,
+`end_id`, `pad_id`, `vocab_size` and `truncated`; `open_tokenizer(path)` picks the class by the
+files that it finds, or by the `vocabulary` that a checkpoint carries.
 
 CLIP (Radford et al. 2021). A caption is cleaned (mojibake repaired, HTML entities resolved twice,
 white space folded, lower case), cut by a regular expression into pieces that never span white
@@ -94,6 +96,9 @@ class Tokenizer:
     A kind cuts a text into chunks whose ids depend on nothing outside the chunk (`_chunks`) and
     finds the ids of one (`_encode_chunk`). Captions do not repeat, but their words do.
     """
+    text_kind = "bpe"    # as in `CLIP.text_kind`
+    unknown_id = None    # the id of what cannot be spelled, where there is such a thing
+    vocabulary = None    # plain values to put into a checkpoint; `open_tokenizer` takes them back
 
     def __init__(self, ids, start, end, pad):
         self.ids = ids  # symbol -> id
@@ -145,6 +150,16 @@ class Tokenizer:
         tokens = torch.full((len(texts), context_length), self.pad_id)
         used = torch.arange(context_length) < torch.tensor(lengths, dtype=torch.long)[:, None]
         return tokens.masked_scatter_(used, torch.tensor(flat, dtype=torch.long))
+
+    def statistics(self, texts, context_length):
+        """What of `texts` a tower of so many positions gets, as a dict of numbers: texts; tokens,
+        without start and end; longest, of one text with both; truncated, how many texts are over
+        `context_length`; unknown, how many tokens stand for something that cannot be spelled."""
+        ids = [self.encode(text) for text in texts]
+        lengths = [len(row) + 2 for row in ids]
+        return {"texts": len(ids), "tokens": sum(map(len, ids)), "longest": max(lengths, default=2),
+                "truncated": sum(length > context_length for length in lengths),
+                "unknown": sum(row.count(self.unknown_id) for row in ids)}
 
     def _symbols(self, ids, left_out):
         """The symbols of `ids` up to the first end of text, without the ids in `left_out`."""
@@ -222,6 +237,11 @@ def merge_pairs(symbols, ranks):
 
 # ------------------------------------------------------------------------------------------ CLIP
 
+def in_order(text):
+    """`text` with its long runs of accents as Unicode's normal form orders them."""
+    return ACCENT_RUN.sub(lambda run: "".join(sorted(run[0], key=unicodedata.combining)), text)
+
+
 def is_plain(text):
     """Printable ASCII without "&": nothing to repair or unescape, which is most of the time."""
     return text.isascii() and "&" not in text and text.replace("\n", " ").isprintable()
@@ -230,7 +250,7 @@ def is_plain(text):
 def clean(text):
     """What OpenAI's tokenizer sees of `text`: repaired, unescaped, single spaces, lower case."""
     if not is_plain(text):
-        text = ACCENT_RUN.sub(lambda run: "".join(sorted(run[0], key=unicodedata.combining)), text)
+        text = in_order(text)
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return regex.sub(r"\s+", " ", text.strip()).strip().lower()
 
@@ -352,7 +372,12 @@ def check_vocabulary(path, ids, needed):
 # ------------------------------------------------------------------------------------------ BERT
 
 def read_wordpiece(path):
-    """(token -> id, settings by their names in tokenizer_config.json, the file read)."""
+    """(token -> id, settings by their names in tokenizer_config.json, the file read). In the place
+    of a path, a list of tokens in the order of their ids will do."""
+    if isinstance(path, (list, tuple)):
+        if not all(isinstance(token, str) for token in path):
+            raise TokenizerError("a vocabulary of something else than text; expected its tokens")
+        return {token: i for i, token in enumerate(path)}, {}, "the vocabulary of a checkpoint"
     (path,), config = find_files(path, "vocab.txt")
     if path.suffix != ".json":
         # Not splitlines(): the Chinese vocabulary has a row that is a line separator, U+2028.
@@ -375,11 +400,14 @@ class WordPieceTokenizer(Tokenizer):
     Where the folder does not say otherwise, letters are lowered, accents stripped if letters are
     lowered, and ideographs split; `lowercase` wins over the folder. A word of more than
     `longest_word` characters is [UNK]: transformers has 100, Chinese-CLIP's own tokenizer 200.
-    Raises TokenizerError when a file is missing, damaged or of another kind.
+    `vocab` can also be the list of tokens. Raises TokenizerError when a file is missing, damaged
+    or of another kind.
     """
+    text_kind = "wordpiece"
 
     def __init__(self, vocab, lowercase=None, longest_word=100):
-        ids, config, path = read_wordpiece(pathlib.Path(vocab))
+        ids, config, path = read_wordpiece(vocab if isinstance(vocab, (list, tuple)) else
+                                           pathlib.Path(vocab))
         check_vocabulary(path, ids, ["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
         super().__init__(ids, "[CLS]", "[SEP]", "[PAD]")
         if lowercase is None:
@@ -387,8 +415,18 @@ class WordPieceTokenizer(Tokenizer):
         strip, split = config.get("strip_accents"), config.get("tokenize_chinese_chars")
         self.lowercase, self.strip_accents = lowercase, lowercase if strip is None else strip
         self.words = WORDS if split is False else WORDS_AND_IDEOGRAPHS
-        self.unknown_id = ids["[UNK]"]
+        self.split, self.unknown_id = split is not False, ids["[UNK]"]
         self.longest_word, self.longest_symbol = longest_word, max(map(len, ids))
+
+    @property
+    def vocabulary(self):
+        """The tokens in the order of their ids, and the rules, as plain values. None if an id has
+        no token."""
+        tokens = [self.symbols.get(i) for i in range(self.vocab_size)]
+        return None if None in tokens else {
+            "kind": "wordpiece", "tokens": tokens, "lowercase": self.lowercase,
+            "strip_accents": self.strip_accents, "split": self.split,
+            "longest_word": self.longest_word}
 
     def _chunks(self, text):
         # All that follows works on characters or between two spaces, so it can come after this.
@@ -429,6 +467,70 @@ class WordPieceTokenizer(Tokenizer):
         return " ".join(self._symbols(ids, {self.start_id, self.pad_id})).replace(" ##", "")
 
 
+CHINESE_SHA256 = "8550a78ca2dd304e6a4b45baa9780db8a93cfacc564b4d1c319905db0122f1e4"  # of the rows
+ALL_IDEOGRAPHS = IDEOGRAPH + r"\U0002b820-\U0002b91f"
+CHINESE_WORDS = regex.compile(rf"[{ALL_IDEOGRAPHS}]|[^{SPACE}{ALL_IDEOGRAPHS}]+")
+ASCII_MARKS = frozenset("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
+
+
+def is_mark(character):
+    """Punctuation as BERT has it: all of ASCII that is no letter, digit, space or control."""
+    return character in ASCII_MARKS or unicodedata.category(character)[0] == "P"
+
+
+class ChineseTokenizer(WordPieceTokenizer):
+    """Chinese-CLIP's tokenizer: the ids of its own code, which is Google's BERT of 2018.
+
+    Different from transformers' BertTokenizer, seldom and on purpose: characters of private use,
+    lone surrogates and words of 101 to 200 characters count, all ideographs stand alone, and the
+    final sigma is known. What is punctuation or an accent is up to this Python's Unicode, as there.
+
+    `vocab`: the vocab.txt, a folder with it, or the list of tokens. TokenizerError if it is not
+    the one all released models share, unless `any_vocab`: with another one every id means another
+    word. `straight_quotes`: curly quotes, which are not in the vocabulary, become \", and the text
+    lower case before all else, as the authors do in training and evaluation and not in `tokenize`.
+    """
+
+    def __init__(self, vocab, straight_quotes=True, any_vocab=False):
+        super().__init__(vocab, lowercase=True, longest_word=200)
+        self.strip_accents, self.words, self.split = True, CHINESE_WORDS, True
+        self.straight_quotes = straight_quotes
+        tokens = [self.symbols.get(i, "") for i in range(self.vocab_size)]
+        found = hashlib.sha256("\n".join(tokens).encode("utf-8", "replace")).hexdigest()
+        if found != CHINESE_SHA256 and not any_vocab:
+            raise TokenizerError(f"{vocab if isinstance(vocab, (str, pathlib.Path)) else 'this'} "
+                                 f"is not the vocabulary of Chinese-CLIP (21,128 tokens, those of "
+                                 f"Google's bert-base-chinese): its ids would mean other words. "
+                                 f"For a model with a vocabulary of its own, say any_vocab=True")
+
+    def __call__(self, texts, context_length=52, truncate=True):
+        return super().__call__(texts, context_length, truncate)
+
+    @property
+    def vocabulary(self):
+        known = super().vocabulary
+        return known and {"kind": "chinese", "tokens": known["tokens"],
+                          "straight_quotes": self.straight_quotes}
+
+    def _chunks(self, text):
+        if self.straight_quotes:
+            text = text.lower().replace("\u201c", '"').replace("\u201d", '"')
+        return self.words.findall(text)
+
+    def _encode_chunk(self, chunk):
+        chunk = "".join(c for c in chunk
+                        if c != "\ufffd" and unicodedata.category(c) not in ("Cc", "Cf")).lower()
+        chunk = in_order(chunk)
+        chunk = [c for c in unicodedata.normalize("NFD", chunk) if unicodedata.category(c) != "Mn"]
+        words = [[]]
+        for character in chunk:
+            if is_mark(character):
+                words += [[character], []]
+            else:
+                words[-1].append(character)
+        return [i for word in words if word for i in self._encode_word("".join(word))]
+
+
 # --------------------------------------------------------------------------------------- RoBERTa
 
 def read_byte_bpe(path, merges=None):
@@ -460,6 +562,7 @@ class ByteBPETokenizer(Tokenizer):
     A tokenizer.json, or a folder with only that, will do as well. Raises TokenizerError when a
     file is missing, damaged or of another kind, or when a byte or a merge has no id.
     """
+    text_kind = "bytebpe"
 
     def __init__(self, vocab, merges=None):
         ids, pairs, path = read_byte_bpe(pathlib.Path(vocab), merges)
@@ -487,14 +590,57 @@ class ByteBPETokenizer(Tokenizer):
         return from_byte_characters("".join(symbols)).decode("utf-8", errors="replace")
 
 
+def stored_vocabulary(path):
+    """The `vocabulary` that a checkpoint carries: out of a safetensors file's header, or a file of
+    torch.save, read without running it. Raises TokenizerError."""
+    found = None
+    try:
+        if path.suffix == ".safetensors":
+            with path.open("rb") as file:
+                header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 1 << 27)))
+            found = json.loads(header["__metadata__"].get("vocabulary", "null"))
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            found = content.get("vocabulary")
+    except Exception as error:  # a damaged or hostile file can raise anything
+        raise TokenizerError(f"{path} is not a checkpoint that can be read "
+                             f"({str(error).splitlines()[:1]})") from None
+    if not isinstance(found, dict):
+        raise TokenizerError(f"{path} carries no vocabulary; name its vocab.txt or folder")
+    return found
+
+
+def from_vocabulary(known):
+    """A tokenizer again from its `vocabulary`. Raises TokenizerError."""
+    tokens = known.get("tokens")
+    if not isinstance(tokens, (list, tuple)) or known.get("kind") not in ("wordpiece", "chinese"):
+        raise TokenizerError("a vocabulary of no known kind; expected wordpiece or chinese, with "
+                             "its tokens")
+    if known["kind"] == "chinese":  # who wrote the checkpoint has answered for the tokens
+        return ChineseTokenizer(tokens, known.get("straight_quotes") is not False, any_vocab=True)
+    found = WordPieceTokenizer(tokens, bool(known.get("lowercase")), known.get("longest_word", 100))
+    found.strip_accents, found.split = bool(known.get("strip_accents")), known.get("split", True)
+    found.words = WORDS_AND_IDEOGRAPHS if found.split else WORDS
+    return found
+
+
 def open_tokenizer(path):
     """The tokenizer of a file or a Hugging Face folder, of the kind that its files show.
 
     vocab.txt: WordPiece; vocab.json and merges.txt: byte-level BPE, or CLIP's, which Hugging Face
-    saves under the same names; tokenizer.json: any of them; *.txt.gz: CLIP's merge list. Raises
-    TokenizerError when there is nothing of this or it cannot be read.
+    saves under the same names; tokenizer.json: any of them; *.txt.gz: CLIP's merge list; the folder
+    of a ChineseCLIPModel: Chinese-CLIP's own; a checkpoint (.safetensors, .pt): the vocabulary that
+    it carries. That `vocabulary`, a dict, will do in the place of a path. Raises TokenizerError
+    when there is nothing of this or it cannot be read.
     """
+    if isinstance(path, dict):
+        return from_vocabulary(path)
     path = pathlib.Path(path)
+    if path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
+        return from_vocabulary(stored_vocabulary(path))
+    if (path / "vocab.txt").is_file() and (path / "config.json").is_file() and (
+            read_json(path / "config.json").get("model_type") == "chinese_clip"):
+        return ChineseTokenizer(path, any_vocab=True)
     if path.suffix == ".gz":
         return BPETokenizer(path)
     if path.name in ("vocab.json", "merges.txt"):

@@ -56,7 +56,7 @@ from clip_model import (bucket, canonical_name, CLIP, CONFIGS, HEADS, load, proj
 from data import (batch_losses, class_prompts, classification_scores, FeatureLoader, make_loader,
                   make_pair_loader, normalise, open_dataset, open_pairs, Preprocess, recall_at_k,
                   row_error)
-from tokenizer import BPETokenizer, open_tokenizer, WordPieceTokenizer
+from tokenizer import BPETokenizer, open_tokenizer
 
 # What a preset sets where the command line does not. clip-roberta and simple-clip are two public
 # projects' recipes: Hugging Face's run_clip.py on COCO, and ResNet50 + DistilBERT on Flickr.
@@ -1110,10 +1110,9 @@ def open_texts(args, model):
         raise UserError(f"the text tower {folder} needs its vocabulary; name its folder with "
                         f"--tokenizer")
     tokenizer = open_tokenizer(folder)
-    kind = {BPETokenizer: "bpe", WordPieceTokenizer: "wordpiece"}.get(type(tokenizer), "bytebpe")
-    if kind != model.text_kind:
-        raise UserError(f"the tokenizer in {folder} is a {kind} and the text tower needs a "
-                        f"{model.text_kind}; name the folder of its own with --tokenizer")
+    if tokenizer.text_kind != model.text_kind:
+        raise UserError(f"the tokenizer in {folder} is a {tokenizer.text_kind} and the text tower "
+                        f"needs a {model.text_kind}; name the folder of its own with --tokenizer")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"the tokenizer in {folder} has {tokenizer.vocab_size:,} tokens and the "
                         f"text tower {model.config.vocab_size:,}; they do not belong together")
@@ -1214,7 +1213,7 @@ def prepare(run, model, sets, folder, args):
 def summary(run, results, args):
     """The table that the first project prints, one line a run."""
     row = {"name": args.model, "eval loss": results.get("run_clip_loss", results.get("loss")),
-           "floor": results.get("run_clip_floor", 0.0), "FPS": results["samples_per_second"],
+           "floor": results.get("run_clip_floor", 0.0), "FPS": results["samples_per_second"] or "-",
            "precision": run.precision, "epochs": args.epochs, "batch": args.batch_size,
            "processes": run.world_size}
     cells = [f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()]

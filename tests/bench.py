@@ -31,7 +31,7 @@ import clip_model  # noqa: E402
 import train_clipfit  # noqa: E402
 import train_contrastive  # noqa: E402
 import train_distill  # noqa: E402
-from data import class_prompts, normalise, TEMPLATES, Views  # noqa: E402
+from data import class_prompts, LMDB, normalise, TEMPLATES, top_k, Views  # noqa: E402
 from tokenizer import BPETokenizer  # noqa: E402
 
 DTD = """banded blotchy braided bubbly bumpy chequered cobwebbed cracked crosshatched crystalline
@@ -492,6 +492,65 @@ def transform(rounds):
     bench_data.transform_rows(rounds)
 
 
+def search(rounds, queries=5008, pool=29_806, width=512):
+    """MUGE's validation search, k = 10. The reference is the loop of Chinese-CLIP's program over
+    queries in its own terms: all scores as Python numbers with their ids, sorted; it takes minutes,
+    so a part of the queries stands for all. Places are compared."""
+    gallery = clip_model.unit(torch.randn(pool, width))
+    asked, ids, some = clip_model.unit(torch.randn(queries, width)), list(range(pool)), 40
+
+    def loop():
+        return [[i for i, _ in sorted(zip(ids, (query[None] @ gallery.T)[0].tolist()),
+                                      key=lambda pair: pair[1], reverse=True)[:10]]
+                for query in asked[:some]]
+    took = alternate({"loop": loop, "ours": lambda: top_k(asked, gallery, 10)}, rounds)
+    took["loop"] = [seconds * queries / some for seconds in took["loop"]]
+    equal = sum(a == b for a, b in zip(loop(), top_k(asked[:some], gallery)[1].tolist()))
+    table(f"top 10 of {pool:,} images for {queries:,} texts", "seconds", "ours is faster by")
+    for name, seconds in took.items():
+        print(f"| {name} | {statistics.median(seconds):.2f} | "
+              f"{ratio(seconds, took['ours']):.0f} |")
+    print(f"\n{equal} of {some} lists are the same (rounding may swap neighbours)")
+
+
+def lmdb(rounds, images=3000, pairs=50_000):
+    """Chinese-CLIP's two kinds of LMDB: images as base64 of 8 to 40 kB, looked up in random order
+    as in training, with the file open; and all pairs read once, opening and unpickling included,
+    where the package has the pickle module run and ours a reader that runs nothing."""
+    import pickle
+    import random
+    import tempfile
+
+    try:
+        import lmdb as package
+    except ImportError:
+        return print("\nno table of LMDB: the lmdb package is not installed")
+    from data import read_plain_pickle
+    draw = random.Random(0)
+    table("reading an LMDB", "items per second", "of the lmdb package's")
+    text = "一个穿着泳装的女人躺在海水里"
+    for what, values in (
+            ("images", {str(i).encode(): draw.randbytes(draw.randint(8_000, 40_000))
+                        for i in range(images)}),
+            ("pairs", {str(i).encode(): pickle.dumps((i, 7 * i, text)) for i in range(pairs)})):
+        with tempfile.TemporaryDirectory() as folder:
+            with package.open(folder, map_size=1 << 30) as env, env.begin(write=True) as change:
+                for key, value in values.items():
+                    change.put(key, value)
+            env = package.open(folder, readonly=True, lock=False)
+            keys, look, found = draw.sample(list(values), len(values)), env.begin(), LMDB(folder)
+            calls = {"images": {"lmdb package": lambda: [look.get(key) for key in keys],
+                                "ours": lambda: [found.get(key) for key in keys]},
+                     "pairs": {"lmdb package": lambda: [pickle.loads(v) for _, v in look.cursor()],
+                               "ours": lambda: [read_plain_pickle(v)
+                                                for _, v in LMDB(folder).items()]}}[what]
+            took = {name: seconds[1:] for name, seconds in alternate(calls, rounds + 1).items()}
+            for name, seconds in took.items():
+                print(f"| {what}, {name} | {len(values) / statistics.median(seconds):,.0f} | "
+                      f"{ratio(took['lmdb package'], seconds):.2f} |")
+            env.close()
+
+
 def startup(rounds):
     """Seconds until `--help` has been printed."""
     table("--help", "seconds")
@@ -503,8 +562,8 @@ def startup(rounds):
 
 
 TABLES = {"clipfit": clipfit, "imagenet": imagenet, "features": features, "tokenizer": tokenizer,
-          "transform": transform, "startup": startup, "loss": loss, "training": training,
-          "distill": distill, "memory": memory}
+          "transform": transform, "search": search, "lmdb": lmdb, "startup": startup, "loss": loss,
+          "training": training, "distill": distill, "memory": memory}
 
 
 def main():
