@@ -1625,11 +1625,21 @@ def load(name_or_path=None, image_tower=None, text_tower=None, proj="linear", em
     dtypes = {key: tensor.dtype for key, tensor in model.state_dict().items()}
     state = {key: tensor.to(dtypes[key]).contiguous() for key, tensor in state.items()}
     check_finite(state, path)
-    model.load_state_dict(state, assign=True)
+    fill(model, state, assign=True)
     model.requires_grad_(True)
     model.origin = {"name": name, "sha256": sha256_of(path), "layout": layout, "format": kind,
                     "notes": notes}
     return model.eval()
+
+
+def fill(model, state, assign=False):
+    """load_state_dict, with what tensors do not tell: the versions of modules, without which
+    torchvision's MNASNet refuses, and the zero count of batches of BatchNorms older than it."""
+    own = model.state_dict()
+    state = collections.OrderedDict({name: torch.tensor(0) for name in own
+                                     if name.endswith(".num_batches_tracked")} | state)
+    state._metadata = own._metadata
+    model.load_state_dict(state, assign=assign)
 
 
 def check_finite(state, path):
@@ -1678,7 +1688,7 @@ def join(parts, proj, embed_dim, keep_projections):
             state = {name: t for name, t in state.items() if not name.startswith(head)}
             drawn |= names
     check_state(model.config, {name: own[name] for name in drawn} | state)
-    model.load_state_dict(own | state)
+    fill(model, own | state)
     origins = [origin for *_, origin in parts]
     model.origin = {"name": " + ".join(origin["name"] for origin in origins), "notes": notes,
                     "sha256": "+".join(filter(None, (o["sha256"] for o in origins))),
@@ -1696,8 +1706,9 @@ def clip_part(side, name_or_path, activation, size=None):
     """The image or text tower of a CLIP. "NAME:none" has random weights, for images of `size`."""
     name = canonical_name(str(name_or_path).removesuffix(":none"))
     if name and str(name_or_path).endswith(":none"):
-        config, state = dataclasses.replace(CONFIGS[name], image_size=size or CONFIGS[
-            name].image_size), {}
+        config, state = CONFIGS[name], {}
+        config = dataclasses.replace(config, image_size=size or config.image_size,
+                                     activation=activation or config.activation)
         origin = {"name": f"{name}:none", "sha256": "", "notes": []}
     else:
         model = load(name_or_path, activation=activation)
@@ -1706,8 +1717,8 @@ def clip_part(side, name_or_path, activation, size=None):
             raise WeightsError(f"{name_or_path} takes images of {config.image_size} pixels and has "
                                f"no positions for {size}; leave image_size out")
     fields = {key: getattr(config, key) for key in CLIP_FIELDS[side]}
-    if config.backbone if side == "image" else config.text:  # which have no use for it
-        del fields["activation"]
+    if (config.backbone if side == "image" else config.text) or not (state or activation):
+        del fields["activation"]  # has no use for it, or takes the other tower's
     return fields, {key: tensor for key, tensor in state.items() if key != "logit_scale"
                     and key.startswith("visual.") == (side == "image")}, origin
 
@@ -1848,7 +1859,8 @@ def inherit(student, teacher, image=True, text=True):
                      f"numbers are inherited")
         lines += [f"{side} tower: {note}" for note in notes]
         new |= cut
-    student.load_state_dict(state | new)
+    for name, tensor in new.items():
+        state[name].copy_(tensor)  # which is the parameter itself
     return lines
 
 
@@ -1885,7 +1897,8 @@ def part_of(teacher, tower, layers, of_layers):
         elif any(mine > theirs for mine, theirs in zip(shape, source.shape)) or (
                 # kernels of other patches, and words with other numbers, are other things
                 source.dim() == 4 and source.shape[2:] != shape[2:]
-                or "d_embedding" in name and len(source) != len(tensor)):
+                or name.endswith(("token_embedding.weight", "word_embeddings.weight"))
+                and len(source) != len(tensor)):
             notes.append(f"{name} {tuple(shape)} stays: the teacher's is {tuple(source.shape)}")
         elif ".in_proj_" in name:  # queries, keys and values one below the other
             cut[name] = torch.cat([leading(part, (len(tensor) // 3, *shape[1:]))
@@ -1926,6 +1939,9 @@ def locate(name_or_path):
         return TINY, known
     if known in RELEASED:
         return download(known), known
+    if known:
+        raise WeightsError(f"there are no released weights of {known}; give a file of your own, or "
+                           f"start from random numbers: {known}:none as a tower, --weights none")
     raise WeightsError(f"no file or model {text!r}; expected a path, \"tiny\", or one of "
                        f"{', '.join(RELEASED)}")
 
