@@ -249,9 +249,20 @@ def test_a_student_trains_at_any_size_and_its_taps_are_at_three_strides(models, 
 
 @pytest.mark.parametrize("name", [*STUDENTS, *OTHERS])
 def test_maps_have_their_places_at_224_pixels(models, name):
+    sides = {}
     with torch.device("meta"):
         tower = tower_of(name, 224).eval()
+        for stride, path in tower.tap_modules.items():  # what comes next in the same container
+            parent = tower.trunk.get_submodule(path.rpartition(".")[0])
+            parts = [m for n, m in parent.named_children() if "relu" not in n]
+            place = parts.index(tower.trunk.get_submodule(path)) + 1
+            for part in parts[place:place + 1]:
+                part.register_forward_hook(
+                    lambda m, i, x, stride=stride: sides.update({stride: x.shape}))
         out = tower.taps(torch.empty(2, 3, 224, 224))
+    for stride in (8, 16):  # so the tapped module is the last at its stride
+        assert 112 // stride in sides[stride] and 224 // stride not in sides[stride]
+    assert 7 not in sides.get(32, ())
     assert {s: x.shape for s, x in out.maps.items()} == {
         s: (2, c, 224 // s, 224 // s) for s, c in tower.tap_channels.items()}
     assert list(out.maps) == [8, 16, 32] and out.pooled.shape == (2, tower.features)
