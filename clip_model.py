@@ -14,8 +14,10 @@ without a key map. Different from OpenAI's code, with equal results:
   pickle through `weights_only`, and a zip's checksums are verified first.
 
 A CLIP can also be made of other towers, trained by others: BERT, RoBERTa or DistilBERT under
-Hugging Face's names, and any classifier of torchvision. `load(image_tower=..., text_tower=...)`.
-Chinese-CLIP (Yang et al. 2022) is such a one: OpenAI's image tower with a Chinese RoBERTa-wwm.
+Hugging Face's names, MobileViT, and any classifier of torchvision: `load(image_tower=...,
+text_tower=...)`. Chinese-CLIP (Yang et al. 2022) is OpenAI's image tower with a Chinese
+RoBERTa-wwm. Distillation finds in every image tower, large or small, its feature maps (`taps`),
+and `inherit` starts a small CLIP from a part of a large one.
 
 Letters: B images, N texts, L tokens, W width of a tower, H heads, G patches per side, D embedding.
 
@@ -25,6 +27,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import http.client
 import io
@@ -37,6 +40,7 @@ import pickle
 import pickletools
 import re
 import sys
+import typing
 import urllib.error
 import urllib.request
 import warnings
@@ -70,7 +74,8 @@ class CLIPConfig:
     vision_head: int = 64         # width of one attention head; LAION's largest ViTs differ
     text_head: int = 64
     activation: str = "quick_gelu"  # "gelu" in models trained by LAION; shapes cannot tell it
-    backbone: str = ""            # a torchvision classifier in the place of CLIP's image towers
+    backbone: str = ""            # a classifier in the place of CLIP's image towers: one of
+                                  # torchvision's, or of MOBILEVITS
     text: "BertConfig | None" = None  # a BERT in the place of CLIP's text tower
     proj: str = "linear"          # the step to D on either side; or "mlp", a `ResidualHead`
 
@@ -86,6 +91,10 @@ CONFIGS = {
     "ViT-B/16":       CLIPConfig(512, 224, 12,  768, 16, 512, 12),
     "ViT-L/14":       CLIPConfig(768, 224, 24, 1024, 14, 768, 12),
     "ViT-L/14@336px": CLIPConfig(768, 336, 24, 1024, 14, 768, 12),
+    "ViT-S/16":       CLIPConfig(384, 224, 12, 384, 16, 384, 12),  # OpenCLIP's
+    "ViT-T/16":       CLIPConfig(512, 224, 12, 192, 16, 384, 12),  # CLIP-KD's
+    "ViT-39M/16":     CLIPConfig(512, 224, 12, 512, 16, 512, 6),   # TinyCLIP's two, which
+    "ViT-8M/16":      CLIPConfig(512, 224, 10, 256, 16, 256, 3),   # `inherit` from ViT-B/16
     "tiny":           CLIPConfig(128, 64, 4, 128, 8, 128, 3),  # bundled, trained on EuroSAT
     "tiny-vit":       CLIPConfig(32, 32, 2, 64, 8, 64, 2),     # these two are for tests
     "tiny-rn":        CLIPConfig(32, 64, (1, 1, 1, 1), 8, None, 64, 2),
@@ -242,6 +251,20 @@ class Attention(nn.Module):
         return self.out_proj(out.reshape(B, W))
 
 
+    def weights(self, x, row):
+        """How the token at `row` shares out its attention: (B, L, W) -> (B, H, L), sums of 1.
+
+        What nn.MultiheadAttention returns as its weights, for one row. No fused kernel gives them
+        away, so they are computed once more: the keys of all tokens, the query of one.
+        """
+        B, L, W = x.shape
+        H, (weight, bias) = self.heads, self.rounded or (self.in_proj_weight, self.in_proj_bias)
+        q = F.linear(x[:, row], weight[:W], bias[:W]).view(B, H, 1, W // H)
+        k = F.linear(x, weight[W:2 * W], bias[W:2 * W]).view(B, L, H, W // H)
+        scores = (q * (W // H) ** -0.5) @ k.permute(0, 2, 3, 1)            # (B, H, 1, L)
+        return scores[:, :, 0].softmax(dim=-1)
+
+
 class Block(nn.Module):
     def __init__(self, width, heads, activation):
         super().__init__()
@@ -281,10 +304,19 @@ class Transformer(Recomputing, nn.Module):
         return self.through(self.resblocks[-1], x, causal, rows)
 
 
+class Taps(typing.NamedTuple):
+    """What one forward of an image tower's `taps` gives."""
+    embedding: torch.Tensor  # (B, D), as from the tower's own forward
+    pooled: torch.Tensor     # (B, F), what the projection head gets; F is the tower's `features`
+    maps: dict               # tap as it was asked for -> (B, C, h, w)
+    attention: dict          # block of a ViT as it was asked for -> (B, H, 1 + G*G)
+
+
 class VisionTransformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         width, patch = config.vision_width, config.vision_patch
+        self.features, self.tap_channels = width, dict.fromkeys(range(config.vision_layers), width)
         tokens = (config.image_size // patch) ** 2 + 1
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
@@ -302,14 +334,49 @@ class VisionTransformer(nn.Module):
         """What the projection head gets: (B, 3, GP, GP) -> (B, W). patches: LongTensor (B, K), the
         places of those of the G*G that are kept, each at its own position (FLIP, Li et al. 2023).
         """
+        x = self.transformer(self.tokens(images, patches), rows=0)     # (B, W)
+        return self.ln_post(x)
+
+    def tokens(self, images, patches=None):
+        """What the first block gets: (B, 3, GP, GP) -> (B, 1 + G*G, W), the class token first."""
         x = self.conv1(images).flatten(2).transpose(1, 2)              # (B, G*G, W)
         first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
         x = torch.cat([first, x], dim=1) + self.positional_embedding   # (B, G*G + 1, W)
         if patches is not None:
             kept = F.pad(patches + 1, (1, 0))                          # the class token stays
             x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))  # (B, K + 1, W)
-        x = self.transformer(self.ln_pre(x), rows=0)                   # (B, W)
-        return self.ln_post(x)
+        return self.ln_pre(x)
+
+    def taps(self, images, at=None, attention=()):
+        """-> Taps with the patch tokens that the blocks `at` give, as maps (B, W, G, G), and of
+        the blocks in `attention` the class token's attention to itself and to every patch.
+
+        Blocks count from 0, or back from -1. at=None is the last but one: CLIP uses nothing but
+        the class token of the last block, so no loss ever reached what that makes of patches.
+        Tapping the last block costs the rows that `forward` spares. ValueError: no such block.
+        """
+        blocks, maps, rows = self.transformer.resblocks, {}, {}
+        depth = len(blocks)
+        at = (max(depth - 2, 0),) if at is None else tuple(at)
+        for block in (*at, *attention):
+            if block not in range(-depth, depth):
+                raise ValueError(f"no block {block!r} to tap: this ViT's are 0 to {depth - 1}")
+        x = self.tokens(images)
+        for i, block in enumerate(blocks):
+            names = {i, i - depth}
+            if names.intersection(attention):
+                row = block.attn.weights(block.ln_1(x), 0)
+                rows |= {name: row for name in names.intersection(attention)}
+            tapped = names.intersection(at)
+            x = self.transformer.through(block, x, False,
+                                         None if tapped or i < depth - 1 else 0)
+            if tapped:
+                side = math.isqrt(x.shape[1] - 1)
+                grid = x[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+                maps |= {name: grid for name in tapped}
+        pooled = self.ln_post(x if x.dim() == 2 else x[:, 0])          # (B, W)
+        return Taps(project(pooled, self.proj), pooled, {i: maps[i] for i in at},
+                    {i: rows[i] for i in attention})
 
 
 # -----------------------------------------------------------------------------
@@ -355,6 +422,9 @@ class AttentionPool2d(nn.Module):
         self.c_proj = nn.Linear(channels, embed_dim)
 
     def forward(self, x):                                              # (B, C, side, side)
+        return self.c_proj(self.pooled(x))                             # (B, D)
+
+    def pooled(self, x):                                               # -> (B, C)
         x = x.flatten(2).transpose(1, 2)                               # (B, side^2, C)
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding
 
@@ -362,7 +432,7 @@ class AttentionPool2d(nn.Module):
             return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         out = F.scaled_dot_product_attention(
             split(self.q_proj(x[:, :1])), split(self.k_proj(x)), split(self.v_proj(x)))
-        return self.c_proj(out.transpose(1, 2).flatten(1))             # (B, D)
+        return out.transpose(1, 2).flatten(1)
 
 
 class ModifiedResNet(nn.Module):
@@ -386,17 +456,44 @@ class ModifiedResNet(nn.Module):
             setattr(self, f"layer{stage + 1}", layer)
         self.attnpool = AttentionPool2d(config.image_size // 32, 32 * width,
                                         32 * width // config.vision_head, config.embed_dim)
+        self.features, self.tap_channels = 32 * width, {8: 8 * width, 16: 16 * width,
+                                                        32: 32 * width}
 
     def forward(self, images):                                         # (B, 3, R, R)
+        x = self.layer4(self.layer3(self.layer2(self.stem(images))))   # (B, 32 width, R/32, R/32)
+        return self.attnpool(x)                                        # (B, D)
+
+    def stem(self, images):
         x = F.relu(self.bn1(self.conv1(images)))
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)           # (B, width, R/4, R/4)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))      # (B, 32 width, R/32, R/32)
-        return self.attnpool(x)                                        # (B, D)
+        return self.layer1(x)                                          # (B, 4 width, R/4, R/4)
+
+    def taps(self, images, at=None, attention=()):
+        """-> Taps with the maps at the strides `at`, all three of `tap_channels` unless given.
+        ValueError: another stride, or `attention`, which only a ViT has."""
+        at, maps, x = strides(self.tap_channels, at, attention), {}, self.stem(images)
+        for stride, layer in ((8, self.layer2), (16, self.layer3), (32, self.layer4)):
+            maps[stride] = x = layer(x)
+        pooled = self.attnpool.pooled(x)                               # (B, 32 width)
+        return Taps(self.attnpool.c_proj(pooled), pooled, {s: maps[s] for s in at}, {})
+
+
+def strides(known, at, attention):
+    """The taps `at` of a convolutional tower that knows those in `known`; None asks for all."""
+    at = tuple(known) if at is None else tuple(at)
+    if attention:
+        raise ValueError("attention is asked of an image tower without a class token; of CLIP's "
+                         "only the ViTs have one")
+    for stride in at:
+        if stride not in known:
+            raise ValueError(f"no map at stride {stride!r} to tap; this image tower's are at "
+                             f"{', '.join(map(str, known)) or 'none: its modules are not known'}")
+    return at
 
 
 # -----------------------------------------------------------------------------
-# Towers that others made: BERT, RoBERTa and DistilBERT; any classifier of torchvision
+# Towers that others made: BERT, RoBERTa and DistilBERT; any classifier of torchvision; MobileViT
 
 class BertLayer(nn.Module):
     """One post-LN layer (Devlin et al. 2019; Vaswani et al. 2017) under Hugging Face's names."""
@@ -525,37 +622,18 @@ def torchvision_models():
     return models
 
 
-class TorchvisionTower(nn.Module):
-    """A classifier of torchvision without its last layer: the features (B, F) it would classify.
+class BackboneTower(nn.Module):
+    """A classifier without its last layer, `trunk`, and a projection head.
 
-    Dropout in front of the removed layer is off. `pixels` are the mean and deviation that the
-    published weights were trained with.
+    `removed` is that layer's name; `pixels` are the mean and deviation that the published weights
+    were trained with; `tap_modules` says {stride: name} of the trunk's last module at a stride.
     """
 
-    def __init__(self, config):
+    def __init__(self, trunk, removed, features, pixels, tap_modules, embed_dim):
         super().__init__()
-        models, name = torchvision_models(), config.backbone
-        more = {"image_size": config.image_size} if name.startswith("vit_") else {}
-        if name in ("googlenet", "inception_v3"):
-            more = {"aux_logits": False, "init_weights": False, "transform_input": True}
-        try:
-            self.trunk = models.get_model(name, weights=None, **more)
-        except NotImplementedError:  # RegNet computes in its constructor, which "meta" cannot
-            with torch.device("cpu"):
-                self.trunk = models.get_model(name, weights=None, **more).to("meta")
-        self.removed, last = [(path, module) for path, module in self.trunk.named_modules()
-                              if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
-        parent, _, child = self.removed.rpartition(".")
-        setattr(self.trunk.get_submodule(parent), child, nn.Identity())
-        top = self.trunk.get_submodule(self.removed.split(".")[0])
-        for module in [*self.trunk.children(), *top.children()]:
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        preset = models.get_model_weights(name).DEFAULT.transforms()
-        self.pixels = tuple(preset.mean), tuple(preset.std)
-        self.features = last.weight.shape[1]
-        self.proj = nn.Parameter(self.features ** -0.5 * torch.randn(
-            self.features, config.embed_dim))
+        self.trunk, self.removed, self.features, self.pixels = trunk, removed, features, pixels
+        self.tap_modules = tap_modules
+        self.proj = nn.Parameter(features ** -0.5 * torch.randn(features, embed_dim))
 
     def forward(self, images):                                         # (B, 3, R, R)
         return project(self.pooled(images), self.proj)                 # (B, D)
@@ -563,6 +641,235 @@ class TorchvisionTower(nn.Module):
     def pooled(self, images):
         """What the projection head gets: (B, 3, R, R) -> (B, F)."""
         return self.trunk(images)
+
+    def taps(self, images, at=None, attention=()):
+        """-> Taps with the maps at the strides `at`, all of `tap_channels` unless given.
+        ValueError: another stride, or `attention`, which only a ViT has."""
+        at = strides(self.tap_modules, at, attention)
+        maps, pooled = self.listen(at, lambda: self.trunk(images))
+        return Taps(project(pooled, self.proj), pooled, maps, {})
+
+    def listen(self, at, forward):
+        """-> what the tapped modules give while forward() runs, and what it returns. The hooks are
+        gone afterwards, also when it fails."""
+        maps = {}
+        with contextlib.ExitStack() as hooks:
+            for stride in at:
+                def keep(module, inputs, output, stride=stride):
+                    maps[stride] = output
+                module = self.trunk.get_submodule(self.tap_modules[stride])
+                hooks.enter_context(module.register_forward_hook(keep))
+            result = forward()
+        return {stride: maps[stride] for stride in at}, result
+
+    @functools.cached_property
+    def tap_channels(self):
+        """{stride: channels} of the maps, from a forward that computes shapes alone."""
+        state = {name: t.detach().to("meta") for part in (self.trunk.named_parameters(),
+                                                          self.trunk.named_buffers())
+                 for name, t in part}
+        images = torch.empty(2, 3, 64, 64, device="meta")
+        with torch.no_grad():
+            maps, _ = self.listen(self.tap_modules, lambda: torch.func.functional_call(
+                self.trunk, state, images))
+        return {stride: x.shape[1] for stride, x in maps.items()}
+
+
+TORCHVISION_TAPS = {  # how a name begins -> the last modules at strides 8, 16 and 32
+    "mobilenet_v2": ("features.6", "features.13", "features.18"),
+    "mobilenet_v3_small": ("features.3", "features.8", "features.12"),
+    "mobilenet_v3_large": ("features.6", "features.12", "features.16"),
+    "efficientnet_v2_s": ("features.3", "features.5", "features.7"),
+    "efficientnet": ("features.3", "features.5", "features.8"),
+    "convnext": ("features.3", "features.5", "features.7"),
+    "shufflenet": ("stage2", "stage3", "conv5"),
+    "regnet": ("trunk_output.block2", "trunk_output.block3", "trunk_output.block4"),
+    "mnasnet": ("layers.9", "layers.11", "layers.16"),
+    "swin": ("features.3", "features.5", "features.7"),
+    **dict.fromkeys(("resnet", "resnext", "wide_resnet"), ("layer2", "layer3", "layer4")),
+}
+
+
+class TorchvisionTower(BackboneTower):
+    """A classifier of torchvision without its last layer: the features (B, F) it would classify.
+
+    Dropout in front of the removed layer is off.
+    """
+
+    def __init__(self, config):
+        models, name = torchvision_models(), config.backbone
+        more = {"image_size": config.image_size} if name.startswith("vit_") else {}
+        if name in ("googlenet", "inception_v3"):
+            more = {"aux_logits": False, "init_weights": False, "transform_input": True}
+        try:
+            trunk = models.get_model(name, weights=None, **more)
+        except NotImplementedError:  # RegNet computes in its constructor, which "meta" cannot
+            with torch.device("cpu"):
+                trunk = models.get_model(name, weights=None, **more).to("meta")
+        removed, last = [(path, module) for path, module in trunk.named_modules()
+                         if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
+        parent, _, child = removed.rpartition(".")
+        setattr(trunk.get_submodule(parent), child, nn.Identity())
+        top = trunk.get_submodule(removed.split(".")[0])
+        for module in [*trunk.children(), *top.children()]:
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        preset = models.get_model_weights(name).DEFAULT.transforms()
+        family = next(filter(name.startswith, TORCHVISION_TAPS), "")
+        super().__init__(trunk, removed, last.weight.shape[1],
+                         (tuple(preset.mean), tuple(preset.std)),
+                         dict(zip((8, 16, 32), TORCHVISION_TAPS.get(family, ()))),
+                         config.embed_dim)
+        self.family = family
+
+    def listen(self, at, forward):
+        maps, result = super().listen(at, forward)
+        if self.family == "swin":  # the one whose maps have their channels last
+            maps = {stride: x.permute(0, 3, 1, 2) for stride, x in maps.items()}
+        return maps, result
+
+
+# MobileViT (Mehta and Rastegari 2022): a MobileNetV2 with three small transformers in it.
+# name -> expansion of its inverted residuals, channels of layers 1 to 5, widths of the three
+MOBILEVITS = {
+    "mobilevit_xxs": (2, (16, 24, 48, 64, 80), (64, 80, 96)),
+    "mobilevit_xs": (4, (32, 48, 64, 80, 96), (96, 120, 144)),
+    "mobilevit_s": (4, (32, 64, 96, 128, 160), (144, 192, 240)),
+}
+
+
+def conv_block(channels_in, channels, kernel, stride=1, groups=1, activation=True):
+    """Convolution, BatchNorm and SiLU under Apple's names: `block.conv`, `block.norm`."""
+    parts = {"conv": nn.Conv2d(channels_in, channels, kernel, stride, kernel // 2, groups=groups,
+                               bias=False), "norm": nn.BatchNorm2d(channels)}
+    if activation:
+        parts["act"] = nn.SiLU()
+    return nn.Sequential(collections.OrderedDict(
+        block=nn.Sequential(collections.OrderedDict(parts))))
+
+
+class InvertedResidual(nn.Module):
+    """Widen, look around in each channel alone, narrow (Sandler et al. 2018)."""
+
+    def __init__(self, channels_in, channels, stride, expansion):
+        super().__init__()
+        wide, self.residual = expansion * channels_in, stride == 1 and channels_in == channels
+        self.block = nn.Sequential(collections.OrderedDict(
+            exp_1x1=conv_block(channels_in, wide, 1),
+            conv_3x3=conv_block(wide, wide, 3, stride, groups=wide),
+            red_1x1=conv_block(wide, channels, 1, activation=False)))
+
+    def forward(self, x):
+        return x + self.block(x) if self.residual else self.block(x)
+
+
+class MobileViTAttention(nn.Module):
+    fused = True
+
+    def __init__(self, width, heads=4):
+        super().__init__()
+        self.heads, self.qkv_proj = heads, Linear(width, 3 * width)
+        self.out_proj = Linear(width, width)
+
+    def forward(self, x):                                              # (S, L, W)
+        qkv = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                           # each (S, H, L, W/H)
+        out = attend(q, k, v, fused=self.fused)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class MobileViTLayer(nn.Module):
+    """A pre-LN transformer layer. Its published classifiers had dropout of 0.05 to 0.1 in here;
+    timm's, which CLIP-KD distilled into, has none, and so has this."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.pre_norm_mha = nn.Sequential(nn.LayerNorm(width), MobileViTAttention(width))
+        self.pre_norm_ffn = nn.Sequential(
+            nn.LayerNorm(width), Linear(width, 2 * width), nn.SiLU(),
+            nn.Identity(),  # their dropout: published names count it
+            Linear(2 * width, width))
+
+    def forward(self, x):                                              # (S, L, W)
+        x = x + self.pre_norm_mha(x)
+        return x + self.pre_norm_ffn(x)
+
+
+class MobileViTBlock(nn.Module):
+    """A transformer in the place of a convolution: patches of 2x2 pixels, and of each patch the
+    pixel at one corner sees the same corner of all patches.
+
+    A map of odd size is resized to the next even one and back, as in Apple's code.
+    """
+
+    def __init__(self, channels, width, layers):
+        super().__init__()
+        self.local_rep = nn.Sequential(collections.OrderedDict(
+            conv_3x3=conv_block(channels, channels, 3),
+            conv_1x1=nn.Sequential(collections.OrderedDict(block=nn.Sequential(
+                collections.OrderedDict(conv=nn.Conv2d(channels, width, 1, bias=False)))))))
+        self.global_rep = nn.Sequential(*(MobileViTLayer(width) for _ in range(layers)),
+                                        nn.LayerNorm(width))
+        self.conv_proj = conv_block(width, channels, 1)
+        self.fusion = conv_block(2 * channels, channels, 3)
+
+    def forward(self, images):                                         # (B, C, R, S)
+        x = self.local_rep(images)                                     # (B, W, R, S)
+        size = x.shape[2:]
+        h, w = (side + 1 >> 1 for side in size)                        # patches per side
+        odd = (2 * h, 2 * w) != tuple(size)
+        if odd:
+            x = F.interpolate(x, (2 * h, 2 * w), mode="bilinear", align_corners=False)
+        x = x.unflatten(3, (w, 2)).unflatten(2, (h, 2))                # (B, W, h, 2, w, 2)
+        x = x.permute(0, 3, 5, 2, 4, 1).reshape(len(x) * 4, h * w, -1)  # (4B, h*w, W)
+        x = self.global_rep(x).view(len(images), 2, 2, h, w, -1)
+        x = x.permute(0, 5, 3, 1, 4, 2).reshape(len(images), -1, 2 * h, 2 * w)
+        if odd:
+            x = F.interpolate(x, size, mode="bilinear", align_corners=False)
+        return self.fusion(torch.cat([images, self.conv_proj(x)], dim=1))
+
+
+class MobileViT(nn.Module):
+    """MobileViT under the names of Apple's ml-cvnets; `classes` 0 for the features alone."""
+
+    def __init__(self, name, classes=0):
+        super().__init__()
+        expansion, channels, widths = MOBILEVITS[name]
+        self.conv_1 = conv_block(3, 16, 3, 2)
+        before = 16
+        for number, after in enumerate(channels, 1):
+            layer = nn.Sequential(InvertedResidual(before, after, 1 if number == 1 else 2,
+                                                   expansion))
+            if number == 2:
+                layer.extend(InvertedResidual(after, after, 1, expansion) for _ in range(2))
+            if number > 2:
+                layer.append(MobileViTBlock(after, widths[number - 3], (2, 4, 3)[number - 3]))
+            setattr(self, f"layer_{number}", layer)
+            before = after
+        self.features = min(4 * before, 960)
+        self.conv_1x1_exp = conv_block(before, self.features, 1)
+        self.classifier = nn.Sequential(collections.OrderedDict(
+            fc=nn.Linear(self.features, classes))) if classes else nn.Identity()
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+            elif isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, images):                                         # (B, 3, R, S)
+        x = self.layer_3(self.layer_2(self.layer_1(self.conv_1(images))))
+        x = self.conv_1x1_exp(self.layer_5(self.layer_4(x)))           # (B, F, R/32, S/32)
+        return self.classifier(x.mean((2, 3)))
+
+
+class MobileViTTower(BackboneTower):
+    """A MobileViT's features (B, F). Pixels are between 0 and 1, without mean and deviation."""
+
+    def __init__(self, config):
+        trunk = MobileViT(config.backbone)
+        super().__init__(trunk, "classifier", trunk.features, ((0.0,) * 3, (1.0,) * 3),
+                         {8: "layer_3", 16: "layer_4", 32: "conv_1x1_exp"}, config.embed_dim)
 
 
 class ResidualHead(nn.Module):
@@ -662,7 +969,8 @@ class CLIP(nn.Module):
                 raise ValueError(f"a width of {width} does not divide into heads of {head}")
         self.config = config
         self.origin = {"name": "random", "sha256": "", "layout": "", "notes": []}
-        self.visual = (TorchvisionTower if config.backbone else
+        self.visual = (MobileViTTower if config.backbone in MOBILEVITS else
+                       TorchvisionTower if config.backbone else
                        ModifiedResNet if resnet else VisionTransformer)(config)
         width, text = config.text_width, config.text
         if text:
@@ -716,7 +1024,7 @@ class CLIP(nn.Module):
         """Choose between torch's fused attention and plain products, which give the same numbers
         up to rounding; `Run.fused_attention` knows what is faster where."""
         for module in self.modules():
-            if isinstance(module, (Attention, BertLayer)):
+            if isinstance(module, (Attention, BertLayer, MobileViTAttention)):
                 module.fused = fused
         return self
 
@@ -1067,6 +1375,63 @@ def bert_state(state):
     return out
 
 
+MOBILEVIT_NAMES = [  # (pattern of transformers' names, Apple's), in this order
+    (r"^mobilevit\.", ""), (r"^conv_stem\.", "conv_1."),
+    (r"^encoder\.layer\.([01])\.layer\.(\d)\.", r"layer_\1.\2.block."),
+    (r"^encoder\.layer\.(\d)\.downsampling_layer\.", r"layer_\1.0.block."),
+    (r"^encoder\.layer\.(\d)\.", r"layer_\1.1."),
+    (r"expand_1x1", "exp_1x1"), (r"reduce_1x1", "red_1x1"), (r"conv_kxk", "local_rep.conv_3x3"),
+    (r"\.1\.conv_1x1\.", ".1.local_rep.conv_1x1."), (r"conv_projection", "conv_proj"),
+    (r"\.convolution\.", ".block.conv."), (r"\.normalization\.", ".block.norm."),
+    (r"\.transformer\.layer\.", ".global_rep."), (r"layernorm_before", "pre_norm_mha.0"),
+    (r"attention\.attention\.", "pre_norm_mha.1."),
+    (r"attention\.output\.dense", "pre_norm_mha.1.out_proj"),
+    (r"layernorm_after", "pre_norm_ffn.0"), (r"intermediate\.dense", "pre_norm_ffn.1"),
+    (r"output\.dense", "pre_norm_ffn.4"), (r"layer_2(.*)\.layernorm\.", r"layer_2\1.global_rep.2."),
+    (r"layer_3(.*)\.layernorm\.", r"layer_3\1.global_rep.4."),
+    (r"layer_4(.*)\.layernorm\.", r"layer_4\1.global_rep.3."),
+]
+
+
+def mobilevit_state(state, notes=()):
+    """Tensors of a MobileViT in Apple's or transformers' names -> (in Apple's, notes).
+
+    Apple trained the published weights on pixels in the order blue, green, red, and transformers
+    keeps them so. The first convolution is turned here to the red, green, blue of all else in this
+    file. A file in Apple's names without a classifier is taken as this file's own trunk.
+    """
+    theirs = any(name.startswith(("mobilevit.", "conv_stem.")) for name in state)
+    out = {}
+    for name, tensor in state.items() if theirs else ():
+        for pattern, apples in MOBILEVIT_NAMES:
+            name = re.sub(pattern, apples, name)
+        # transformers counts layers from 0, Apple from 1
+        out[re.sub(r"^layer_(\d)", lambda m: f"layer_{int(m[1]) + 1}", name)] = tensor
+    for name in [name for name in out if ".query." in name]:
+        parts = [out.pop(name.replace("query", part), None) for part in ("query", "key", "value")]
+        if any(part is None for part in parts):
+            raise WeightsError(f"{name!r} lacks its key or value")
+        out[name.replace("query", "qkv_proj")] = torch.cat(parts)
+    published = theirs or "classifier.fc.weight" in state
+    out = {name: tensor for name, tensor in (out or state).items()
+           if not name.startswith("classifier.")}
+    stem = "conv_1.block.conv.weight"
+    if published and stem in out and out[stem].dim() == 4:
+        out[stem] = out[stem].flip(1)
+        notes = [*notes, "its first convolution was trained on BGR pixels and now takes RGB"]
+    return out, list(notes)
+
+
+def mobilevit_name(state):
+    """Which of MOBILEVITS has tensors of these shapes under Apple's names, or None."""
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    for name in MOBILEVITS:
+        with torch.device("meta"):
+            own = MobileViT(name).state_dict()
+        if shapes == {key: tensor.shape for key, tensor in own.items()}:
+            return name
+
+
 def bert_config(sd, **known):
     """The BertConfig that these tensors' shapes belong to, as `config_from_state_dict`; `known`
     has what leaves no trace in shapes. The published models are told apart by their segments."""
@@ -1212,8 +1577,8 @@ def config_from_state_dict(sd, **known):
             width = (sd["visual.proj.projection.weight"].shape[1] if proj == "mlp" else
                      sd["visual.proj"].shape[0])
             if not (backbone and size):
-                raise WeightsError("its image tower is one of torchvision's, and which one and for "
-                                   "what image size is not written")
+                raise WeightsError("its image tower is the trunk of a classifier, and of which one "
+                                   "and for what image size is not written")
         elif "visual.proj" in sd or "visual.class_embedding" in sd:
             width, _, _, patch = sd["visual.conv1.weight"].shape
             side = math.isqrt(sd["visual.positional_embedding"].shape[0] - 1)
@@ -1368,7 +1733,7 @@ def load(name_or_path=None, image_tower=None, text_tower=None, proj="linear", em
     dtypes = {key: tensor.dtype for key, tensor in model.state_dict().items()}
     state = {key: tensor.to(dtypes[key]).contiguous() for key, tensor in state.items()}
     check_finite(state, path)
-    model.load_state_dict(state, assign=True)
+    fill(model, state, assign=True)
     model.requires_grad_(True)
     model.origin = {"name": name, "sha256": sha256_of(path), "layout": layout, "format": kind,
                     "notes": notes}
@@ -1382,6 +1747,16 @@ def vocabulary_of(content, metadata):
     with contextlib.suppress(ValueError, RecursionError, TypeError):
         found = json.loads(metadata["vocabulary"]) if "vocabulary" in metadata else found
     return found if isinstance(found, dict) else None
+
+
+def fill(model, state, assign=False):
+    """load_state_dict, with what tensors do not tell: the versions of modules, without which
+    torchvision's MNASNet refuses, and the zero count of batches of BatchNorms older than it."""
+    own = model.state_dict()
+    state = collections.OrderedDict({name: torch.tensor(0) for name in own
+                                     if name.endswith(".num_batches_tracked")} | state)
+    state._metadata = own._metadata
+    model.load_state_dict(state, assign=assign)
 
 
 def check_finite(state, path):
@@ -1430,7 +1805,7 @@ def join(parts, proj, embed_dim, keep_projections):
             state = {name: t for name, t in state.items() if not name.startswith(head)}
             drawn |= names
     check_state(model.config, {name: own[name] for name in drawn} | state)
-    model.load_state_dict(own | state)
+    fill(model, own | state)
     origins = [origin for *_, origin in parts]
     model.origin = {"name": " + ".join(origin["name"] for origin in origins), "notes": notes,
                     "sha256": "+".join(filter(None, (o["sha256"] for o in origins))),
@@ -1444,18 +1819,23 @@ CLIP_FIELDS = {"image": ("image_size", "vision_layers", "vision_width", "vision_
                         "activation", "text")}
 
 
-def clip_part(side, name_or_path, activation):
-    """The image or text tower of a CLIP. "NAME:none" has random weights."""
+def clip_part(side, name_or_path, activation, size=None):
+    """The image or text tower of a CLIP. "NAME:none" has random weights, for images of `size`."""
     name = canonical_name(str(name_or_path).removesuffix(":none"))
     if name and str(name_or_path).endswith(":none"):
         config, state = CONFIGS[name], {}
+        config = dataclasses.replace(config, image_size=size or config.image_size,
+                                     activation=activation or config.activation)
         origin = {"name": f"{name}:none", "sha256": "", "notes": []}
     else:
         model = load(name_or_path, activation=activation)
         config, state, origin = model.config, model.state_dict(), model.origin
+        if size not in (None, config.image_size):
+            raise WeightsError(f"{name_or_path} takes images of {config.image_size} pixels and has "
+                               f"no positions for {size}; leave image_size out")
     fields = {key: getattr(config, key) for key in CLIP_FIELDS[side]}
-    if config.backbone if side == "image" else config.text:  # which have no use for it
-        del fields["activation"]
+    if (config.backbone if side == "image" else config.text) or not (state or activation):
+        del fields["activation"]  # has no use for it, or takes the other tower's
     return fields, {key: tensor for key, tensor in state.items() if key != "logit_scale"
                     and key.startswith("visual.") == (side == "image")}, origin
 
@@ -1463,10 +1843,11 @@ def clip_part(side, name_or_path, activation):
 def image_part(tower, size, activation):
     """`tower`: what `load` takes, whose image tower it becomes; or "[torchvision:]NAME[:WEIGHTS]".
 
-    NAME is any classifier of torchvision ("resnet50"); WEIGHTS one of its published weights
-    ("IMAGENET1K_V2", which torchvision downloads), a file of its state dict, or "none", as when it
-    is left out: random numbers. size: pixels per side of its images, those of its published
-    weights unless given. What both know ("vit_b_16") is CLIP's without the prefix.
+    NAME is any classifier of torchvision ("resnet50") or one of MOBILEVITS; WEIGHTS one of its
+    published weights ("IMAGENET1K_V2", which torchvision downloads), a file of its state dict (a
+    MobileViT's in Apple's or transformers' names), or "none", as when it is left out: random
+    numbers. size: pixels per side of its images, those of its published weights unless given.
+    What CLIP and torchvision both know ("vit_b_16") is CLIP's without the prefix.
     """
     if tower is None:
         raise WeightsError("no image tower; give one, or a CLIP to take it from")
@@ -1474,15 +1855,20 @@ def image_part(tower, size, activation):
     name, _, weights = text.removeprefix("torchvision:").partition(":")
     if not text.startswith("torchvision:") and (canonical_name(text.removesuffix(":none"))
                                                 or os.path.exists(os.path.expanduser(text))):
-        return clip_part("image", text, activation)
-    models = torchvision_models()
-    if name not in models.list_models(module=models):
-        raise WeightsError(f"no image tower {text!r}; expected a CLIP's name or path, or a "
-                           f"classifier of torchvision such as resnet50")
-    preset, state, origin = models.get_model_weights(name), {}, {"sha256": "", "notes": []}
-    chosen = preset.DEFAULT
-    if weights in preset.__members__:
-        chosen = preset[weights]
+        return clip_part("image", text, activation, size)
+    if name in MOBILEVITS:
+        kind, published, side = MobileViTTower, {}, 256
+    else:
+        models = torchvision_models()
+        if name not in models.list_models(module=models):
+            raise WeightsError(f"no image tower {text!r}; expected a CLIP's name or path, one of "
+                               f"{', '.join(MOBILEVITS)}, or a classifier of torchvision such as "
+                               f"resnet50")
+        kind, published = TorchvisionTower, models.get_model_weights(name)
+        chosen = published[weights] if weights in published.__members__ else published.DEFAULT
+        published, side = published.__members__, chosen.transforms().crop_size[0]
+    state, origin = {}, {"name": text, "sha256": "", "notes": []}
+    if weights in published:
         try:
             state = models.get_model(name, weights=chosen).state_dict()
         except Exception as error:  # no network, a wrong hash, a full disk
@@ -1492,15 +1878,16 @@ def image_part(tower, size, activation):
         state, _, origin["notes"] = state_dict_of(read_file(path)[0], path)
         origin["sha256"] = sha256_of(path)
         check_finite(state, path)
-    fields = {"backbone": name, "image_size": size or chosen.transforms().crop_size[0],
-              "vision_layers": 0, "vision_patch": None}
+    if name in MOBILEVITS:
+        state, origin["notes"] = mobilevit_state(state, origin["notes"])
+    fields = {"backbone": name, "image_size": size or side, "vision_layers": 0,
+              "vision_patch": None}
     with torch.device("meta"):
-        built = TorchvisionTower(CLIPConfig(embed_dim=1, vision_width=0, text_width=0,
-                                            text_layers=0, **fields))
+        built = kind(CLIPConfig(embed_dim=1, vision_width=0, text_width=0, text_layers=0, **fields))
     unused = (built.removed + ".", "AuxLogits.", "aux1.", "aux2.")
     state = {f"visual.trunk.{key}": tensor for key, tensor in state.items()
              if not key.startswith(unused)}
-    return fields | {"vision_width": built.features}, state, origin | {"name": text}
+    return fields | {"vision_width": built.features}, state, origin
 
 
 def text_part(tower, pool, activation):
@@ -1547,6 +1934,113 @@ def text_part(tower, pool, activation):
     return bert_fields(dataclasses.replace(config, pool=pool)), state, origin
 
 
+# -----------------------------------------------------------------------------
+# A small tower out of a large one
+
+BLOCK_NAMES = re.compile(r"((?:visual\.)?transformer\.resblocks|bert\.encoder\.layer)\.(\d+)\.(.+)")
+
+
+@torch.no_grad()
+def inherit(student, teacher, image=True, text=True):
+    """Start the ViT and the text tower of a CLIP, in place, from a part of a larger one's.
+
+    The manual weight inheritance of TinyCLIP (Wu et al. 2023): block i of l is block i * L // l of
+    L; of every tensor the leading channels are taken, in attention the leading heads. A table of
+    image positions is resized to the student's grid. What the shapes do not allow (other patches,
+    another vocabulary) stays as it is, and the logit scale does too. Returns lines that say what
+    was inherited and what not. Raises WeightsError, before anything changes, for towers of another
+    family or larger than the teacher's.
+    """
+    lines, new, state = [], {}, student.state_dict()
+    for side in ["image"] * image + ["text"] * text:
+        mine, theirs = tower_sizes(side, student.config), tower_sizes(side, teacher.config)
+        if mine["family"] != theirs["family"] or not mine["layers"]:
+            raise WeightsError(f"the {side} tower is a {mine['family']} and cannot inherit from a "
+                               f"{theirs['family']}; a ViT can from a ViT, and a text tower from "
+                               f"one of its own family")
+        for size in ("activation", "head"):
+            if mine[size] != theirs[size]:
+                raise WeightsError(f"the {side} tower cannot inherit: its {size} is {mine[size]} "
+                                   f"and the teacher's {theirs[size]}; make the student with the "
+                                   f"teacher's")
+        for size in ("layers", "width", "inner"):
+            if mine[size] > theirs[size]:
+                raise WeightsError(f"the {side} tower cannot inherit from a smaller one: {size} "
+                                   f"{mine[size]} from {theirs[size]}")
+        tower = {name: tensor for name, tensor in state.items() if not name.startswith("logit_")
+                 and name.startswith("visual.") == (side == "image")}
+        cut, notes = part_of(teacher.state_dict(), tower, mine["layers"], theirs["layers"])
+        share = sum(t.numel() for t in cut.values()) / sum(t.numel() for t in tower.values())
+        blocks = [i * theirs["layers"] // mine["layers"] for i in range(mine["layers"])]
+        lines.append(f"{side} tower: blocks {', '.join(map(str, blocks))} of {theirs['layers']}, "
+                     f"{mine['width']} of {theirs['width']} channels; {100 * share:.1f} % of its "
+                     f"numbers are inherited")
+        lines += [f"{side} tower: {note}" for note in notes]
+        new |= cut
+    for name, tensor in new.items():
+        state[name].copy_(tensor)  # which is the parameter itself
+    return lines
+
+
+def tower_sizes(side, config):
+    """What decides whether one tower can be cut out of another."""
+    if side == "text" and config.text:
+        bert = config.text
+        return {"family": bert.family, "activation": "gelu", "head": bert.width // bert.heads,
+                "layers": bert.layers, "width": bert.width, "inner": bert.intermediate}
+    if side == "text":
+        width, head, layers = config.text_width, config.text_head, config.text_layers
+        family = "Transformer of CLIP"
+    else:
+        width, head, layers = config.vision_width, config.vision_head, config.vision_layers
+        family = config.backbone or ("ModifiedResNet" if config.vision_patch is None else "ViT")
+    return {"family": family, "activation": config.activation, "head": head, "width": width,
+            "layers": layers if family in ("ViT", "Transformer of CLIP") else 0,
+            "inner": 4 * width}
+
+
+def part_of(teacher, tower, layers, of_layers):
+    """For each tensor of a tower, a dict name -> tensor, the leading part of the teacher's
+    -> (the parts, notes on what is resized and what has none)."""
+    cut, notes = {}, []
+    for name, tensor in tower.items():
+        block, shape = BLOCK_NAMES.fullmatch(name), tensor.shape
+        source = teacher.get(f"{block[1]}.{int(block[2]) * of_layers // layers}.{block[3]}"
+                             if block else name)
+        if name == "visual.positional_embedding" and len(source) != len(tensor):
+            notes.append(f"{name} resized from {len(source) - 1} to {len(tensor) - 1} patches")
+            source = resize_positions(source, len(tensor) - 1)
+        if source is None or source.dim() != tensor.dim():
+            notes.append(f"{name} {tuple(shape)} stays: the teacher has none")
+        elif any(mine > theirs for mine, theirs in zip(shape, source.shape)) or (
+                # kernels of other patches, and words with other numbers, are other things
+                source.dim() == 4 and source.shape[2:] != shape[2:]
+                or name.endswith(("token_embedding.weight", "word_embeddings.weight"))
+                and len(source) != len(tensor)):
+            notes.append(f"{name} {tuple(shape)} stays: the teacher's is {tuple(source.shape)}")
+        elif ".in_proj_" in name:  # queries, keys and values one below the other
+            cut[name] = torch.cat([leading(part, (len(tensor) // 3, *shape[1:]))
+                                   for part in source.chunk(3)])
+        else:
+            cut[name] = leading(source, shape)
+    return cut, notes
+
+
+def leading(tensor, shape):
+    return tensor[tuple(slice(size) for size in shape)]
+
+
+def resize_positions(table, patches):
+    """A ViT's position table (1 + G*G, W) for another square number of patches, the class token's
+    row kept; bicubic, smoothed where it shrinks, as in OpenCLIP."""
+    grid = table[1:].t().unflatten(1, (math.isqrt(len(table) - 1), -1))[None]  # (1, W, G, G)
+    grid = F.interpolate(grid, (math.isqrt(patches),) * 2, mode="bicubic", antialias=True)
+    return torch.cat([table[:1], grid[0].flatten(1).t()])
+
+
+# -----------------------------------------------------------------------------
+# Finding and fetching
+
 def locate(name_or_path):
     """-> (path of the weight file, name to show). Fetches a released model that is not here."""
     text = str(name_or_path)
@@ -1568,6 +2062,9 @@ def locate(name_or_path):
         raise WeightsError(f"{known} cannot be fetched from here; " + (
             f"take its .pt file from OFA-Sys/{place} on Hugging Face and give its path" if place
             else "its authors published no weights"))
+    if known:
+        raise WeightsError(f"there are no released weights of {known}; give a file of your own, or "
+                           f"start from random numbers: {known}:none as a tower, --weights none")
     raise WeightsError(f"no file or model {text!r}; expected a path, \"tiny\", or one of "
                        f"{', '.join(RELEASED)}")
 
@@ -1891,6 +2388,23 @@ def open_clip_config(config):
 # -----------------------------------------------------------------------------
 # python clip_model.py --inspect FILE
 
+def describe(config):
+    """The two towers in words."""
+    if config.backbone:
+        made = "" if config.backbone in MOBILEVITS else " of torchvision"
+        image = f"{config.backbone}{made}, {config.vision_width} features"
+    elif config.vision_patch is None:
+        image = (f"ModifiedResNet of {'-'.join(map(str, config.vision_layers))} blocks, "
+                 f"{32 * config.vision_width} features")
+    else:
+        image = (f"ViT of {config.vision_layers} blocks, width {config.vision_width}, patches of "
+                 f"{config.vision_patch} pixels")
+    text = f"{config.text.family} of" if config.text else "Transformer of CLIP,"
+    return {"image_tower": f"{image}, for images of {config.image_size} pixels",
+            "text_tower": f"{text} {config.text_layers} blocks, width {config.text_width}, for "
+                          f"{config.context_length} tokens out of {config.vocab_size:,}"}
+
+
 def inspect(path):
     """What a weight file is, as a dict of plain values. Raises WeightsError for a bad file."""
     path, _ = locate(path)
@@ -1915,7 +2429,8 @@ def inspect(path):
         state = spread_embedding(state, known.get("vocab_size", 49_408))
         config = config_from_state_dict(state, **known)
         buffers = ("running_mean", "running_var", "num_batches_tracked")
-        report |= {"architecture": "CLIP", "config": dataclasses.asdict(config),
+        report |= {"architecture": "CLIP", **describe(config),
+                   "config": dataclasses.asdict(config),
                    "name": next((n for n, c in CONFIGS.items() if c == config), None),
                    "released_as": next((n for n, (_, digest) in RELEASED.items()
                                         if digest == report["sha256"]), None),
@@ -1929,6 +2444,9 @@ def inspect(path):
             config = bert_config(tower, **known.get("text", {}))
             report |= {"architecture": "text tower", "config": dataclasses.asdict(config),
                        "parameters": sum(tensor.numel() for tensor in tower.values())}
+        with contextlib.suppress(WeightsError):
+            name = mobilevit_name(mobilevit_state(state)[0])
+            report |= {"architecture": "image tower", "config": {"backbone": name}} if name else {}
     return report
 
 
