@@ -15,9 +15,9 @@ without a key map. Different from OpenAI's code, with equal results:
 
 A CLIP can also be made of other towers, trained by others: BERT, RoBERTa or DistilBERT under
 Hugging Face's names, MobileViT, and any classifier of torchvision: `load(image_tower=...,
-text_tower=...)`. Chinese-CLIP (Yang et al. 2022) is OpenAI's image tower with a Chinese
-RoBERTa-wwm. Distillation finds in every image tower, large or small, its feature maps (`taps`),
-and `inherit` starts a small CLIP from a part of a large one.
+text_tower=...)`. Chinese-CLIP (Yang et al. 2022) is such a one: OpenAI's image tower with a Chinese
+RoBERTa-wwm. Distillation finds in every image tower, large or small, its feature maps (`taps`), and
+`inherit` starts a small CLIP from a part of a large one.
 
 Letters: B images, N texts, L tokens, W width of a tower, H heads, G patches per side, D embedding.
 
@@ -368,8 +368,7 @@ class VisionTransformer(nn.Module):
                 row = block.attn.weights(block.ln_1(x), 0)
                 rows |= {name: row for name in names.intersection(attention)}
             tapped = names.intersection(at)
-            x = self.transformer.through(block, x, False,
-                                         None if tapped or i < depth - 1 else 0)
+            x = self.transformer.through(block, x, False, None if tapped or i < depth - 1 else 0)
             if tapped:
                 side = math.isqrt(x.shape[1] - 1)
                 grid = x[:, 1:].transpose(1, 2).unflatten(2, (side, side))
@@ -1046,7 +1045,7 @@ class CLIP(nn.Module):
     def recompute_blocks(self, on=True):
         """Keep no activations inside the blocks of both towers: the backward pass runs each block
         again, with the same dropout. A third more arithmetic for a fraction of the memory; the
-        gradients are the same. A ResNet and torchvision's towers have no such blocks."""
+        gradients are the same. A ResNet, torchvision's towers and MobileViT have none."""
         for module in self.modules():
             if isinstance(module, Recomputing):
                 module.recompute = on

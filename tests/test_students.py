@@ -383,20 +383,24 @@ def test_autocast_and_checkpointing_change_no_gradient(models, number):
     assert F.cosine_similarity(low.embedding.float(), high).min() > 0.98
 
 
-def test_any_checkpointed_block_is_tapped_all_the_same():
-    """Recomputing blocks replaces their forward; taps call the blocks and so keep it."""
-    tower = small("tiny-vit").visual.train()
-    images, calls = torch.randn(2, 3, 32, 32), []
-    plain = tower.taps(images, at=(0, 1, 2), attention=(2,))
-    for block in tower.transformer.resblocks:
-        def forward(*args, inner=block.forward, **more):
-            calls.append(1)
-            return checkpoint(inner, *args, use_reentrant=False, **more)
-        block.forward = forward
-    again = tower.taps(images, at=(0, 1, 2), attention=(2,))
-    assert len(calls) == 3
-    for one, two in ((plain.maps, again.maps), (plain.attention, again.attention)):
-        assert all(torch.equal(one[i], two[i]) for i in one)
+def test_recomputed_blocks_are_tapped_all_the_same(monkeypatch):
+    model, images, calls = small("tiny-vit").train(), torch.randn(2, 3, 32, 32), []
+
+    def gradients():
+        model.zero_grad()
+        out = model.visual.taps(images, at=(0, -1), attention=(2,))
+        (out.embedding.sum() + sum(x.square().mean() for x in out.maps.values())
+         + out.attention[2].square().sum()).backward()
+        return [p.grad.clone() for p in model.visual.parameters()]
+    plain = gradients()
+
+    def counted(*args, **more):
+        calls.append(1)
+        return checkpoint(*args, **more)
+    monkeypatch.setattr(clip_model, "checkpoint", counted)
+    model.recompute_blocks()
+    again = gradients()
+    assert len(calls) == 3 and all(torch.equal(a, b) for a, b in zip(plain, again))
 
 
 # -----------------------------------------------------------------------------
