@@ -23,6 +23,7 @@ import train_contrastive
 from clip_model import BERTS, bert_fields, CLIP, CONFIGS, unit
 from data import batch_losses, open_pairs, PairBatches, row_error
 from device import start
+from tokenizer import WordPieceTokenizer
 from train_contrastive import (add_gradient, criterion, decay_groups, freeze, get_args, Gradients,
                                main, plain_loss, rate, Sides)
 
@@ -955,7 +956,7 @@ def test_what_a_run_leaves_behind(pairs, uninterrupted, capsys):
 
 def test_an_export_loads_and_scores_the_same(pairs, uninterrupted):
     model = clip_model.load(uninterrupted / "export" / "clip.safetensors")
-    tokenizer = train_contrastive.WordPieceTokenizer(pairs / "vocab.txt")
+    tokenizer = WordPieceTokenizer(pairs / "vocab.txt")
     held = open_pairs(pairs, "val", ".").with_transform(train_contrastive.Preprocess(32))
     with torch.no_grad():
         image = model.encode_image(torch.stack([x[0] for x in held.image_items()]), normalize=True)
