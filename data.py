@@ -733,10 +733,11 @@ def read_templates(given):
     """Prompts, or files with one per line (or a JSON list) -> list of str."""
     found = []
     for one in given:
-        if "{" in one:
+        file = os.path.expanduser(one)
+        if "{" in one and not os.path.isfile(file):
             found.append(one)
             continue
-        text = read_text(os.path.expanduser(one))
+        text = read_text(file)
         listed = load_json(one, text.encode()) if text.lstrip()[:1] == "[" else text.splitlines()
         found += [line.strip() for line in listed if line.strip()]
     return found
@@ -1151,6 +1152,29 @@ def list_imagenet(name, data_dir):
                    [words[wnid].strip() for wnid in wnids], TEMPLATES[name])
 
 
+def spelled_out(classnames, folder, data_dir=None):
+    """The words for class folders named by wnids, n01440764, as ImageNet's are, or by numbers, as
+    ImageNetV2's, out of CoOp's classnames.txt near by. Other names come back as they are. Raises
+    DataError where it has no words for them: prompts with wnids score at chance."""
+    home = pathlib.Path(folder).absolute()
+    version2 = "imagenetv2" in str(home).lower() and all(map(str.isdecimal, classnames))
+    if not version2 and not all(re.fullmatch(r"n\d{8}", name) for name in classnames):
+        return list(classnames)
+    places = [place / known for known in (".", "imagenet") for place in (
+        home, *home.parents[:3], pathlib.Path(os.path.expanduser(data_dir or home)))]
+    table = next(filter(pathlib.Path.is_file, (place / WNIDS[0] for place in places)), None)
+    words = dict(line.strip().split(" ", 1) for line in (read_text(table) if table else ""
+                                                         ).splitlines() if " " in line.strip())
+    if version2:
+        words = {str(number): word for number, word in enumerate(words.values())}
+    absent = [name for name in classnames if name not in words]
+    if absent:
+        raise DataError(f"{folder}: {len(absent)} class folders are named like {absent[0]!r}, of "
+                        f"which no prompt can be made; put CoOp's {WNIDS[0]} (lines of wnid and "
+                        f"name) into {home.parent}")
+    return [words[name].strip() for name in classnames]
+
+
 def missing_split(name, target):
     other = "; or use the authors' own lists with --split official" if name in OFFICIAL else ""
     return DataError(f"{name}: {target} is missing, and nothing is put in its place; download "
@@ -1255,6 +1279,7 @@ def open_zero_shot(name_or_path, data_dir="data"):
         if NO_SPLITS in listing.notes:
             listing.notes.remove(NO_SPLITS)
             listing.rows = {"train": [], "val": [], "test": sorted(sum(listing.rows.values(), []))}
+        listing.classnames = spelled_out(listing.classnames, listing.root, data_dir)
         images = listing.open("test")
         images.templates = [images.template]
         return images
@@ -1844,6 +1869,10 @@ def tar_members(file, notes):
 def read_class_captions(store):
     """Class folders of images -> {split or "all": rows}, with "a photo of a <name>." """
     rows, _ = read_class_folders(store)
+    names = sorted({name for entries in rows.values() for _, name in entries})
+    words = dict(zip(names, spelled_out(names, store.path)))
+    rows = {split: [(path, words[name]) for path, name in entries]
+            for split, entries in rows.items()}
     template = TEMPLATES.get(dataset_name(os.path.basename(store.path)) or "", ANY_TEMPLATE)
     return {split: [(path, class_prompts([name], template)[0]) for path, name in entries]
             for split, entries in rows.items()}, ["captions are made of the class folders' names"]
@@ -2491,12 +2520,13 @@ def find_pair_path(text, data_dir):
 
 def find_shards(text):
     """A list of files, or a pattern of braces, several joined by :: (a folder or * stands for the
-    tars that match) -> files. One name that is no pattern comes back as it is."""
+    tars that match) -> files. One name that is no pattern comes back as it is; one with braces that
+    is there is no pattern."""
     if isinstance(text, (list, tuple)):
         shards = [os.fspath(name) for name in text]
     else:
-        shards = [name for part in os.fspath(text).split("::")
-                  for name in expand(os.path.expanduser(part))]
+        shards = [name for part in map(os.path.expanduser, os.fspath(text).split("::"))
+                  for name in ([part] if os.path.exists(part) else expand(part))]
         if len(shards) == 1 and "*" not in shards[0]:
             return shards
         shards = [str(file) for name in shards for file in (
@@ -2671,27 +2701,29 @@ class ShardTeacher:
     that a model wrote. Read when a sample is asked for, so nothing is copied."""
 
     def __init__(self, files, dims):
-        self.beside, notes = {}, []
-        for file in files:
+        self.beside, notes = {}, []  # {key: {shard: its members}}
+        for file in map(os.path.abspath, files):
             for key, parts in tar_samples(file, notes):
-                self.beside.setdefault(key, {}).update(
-                    {kind: (file, *parts[kind][1:]) for kind in parts if kind in REINFORCED})
+                held = {kind: (file, *parts[kind][1:]) for kind in parts if kind in REINFORCED}
+                if held:
+                    self.beside.setdefault(key, {}).setdefault(file, {}).update(held)
         self.dims, self.folder = list(dims), os.path.dirname(files[0])
         self.facts = {"teachers": [{"name": f"stored {i}", "sha256": "", "dim": dim}
                                    for i, dim in enumerate(dims)]}
 
     def adopt(self, pairs):
         """The pairs that are taught here, their synthetic captions behind the real ones."""
-        self.keys, rows, views = [], [], set()
+        self.members, rows, views = [], [], set()
         for i, path in enumerate(pairs.paths):
-            parts = self.beside.get(tar_key(path.rpartition(":")[2])[0], {})
+            parts = self.find(pairs, path)
             if "paug.json" in parts and ("npz" in parts or "pth.gz" in parts):
-                self.keys.append(tar_key(path.rpartition(":")[2])[0])
-                written = self.json(parts["syn.json"])["syn_text"] if "syn.json" in parts else []
-                rows += [(path, text) for text in pairs.texts_of(i) + list(written)]
-                views.add(len(self.json(parts["paug.json"])["param_aug"]))
+                self.members.append(parts)
+                written = self.read(path, parts, "syn.json") if "syn.json" in parts else []
+                rows += [(path, text) for text in pairs.texts_of(i) + written]
+                views.add(len(self.read(path, parts, "paug.json")))
         if not rows:
-            kinds = sorted({kind for parts in self.beside.values() for kind in parts})
+            kinds = sorted({kind for places in self.beside.values() for parts in places.values()
+                            for kind in parts})
             raise DataError(f"no sample of {pairs.name} has paug.json and npz or pth.gz in "
                             f"{self.folder}; found of these: {', '.join(kinds) or 'nothing'}")
         self.views = min(views)
@@ -2702,12 +2734,33 @@ class ShardTeacher:
             [f"{left:,} images without a stored teacher left out"] if left else [])
         return taught
 
-    def json(self, span):
-        return json.loads(read_span(*span))
+    def find(self, pairs, path):
+        """What stands beside an image: in its own shard, or else under its key in others. Raises
+        DataError where a key comes again and it is not clear whose is meant."""
+        key = tar_key(path.rpartition(":")[2])[0]
+        places, found = self.beside.get(key, {}), {}
+        own = places.get(getattr(pairs.store, "index", {}).get(path, [""])[0], {})
+        if "paug.json" in own and ("npz" in own or "pth.gz" in own):
+            return own
+        for parts in places.values():
+            if twice := found.keys() & parts.keys():
+                raise DataError(f"{path}: more than one shard holds a {min(twice)} of the key "
+                                f"{key!r}, e.g. {min(places)}; which is its own is not known")
+            found |= parts
+        return found
+
+    def read(self, path, parts, kind):
+        """The list in one of an image's JSON members. Raises DataError."""
+        try:
+            return list(json.loads(read_span(*parts[kind]))[
+                {"paug.json": "param_aug", "syn.json": "syn_text"}[kind]])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DataError(f"{path}: its {kind} in {parts[kind][0]} cannot be used "
+                            f"({one_line(error)})") from None
 
     def sample(self, image, view, caption, place):
-        parts = self.beside[self.keys[image]]
-        numbers = self.json(parts["paug.json"])["param_aug"][view]
+        parts = self.members[image]
+        numbers = self.read(f"image {image}", parts, "paug.json")[view]
         try:
             if "npz" in parts:
                 held = dict(np.load(io.BytesIO(read_span(*parts["npz"])), allow_pickle=False))
@@ -2719,8 +2772,9 @@ class ShardTeacher:
             if row.shape != (sum(self.dims),) or text.shape != row.shape:
                 raise ValueError(f"embeddings of {row.shape}, expected {sum(self.dims)}")
         except Exception as error:  # of zipfile, zlib, pickle, numpy
-            raise DataError(f"{self.keys[image]}: its stored embeddings cannot be used "
-                            f"({one_line(error)}); --teacher-dims says where to cut") from None
+            raise DataError(f"image {image}: its stored embeddings in {parts['paug.json'][0]} "
+                            f"cannot be used ({one_line(error)}); --teacher-dims says where to "
+                            f"cut") from None
         return [x for x in numbers if x], None, row, text
 
 
@@ -3029,8 +3083,11 @@ def source_weights(pairs, source, weights):
     if len(given) != len(sources) or min(given) <= 0 or not math.isfinite(sum(given)):
         raise DataError(f"weights {weights!r} for {len(sources)} sources: expected a positive "
                         f"number for each, joined by ::")
-    place = {os.path.abspath(file): i for i, part in enumerate(sources)
-             for file in find_shards([part] if os.path.isfile(part) else part)}
+    if not isinstance(pairs.store, TarStore):
+        raise DataError(f"weights of sources are for shards, and {pairs.name} is none")
+    place = {os.path.abspath(file): i for i, part in enumerate(map(os.path.expanduser, sources))
+             for file in (pathlib.Path(part).rglob("*.tar") if os.path.isdir(part) else
+                          find_shards([part] if os.path.isfile(part) else part))}
     return [given[place[pairs.store.index[path][0]]] for path in pairs.paths]
 
 

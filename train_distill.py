@@ -833,7 +833,9 @@ def add_to(p, gradient):
 def text_table(run, model, tokenizer, captions, args, folder=None):
     """Unit embeddings (M, D) of captions on the host, the same in every process; kept in `folder`
     for the next run where the weights are a file's."""
-    identity = json.dumps([captions, model.origin["sha256"], args.max_text, run.precision])
+    length = min(args.max_text, model.config.context_length)
+    identity = json.dumps([captions, model.origin["sha256"], run.precision, length, getattr(
+        model.config, "activation", ""), tokenizer(captions[:64], context_length=length).tolist()])
     path = folder and folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.texts.pt"
     stored = run.load(path) if path and model.origin["sha256"] else None
     if stored:
@@ -841,7 +843,7 @@ def text_table(run, model, tokenizer, captions, args, folder=None):
     was_training = model.training
     model.eval()
     encoder = Encoder(run, model, 0)
-    tokens = tokenizer(captions, context_length=min(args.max_text, model.config.context_length))
+    tokens = tokenizer(captions, context_length=length)
     groups, places = bucket(tokens, pad_id=model.pad_id if model.config.text else None)
     mine = []
     for i in range(run.rank, len(groups), run.world_size):
@@ -1068,7 +1070,8 @@ class State:
             "average": self.average.tensors() if self.average else [],
             "updates": self.average.updates if self.average else 0,
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            **{n: getattr(self, n) for n in ("epoch", "batch", "step", "skipped", "best", "clock")},
+            **{n: getattr(self, n) for n in ("epoch", "batch", "step", "best", "clock")},
+            "skipped": int(self.skipped),
             "identity": self.args.identity})
 
     @torch.no_grad()
@@ -1078,6 +1081,10 @@ class State:
             raise UserError(f"the checkpoint holds {len(stored['weights'])} tensors and "
                             f"{len(self.moving)} move here, e.g. {odd[0]!r} on one side only; give "
                             f"the same towers")
+        if bool(stored["average"]) != bool(self.average):
+            raise UserError("the checkpoint holds an average of the weights, which is what was "
+                            "scored; give its --ema" if stored["average"] else "the checkpoint "
+                            "holds no average of the weights; leave --ema out")
         for name, p in self.moving.items():
             p.copy_(stored["weights"][name])
         for name, buffer in self.model.named_buffers():
@@ -1163,7 +1170,7 @@ def train(run, model, losses, teachers, loader, texts, held, state, args):
             leaving, done = run.stop_requested(), state.step == steps
             saving = leaving or state.batch == 0 or done or (
                 args.save_every and state.step % args.save_every == 0)
-            if saving or state.step % args.log_every == 0 or not fine:
+            if saving or state.step % args.log_every == 0:  # reading a loss waits for the device
                 check_finite(run, loader.dataset, state, unchecked)
             if state.step % args.log_every == 0 or done:
                 lost = run.sum(replaced)  # images that could not be read
@@ -1172,7 +1179,7 @@ def train(run, model, losses, teachers, loader, texts, held, state, args):
                         scale=model.logit_scale.detach().exp(),
                         lr=state.optimizer.param_groups[0]["lr"],
                         **({"replaced": lost} if lost else {}),
-                        **({"skipped": state.skipped} if state.skipped else {}))
+                        **({"skipped": int(state.skipped)} if state.skipped else {}))
                 seen, replaced, waited = 0, 0, 0.0
             if state.step > args.skip_steps:
                 state.clock = [state.clock[0] + time.perf_counter() - began,
@@ -1192,20 +1199,26 @@ def train(run, model, losses, teachers, loader, texts, held, state, args):
 
 def update(run, state, args):
     """Let the optimiser use the gradients, unless one is inf or nan: then weights, its moments and
-    the average stay as they are, in every process. -> bool tensor (), whether they were fine."""
+    the average stay as they are, in every process. -> bool tensor (), whether they were fine.
+
+    The host does not wait for the answer where AdamW's kernel reads it itself; it does for fp16's
+    scaler, which skips by itself, for an average, and where AdamW is not fused.
+    """
     fine = run.drop_bad_gradients(state.parameters, state.scaler)
     before = state.scaler.get_scale()
-    if fine:
-        if args.grad_clip:
-            state.scaler.unscale_(state.optimizer)
-            nn.utils.clip_grad_norm_(state.parameters, args.grad_clip)
+    if args.grad_clip:
+        state.scaler.unscale_(state.optimizer)
+        nn.utils.clip_grad_norm_(state.parameters, args.grad_clip)
+    if run.fused_optimizer and not state.scaler.is_enabled():
+        state.optimizer.found_inf = (~fine).float()
+    if run.fused_optimizer or fine:
         state.scaler.step(state.optimizer)
         state.scaler.update()
         with torch.no_grad():
             state.model.logit_scale.clamp_(0, math.log(MAX_SCALE))
-    if not fine or state.scaler.get_scale() < before:  # fp16's scaler skips by itself
-        state.skipped += 1
-    elif state.average:
+    moved = fine & (state.scaler.get_scale() >= before)
+    state.skipped = state.skipped + (~moved).int()
+    if state.average and moved:
         state.average.update()
     return fine
 
@@ -1269,6 +1282,8 @@ def open_student(args, teachers, stored):
         more = dict(proj=teach.model.config.proj if teach.model else "linear",
                     embed_dim=args.embed_dim or teach.dim,
                     text_tower=source if args.text_tower == "teacher" else args.text_tower)
+        if args.text_tower == "teacher":
+            more["activation"] = args.teacher_activation
         model = load(None, tower, image_size=args.image_size, **more)
         largest = max([t.model.config.image_size for t in teachers if t.model] or [10_000])
         if not (args.image_size or model.config.vision_patch) and (
@@ -1348,6 +1363,10 @@ def open_teachers(args, stored):
                             f"({held[i]['sha256'][:12]}), not of {name} "
                             f"({model.origin['sha256'][:12]}); give that teacher, or write them "
                             f"again with --write-reinforced")
+        if held and held[i].get("activation", model.config.activation) != model.config.activation:
+            raise UserError(f"the answers in {args.reinforced} were given with "
+                            f"--teacher-activation {held[i]['activation']}, and here it is "
+                            f"{model.config.activation}")
         folder = args.teacher_tokenizer or (name if model.text_kind != "bpe" else None)
         found.append(Teacher(model.origin["name"], scales[i] if scales else float(
             model.logit_scale.exp()), model.config.embed_dim, model, tokenizer_of(model, folder)))
@@ -1363,8 +1382,12 @@ def open_stored(args):
         folder = pathlib.Path(args.reinforced).expanduser()
         if (folder / "teacher.json").exists():
             return StoredTeacher.open(folder)
-        args.reinforced = str(folder / "*.tar")
-    return ShardTeacher(find_shards(args.reinforced), args.teacher_dims or [768, 768])
+        files = sorted(map(str, folder.glob("*.tar")))
+        if not files:
+            raise UserError(f"{folder} holds no stored teacher: neither the teacher.json of "
+                            f"--write-reinforced nor shards of DataCompDR, *.tar")
+        return ShardTeacher(files, args.teacher_dims or [768, 768])
+    return ShardTeacher(find_shards(find_shards(args.reinforced)), args.teacher_dims or [768, 768])
 
 
 def open_data(args):
@@ -1410,6 +1433,7 @@ def write_reinforced(run, pairs, teachers, folder, args):
              "randaugment": args.randaugment, "precision": run.precision,
              "teachers": [{"name": t.name, "source": os.path.abspath(t.source) if os.path.exists(
                  t.source) else t.source, "sha256": t.model.origin["sha256"], "dim": t.dim,
+                 "activation": t.model.config.activation,
                  "image_size": t.model.config.image_size, "mean": t.model.image_mean,
                  "std": t.model.image_std} for t in teachers]}
     dtype = "float16" if args.store_precision == "fp16" else "float32"
@@ -1453,15 +1477,21 @@ def write_reinforced(run, pairs, teachers, folder, args):
             "seconds": time.perf_counter() - began, "images": len(pairs.paths)}
 
 
-def refuse_other_text(run, model, tokenizer, pairs, stored, args):
-    """Raise UserError unless the frozen text tower gives what the shards hold of a caption: they
-    do not name their teachers."""
-    ours = text_table(run, model, tokenizer, pairs.captions[:1], args)[0]
-    near = float(F.cosine_similarity(ours, torch.as_tensor(
-        stored.sample(pairs.owner[0], 0, 0, 0)[3][:len(ours)]), dim=0))
+def refuse_other_text(run, model, tokenizer, pairs, stored, teacher, args):
+    """Raise UserError unless the student's frozen text tower gives what it is taught by, the first
+    teacher's embedding of a caption: shards do not name their teachers, and a student of --weights
+    may come from another one."""
+    some = pairs.captions[:1]
+    ours = text_table(run, model, tokenizer, some, args)[0]
+    theirs = torch.as_tensor(stored.sample(pairs.owner[0], 0, 0, 0)[3][:len(ours)]) if stored else (
+        text_table(run, run.move(teacher.model), teacher.tokenizer, some, args)[0])
+    near = float(F.cosine_similarity(ours, theirs.float(), dim=0))
     if near < 0.99:
-        raise UserError(f"the stored embedding of {pairs.captions[0]!r} and {args.teacher[0]}'s "
-                        f"have a cosine of {near:.2f}: the shards are of another teacher")
+        whose = f"the text tower of {args.weights}" if args.weights else args.teacher[0]
+        raise UserError(f"{whose} gives {some[0]!r} an embedding whose cosine to the "
+                        f"{'stored' if stored else 'first'} teacher's is {near:.2f}: "
+                        f"{'the shards are of' if not args.weights else 'it is'} another teacher"
+                        f"{', and cannot stay frozen; add --train-text' if args.weights else ''}")
 
 
 def refuse_other_run(stored, path, args):
@@ -1507,10 +1537,12 @@ def identify(args, pairs, model, teachers, stored):
              "upsample", "crop", "randaugment", "cache", "max_samples", "max_text", "lr", "wd",
              "beta2", "warmup", "schedule", "grad_clip", "ema", "ema_teacher", "precision", "seed",
              "text_tower", "train_text", "shared_proj", "text_teacher", "text_teacher_weight",
+             "teacher_activation",
              "text_teacher_temp", "views_in_turn", "live", "inside_until", "image_size", "inherit")
     return {"data": pairs.name, "split_sha256": pairs.fingerprint, "model": args.model,
             "weights_sha256": model.origin["sha256"],
             "teachers": [t.name for t in teachers], "teacher_scales": [t.scale for t in teachers],
+            "teacher_sha256": [t.model.origin["sha256"] if t.model else "" for t in teachers],
             "stored": stored.facts.get("crc", {}).get("images") if stored else None,
             **{n: getattr(args, n) for n in names}}
 
@@ -1560,12 +1592,16 @@ class Half(nn.Module):
         return F.normalize(self.model.encode_text(x, ends=x.argmax(dim=-1)), dim=-1)
 
 
-def write_onnx(model, folder):
-    """student_image.onnx and student_text.onnx, for any number of rows. UserError without onnx."""
+def need_onnx():
+    """Raise UserError unless the two packages of --export onnx are there."""
     for package in ("onnx", "onnxscript"):
         if not importlib.util.find_spec(package):
             raise UserError(f"--export onnx needs the package {package} (pip install onnx "
                             f"onnxscript)")
+
+
+def write_onnx(model, folder):
+    """student_image.onnx and student_text.onnx, for any number of rows -> their paths."""
     model, size, wrote = model.fuse_attention(False), model.config.image_size, []
     inputs = {"image": torch.zeros(3, 3, size, size),
               "text": torch.ones(3, model.config.context_length, dtype=torch.long)}
@@ -1604,7 +1640,8 @@ def report(run, model, teachers, state, held, tokenizer, labelled, folder, args)
                **{f"{k}{'_image_parameters' if k in ('student', 'teacher') else ''}": v
                   for k, v in sizes.items()},
                "steps": state.step, "epochs": state.epoch, "batch_size": args.batch_size,
-               "scale": float(model.logit_scale.detach().exp()), "skipped_steps": state.skipped,
+               "scale": float(model.logit_scale.detach().exp()),
+               "skipped_steps": int(state.skipped),
                "samples_per_second": count / seconds if seconds else 0.0,
                "trainable_parameters": sum(p.numel() for p in state.moving.values()),
                "trainable_tensors": len(state.moving), "dry_run": args.dry_run,
@@ -1659,6 +1696,8 @@ def main(args):
                         f"some without a pair")
     if args.accum_steps > 1:
         args.micro_batch = -(-args.batch_size // (run.world_size * args.accum_steps))
+    if "onnx" in args.export:
+        need_onnx()
     args.max_steps = 3 if args.dry_run else args.max_steps
     sets, stored = open_data(args), open_stored(args)
     labelled = [open_zero_shot(name, args.data_dir) for name in args.zero_shot]
@@ -1695,8 +1734,8 @@ def main(args):
         inside = run.move(Inside(model, teachers[0].model, {
             k: getattr(args, k) for k in ("relation", "hint", "attention")}))
     adapters = run.move(Adapters(model.config.embed_dim, [t.dim for t in teachers], not frozen))
-    if frozen and isinstance(stored, ShardTeacher):
-        refuse_other_text(run, model, tokenizer, sets["train"], stored, args)
+    if frozen and (args.weights or isinstance(stored, ShardTeacher)):
+        refuse_other_text(run, model, tokenizer, sets["train"], stored, teachers[0], args)
     free = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run.say(f"{args.model}: {free:,} of {sum(p.numel() for p in model.parameters()):,} weights "
             f"train, {len(loader)} steps an epoch of {args.batch_size} pairs; "
@@ -1710,6 +1749,8 @@ def main(args):
     if args.eval_teacher:
         args.teacher_scores = score_teachers(run, teachers, sets["test"] or sets["val"], labelled,
                                              args)
+    for teacher in teachers if stored and not args.live else ():
+        teacher.model = None
     held = {split: Held(sets[split], tokenizer, frozen) for split in ("val", "test") if sets[split]}
     state = State(run, model, (adapters, inside), args)
     if start_from:
@@ -1734,12 +1775,13 @@ def open_loader(run, sets, model, teachers, stored, folder, args):
                                                            for t in live)]))
     for teacher in live:
         teacher.size = sizes.index(teacher.model.config.image_size)
+    largest = max(sizes + [t.model.config.image_size for t in teachers if t.model is not None])
     look = Views(sizes, args.seed, (args.crop, 1.0) if args.crop else None, args.randaugment)
     still = Preprocess(model.config.image_size, dtype=torch.uint8)
     for split in filter(sets.get, sets):
         pairs = sets[split].with_transform(look if split == "train" else still)
         if not (split == "train" and (args.eval_only or isinstance(stored, ShardTeacher))):
-            cache_images(run, pairs, max(sizes), folder, args)
+            cache_images(run, pairs, largest, folder, args)
         sets[split] = pairs
     pairs = sets["train"]
     if stored:

@@ -1339,7 +1339,7 @@ def test_onnx_files_take_any_number_of_rows_and_give_the_students_numbers(tmp_pa
         assert (torch.tensor(found) - own).abs().max() < 1e-5
 
 
-def test_onnx_without_its_packages_is_refused_in_one_line(tmp_path, monkeypatch):
+def test_onnx_without_its_packages_is_refused_before_any_work(monkeypatch):
     monkeypatch.setattr(train_distill.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the package onnx"):
-        train_distill.write_onnx(None, tmp_path)
+        run_main("--export", "onnx", "--data", "nowhere", "--teacher", "none", "--device", "cpu")
