@@ -1504,8 +1504,8 @@ def state_dict_of(content, path):
     notes, wrapper = [], content if isinstance(content, dict) else {}
     for _ in range(8):  # a hostile file can hold itself
         inner = next((key for key in ("state_dict", "model", "model_state_dict", "module", "net",
-                                      "weights") if isinstance(content, dict)
-                      and isinstance(content.get(key), dict)), None)
+                                      "ema", "model_ema", "state_dict_ema", "weights")
+                      if isinstance(content, dict) and isinstance(content.get(key), dict)), None)
         if inner is None:
             break
         notes.append(f"weights found under {inner!r}")

@@ -1157,7 +1157,8 @@ def spelled_out(classnames, folder, data_dir=None):
     ImageNetV2's, out of CoOp's classnames.txt near by. Other names come back as they are. Raises
     DataError where it has no words for them: prompts with wnids score at chance."""
     home = pathlib.Path(folder).absolute()
-    version2 = "imagenetv2" in str(home).lower() and all(map(str.isdecimal, classnames))
+    version2 = "imagenetv2" in re.sub(r"[^a-z0-9]", "", str(home).lower()) and all(
+        map(str.isdecimal, classnames))
     if not version2 and not all(re.fullmatch(r"n\d{8}", name) for name in classnames):
         return list(classnames)
     places = [place / known for known in (".", "imagenet") for place in (
@@ -1920,6 +1921,7 @@ def read_tars(files, home=None):
     files = [os.path.abspath(file) for file in files]
     home = os.path.abspath(home or os.path.commonpath(map(os.path.dirname, files)))
     index, rows, notes, incomplete, kinds = {}, {}, [], 0, collections.Counter()
+    totals = collections.Counter()
     for file in files:
         shard, samples = os.path.relpath(file, home).replace(os.sep, "/"), 0
         words = re.findall("[a-z]+", shard.lower())
@@ -1937,9 +1939,15 @@ def read_tars(files, home=None):
                 path += "+"
             index[path] = (file, offset, size)
             rows.setdefault(split, []).extend((path, text) for text in texts)
+        totals[os.path.dirname(file)] += samples
         promised = promised_samples(file)
         if promised not in (None, samples):
             notes.append(f"{file} has {samples:,} samples and {promised:,} by its folder's list")
+    for folder, samples in totals.items():
+        with contextlib.suppress(OSError, ValueError):
+            promised = int(pathlib.Path(folder, "__len__").read_text("utf-8"))
+            if promised != samples and not shard_lists(folder):  # which say it of each shard
+                notes.append(f"{folder} has {samples:,} samples and __len__ says {promised:,}")
     if incomplete:
         notes.append(f"{incomplete:,} samples without image or caption left out; the shards hold "
                      + ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(8)))
@@ -1963,7 +1971,7 @@ def promised_samples(file):
 
 
 def check_shards(folder, files, notes):
-    """Compare what a folder's nshards.txt and __len__ say with what is there, and note it."""
+    """Compare what a folder's nshards.txt says with what is there, and note it."""
     with contextlib.suppress(OSError, ValueError):
         promised = int(pathlib.Path(folder, "nshards.txt").read_text("utf-8"))
         if promised != len(files):
@@ -2613,12 +2621,16 @@ class StoredTeacher:
     def create(cls, folder, facts, images, captions, augment, dtype):
         """Empty arrays in `folder`.part, to be filled and then closed with `complete`."""
         part, dim = pathlib.Path(f"{folder}.part"), sum(t["dim"] for t in facts["teachers"])
-        part.mkdir(parents=True, exist_ok=True)
-        for name, shape, kind in zip(STORED, (
-                (facts["views"], images, dim), (captions, dim),
-                (facts["views"], images, 4 + 2 * augment), (images, 2)), (
-                dtype, dtype, np.float32, np.int32)):
-            np.lib.format.open_memmap(part / f"{name}.npy", "w+", kind, shape).flush()
+        try:
+            part.mkdir(parents=True, exist_ok=True)
+            for name, shape, kind in zip(STORED, (
+                    (facts["views"], images, dim), (captions, dim),
+                    (facts["views"], images, 4 + 2 * augment), (images, 2)), (
+                    dtype, dtype, np.float32, np.int32)):
+                np.lib.format.open_memmap(part / f"{name}.npy", "w+", kind, shape).flush()
+        except OSError as error:
+            raise DataError(f"{part} cannot be written ({one_line(error)}); name another "
+                            f"folder") from None
 
     @classmethod
     def filling(cls, folder, facts):
@@ -2762,6 +2774,11 @@ class ShardTeacher:
         parts = self.members[image]
         numbers = self.read(f"image {image}", parts, "paug.json")[view]
         try:
+            numbers = [some for some in numbers if some]
+            crop, *operations = numbers or [[0, 0, 1, 1]]
+            if len(crop) != 4 or any(not 0 <= number < len(DISTORTIONS)
+                                     for number, _ in sum(operations, [])):
+                raise ValueError(f"{numbers} is no view")
             if "npz" in parts:
                 held = dict(np.load(io.BytesIO(read_span(*parts["npz"])), allow_pickle=False))
             else:
@@ -2775,7 +2792,7 @@ class ShardTeacher:
             raise DataError(f"image {image}: its stored embeddings in {parts['paug.json'][0]} "
                             f"cannot be used ({one_line(error)}); --teacher-dims says where to "
                             f"cut") from None
-        return [x for x in numbers if x], None, row, text
+        return numbers, None, row, text
 
 
 class StoredPairs(Dataset):

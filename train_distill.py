@@ -1367,7 +1367,9 @@ def open_teachers(args, stored):
             raise UserError(f"the answers in {args.reinforced} were given with "
                             f"--teacher-activation {held[i]['activation']}, and here it is "
                             f"{model.config.activation}")
-        folder = args.teacher_tokenizer or (name if model.text_kind != "bpe" else None)
+        mine = model.text_kind != "bpe" or len(names) == 1  # among several, that of the others
+        folder = args.teacher_tokenizer if mine else None
+        folder = folder or (name if model.text_kind != "bpe" else None)
         found.append(Teacher(model.origin["name"], scales[i] if scales else float(
             model.logit_scale.exp()), model.config.embed_dim, model, tokenizer_of(model, folder)))
         found[-1].source = name

@@ -618,7 +618,7 @@ def test_safetensors_files_open_in_the_safetensors_package_and_back(tmp_path):
 
 @pytest.mark.parametrize("prefixes", [
     ["module."], ["_orig_mod."], ["model."], ["clip."], ["module.", "_orig_mod."],
-    ["_orig_mod.", "module."], ["model.", "clip.", "module."]])
+    ["_orig_mod.", "module."], ["model.", "clip.", "module."], ["module.", "module."]])
 def test_prefixes_of_wrappers_are_taken_off_and_reported(tmp_path, prefixes):
     model = make("tiny-rn")
     state = {"".join(prefixes) + key: tensor for key, tensor in model.state_dict().items()}
@@ -631,7 +631,7 @@ def test_prefixes_of_wrappers_are_taken_off_and_reported(tmp_path, prefixes):
 
 
 @pytest.mark.parametrize("keys", [["state_dict"], ["model"], ["model_state_dict"], ["module"],
-                                  ["net"], ["weights"], ["model", "state_dict"]])
+                                  ["net"], ["weights"], ["ema"], ["model", "state_dict"]])
 def test_weights_are_found_inside_a_training_checkpoint(tmp_path, keys):
     model = make()
     content = model.state_dict()

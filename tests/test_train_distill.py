@@ -22,7 +22,7 @@ from PIL import Image
 import train_distill
 from clip_model import CLIP, CONFIGS, load, save, unit
 from data import (distort, DISTORTIONS, expand, make_pair_loader, open_pairs, open_zero_shot,
-                  prompts_per_class, read_tars, ShardTeacher, source_weights, StoredPairs,
+                  prompts_per_class, read_tars, read_templates, ShardTeacher, source_weights, StoredPairs,
                   StoredTeacher, STRENGTHS, Views)
 from device import SafeStop, start, UserError
 from test_train_contrastive import batch_of, model_of, scenes
@@ -131,10 +131,29 @@ def test_two_equal_teachers_are_one_and_scales_matter():
     one, two = gradient(20.0), gradient(20.0, 20.0)
     assert (one - two).abs().max() < 1e-15
     assert (one - gradient(20.0, 50.0)).abs().max() > 1e-3
-    # Averages are taken of probabilities: of rows for rows and of columns for columns.
-    z = [s * p @ q.T for s in (20.0, 50.0)]
-    assert (sum(x.softmax(0) for x in z) / 2).sum(0).allclose(torch.ones(8, dtype=DOUBLE))
-    assert ((sum(x.softmax(1) for x in z) / 2).T.sum(1) - 1).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("mix", [Mix(), Mix(0.7)], ids=["plain", "mixed"])
+def test_targets_are_distributions_both_ways(mix):
+    """Where all of a student's similarities are equal, the cross-entropy to any distribution is
+    ln N; a transposed softmax, whose columns sum to anything, gives another number. And the slope
+    along what is common to all is 0."""
+    same = unit(torch.ones(8, 7, dtype=DOUBLE))
+    targets = affinity("crd", (20.0, 50.0), [units(8, 5, 1), units(8, 3, 2)],
+                       [units(8, 5, 3), units(8, 3, 4)], 1.0, mix, stored=True)
+    scale = torch.tensor(9.0, dtype=DOUBLE)
+    found, values = match_similarities(Sides(same, same), scale, 0.0, targets, mix, 3)
+    assert values["crd"] == pytest.approx(math.log(8), abs=1e-12)
+    assert abs(float(found.scale)) < 1e-12
+    z = randoms(8, 8, seed=5)  # and of each row and column apart: constants added to them
+    image = torch.linalg.qr(randoms(8, 8, seed=6))[0]
+    text = (image.T @ z).T.contiguous()  # image @ text.T == z
+    one = match_similarities(Sides(image, text), scale, 0.0, targets, mix, 3)[1]["crd"]
+    T = sum(t.weight * ((t.scale * t.image @ t.text.T).softmax(1)
+                        + (t.scale * t.image @ t.text.T).softmax(0)) for t in targets)
+    assert T.sum() == pytest.approx(16.0)
+    norms = ((9 * z).logsumexp(1).sum() + (9 * z).logsumexp(0).sum() - (T * 9 * z).sum()) / 16
+    assert one == pytest.approx(float(norms), abs=1e-12)
 
 
 def test_fd_is_half_the_squared_distance_and_knows_neither_length_nor_width():
@@ -662,6 +681,55 @@ def test_frozen_text_has_no_gradient_no_moments_and_teachers_stay_in_eval(school
     assert id(model.text_projection) not in held and id(model.visual.proj) in held
 
 
+def test_a_teacher_with_batchnorm_and_dropout_is_left_as_it_was(school, tmp_path):
+    """Twenty steps: weights and running statistics of the teacher, texts of the student."""
+    torch.manual_seed(0)
+    teacher = load(None, "mobilevit_xxs:none", "tiny-vit:none", embed_dim=32, image_size=32)
+    for m in teacher.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.running_mean.normal_()
+    save(teacher, tmp_path / "teacher.safetensors")
+    kept, opened = [], train_distill.open_teachers
+
+    def keep(args, stored):
+        kept.extend(opened(args, stored))
+        return kept
+    train_distill.open_teachers = keep
+    try:
+        results = run_main(*flags(school, "--teacher", tmp_path / "teacher.safetensors", "--epochs",
+                                  "7", "--max-steps", "20", "--output-dir", tmp_path / "a"))
+    finally:
+        train_distill.open_teachers = opened
+    assert results["steps"] == 20 and not any(m.training for m in kept[0].model.modules())
+    before = load(tmp_path / "teacher.safetensors").state_dict()
+    assert all(tensor.equal(before[name]) for name, tensor in kept[0].model.state_dict().items())
+    student = load(tmp_path / "a" / "export" / "student_export.pt").state_dict()
+    text = [n for n in before if not n.startswith(("visual.", "logit_scale"))]
+    assert len(text) > 10 and all(student[name].equal(before[name]) for name in text)
+
+
+def test_sixty_steps_bring_a_student_to_its_teacher_on_64_pairs():
+    torch.manual_seed(0)
+    images, key = torch.randn(64, 3, 8, 8), units(64, 32).float()
+    teacher = Teacher("toy", 15.0, 32, Toy(torch.nn.Linear(192, 32)).eval().requires_grad_(False))
+    student = Toy(torch.nn.Linear(192, 256), torch.nn.ReLU(), torch.nn.Linear(256, 32))
+    optimizer, losses = torch.optim.AdamW(student.parameters(), 3e-3), []
+
+    def near():
+        with torch.no_grad():
+            return float((student.encode_image(images, True)
+                          * teacher.model.encode_image(images, True)).sum(dim=1).mean())
+    before = near()
+    for step in range(60):
+        optimizer.zero_grad()
+        losses.append(float(add_gradient(
+            start("cpu", "fp32"), student, (Adapters(32, [32], False), None), [teacher],
+            Batch((images,), None, key, [None], [key], None), [64], {**WEIGHTS, "icl": 0.0}, Mix(),
+            options(), start("cpu", "fp32").scaler(), step)["loss"]))
+        optimizer.step()
+    assert abs(before) < 0.3 and near() > 0.8 and losses[-1] < 0.7 * losses[0]
+
+
 def test_resuming_is_exact_also_inside_an_epoch(school, tmp_path):
     more = ("--ema", "0.9", "--mixup", "0.4", "--train-text", "--teacher", school / "teacher.safetensors",
             school / "second.safetensors", "--ema-teacher", "0.3", "--randaugment", "1")
@@ -733,6 +801,38 @@ def test_a_bad_step_moves_nothing_and_three_in_a_row_save_and_stop(school, tmp_p
     assert torch.load(tmp_path / "b" / "checkpoint_last.pt", weights_only=True)["step"] == 4
 
 
+def test_the_host_asks_for_no_tensor_in_the_optimisers_step(school, tmp_path, monkeypatch):
+    """Which would wait for the device once a step: a tensor has no truth there."""
+    step = train_distill.update
+
+    def blind(run, state, args):
+        def refuse(self):
+            raise AssertionError("the host waits for the device")
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: None)  # its own affair
+            patch.setattr(train_distill.Average, "update", lambda self: None)
+            run.drop_bad_gradients = lambda parameters, scaler: torch.tensor(True)
+            for name in ("__bool__", "__float__", "__int__", "item"):
+                patch.setattr(torch.Tensor, name, refuse)
+            fine = step(run, state, args)
+        del run.drop_bad_gradients
+        return fine
+    monkeypatch.setattr(train_distill, "update", blind)
+    assert run_main(*flags(school, "--output-dir", tmp_path, "--max-steps", "2"))["steps"] == 2
+
+
+def test_an_average_is_scored_only_where_there_is_one(school, finished, tmp_path):
+    folder, results = finished
+    again = run_main(*flags(school, "--output-dir", folder, "--export", "safetensors",
+                            "--eval-only"))
+    assert again["mean_recall"] == results["mean_recall"]
+    with pytest.raises(UserError, match="no average of the weights; leave --ema out"):
+        run_main(*flags(school, "--output-dir", folder, "--eval-only", "--ema", "0.9"))
+    run_main(*flags(school, "--output-dir", tmp_path, "--ema", "0.9", "--max-steps", "1"))
+    with pytest.raises(UserError, match="give its --ema"):
+        run_main(*flags(school, "--output-dir", tmp_path, "--eval-only"))
+
+
 def test_the_scale_stays_below_100_at_any_rate(school, tmp_path):
     results = run_main(*flags(school, "--output-dir", tmp_path / "a", "--lr", "50", "--warmup", "0",
                               "--max-steps", "3", "--grad-clip", "0"))
@@ -771,6 +871,7 @@ def test_shared_projection_keeps_the_teachers_text_and_folds_into_a_plain_clip(s
     assert results["steps"] == 2
     exported = load(tmp_path / "a" / "export" / "student_export.pt")
     assert exported.visual.proj.shape == (320, 32)
+    assert exported.encode_text(tokens).equal(teachers[0].model.encode_text(tokens))
     torch.manual_seed(0)
     wide = load(None, "mobilevit_xxs:none", "tiny-vit:none", embed_dim=32, image_size=32).eval()
     share_projection(wide)
@@ -803,6 +904,64 @@ def test_two_teachers_of_other_width_and_size_and_a_bert_teach_together(school, 
     for more, said in odd.items():
         with pytest.raises(UserError, match=said):
             run_main(*flags(school, "--output-dir", tmp_path / "b", *more.split()))
+
+
+def test_an_activation_that_a_file_does_not_tell_is_the_students_too(school, tmp_path):
+    """And texts that were computed with the other one are not taken for it."""
+    more = ("--teacher-activation", "gelu", "--max-steps", "1")
+    args = get_args(flags(school, *more))
+    teachers = train_distill.open_teachers(args, None)
+    student, _ = train_distill.open_student(args, teachers, None)
+    tokens = torch.tensor([[49406, 320, 1125, 49407]])
+    assert student.encode_text(tokens).equal(teachers[0].model.encode_text(tokens))
+    assert not student.encode_text(tokens).equal(load(school / "teacher.safetensors")
+                                                 .encode_text(tokens))
+    for name, words in (("a", ("--max-steps", "1")), ("b", more)):
+        run_main(*flags(school, "--output-dir", tmp_path / name, *words))
+    assert len(list((tmp_path / "cache").glob("*.texts.pt"))) == 2
+    run_main(*flags(school, "--output-dir", tmp_path / "c", "--seed", "2", *more))
+    assert len(list((tmp_path / "cache").glob("*.texts.pt"))) == 2
+
+
+def test_a_student_with_another_text_tower_than_the_teachers_is_refused(school, tmp_path):
+    torch.manual_seed(1)
+    other = CLIP(CONFIGS["tiny-vit"])
+    save(other, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="another teacher, and cannot stay frozen; add --train-text"):
+        run_main(*flags(school, "--weights", tmp_path / "other.safetensors", "--output-dir",
+                        tmp_path / "a"))
+    for more in ((tmp_path / "other.safetensors", "--train-text"),
+                 (school / "teacher.safetensors",)):
+        assert run_main(*flags(school, "--weights", *more, "--max-steps", "1", "--output-dir",
+                               tmp_path / str(len(more))))["steps"] == 1
+
+
+def test_teachers_read_captions_with_their_own_tokenizers(school, tmp_path):
+    """A BERT with a vocabulary in a folder beside a CLIP with byte pairs."""
+    torch.manual_seed(0)
+    bert = load(None, "tiny-vit:none", "tiny-bert:none", embed_dim=32)
+    save(bert, tmp_path / "bert.safetensors")
+    (tmp_path / "vocab.txt").write_text((school / "pairs" / "vocab.txt").read_text())
+    both = [school / "teacher.safetensors", tmp_path / "bert.safetensors"]
+    words = ("--teacher-tokenizer", tmp_path)
+    teachers = train_distill.open_teachers(get_args(flags(school, "--teacher", *both, *words)), None)
+    assert [type(t.tokenizer).__name__ for t in teachers] == ["BPETokenizer", "WordPieceTokenizer"]
+    assert run_main(*flags(school, "--teacher", *both, *words, "--max-steps", "1", "--output-dir",
+                           tmp_path / "a"))["steps"] == 1
+    with pytest.raises(ValueError, match="carries no vocabulary"):
+        run_main(*flags(school, "--teacher", both[1], "--output-dir", tmp_path / "b"))
+
+
+def test_another_teacher_under_the_same_name_does_not_go_on_with_a_run(school, tmp_path):
+    file = tmp_path / "teacher.safetensors"
+    for source in ("teacher", "second"):
+        file.write_bytes((school / f"{source}.safetensors").read_bytes())
+        words = flags(school, "--teacher", file, "--text-tower", "tiny-vit:none", "--embed-dim",
+                      "16", "--max-steps", "1", "--output-dir", tmp_path / "a")
+        if source == "teacher":
+            run_main(*words)
+    with pytest.raises(UserError, match="teacher_sha256"):
+        run_main(*words)
 
 
 # -----------------------------------------------------------------------------
@@ -851,6 +1010,20 @@ def test_stored_answers_train_as_the_live_teacher_does_on_the_same_views(school,
         for name, value in one.items():
             assert value == (two[name] if isinstance(value, str) else pytest.approx(
                 two[name], rel=1e-5)), name
+
+
+def test_teachers_that_are_only_scored_do_not_teach(school, tmp_path):
+    """Of another image size than the student, whose views they would not take."""
+    run_main(*flags(school, "--teacher", school / "second.safetensors", "--write-reinforced",
+                    tmp_path / "stored", "--views", "2"))
+    words = flags(school, "--teacher", school / "second.safetensors", "--reinforced",
+                  tmp_path / "stored", "--max-steps", "2", "--eval-teacher", "--cache", "ram")
+    with spying() as asked:
+        results = run_main(*words, "--output-dir", tmp_path / "a")
+    assert asked == [0] and results["steps"] == 2
+    live = flags(school, "--teacher", school / "second.safetensors", "--max-steps", "1",
+                 "--eval-teacher", "--output-dir", tmp_path / "b")
+    assert run_main(*live)["teacher_mean_recall"] == results["teacher_mean_recall"]
 
 
 def test_an_epoch_shows_each_image_in_one_of_its_views_and_all_views_come(school, stored):
@@ -989,6 +1162,67 @@ def test_shards_in_the_published_layout_teach_as_their_teachers_would(school, tm
                         "--output-dir", tmp_path / "c", "--train-text"))
 
 
+def unpacked(path):
+    with tarfile.open(path) as tar:
+        return [(member.name, tar.extractfile(member).read()) for member in tar]
+
+
+def test_keys_that_come_again_in_another_shard_keep_their_own_teacher(school, tmp_path):
+    """Two shards that both begin with 00000, of two teachers; then the same apart from the images."""
+    torch.manual_seed(1)
+    teachers = [load(school / "teacher.safetensors"), CLIP(CONFIGS["tiny-vit"]).eval()]
+    files = [reinforced_shard(tmp_path / f"{k}.tar", [teachers[k]], 4) for k in range(2)]
+    held = ShardTeacher(files, [32])
+    pairs = held.adopt(open_pairs(files, "train", split_ratio=(1, 0, 0)))
+    for k in range(2):
+        alone = ShardTeacher([files[k]], [32])
+        alone.adopt(open_pairs([files[k]], "train", split_ratio=(1, 0, 0)))
+        for i in range(4):
+            assert pairs.paths[4 * k + i] == f"{k}.tar:{i:05d}.png"
+            (_, _, *ours), (_, _, *theirs) = (t.sample(j, 0, 0, 1) for t, j in (
+                (held, 4 * k + i), (alone, i)))
+            assert all(np.array_equal(a, b) for a, b in zip(ours, theirs))
+    (tmp_path / "apart").mkdir()
+    for k, file in enumerate(files):
+        for name, kinds in ((f"images{k}", (".png", "0.txt", "1.txt", "2.txt", "3.txt")),
+                            (f"told{k}", (".json", ".npz"))):
+            shard(tmp_path / "apart" / f"{name}.tar", [(name, content) for name, content in unpacked(
+                file) if name.endswith(kinds)])
+    images = [tmp_path / "apart" / f"images{k}.tar" for k in range(2)]
+    told = [tmp_path / "apart" / f"told{k}.tar" for k in range(2)]
+    joined = ShardTeacher(told[:1], [32])
+    assert len(joined.adopt(open_pairs(images[:1], "train", split_ratio=(1, 0, 0))).paths) == 4
+    with pytest.raises(ValueError, match="more than one shard holds a .* of the key '00000'"):
+        ShardTeacher(told, [32]).adopt(open_pairs(images, "train", split_ratio=(1, 0, 0)))
+
+
+@pytest.mark.parametrize("kind, content, said", [
+    ("paug.json", b"{", "paug.json in .* cannot be used"),
+    ("paug.json", b'{"views": []}', "paug.json in .* cannot be used"),
+    ("paug.json", b'{"param_aug": [[[0, 0, 9, 9], [[99, 0.3]]]]}', "is no view"),
+    ("syn.json", b'{"syn_text": 3}', "syn.json in .* cannot be used"),
+    ("npz", b"PK", "its stored embeddings in .* cannot be used")])
+def test_damaged_members_of_published_shards_are_named(school, tmp_path, kind, content, said):
+    whole = reinforced_shard(tmp_path / "whole.tar", [load(school / "teacher.safetensors")], 3)
+    file = shard(tmp_path / "0.tar", [(name, content if name.endswith(kind) else held)
+                                      for name, held in unpacked(whole)])
+    held = ShardTeacher([file], [32])
+    with pytest.raises(ValueError, match=said):
+        held.adopt(open_pairs([file], "train", split_ratio=(1, 0, 0)))
+        held.sample(0, 0, 0, 0)
+
+
+def test_a_stored_teacher_that_is_not_there_is_refused(school, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name, said in (("nowhere", "shards are missing"), ("nowhere.tar", "shards are missing"),
+                       ("empty", "neither the teacher.json")):
+        with pytest.raises((UserError, ValueError), match=said):
+            run_main(*flags(school, "--reinforced", tmp_path / name, "--output-dir", tmp_path / "a"))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="cannot be written"):
+        run_main(*flags(school, "--write-reinforced", tmp_path / "file" / "x"))
+
+
 # -----------------------------------------------------------------------------
 # Shards
 
@@ -1027,6 +1261,17 @@ def test_braces_stand_for_what_they_do_in_a_shell():
     assert len(nested) == len(set(nested)) == 65 * 1000 + 536 and nested[-1] == "65/00000535.tar"
 
 
+def test_a_name_with_braces_that_is_there_is_no_pattern(tmp_path):
+    home = tmp_path / "set{1,2}"
+    home.mkdir()
+    file = shard(home / "{0..1}.tar", [(f"{i}.{kind}", content) for i in range(3) for kind, content
+                                       in (("png", png(i)), ("txt", b"a b"))])
+    for where in (home, str(file), f"{file}::{home}"):
+        assert len(open_pairs(where, "train", split_ratio=(1, 0, 0)).paths) in (3, 6)
+    (home / "prompts.txt").write_text("one {}.\n\ntwo {c}\n")
+    assert read_templates([str(home / "prompts.txt"), "a {}"]) == ["one {}.", "two {c}", "a {}"]
+
+
 def test_counts_that_disagree_are_said_and_shards_without_captions_refused(tmp_path):
     shard(tmp_path / "0.tar", [m for i in range(3) for m in ((f"{i}.png", png(i)),
                                                              (f"{i}.txt", b"a b"))])
@@ -1034,6 +1279,12 @@ def test_counts_that_disagree_are_said_and_shards_without_captions_refused(tmp_p
     (tmp_path / "nshards.txt").write_text("4")
     said = " ".join(open_pairs(tmp_path, "train", split_ratio=(1, 0, 0)).notes)
     assert "3 samples and 5 by its folder's list" in said and "1 shards and nshards.txt says 4" in said
+    (tmp_path / "more").mkdir()
+    (tmp_path / "0.tar").replace(tmp_path / "more" / "0.tar")
+    (tmp_path / "more" / "__len__").write_text("7")
+    said = " ".join(open_pairs(tmp_path / "more", "train", split_ratio=(1, 0, 0)).notes)
+    assert "has 3 samples and __len__ says 7" in said
+    (tmp_path / "more" / "0.tar").replace(tmp_path / "0.tar")
     (tmp_path / "bad").mkdir()
     shard(tmp_path / "bad" / "0.tar", [("1.png", png()), ("1.caption", b"wrong kind"),
                                        ("2.png", png()), ("2.caption", b"wrong kind")])
@@ -1083,6 +1334,18 @@ def test_weighted_sources_come_in_their_proportion_and_no_image_twice_in_a_batch
         assert list(batches) == list(batches)
     with pytest.raises(ValueError, match="weights '1' for 2 sources"):
         source_weights(pairs, where, "1")
+    for k in range(2):  # sources that are folders
+        (tmp_path / f"s{k}").mkdir()
+        (tmp_path / f"{k}.tar").rename(tmp_path / f"s{k}" / "0.tar")
+    for where, weights, expected in ((f"{tmp_path}/s0::{tmp_path}/s1", "1::3", [1.0] * 10 + [3.0] * 5),
+                                     (f"{tmp_path}/s1", "2", [2.0] * 5)):
+        pairs = open_pairs(where, "train", split_ratio=(1, 0, 0))
+        assert source_weights(pairs, where, weights) == expected
+    (tmp_path / "x.png").write_bytes(png())
+    (tmp_path / "x.csv").write_text("image,caption\nx.png,a b\n")
+    pairs = open_pairs(tmp_path / "x.csv", "train", split_ratio=(1, 0, 0))
+    with pytest.raises(ValueError, match="are for shards, and x is none"):
+        source_weights(pairs, str(tmp_path / "x.csv"), "1")
 
 
 def test_class_folders_teach_by_their_names(tmp_path, school):
@@ -1177,15 +1440,39 @@ def test_an_oracle_is_right_on_every_layout_of_imagenet_and_only_with_the_right_
         assert len(images.classnames) == classes
         found = score(model, images)
         assert found == {"top1": 100.0, "top5": 100.0, "mean_per_class": 100.0}, name
-    model.table[few] = 0.7 * model.table[few] + 0.9 * model.table[[i + 1 for i in few]]
-    model.table = unit(model.table)
-    truth = torch.stack([model.table[i] for i in few])
-    model_of_images = 0.2 * truth + model.table[[i + 1 for i in few]]  # nearest to a class not there
-    assert (model_of_images @ model.table.T).argmax(1).tolist() != few
-    assert (model_of_images @ truth.T).argmax(1).tolist() == list(range(30))
+    by_path = (v2, tmp_path / "imagenet-adversarial" / "imagenet-a", tmp_path / "imagenet" / "images"
+               / "val")
+    for path, classes in zip(by_path, (300, 30, 300)):  # the words are found for folders too
+        images = open_zero_shot(path, tmp_path)
+        assert len(images.classnames) == classes and images.classnames[:2] == words[
+            :2 * len(words) // classes:len(words) // classes]
+        assert score(model, images)["top1"] == 100.0
+
+    # Every image of a class that -A has looks most like the next one, which -A has not.
+    class Misled(Oracle):
+        def encode_image(self, images, normalize=False):
+            rows = (images[:, 0, 0, 0] * 255 + 256 * (images[:, 1, 0, 0] * 255)).round().long()
+            return unit(0.5 * self.table[rows] + self.table[(rows + 1) % 300])
+    misled = Misled(words, 48)
+    assert score(misled, open_zero_shot("imagenet-a", tmp_path))["top1"] == 100.0
+    assert score(misled, open_zero_shot("imagenet", tmp_path))["top1"] == 0.0
     square = Oracle([f"w{i}" for i in range(48)], 48)  # as many classes as numbers
     classed(tmp_path / "square", range(48), "w{}".format)
     assert score(square, open_zero_shot(tmp_path / "square", tmp_path))["top1"] == 100.0
+
+
+def test_folders_named_by_wnids_without_their_words_are_refused(tmp_path):
+    classed(tmp_path / "animals", range(3), "n{:08d}".format, per_class=4)
+    with pytest.raises(ValueError, match="3 class folders are named like 'n00000000'"):
+        open_zero_shot(tmp_path / "animals", tmp_path)
+    with pytest.raises(ValueError, match="put CoOp's classnames.txt"):
+        open_pairs(tmp_path / "animals", "train")
+    (tmp_path / "classnames.txt").write_text("n00000000 red fox\nn00000001 owl\nn00000002 cat\n")
+    assert open_zero_shot(tmp_path / "animals", tmp_path).classnames == ["red fox", "owl", "cat"]
+    pairs = open_pairs(tmp_path / "animals", "train", split_ratio=(1, 0, 0))
+    assert set(pairs.captions) == {f"a photo of a {name}." for name in ("red fox", "owl", "cat")}
+    classed(tmp_path / "digits", range(3), str, per_class=4)  # numbers are names elsewhere
+    assert open_zero_shot(tmp_path / "digits", tmp_path).classnames == ["0", "1", "2"]
 
 
 def test_a_random_student_is_right_as_often_as_chance(tmp_path):
