@@ -431,6 +431,17 @@ def test_the_step_in_pieces_and_tiles_has_the_gradient_of_the_definition(mix, st
         assert truth["logit_scale"].abs() > 1e-6 and "visual.conv1.weight" in truth
 
 
+@pytest.mark.parametrize("stored", [False, True], ids=["live", "stored"])
+def test_in_an_odd_batch_partners_are_no_couples_and_the_gradient_is_exact(stored):
+    """What an image shows of a text and what a text is shown of by images then differ."""
+    scene, mix = Scene(n=7, stored=stored), Mix(0.7)
+    assert not mixing(7, mix).equal(mixing(7, mix).T)
+    loss, truth = scene.defined(options(), mix)
+    found, ours = scene.step(options(), mix)
+    assert float(found["loss"]) == pytest.approx(float(loss), rel=1e-12)
+    assert largest_error({n: ours[n] for n in truth}, truth) < 1e-9
+
+
 def test_the_naive_accumulation_is_another_gradient():
     scene = Scene(frozen=True)
     _, whole = scene.step()
@@ -828,7 +839,12 @@ def test_an_average_is_scored_only_where_there_is_one(school, finished, tmp_path
     assert again["mean_recall"] == results["mean_recall"]
     with pytest.raises(UserError, match="no average of the weights; leave --ema out"):
         run_main(*flags(school, "--output-dir", folder, "--eval-only", "--ema", "0.9"))
-    run_main(*flags(school, "--output-dir", tmp_path, "--ema", "0.9", "--max-steps", "1"))
+    run_main(*flags(school, "--output-dir", tmp_path, "--ema", "0.9", "--max-steps", "2", "--lr",
+                    "0.01"))
+    held = torch.load(tmp_path / "checkpoint_best.pt", weights_only=True)
+    student = load(tmp_path / "export" / "student_export.pt").visual.conv1.weight
+    assert any(student.equal(tensor) for tensor in held["average"])
+    assert not student.allclose(held["weights"]["visual.conv1.weight"], atol=1e-4)
     with pytest.raises(UserError, match="give its --ema"):
         run_main(*flags(school, "--output-dir", tmp_path, "--eval-only"))
 
@@ -1549,8 +1565,9 @@ import test_train_distill as t
 from device import Run, start
 run = start("cpu", "fp32")
 worst = 0.0
-for stored, mix in ((False, t.Mix()), (True, t.Mix(0.7)), (False, t.Mix(0.7))):
-    scene = t.Scene(stored=stored)
+for n, stored, mix in ((8, False, t.Mix()), (8, True, t.Mix(0.7)), (8, False, t.Mix(0.7)),
+                       (7, False, t.Mix())):
+    scene = t.Scene(n, stored=stored)
     whole, mine = scene.batch, slice(run.rank, None, 2)
     alone = Run(run.device, "fp32", 0, 1, 0, "")
     loss, truth = scene.step(t.options(micro_batch=3, tile=5), mix, run=alone)
@@ -1561,7 +1578,7 @@ for stored, mix in ((False, t.Mix()), (True, t.Mix(0.7)), (False, t.Mix(0.7))):
     for p in scene.parameters().values():
         p.grad = None
     found = t.add_gradient(run, scene.model, (scene.adapters, None), scene.teachers, scene.batch,
-                           [4, 4], t.WEIGHTS, mix, t.options(micro_batch=3, tile=5), run.scaler(), 5)
+                           [n - n // 2, n // 2], t.WEIGHTS, mix, t.options(micro_batch=3, tile=5), run.scaler(), 5)
     run.sum_gradients(scene.parameters().values())
     worst = max(worst, t.largest_error(scene.grads(), truth),
                 *(abs(float(run.sum(found[k])) - float(loss[k])) for k in loss))
