@@ -942,6 +942,19 @@ def bucket(tokens, least=64, most=256, pad_id=None):
     return groups, order.argsort()
 
 
+@contextlib.contextmanager
+def evaluating(model):
+    """Eval mode in here; then each module is in the mode that it was in, so that what is frozen in
+    a model that trains stays so: `model.train()` would wake all of it."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for m in training:
+            m.training = True
+
+
 def unit(x):
     """Rows of length 1, in fp32 (or fp64 if `x` is)."""
     x = x if x.dtype == torch.float64 else x.float()

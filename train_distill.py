@@ -65,7 +65,7 @@ import torch                                                          # which re
 import torch.nn.functional as F
 from torch import nn
 
-from clip_model import bucket, inherit, load, save, trim, unit
+from clip_model import bucket, evaluating, inherit, load, save, trim, unit
 from data import (classification_scores, find_shards, make_loader, make_pair_loader, normalise,
                   open_pairs, open_zero_shot, Preprocess, prompts_per_class, read_templates,
                   recall_at_k, sample_seed, ShardTeacher, source_weights, StoredPairs,
@@ -180,26 +180,36 @@ def add_teacher_flags(group):
                        "of --write-reinforced, or DataCompDR's shards, {0000..0012}.tar")
     group.add_argument("--teacher-dims", nargs="+", type=int, default=[], help="where the "
                        "embeddings in shards are cut (DataCompDR: 768 768)")
-    group.add_argument("--views-in-turn", action="store_true", help="view = epoch, not drawn")
+    group.add_argument("--views-in-turn", action="store_true", help="an epoch shows the stored "
+                       "view of its own number instead of a drawn one")
     group.add_argument("--live", action="store_true", help="ask the teachers although their "
                        "answers are stored, to compare")
     group.add_argument("--text-teacher", metavar="FOLDER", help="a BERT whose similarities of "
                        "captions soften the task's targets; with a trained text tower they teach "
                        "it their relations instead")
-    group.add_argument("--text-teacher-weight", type=float, default=0.2, help="default: 0.2")
-    group.add_argument("--text-teacher-temp", type=float, default=0.1, help="default: 0.1")
+    group.add_argument("--text-teacher-weight", type=float, default=0.2, help="share of "
+                       "the targets that it softens, or weight of the relations (default: 0.2)")
+    group.add_argument("--text-teacher-temp", type=float, default=0.1, help="temperature of its "
+                       "similarities (default: 0.1)")
     group.add_argument("--ema-teacher", type=float, default=0.0, metavar="W", help="weight of the "
                        "student's own average as one more teacher, at most 0.5 (default: 0)")
 
 
 def add_method_flags(group):
-    group.add_argument("--task", type=float, default=0.25, help="weight (default: 0.25)")
-    group.add_argument("--crd", type=float, default=1.0, help="weight (default: 1)")
-    group.add_argument("--fd", type=float, default=8.0, help="weight (default: 8)")
-    group.add_argument("--icl", type=float, help="weight (default: 1 if text is trained, else 0)")
-    group.add_argument("--relation", type=float, default=0.0, help="weight (default: 0)")
-    group.add_argument("--hint", type=float, default=0.0, help="weight (default: 0)")
-    group.add_argument("--attention", type=float, default=0.0, help="weight (default: 0)")
+    group.add_argument("--task", type=float, default=0.25, help="weight of InfoNCE on the pairs "
+                       "(default: 0.25)")
+    group.add_argument("--crd", type=float, default=1.0, help="weight of the teachers' "
+                       "similarities, as soft targets (default: 1)")
+    group.add_argument("--fd", type=float, default=8.0, help="weight of 1 - cos to the teachers' "
+                       "embeddings (default: 8)")
+    group.add_argument("--icl", type=float, help="weight of InfoNCE against the teachers' "
+                       "embeddings (default: 1 if text is trained, else 0)")
+    group.add_argument("--relation", type=float, default=0.0, help="weight of the cosines between "
+                       "places of the towers' maps (default: 0)")
+    group.add_argument("--hint", type=float, default=0.0, help="weight of 1 - cos between the maps "
+                       "(default: 0)")
+    group.add_argument("--attention", type=float, default=0.0, help="weight of where the towers "
+                       "look (default: 0)")
     group.add_argument("--inside-until", type=float, default=0.5, help="share of the training "
                        "after which the three above have faded to 0 (default: 0.5)")
     group.add_argument("--mixup", type=float, default=0.0, help="alpha of Beta (default: 0, off)")
@@ -571,11 +581,10 @@ class Inside(nn.Module):
             if not getattr(model.visual, "tap_channels", None):
                 raise UserError(f"--relation, --hint and --attention need maps inside the "
                                 f"{side}'s image tower: {type(model.visual).__name__} has none")
-            was, size = model.training, model.config.image_size
-            with torch.no_grad():
-                maps = model.eval().visual.taps(torch.zeros(
+            size = model.config.image_size
+            with torch.no_grad(), evaluating(model):
+                maps = model.visual.taps(torch.zeros(
                     1, 3, size, size, device=model.logit_scale.device)).maps
-            model.train(was)
             shapes[side] = sorted(((x.shape[-1], tap, x.shape) for tap, x in maps.items()))
         self.teacher_tap = shapes["teacher"][0][1]
         side = shapes["teacher"][0][0]
@@ -840,18 +849,16 @@ def text_table(run, model, tokenizer, captions, args, folder=None):
     stored = run.load(path) if path and model.origin["sha256"] else None
     if stored:
         return stored["texts"]
-    was_training = model.training
-    model.eval()
     encoder = Encoder(run, model, 0)
     tokens = tokenizer(captions, context_length=length)
     groups, places = bucket(tokens, pad_id=model.pad_id if model.config.text else None)
     mine = []
-    for i in range(run.rank, len(groups), run.world_size):
-        mine.append((i, encoder.one("text", 0, groups[i])[0].cpu()))
-        run.progress(i + 1, len(groups), "encoding captions")
+    with evaluating(model):
+        for i in range(run.rank, len(groups), run.world_size):
+            mine.append((i, encoder.one("text", 0, groups[i])[0].cpu()))
+            run.progress(i + 1, len(groups), "encoding captions")
     parts = sorted(sum(run.gather_objects(mine), []), key=lambda pair: pair[0])
     texts = torch.cat([x for _, x in parts])[places]
-    model.train(was_training)
     if path and model.origin["sha256"]:
         run.save(path, {"texts": texts})
     return texts
@@ -898,10 +905,8 @@ def embed(run, model, held, args):
 
 def evaluate(run, model, held, args):
     """Retrieval both ways on held-out pairs -> dict of floats, in %."""
-    was_training = model.training
-    model.eval()
-    image, text, owner = embed(run, model, held, args)
-    model.train(was_training)
+    with evaluating(model):
+        image, text, owner = embed(run, model, held, args)
     scores = recall_at_k(image, text, owner)
     return {k: v for k, v in scores.items() if re.fullmatch(r"..._r\d+|mean_recall", k)}
 
@@ -910,8 +915,6 @@ def evaluate(run, model, held, args):
 def classify(run, model, images, tokenizer, templates, args):
     """Zero-shot accuracy (%) on labelled images: the first choice, the first five where there are
     so many classes, and the mean over classes. Only the classes of the set compete."""
-    was_training = model.training
-    model.eval()
     encoder = Encoder(run, model, 0)
     weights = zero_shot_weights(  # (C, D)
         lambda prompts: text_table(run, model, tokenizer, prompts, args),
@@ -920,10 +923,10 @@ def classify(run, model, images, tokenizer, templates, args):
                          rank=run.rank, world_size=run.world_size,
                          timeout=args.worker_timeout, **run.loader_options(args.workers))
     rows, few = [], min(5, len(weights))
-    for pixels, labels, indices in loader:
-        scores = encoder.one("image", 0, (pixels, slice(None)))[0].cpu() @ weights.T
-        rows.append(torch.cat([labels[:, None], scores.topk(few, dim=1).indices], dim=1))
-    model.train(was_training)
+    with evaluating(model):
+        for pixels, labels, indices in loader:
+            scores = encoder.one("image", 0, (pixels, slice(None)))[0].cpu() @ weights.T
+            rows.append(torch.cat([labels[:, None], scores.topk(few, dim=1).indices], dim=1))
     labels, *guesses = torch.cat(run.gather_objects(torch.cat(rows)), dim=0).T
     found = classification_scores(guesses[0], labels, len(weights))
     per_class = [x for x in found["per_class"] if x is not None]
@@ -944,17 +947,16 @@ def zero_shot(run, model, sets, tokenizer, args):
 @torch.no_grad()
 def latency(run, model, repeats=10):
     """Median milliseconds of the image tower for one image on this device."""
-    size, seconds, was_training = model.config.image_size, [], model.training
+    size, seconds = model.config.image_size, []
     images = run.move(torch.zeros(1, 3, size, size))
-    model.eval()
-    for _ in range(repeats + 2):
-        run.synchronize()
-        began = time.perf_counter()
-        with run.autocast():
-            model.encode_image(images)
-        run.synchronize()
-        seconds.append(time.perf_counter() - began)
-    model.train(was_training)
+    with evaluating(model):
+        for _ in range(repeats + 2):
+            run.synchronize()
+            began = time.perf_counter()
+            with run.autocast():
+                model.encode_image(images)
+            run.synchronize()
+            seconds.append(time.perf_counter() - began)
     return 1000 * sorted(seconds[2:])[repeats // 2]
 
 
@@ -1292,6 +1294,7 @@ def open_student(args, teachers, stored):
             model = load(None, tower, image_size=largest, **more)
         pretrained = known and not tower.endswith(":none")
     model.origin["pretrained"] = pretrained
+    args.model = model.origin["name"] if args.weights else args.model
     frozen = args.text_tower == "teacher" and not args.train_text
     if frozen and model.config.embed_dim != teach.dim:
         raise UserError(f"the student's embeddings have {model.config.embed_dim} numbers and those "

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import train_distill
-from clip_model import CLIP, CONFIGS, load, save, unit
+from clip_model import CLIP, CONFIGS, evaluating, load, save, unit
 from data import (distort, DISTORTIONS, expand, make_pair_loader, open_pairs, open_zero_shot,
                   prompts_per_class, read_tars, read_templates, ShardTeacher, source_weights, StoredPairs,
                   StoredTeacher, STRENGTHS, Views)
@@ -289,6 +289,22 @@ def test_mixed_targets_are_the_two_labels_cross_entropies_and_draws_repeat():
     kinds = [0 if m.share == 1 and not m.box else 1 if m.box else 2 for m in draws]
     assert 150 < kinds.count(0) < 250 and min(kinds.count(1), kinds.count(2)) > 60
     assert all(draw_mix(get_args([]), step, 32) == Mix() for step in range(5))
+
+
+def test_what_is_frozen_stays_so_after_an_evaluation(school, tmp_path):
+    """Three epochs with BatchNorm frozen, scored after each: its statistics are those of the start,
+    and a tower of dropout that does not train stays in eval mode."""
+    run_main(*flags(school, "--model", "mobilevit_xxs", "--image-size", "32", "--bn", "freeze",
+                    "--epochs", "3", "--output-dir", tmp_path))
+    buffers = torch.load(tmp_path / "checkpoint_last.pt", weights_only=True)["buffers"]
+    tracked = [tensor for name, tensor in buffers.items() if name.endswith("batches_tracked")]
+    assert len(tracked) > 10 and not torch.stack(tracked).any()
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Sequential(torch.nn.Dropout()))
+    model[1].eval()
+    with pytest.raises(KeyError), evaluating(model):
+        assert not model[0].training
+        raise KeyError
+    assert [m.training for m in model.modules()] == [True, True, False, False]
 
 
 def test_the_average_is_the_closed_form_with_its_warm_up_and_copies_integers():
