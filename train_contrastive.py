@@ -51,8 +51,8 @@ import torch                                                          # which re
 import torch.nn.functional as F
 from torch import nn
 
-from clip_model import (bucket, canonical_name, CLIP, CONFIGS, HEADS, load, project, save,
-                        trim, unit)
+from clip_model import (bucket, canonical_name, CLIP, CONFIGS, evaluating, HEADS, load, project,
+                        save, trim, unit)
 from data import (batch_losses, class_prompts, classification_scores, FeatureLoader, make_loader,
                   make_pair_loader, normalise, open_dataset, open_pairs, Preprocess, recall_at_k,
                   row_error)
@@ -801,10 +801,8 @@ def embed(run, model, target, args):
 
 def evaluate(run, model, target, args):
     """Retrieval both ways and the losses of held-out pairs -> dict of floats."""
-    was_training = model.training
-    model.eval()
-    image, text, owner = embed(run, model, target, args)
-    model.train(was_training)
+    with evaluating(model):
+        image, text, owner = embed(run, model, target, args)
     scale = float(model.logit_scale.detach().exp())
     scores = recall_at_k(image, text, owner)
     first = torch.full((len(image),), len(owner)).scatter_reduce_(
@@ -821,21 +819,20 @@ def evaluate(run, model, target, args):
 @torch.no_grad()
 def classify(run, model, images, tokenizer, args):
     """Zero-shot accuracy (%) on labelled images with the data set's own prompt."""
-    was_training = model.training
-    model.eval()
     encoder = Encoder(run, model, 0)
     prompts = tokenizer(class_prompts(images.classnames, images.template),
                         context_length=args.max_text)
     groups, places = bucket(prompts, pad_id=model.pad_id if model.config.text else None)
-    text = torch.cat([encoder.one("text", 0, group) for group in groups])[run.move(places)]
+    with evaluating(model):
+        text = torch.cat([encoder.one("text", 0, group) for group in groups])[run.move(places)]
     loader = make_loader(images, args.eval_batch_size * run.world_size, shuffle=False,
                          rank=run.rank, world_size=run.world_size,
                          timeout=args.worker_timeout, **run.loader_options(args.workers))
     rows = []
-    for pixels, labels, indices in loader:
-        guess = (encoder.one("image", 0, pixels) @ text.T).argmax(dim=-1).cpu()
-        rows.append(torch.stack([indices, labels, guess]))
-    model.train(was_training)
+    with evaluating(model):
+        for pixels, labels, indices in loader:
+            guess = (encoder.one("image", 0, pixels) @ text.T).argmax(dim=-1).cpu()
+            rows.append(torch.stack([indices, labels, guess]))
     rows = torch.cat(run.gather_objects(torch.cat(rows, dim=1)), dim=1)
     return classification_scores(rows[2], rows[1], len(images.classnames))["accuracy"]
 

@@ -466,6 +466,14 @@ def test_batch_norm_counts_each_piece_once_and_frozen_it_is_exact():
     assert torch.equal(model.visual.bn1.running_mean, moved)
 
 
+def test_frozen_statistics_stay_so_after_an_evaluation(pairs, tmp_path):
+    result = run_main(*tiny_flags(pairs, "--image-tower", "tiny-rn:none", "--bn", "freeze",
+                                  "--output-dir", tmp_path))
+    held = torch.load(tmp_path / "checkpoint_last.pt", weights_only=True)
+    means = [tensor for name, tensor in held["buffers"].items() if "running_mean" in name]
+    assert result["epochs"] == 2 and means and not any(mean.any() for mean in means)
+
+
 # -----------------------------------------------------------------------------
 # The recipe
 
