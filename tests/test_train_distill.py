@@ -1044,17 +1044,21 @@ def test_stored_answers_train_as_the_live_teacher_does_on_the_same_views(school,
                 two[name], rel=1e-5)), name
 
 
-def test_teachers_that_are_only_scored_do_not_teach(school, tmp_path):
-    """Of another image size than the student, whose views they would not take."""
+def test_teachers_that_are_only_scored_do_not_teach(school, tmp_path, monkeypatch):
+    """Of another image size than the student, whose views they would not take; they are scored on
+    images that are not shrunk to the student's size."""
     run_main(*flags(school, "--teacher", school / "second.safetensors", "--write-reinforced",
                     tmp_path / "stored", "--views", "2"))
     words = flags(school, "--teacher", school / "second.safetensors", "--reinforced",
-                  tmp_path / "stored", "--max-steps", "2", "--eval-teacher", "--cache", "ram")
+                  tmp_path / "stored", "--max-steps", "2", "--eval-teacher", "--image-size", "16")
+    sizes, fill = [], train_distill.cache_images
+    monkeypatch.setattr(train_distill, "cache_images", lambda run, pairs, size, *rest: (
+        sizes.append(size), fill(run, pairs, size, *rest)))
     with spying() as asked:
         results = run_main(*words, "--output-dir", tmp_path / "a")
-    assert asked == [0] and results["steps"] == 2
+    assert asked == [0] and results["steps"] == 2 and sizes == [48] * 3
     live = flags(school, "--teacher", school / "second.safetensors", "--max-steps", "1",
-                 "--eval-teacher", "--output-dir", tmp_path / "b")
+                 "--eval-teacher", "--image-size", "16", "--output-dir", tmp_path / "b")
     assert run_main(*live)["teacher_mean_recall"] == results["teacher_mean_recall"]
 
 
