@@ -1929,6 +1929,8 @@ def read_tars(files, home=None):
         for _, parts in tar_samples(file, notes):
             kind, samples = next((kind for kind in TAR_IMAGES if kind in parts), None), samples + 1
             texts = [text for text in tar_captions(file, parts) if text.strip()]
+            if len(texts) == 1 and "txt" in parts and one_a_line(os.path.dirname(file)):
+                texts = [line for line in texts[0].splitlines() if line.strip()]
             kinds.update(list(parts))
             if not kind or not texts:
                 incomplete += 1
@@ -1978,8 +1980,17 @@ def check_shards(folder, files, notes):
             notes.append(f"{folder} has {len(files)} shards and nshards.txt says {promised}")
 
 
+@functools.lru_cache
+def one_a_line(folder):
+    """Whether a txt in these shards has a caption on each line, as in CLIP_benchmark's."""
+    with contextlib.suppress(OSError, ValueError):
+        return "retrieval" in pathlib.Path(folder).parent.joinpath("dataset_type.txt").read_text(
+            "utf-8")
+    return False
+
+
 def tar_captions(file, parts):
-    """The captions of one sample: json's list, or txt, or json's one."""
+    """The captions of one sample: json's "captions", or txt, or json's "caption" or "text"."""
     def read(kind):
         if kind not in parts or parts[kind][2] > 1 << 20:
             return ""
@@ -1991,10 +2002,12 @@ def tar_captions(file, parts):
         content = content if isinstance(content, dict) else {}
     except (ValueError, RecursionError):
         content = {}
-    several, one = content.get("captions"), content.get("caption")
-    if isinstance(several, list):
-        return [text for text in several if isinstance(text, str)]
-    return [read("txt") or (one if isinstance(one, str) else "")]
+    texts = {name: [text for text in (held if isinstance(held, list) else [held])
+                    if isinstance(text, str) and text.strip()] for name, held in content.items()
+             if name in ("captions", "caption", "text")}
+    if isinstance(content.get("captions"), list):
+        return texts["captions"]
+    return [read("txt")] if read("txt").strip() else texts.get("caption") or texts.get("text", [])
 
 
 def expand(pattern):

@@ -298,6 +298,8 @@ def refuse_bad_flags(parser, args):
     if args.shared_proj == "train" and args.text_tower == "teacher" and not args.train_text:
         parser.error("--shared-proj train moves every text embedding, and those of a frozen text "
                      "tower are computed once; take --shared-proj frozen, or --train-text too")
+    if args.randaugment and args.crop == 0:
+        parser.error("--randaugment distorts the random crops that --crop 0 turns off; give one")
     if args.reinforced and args.write_reinforced:
         parser.error("--write-reinforced and --reinforced: write first, then train")
     if args.reinforced and not args.live and args.relation + args.hint + args.attention:
@@ -1355,6 +1357,10 @@ def open_teachers(args, stored):
     if isinstance(stored, ShardTeacher) and not args.live:
         return [Teacher(t["name"], scales[i] if scales else 100.0, t["dim"])
                 for i, t in enumerate(held)]
+    length = stored.facts.get("max_text", args.max_text) if stored else args.max_text
+    if length != args.max_text:
+        raise UserError(f"the captions in {args.reinforced} were cut at {length} tokens; give "
+                        f"--max-text {length}")
     if held and len(held) != len(names):
         raise UserError(f"{len(names)} teachers are given and {len(held)} are stored in "
                         f"{args.reinforced}")
@@ -1436,6 +1442,7 @@ def write_reinforced(run, pairs, teachers, folder, args):
     facts = {"format": 1, "views": args.views, "data": pairs.fingerprint, "split": pairs.split,
              "images": len(pairs.paths), "lost": [], "seed": args.seed, "crop": args.crop,
              "randaugment": args.randaugment, "precision": run.precision,
+             "max_text": args.max_text,
              "teachers": [{"name": t.name, "source": os.path.abspath(t.source) if os.path.exists(
                  t.source) else t.source, "sha256": t.model.origin["sha256"], "dim": t.dim,
                  "activation": t.model.config.activation,
@@ -1760,6 +1767,8 @@ def main(args):
     state = State(run, model, (adapters, inside), args)
     if start_from:
         state.load(start_from, weights_only=args.eval_only)
+    elif args.eval_only and not args.weights:
+        run.say(f"note: {folder} holds no checkpoint; scored is what a run would begin with")
     if not args.eval_only:
         texts = look_up_texts(run, model, tokenizer, teachers, sets["train"].captions, frozen,
                               stored, folder.parent / "cache", args)

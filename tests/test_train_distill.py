@@ -1062,6 +1062,66 @@ def test_teachers_that_are_only_scored_do_not_teach(school, tmp_path, monkeypatc
     assert run_main(*live)["teacher_mean_recall"] == results["teacher_mean_recall"]
 
 
+def test_an_unreadable_image_is_left_out_and_the_others_keep_their_own_answers(school, tmp_path):
+    scenes(tmp_path / "pairs", 24, 12)
+    whole = open_pairs(tmp_path / "pairs", "train")
+    file = tmp_path / "pairs" / whole.paths[5]
+    file.write_bytes(file.read_bytes()[:60])
+    words = flags(school, "--data", tmp_path / "pairs")
+    run_main(*words, "--write-reinforced", tmp_path / "stored", "--views", "2")
+    held, teacher = StoredTeacher.open(tmp_path / "stored"), load(school / "teacher.safetensors")
+    assert held.facts["lost"] == [5]
+    pairs = held.adopt(open_pairs(tmp_path / "pairs", "train"))
+    assert pairs.paths == [path for path in whole.paths if path != whole.paths[5]]
+    tokens = train_distill.BPETokenizer()(pairs.captions)
+    with torch.no_grad():
+        texts = teacher.encode_text(tokens, normalize=True)
+    for c, image in enumerate(pairs.owner):
+        numbers, size, row, text = held.sample(image, 1, c, 0)
+        with torch.no_grad():
+            x = Views([32]).show(pairs.picture(image), numbers)
+            own = teacher.encode_image(Mix().view(start("cpu", "fp32"), x[None], slice(None),
+                                                  teacher), normalize=True)[0]
+        assert float(own @ torch.tensor(row)) > 0.99999 and size == (32, 32)
+        assert (torch.tensor(text) - texts[c]).abs().max() < 1e-5
+    assert run_main(*words, "--reinforced", tmp_path / "stored", "--max-steps", "2", "--output-dir",
+                    tmp_path / "a")["steps"] == 2
+
+
+def test_a_stored_view_of_a_cache_of_another_side_shows_the_same_part(school, tmp_path):
+    """A picture of 90 x 60 kept at 45 x 30: the crop is scaled with it, and so are translations,
+    which are pixels of a view of 224."""
+    ramp = np.stack([np.tile(np.arange(90) * 2, (60, 1)), np.tile(np.arange(60)[:, None] * 3, (1, 90)),
+                     np.zeros((60, 90))], axis=2).astype(np.uint8)
+    (tmp_path / "pairs").mkdir()
+    for i in range(4):
+        Image.fromarray(ramp).save(tmp_path / "pairs" / f"{i}.png")
+    (tmp_path / "pairs" / "pairs.csv").write_text("image,caption\n" + "".join(
+        f"{i}.png,number {i}\n" for i in range(4)))
+    pairs = open_pairs(tmp_path / "pairs", "train", split_ratio=(1, 0, 0))
+    look = Views([16], seed=3, scale=(0.3, 0.6))
+
+    class Held:
+        views = 1
+
+        def sample(self, image, view, caption, place):
+            return look.draw(90, 60, 0, image), (90, 60), np.zeros(4), np.zeros(4)
+    full = StoredPairs(pairs.with_transform(look), Held(), look)
+    small = open_pairs(tmp_path / "pairs", "train", split_ratio=(1, 0, 0)).with_transform(look)
+    small.cache("ram", 30)
+    assert small.picture(0).size == (45, 30)
+    small = StoredPairs(small, Held(), look)
+    for c in range(4):
+        (one, *_), (two, *_) = full[(0, c)], small[(0, c)]
+        assert (one.int() - two.int()).abs().max() <= 6 and one.float().std() > 10
+    left = DISTORTIONS.index("TranslateX")
+    for size, pixels in ((224, 56), (112, 28)):
+        image = Image.fromarray(np.random.RandomState(0).randint(1, 255, (size, size, 3), np.uint8))
+        moved = Views([size]).show(image, [[0, 0, size, size], [[left, 56.0]]])
+        still = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        assert moved[..., pixels:].equal(still[..., :-pixels]) and not moved[..., :pixels].any()
+
+
 def test_an_epoch_shows_each_image_in_one_of_its_views_and_all_views_come(school, stored):
     held = StoredTeacher.open(stored)
     pairs = held.adopt(open_pairs(school / "pairs", "train"))
@@ -1100,6 +1160,11 @@ def test_another_teachers_or_datas_answers_are_refused_and_so_is_damage(school, 
         run_main(*flags(school, "--write-reinforced", stored))
     with pytest.raises(SystemExit):
         get_args(flags(school, "--reinforced", stored, "--hint", "1"))
+    with pytest.raises(UserError, match="cut at 77 tokens; give --max-text 77"):
+        run_main(*flags(school, "--reinforced", stored, "--max-text", "20", "--output-dir", tmp_path))
+    with pytest.raises(UserError, match="--teacher-activation quick_gelu, and here it is gelu"):
+        run_main(*flags(school, "--reinforced", stored, "--teacher-activation", "gelu",
+                        "--output-dir", tmp_path))
 
 
 def test_the_distortions_are_torchvisions():
@@ -1295,6 +1360,24 @@ def test_braces_stand_for_what_they_do_in_a_shell():
     assert expand("s-{08..11}.tar") == ["s-08.tar", "s-09.tar", "s-10.tar", "s-11.tar"]
     nested = expand("{{00..64}/{00000000..00000999},65/{00000000..00000535}}.tar")
     assert len(nested) == len(set(nested)) == 65 * 1000 + 536 and nested[-1] == "65/00000535.tar"
+
+
+def test_captions_are_found_where_their_makers_put_them(tmp_path):
+    """img2dataset's json, a list in it, and CLIP_benchmark's txt with one caption a line."""
+    said = {"a.json": {"caption": "one"}, "b.json": {"text": "two"}, "c.json": {"caption": ["", "x", "y"]},
+            "d.json": {"captions": ["p", 3, "q"], "caption": "no"}, "e.json": {"caption": None}}
+    members = [(f"{name[0]}.png", png(i)) for i, name in enumerate(said)] + [
+        (name, json.dumps(held).encode()) for name, held in said.items()]
+    members.sort(key=lambda member: member[0])
+    rows, _, notes = read_tars([shard(tmp_path / "0.tar", members)])
+    assert [text for _, text in rows["all"]] == ["one", "two", "x", "y", "p", "q"]
+    assert "1 samples without image or caption" in " ".join(notes)
+    for kind, expected in (("retrieval", ["a dog", "a brown dog"]), ("other", ["a dog\na brown dog"])):
+        home = tmp_path / kind / "test"
+        home.mkdir(parents=True)
+        (home.parent / "dataset_type.txt").write_text(f"{kind}\n")
+        shard(home / "0.tar", [("0.png", png()), ("0.txt", b"a dog\na brown dog")])
+        assert [text for _, text in read_tars([home / "0.tar"])[0]["all"]] == expected
 
 
 def test_a_name_with_braces_that_is_there_is_no_pattern(tmp_path):
@@ -1547,7 +1630,8 @@ def test_wrong_command_lines_are_refused_in_one_line(capsys):
              "--batch-size 1": "at least 2", "--data x": "--teacher is missing",
              "--crd -1": "at least 0", "--mix-prob 2": "from 0 to 1", "--lr 0": "between 0",
              "--reinforced a --write-reinforced b": "write first", "--seed 4294967296": "below",
-             "--shared-proj train": "computed once", "--crdd 1": "did you mean --crd"}
+             "--shared-proj train": "computed once",
+             "--randaugment 2 --crop 0": "random crops that --crop 0 turns off", "--crdd 1": "did you mean --crd"}
     for line, said in cases.items():
         with pytest.raises(SystemExit) as stop:
             get_args(line.split())
