@@ -291,6 +291,35 @@ def test_mixed_targets_are_the_two_labels_cross_entropies_and_draws_repeat():
     assert all(draw_mix(get_args([]), step, 32) == Mix() for step in range(5))
 
 
+def test_each_model_sees_the_image_with_its_own_statistics():
+    run, images = start("cpu", "fp32"), torch.randint(0, 255, (4, 3, 32, 32), dtype=torch.uint8)
+    student, teacher = two_towers()
+    student.eval()
+    found, _ = Teacher("t", 20.0, 32, teacher).look(run, images, [slice(0, 3), slice(3, 4)], Mix())
+    told = Encoder(run, student, 0).one("image", 0, (images, slice(None)))[0]
+    for model, features in ((teacher, found), (student, told)):
+        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (model.image_mean, model.image_std))
+        own = model.encode_image((images / 255 - mean) / std, normalize=True)
+        assert features.allclose(own, atol=1e-5)
+    assert student.image_mean != teacher.image_mean
+
+
+def test_weight_decay_spares_vectors_and_tables():
+    student, _ = two_towers()
+    student.visual.embedding = torch.nn.Embedding(3, 4)  # a table whose rows are looked up
+    student.text_projection.requires_grad_(False)
+    adapters = Adapters(32, [24], True)
+    groups = train_distill.decay_groups(student, (adapters, None), types.SimpleNamespace(
+        lr=1.0, wd=0.5))
+    held = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    named = {**dict(student.named_parameters()), **dict(adapters.named_parameters())}
+    assert len(held) == len(named) - 1 and id(student.text_projection) not in held
+    for name, p in named.items():
+        spared = p.ndim < 2 or "embedding" in name
+        assert name == "text_projection" or held[id(p)] == (0.0 if spared else 0.5), name
+    assert held[id(adapters.image[0].weight)] == 0.5 and held[id(adapters.icl_scale)] == 0.0
+
+
 def test_what_is_frozen_stays_so_after_an_evaluation(school, tmp_path):
     """Three epochs with BatchNorm frozen, scored after each: its statistics are those of the start,
     and a tower of dropout that does not train stays in eval mode."""
@@ -1592,6 +1621,21 @@ def test_folders_named_by_wnids_without_their_words_are_refused(tmp_path):
     assert set(pairs.captions) == {f"a photo of a {name}." for name in ("red fox", "owl", "cat")}
     classed(tmp_path / "digits", range(3), str, per_class=4)  # numbers are names elsewhere
     assert open_zero_shot(tmp_path / "digits", tmp_path).classnames == ["0", "1", "2"]
+
+
+def test_the_mean_over_classes_is_not_the_mean_over_images(tmp_path):
+    """Classes of 9, 3 and 1 images: the model takes the second for the first."""
+    for number, count in enumerate((9, 3, 1)):
+        (tmp_path / "x" / f"w{number}").mkdir(parents=True)
+        for k in range(count):
+            Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / "x" / f"w{number}" / f"{k}.png")
+
+    class Misled(Oracle):
+        def encode_image(self, images, normalize=False):
+            numbers = (images[:, 0, 0, 0] * 255).round().long()
+            return self.table[torch.where(numbers == 1, 0, numbers)]
+    found = score(Misled(["w0", "w1", "w2"], 8), open_zero_shot(tmp_path / "x", tmp_path))
+    assert found == {"top1": pytest.approx(1000 / 13), "mean_per_class": pytest.approx(200 / 3)}
 
 
 def test_a_random_student_is_right_as_often_as_chance(tmp_path):
