@@ -1743,6 +1743,9 @@ results = t.main(t.get_args(json.loads(sys.argv[1])))
 state = torch.load(pathlib.Path(results_folder := sys.argv[2]) / "checkpoint_last.pt",
                    weights_only=True)
 digest = hashlib.sha256(b"".join(w.numpy().tobytes() for w in state["weights"].values())).hexdigest()
+words = json.loads(sys.argv[3])
+t.main(t.get_args(words + ["--write-reinforced", sys.argv[4], "--views", "2"]))
+t.main(t.get_args(words + ["--reinforced", sys.argv[4], "--output-dir", sys.argv[2] + "_stored"]))
 if run.rank == 0:
     print("RESULT", worst, still, results["mean_recall"], digest)
 run.barrier()
@@ -1756,15 +1759,24 @@ def test_two_processes_compute_what_one_does_and_skip_a_bad_step_together(school
     more = ("--mixup", "0.4", "--ema", "0.9", "--train-text", "--workers", "2", "--randaugment", "1",
             "--teacher", school / "second.safetensors", "--embed-dim", "16")
     words = flags(school, "--output-dir", tmp_path / "two", *more)
+    base = flags(school, "--epochs", "1", "--randaugment", "1")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(script), json.dumps(words), str(tmp_path / "two")], cwd=ROOT, text=True, timeout=120,
+         str(script), json.dumps(words), str(tmp_path / "two"), json.dumps(base),
+         str(tmp_path / "written")], cwd=ROOT, text=True, timeout=120,
         capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
     _, worst, still, recall, _ = line.split()
     assert float(worst) < 1e-11 and still == "True"
     results = run_main(*flags(school, "--output-dir", tmp_path / "one", *more))
+    run_main(*base, "--write-reinforced", tmp_path / "alone", "--views", "2")
+    alone, written = (StoredTeacher.open(tmp_path / name) for name in ("alone", "written"))
+    for name, array in alone.arrays.items():
+        assert np.abs(array - written.arrays[name]).max() < 1e-5, name
+    run_main(*base, "--reinforced", tmp_path / "alone", "--output-dir", tmp_path / "one_stored")
+    for a, b in zip(logged(tmp_path / "one_stored"), logged(tmp_path / "two_stored")):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     one, two = (torch.load(tmp_path / name / "checkpoint_last.pt", weights_only=True)
                 for name in ("one", "two"))
     for part in ("weights", "adapters"):
