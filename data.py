@@ -2007,7 +2007,8 @@ def tar_captions(file, parts):
              if name in ("captions", "caption", "text")}
     if isinstance(content.get("captions"), list):
         return texts["captions"]
-    return [read("txt")] if read("txt").strip() else texts.get("caption") or texts.get("text", [])
+    text = read("txt")
+    return [text] if text.strip() else texts.get("caption") or texts.get("text", [])
 
 
 def expand(pattern):

@@ -749,13 +749,8 @@ def add_gradient(run, model, losses, teachers, batch, counts, weights, mix, args
     micro = args.micro_batch or max(1, n)
     parts = [slice(i, min(i + micro, n)) for i in range(0, n, micro)]
     text_moves, stored = batch.text is None, batch.answers[0] is not None
-    asked = [not stored and (i == 0 and inside is not None or any(
-        weights[term] for term in ("crd", "fd", "icl"))) for i in range(len(teachers))]
-    looks = [teacher.look(run, batch.images[teacher.size], parts, mix, inside if i == 0 else None)
-             if ask else (answers if answers is None else run.move(answers), ())
-             for i, (teacher, answers, ask) in enumerate(zip(teachers, batch.answers, asked))]
-    encoder = Encoder(run, model, seed * run.world_size + run.rank, mix, inside, looks[0][1],
-                      weights)
+    answers, seen = ask(run, teachers, batch, parts, mix, inside, weights)
+    encoder = Encoder(run, model, seed * run.world_size + run.rank, mix, inside, seen, weights)
     images = [(batch.images[0], rows) for rows in parts]
     image, last_image = encoder.all("image", images)                             # (n, D)
     if text_moves:
@@ -771,7 +766,7 @@ def add_gradient(run, model, losses, teachers, batch, counts, weights, mix, args
         gather = (lambda x: x) if alone else (lambda x: run.gather(x, counts))
         sides = Sides(image, gather(text), sum(counts[:run.rank]), None if alone else run)
         scale = model.logit_scale.exp()
-        answers, keys = [look[0] for look in looks], [gather(run.move(k)) for k in batch.keys]
+        keys = [gather(run.move(k)) for k in batch.keys]
         answered = answers[0] is not None
         targets = affinity("crd", [t.scale for t in teachers], answers, keys, weights["crd"], mix,
                            stored) if weights["crd"] and answered else []
@@ -815,6 +810,24 @@ def add_gradient(run, model, losses, teachers, batch, counts, weights, mix, args
     whole = sum(terms.values())
     return {"loss": whole, **{name: value / weights[name] for name, value in terms.items()
                               if weights.get(name)}}
+
+
+def ask(run, teachers, batch, parts, mix, inside, weights):
+    """What the teachers say of the mixed images -> a list of unit embeddings (n, D_k), stored or
+    asked for, or None where no term needs them; and what `inside` looks at in the first teacher."""
+    answers, seen = [], ()
+    needed = any(weights[term] for term in ("crd", "fd", "icl"))
+    for k, (teacher, stored) in enumerate(zip(teachers, batch.answers)):
+        first = inside if k == 0 else None
+        if stored is not None:
+            answers.append(run.move(stored))
+        elif needed or first is not None:
+            answer, maps = teacher.look(run, batch.images[teacher.size], parts, mix, first)
+            answers.append(answer)
+            seen = maps if first is not None else seen
+        else:
+            answers.append(None)
+    return answers, seen
 
 
 def look_average(run, average, batch, parts, mix, sides, gather, weight):
