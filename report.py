@@ -1,4 +1,5 @@
-"""Draw a run: curves, confusion matrix, worst pairs, per-class gains, accuracy over shots.
+"""Draw a run: curves, confusion matrix, worst pairs, per-class gains, accuracy over shots; of a
+plan of stages what was learned and forgotten, searches, and maps of the embeddings.
 
     python report.py runs/train_clipfit/demo_tiny_fewshot/shots4_seed1      one run
     python report.py runs/train_clipfit/dtd_ViT-B-16_fewshot                a folder of runs
@@ -793,6 +794,330 @@ class Page:
         return path
 
 
+# -----------------------------------------------------------------------------
+# A plan of stages: the matrix of weights x test sets, searches, maps of the embeddings
+
+TILE, SIDE, HEAD = 76, 130, 46  # of a search: a tile, the labels beside, the lines above
+RIGHT, WRONG, UNKNOWN = GREEN, RED, GREY
+MAP_POINTS = 1000               # t-SNE here is exact, so its time grows with the square
+
+
+def draw_matrix(rows, fonts):
+    """R@1 of every row on every set with its interval, coloured by the change from the first."""
+    sets = list(rows[0]["sets"])
+    wide = max(90, min(150, 700 / len(sets)))
+    canvas = Canvas(220 + wide * len(sets), 40 + 34 * len(rows), fonts)
+    for j, name in enumerate(sets):
+        canvas.text(210 + wide * (j + 0.5), 22, canvas.fit(class_label(fonts, name, j), wide - 8),
+                    11, "mm")
+    for i, row in enumerate(rows):
+        y = 40 + 34 * i
+        canvas.text(200, y + 16, canvas.fit(row["row"], 190), 11, "rm")
+        for j, name in enumerate(sets):
+            found, x = row["sets"][name], 210 + wide * j
+            gain = found["r1"] - rows[0]["sets"][name]["r1"]
+            fill = pale(GREEN if gain > 0 else RED, 1 - min(0.75, abs(gain) / 20)) if gain else WHITE
+            canvas.rect(x, y, x + wide - 3, y + 31, fill, GRID)
+            low, high = found["interval"]["r1"]
+            canvas.text(x + wide / 2, y + 11, f"{found['r1']:.1f}", 12, "mm")
+            canvas.text(x + wide / 2, y + 24, f"{low:.1f} to {high:.1f}", 9, "mm", SOFT)
+    return canvas
+
+
+def draw_search(query, number, read, fonts):
+    """A line of tiles for each row's weights, best first; green: a right answer, red: a wrong one,
+    grey: not known. `read(set, path)` gives an image or None."""
+    across = max(len(row["results"]) for row in query["rows"])
+    canvas = Canvas(SIDE + TILE * across + 8, HEAD + (TILE + 14) * len(query["rows"]), fonts)
+    canvas.text(8, 16, canvas.fit(class_label(fonts, query["text"], number), canvas.size[0] - 16), 13)
+    for k in range(across):
+        canvas.text(SIDE + TILE * (k + 0.5), 36, str(k + 1), 10, "mm", SOFT)
+    for i, row in enumerate(query["rows"]):
+        y = HEAD + (TILE + 14) * i
+        canvas.text(8, y + TILE / 2, canvas.fit(row["row"], SIDE - 16))
+        for k, one in enumerate(row["results"]):
+            x, image = SIDE + TILE * k, read(one["set"], one["path"])
+            colour = {True: RIGHT, False: WRONG, None: UNKNOWN}[one["right"]]
+            canvas.rect(x, y, x + TILE - 6, y + TILE - 6, colour)
+            if image is not None:
+                square = ImageOps.fit(image.convert("RGB"), (round((TILE - 12) * canvas.zoom),) * 2)
+                canvas.paste(square, x + 3, y + 3, TILE - 12, TILE - 12)
+            canvas.text(x + TILE / 2 - 3, y + TILE + 2, f"{one['score']:.3f}", 9, "mm", SOFT)
+    return canvas
+
+
+def first_right(scores, right):
+    """Rank of the first right answer in a line of scores, 0 being best, ties by place."""
+    best = max(scores[i] for i in right)
+    place = min(i for i in right if scores[i] == best)
+    return int((scores > best).sum() + (scores[:place] == best).sum())
+
+
+def cases(kept, folder, top=8, each=2):
+    """Texts of each test set whose first right image rose and fell most from the first to the last
+    stage, and what each row finds for them -> queries as `draw_search` takes them."""
+    labels = [label for label in kept["rows"] if " wise " not in label]
+    for name, of in kept["sets"].items():
+        arrays = {label: [np.nan_to_num(np.load(folder / file)) for file in kept["files"][label][
+            name]] for label in labels}
+        right = {}
+        for text, image in of["relevant"]:
+            right.setdefault(text, set()).add(image)
+        ranks = {}
+        for label in (labels[0], labels[-1]):
+            images, texts = arrays[label]
+            ranks[label] = {t: first_right(texts[t] @ images.T, right[t]) for t in right}
+        moved = sorted(right, key=lambda t: (ranks[labels[-1]][t] - ranks[labels[0]][t], t))
+        for t in dict.fromkeys(moved[:each] + moved[::-1][:each]):
+            rows = []
+            for label, (images, texts) in arrays.items():
+                scores = texts[t] @ images.T
+                best = np.argsort(-scores, kind="stable")[:top]
+                rows.append({"row": label, "results": [{
+                    "set": name, "path": of["paths"][i], "score": float(scores[i]),
+                    "right": int(i) in right[t]} for i in best]})
+            yield {"text": of["texts"][t], "set": name, "rows": rows, "ranks": [
+                ranks[labels[0]][t] + 1, ranks[labels[-1]][t] + 1]}
+
+
+def pca(x, k=2):
+    """(n, D) -> (n, k), the directions of largest variance; the largest loading is positive."""
+    x = x - x.mean(axis=0)
+    _, _, ways = np.linalg.svd(x, full_matrices=False)
+    ways = ways[:k] * np.sign(ways[:k][np.arange(len(ways[:k])), np.abs(ways[:k]).argmax(axis=1)])[
+        :, None]
+    return x @ ways.T
+
+
+def affinities(x, perplexity):
+    """(n, D) -> (n, n) symmetric probabilities of neighbours: a Gaussian around each point as wide
+    as `perplexity` asks, found by bisection (van der Maaten and Hinton 2008, eq. 1)."""
+    import torch
+    far = torch.cdist(x, x).square()
+    far.fill_diagonal_(math.inf)
+    low, high = torch.zeros(len(x), 1, dtype=x.dtype), torch.full((len(x), 1), math.inf,
+                                                                  dtype=x.dtype)
+    beta = torch.ones(len(x), 1, dtype=x.dtype)
+    for _ in range(64):
+        p = torch.softmax(-far * beta, dim=1)
+        entropy = -(p * p.clamp(min=1e-300).log()).sum(dim=1, keepdim=True)
+        wide = entropy > math.log(perplexity)
+        low, high = torch.where(wide, beta, low), torch.where(wide, high, beta)
+        beta = torch.where(high.isinf(), beta * 2, (low + high) / 2)
+    return ((p + p.T) / (2 * len(x))).clamp(min=1e-12)
+
+
+def tsne(x, perplexity=30.0, steps=750):
+    """Exact t-SNE of (n, D) -> coordinates (n, 2), the KL divergence that is left. Starts from PCA;
+    early exaggeration 12 for 250 steps, momentum 0.5 then 0.8, gains, rate n / 48 as in later
+    practice (Belkina et al. 2019). Time and memory grow with n^2."""
+    import torch
+    n = len(x)
+    p = affinities(torch.from_numpy(np.asarray(x, np.float64)), min(perplexity, max(2, (n - 1) / 3)))
+    y = torch.from_numpy(pca(np.asarray(x, np.float64)))
+    y = y / y[:, 0].std() * 1e-4
+    speed, gain, rate = torch.zeros_like(y), torch.ones_like(y), max(n / 48, 50)
+    for step in range(steps):
+        near = 1 / (1 + torch.cdist(y, y).square())
+        near.fill_diagonal_(0)
+        pull = ((p * (12 if step < 250 else 1)) - near / near.sum()) * near
+        slope = 4 * (pull.sum(dim=1, keepdim=True) * y - pull @ y)
+        gain = torch.where((slope > 0) != (speed > 0), gain + 0.2, gain * 0.8).clamp(min=0.01)
+        speed = (0.5 if step < 250 else 0.8) * speed - rate * gain * slope
+        y = y + speed
+    near = 1 / (1 + torch.cdist(y, y).square())
+    near.fill_diagonal_(0)
+    q = (near / near.sum()).clamp(min=1e-12)
+    return (y - y.mean(dim=0)).numpy(), float((p * (p / q).log()).sum())
+
+
+def silhouette(x, labels):
+    """Mean over points of (b - a) / max(a, b): a is the mean distance to its own label, b to the
+    nearest other one (Rousseeuw 1987). A label alone counts 0."""
+    labels = np.asarray(labels)
+    far = np.sqrt(np.maximum(0, (x ** 2).sum(1)[:, None] + (x ** 2).sum(1) - 2 * x @ x.T))
+    known, found = np.unique(labels), []
+    for i in range(len(x)):
+        means = {label: far[i][labels == label].sum() / max(1, (labels == label).sum() - (
+            label == labels[i])) for label in known}
+        a = means.pop(labels[i])
+        b = min(means.values(), default=0)
+        found.append(0 if (labels == labels[i]).sum() < 2 or not means else
+                     (b - a) / max(a, b, 1e-12))
+    return float(np.mean(found))
+
+
+def neighbours_agree(x, labels, k=10):
+    """Share of the k nearest points that have the point's own label, in %."""
+    labels, near = np.asarray(labels), x @ x.T - (x ** 2).sum(axis=1) / 2
+    np.fill_diagonal(near, -np.inf)
+    best = np.argsort(-near, axis=1, kind="stable")[:, :k]
+    return 100 * float((labels[best] == labels[:, None]).mean())
+
+
+def pairs_apart(images, texts):
+    """How often a pair is nearer than the image and another's text, in % (the area under the ROC
+    curve): 50 by chance."""
+    scores = images @ texts.T
+    own = scores.diagonal()[:, None]
+    others = ~np.eye(len(scores), dtype=bool)
+    return 100 * float(((scores < own) + 0.5 * (scores == own))[others].mean())
+
+
+def sample_points(kept, folder):
+    """The same images, with a text each, under every stage's weights -> labels of rows, items
+    (set, path, text), images and texts (rows, n, D)."""
+    labels = [label for label in kept["rows"] if " wise " not in label]
+    each = max(4, MAP_POINTS // (2 * len(labels) * len(kept["sets"])))
+    items, places = [], []
+    for name, of in kept["sets"].items():
+        text_of = {image: text for text, image in reversed(of["relevant"])}
+        chosen = sorted(text_of)
+        chosen = [chosen[i] for i in np.random.RandomState(kept["seed"]).permutation(len(chosen))[
+            :each]]
+        places.append((name, chosen, [text_of[i] for i in chosen]))
+        items += [(name, of["paths"][i], of["texts"][text_of[i]]) for i in chosen]
+    sides = [np.stack([np.concatenate([np.nan_to_num(np.load(folder / kept["files"][label][name][
+        side])[where[side]]) for name, *where in places]) for label in labels]) for side in (0, 1)]
+    return labels, items, *sides
+
+
+def draw_map(labels, items, spots, title, fonts):
+    """A panel per row of points (rows, 2, n, 2): images as dots, texts as squares, a line between
+    the two of a pair, coloured by test set; all on the same axes."""
+    sets = list(dict.fromkeys(item[0] for item in items))
+    colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(sets)}
+    across, side = min(3, len(labels)), 310
+    canvas = Canvas(across * side + 10, 56 + side * -(-len(labels) // across), fonts)
+    canvas.text(10, 14, title, 12.5)
+    legend(canvas, [{"label": class_label(fonts, name, i), "colour": colours[name], "shape": 0}
+                    for i, name in enumerate(sets)], 10, 36, across * side)
+    low, high = spots.min(axis=(0, 1, 2)), spots.max(axis=(0, 1, 2))
+    for r, label in enumerate(labels):
+        x0, y0 = 8 + r % across * side, 52 + r // across * side
+        canvas.rect(x0, y0, x0 + side - 8, y0 + side - 8, None, GRID)
+        canvas.text(x0 + 8, y0 + 12, canvas.fit(label, side - 24))
+        at = (spots[r] - low) / np.maximum(high - low, 1e-12) * (side - 48) + (x0 + 20, y0 + 26)
+        for (image, text), item in zip(at.transpose(1, 0, 2), items):
+            canvas.line([tuple(image), tuple(text)], GRID, 0.6)
+        for (image, text), item in zip(at.transpose(1, 0, 2), items):
+            canvas.mark(*text, pale(colours[item[0]], 0.5), 1, 2.0)
+            canvas.mark(*image, colours[item[0]], 0, 2.6)
+    return canvas
+
+
+def hover_map(labels, items, spots):
+    """The last row's points as SVG in the page: a caption shows where the pointer rests."""
+    sets = list(dict.fromkeys(item[0] for item in items))
+    low, high = spots.min(axis=(0, 1, 2)), spots.max(axis=(0, 1, 2))
+    at = (spots[-1] - low) / np.maximum(high - low, 1e-12) * 560 + 20
+    dots = []
+    for k, (name, path, text) in enumerate(items):
+        colour = "#%02x%02x%02x" % PALETTE[sets.index(name) % len(PALETTE)]
+        said = html.escape(f"{name}: {text} ({path})")
+        (x, y), (u, v) = at[:, k]
+        dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"><title>{said}</title>'
+                    f'</circle><rect x="{u - 3:.1f}" y="{v - 3:.1f}" width="6" height="6" '
+                    f'fill="{colour}" opacity=".45"><title>{said}</title></rect>')
+    return (f'<p class="soft">{html.escape(labels[-1])}; rest the pointer on a point to read it.</p>'
+            f'<svg viewBox="0 0 600 600" width="600" role="img">{"".join(dots)}</svg>')
+
+
+def stage_reader(kept, data_dir):
+    """function (set, path) -> PIL image or None, where the run found its data."""
+    opened = {}
+
+    def read(name, path):
+        try:
+            if name not in opened:
+                from data import open_pairs  # torch comes with it: only when images are wanted
+                where = dict(kept["sets"][name]["source"])
+                opened[name] = open_pairs(**{**where, "data_dir": data_dir or where["data_dir"]})
+            return opened[name].store.image(path).convert("RGB")
+        except Exception:  # a report without photographs is still a report
+            return None
+    return read
+
+
+def add_stages(page, run, data_dir):
+    """The sections of a plan of stages."""
+    results, rows = run.results, run.results["rows"]
+    sets = list(rows[0]["sets"])
+    page.add("What each stage learned and forgot", "<p>R@1, the mean of both directions, in %, with "
+             "its 95 % interval over images; green is above the first row, red below.</p>",
+             page.figure("matrix.png", draw_matrix(rows, page.fonts), "weights by test sets"))
+    keys = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "mean_recall")
+    page.add("All recalls", table(["weights", "set", *keys], [
+        [row["row"], name, *(row["sets"][name][k] for k in keys)] for row in rows for name in sets]))
+    plain = [row["row"] for row in rows if row["stage"] or row is rows[0]]
+    page.add("Forgetting and transfer", table(["after", *sets], [
+        [label, *(lost[name] for name in sets)] for label, lost in zip(plain, results["forgetting"])]),
+        "<p class='soft'>Points below the best stage so far. " + ", ".join(
+            f"{way} transfer {results[way + '_transfer']:+.1f}" for way in ("backward", "forward")
+            if results.get(way + "_transfer") is not None) + ".</p>",
+        table(["from", "to", "set", "change of r1", "low", "high"], [
+            [c["from"], c["to"], c["set"], c["r1"], *c["interval"]] for c in results["changes"]]),
+        table(["use", "weights"], list(results["recommended"].items())))
+    for label in plain[1:]:
+        stage = Run(run.folder / label)
+        if stage.records:
+            page.add(f"Stage {label}", page.figure(f"curves_{label}.png", draw_panels(
+                panels([stage]), page.fonts), f"curves of stage {label}"))
+    kept, asked = run.json("features.json"), run.json("queries.json")
+    if not kept:
+        return page.notes.append("no features.json: searches and maps are left out")
+    read, folder = stage_reader(kept, data_dir), run.folder / "cache"
+    try:
+        add_searches(page, asked, list(cases(kept, folder)), read)
+        add_maps(page, kept, folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        page.notes.append(f"searches or maps are left out: {one_line(error)}")
+
+
+def add_searches(page, asked, chosen, read):
+    for title, queries in (("Searches", (asked or {}).get("queries", [])),
+                           ("Texts that gained and lost most", chosen)):
+        blocks = []
+        for k, query in enumerate(queries, 1):
+            name = f"{'search' if title == 'Searches' else 'case'}_{k}.png"
+            ranks = query.get("ranks")
+            blocks += [f"<p><b>{html.escape(query['text'])}</b>" + (
+                f" <span class='soft'>{html.escape(query['set'])}: first right image at rank "
+                f"{ranks[0]:,}, then {ranks[1]:,}</span>" if ranks else "") + "</p>",
+                page.figure(name, draw_search(query, k, read, page.fonts), query["text"])]
+        if asked and title == "Searches" and any(asked["precision"].values()):
+            blocks.append(table(["weights", "P@1", "P@5"], [
+                [label, found.get("p1"), found.get("p5")]
+                for label, found in asked["precision"].items()]))
+        page.add(title, *blocks)
+
+
+def add_maps(page, kept, folder):
+    labels, items, images, texts = sample_points(kept, folder)
+    points = np.stack([images, texts], axis=1)                         # (rows, 2, n, D)
+    flat = points.reshape(-1, points.shape[-1])
+    spots = {"pca": pca(flat).reshape(*points.shape[:3], 2)}
+    placed, left = tsne(flat)
+    spots["tsne"] = placed.reshape(*points.shape[:3], 2)
+    names = [item[0] for item in items]
+    with open(page.out / "map.csv", "w", encoding="utf-8", newline="", errors="replace") as file:
+        out = csv.writer(file)
+        out.writerow(("weights", "kind", "set", "path", "text", "pca_x", "pca_y", "tsne_x", "tsne_y"))
+        for r, label in enumerate(labels):
+            for kind in (0, 1):
+                for k, item in enumerate(items):
+                    out.writerow((label, ("image", "text")[kind], *item, *(
+                        f"{v:.6g}" for name in spots for v in spots[name][r, kind, k])))
+    figures = [page.figure(f"map_{name}.png", draw_map(labels, items, spots[name], title, page.fonts),
+                           title) for name, title in (("pca", "PCA, one fit over all stages"), (
+                               "tsne", f"t-SNE, one fit over all stages, KL {left:.3f}"))]
+    page.add("Maps of the embeddings", *figures, table(
+        ["weights", "silhouette by set", "10 neighbours of the same set (%)", "pairs nearer than "
+         "others (%)"], [[label, silhouette(images[r], names), neighbours_agree(images[r], names),
+                          pairs_apart(images[r], texts[r])] for r, label in enumerate(labels)]),
+        hover_map(labels, items, spots["tsne"]))
+
+
 def add_target(page, run, target, data_dir):
     """Per-class bars, confusion matrix, worst pairs and worst classes of one test set."""
     suffix = f" on {target}" if target != "test" else ""
@@ -895,12 +1220,14 @@ def build(runs, notes, out, fonts, data_dir=None):
     page.add("Accuracy and shots", page.figure("shots.png", draw_shots(shots, fonts),
                                                "accuracy over training images per class"))
     page.add("Curves", page.figure("curves.png", draw_panels(panels(runs), fonts), "curves"))
+    if isinstance(last.results.get("rows"), list):
+        add_stages(page, last, data_dir)
     if len(runs) > 1 and last.targets():
         page.add(f"In detail: {last.name}", "<p class='soft'>What follows is of this run; give "
                  "report.py another run's folder to see that one.</p>")
     for target in last.targets():
         add_target(page, last, target, data_dir)
-    if not last.targets():
+    if not last.targets() and not isinstance(last.results.get("rows"), list):
         page.notes.append(f"{last.name} has no per-class tables: those sections are left out")
     page.add("Time and memory", timing_line(runs), page.figure(
         "timing.png", draw_panels(panels(runs, True), fonts), "speed and memory"))
