@@ -1,11 +1,12 @@
 """Progressive fine-tuning that shows what it forgets: a CLIP in stages, each judged on every test.
 
-A plan is a list of stages. Each starts from the weights that it names (the best of the stage before,
-unless told otherwise), trains with an optimiser and a schedule of its own, and keeps the best by its
-held-out pairs, the weights it began with being a candidate. Then everything is scored on every test
-set: row 0 is the model before any stage, and a number that falls down a column is forgetting.
+A plan is a list of stages. Each starts from the weights that it names (the best of the stage
+before, unless told otherwise), trains with an optimiser and a schedule of its own, and keeps the
+best by its held-out pairs, the weights it began with being a candidate. Then everything is scored
+on every test set: row 0 is the model before any stage, and a number that falls down a column is
+forgetting.
 
-    python train_staged.py                                   three themes of the demo, about a minute
+    python train_staged.py                                  three themes of the demo, about a minute
     python train_staged.py --plan plan.json                  the plan below; --check-plan shows it
     python train_staged.py --weights clip_cn_vit-b-16.pt --tokenizer vocab.txt \
         --stage name=muge,data=MUGE,epochs=5 --stage name=own,data=own.csv,replay=muge:0.2
@@ -67,10 +68,10 @@ from torch import nn
 from clip_model import (bucket, canonical_name, CLIP, CONFIGS, digest, dropout_of, export_checked,
                         freeze, HEADS, height, is_chinese_clip, load, LowRank, project, save,
                         sha256_of, trim, unit)
-from data import (Augment, AUGMENTS, bootstrap, cached_features, caption_notes, DataError,
-                  hit_table, make_loader, make_mixed_loader, normalise, open_pairs, PairBatches,
-                  Preprocess, read_image, recalls, RECALLS, retrieval_ranks, save_embeddings,
-                  top_k, transfer)
+from data import (Augment, AUGMENTS, bootstrap, cached_features, caption_notes,
+                  FeatureLoader, HASHED, hit_table, make_loader, make_mixed_loader, normalise,
+                  open_pairs, PairBatches, Preprocess, read_image, recalls, RECALLS,
+                  retrieval_ranks, save_embeddings, top_k, transfer)
 from tokenizer import BPETokenizer, ChineseTokenizer, open_tokenizer
 
 MAX_SCALE = 100.0          # CLIP's clamp
@@ -151,8 +152,8 @@ STAGE = {  # key: (default, how it is read, what it means)
     # method
     "positives": ("multi", one_of("multi", "mask", "diag"), "pairs with an equal image or caption: "
                   "positives too, left out, or negatives"),
-    "mask_ratio": (0.0, a_number(0, 0.95), "share of a ViT's patches left out in training (FLIP, Li "
-                   "et al. 2023)"),
+    "mask_ratio": (0.0, a_number(0, 0.95), "share of a ViT's patches left out in training (FLIP, "
+                   "Li et al. 2023)"),
     "replay": ({}, shares, "share of each batch from earlier stages' training pairs"),
     "distill": (0.0, a_number(0, 1e4), "weight of 1 - cosine to the features of the stage's start"),
     "wise": ([], portions, "between the stage's start (0) and end (1): further rows"),
@@ -168,8 +169,8 @@ STAGE = {  # key: (default, how it is read, what it means)
     "layer_decay": (1.0, a_number(0, 1, above=True), "factor on the rate per block away from the "
                     "heads"),
     "wd": (0.2, a_number(0, 100), "weight decay of matrices"),
-    "wd_rule": ("standard", one_of("standard", "chinese-clip"), "what does not decay: gains, biases "
-                "and embeddings, or as in its code"),
+    "wd_rule": ("standard", one_of("standard", "chinese-clip"), "what does not decay: gains, "
+                "biases and embeddings, or as in its code"),
     "beta2": (0.98, a_number(0, 1), "of AdamW"),
     "eps": (1e-6, a_number(0, 1, above=True), "of AdamW"),
     "warmup": (0.1, a_number(0), "steps, or below 1 a share of all"),
@@ -650,8 +651,8 @@ def choose(model, stage):
     updates = {}
     if stage.lora:
         for name, p in model.named_parameters():
-            attention = re.search(r"attn\.(in_proj_weight|out_proj\.weight)|attention\.\S*(query|key"
-                                  r"|value|dense)\.weight", name)
+            attention = re.search(r"attn\.(in_proj_weight|out_proj\.weight)|attention\.\S*(query|"
+                                  r"key|value|dense)\.weight", name)
             if attention and p.requires_grad and "attnpool" not in name:
                 updates[name] = LowRank(p, stage.lora)
             elif not name.startswith((*HEADS, "logit_scale")):
@@ -842,7 +843,7 @@ def features(run, model, target, args, keep):
 
 
 def evaluate(run, model, target, args, keep=False):
-    """Recall both ways on a Target -> dict of floats, and under "table" what the bootstrap takes."""
+    """Recall both ways on a Target -> dict of floats, "table" being what the bootstrap takes."""
     was_training = model.training
     model.eval()
     image, text, relevant = features(run, model, target, args, keep)
@@ -1007,23 +1008,6 @@ def check_finite(run, pairs, unchecked):
     unchecked.clear()
 
 
-class FeatureLoader:
-    """A loader's batches with the rows of (n, F) features in the place of images."""
-
-    def __init__(self, loader, features):
-        self.batch_sampler, self.dataset, self.features = (loader.batch_sampler, loader.dataset,
-                                                           features)
-        self.owner = torch.tensor(loader.dataset.owner)
-
-    def __len__(self):
-        return len(self.batch_sampler)
-
-    def __iter__(self):
-        for batch in self.batch_sampler:
-            used = torch.tensor([c for _, c in batch], dtype=torch.long)
-            yield self.features[self.owner[used]], used, used
-
-
 def frozen_towers(model, stage):
     """The towers that make the same of an image or text in every step of a stage: nothing in them
     trains, below the head, and nothing varies what they see."""
@@ -1168,8 +1152,8 @@ def put(model, weights):
 def say_moving(run, model, state, stage, loader):
     free = sum(p.numel() for p in state.moving.values())
     run.say(f"stage {stage.name} from {stage.parent}: {free:,} weights in {len(state.moving)} "
-            f"tensors move, of {sum(p.numel() for p in model.parameters()):,}; {stage.total} steps, "
-            f"{len(loader)} an epoch, of {sum(stage.sizes)} pairs, ln B "
+            f"tensors move, of {sum(p.numel() for p in model.parameters()):,}; {stage.total} "
+            f"steps, {len(loader)} an epoch, of {sum(stage.sizes)} pairs, ln B "
             f"{math.log(sum(stage.sizes)):.3f}" + (
                 f"; step {state.step} is done" if state.step else ""))
 
@@ -1224,14 +1208,14 @@ def open_texts(args, model):
     return tokenizer
 
 
-def open_split(source, split, stage, args):
-    """The pairs of `source`, PATH or PATH@split -> PairSet with the stage's choice of images."""
+def open_split(source, split, ratio, stage, args):
+    """The pairs of `source`, PATH or PATH@split -> PairSet with the stage's choice of images.
+    ratio: how images are cut where there are no splits."""
     path, at, named = source.rpartition("@")
-    whole = {} if split == "train" else {"split_ratio": (0.0, 0.0, 1.0)}
     if at and named in ("train", "val", "test"):
-        source, split, whole = path, named, {}
+        source, split = path, named
     where = dict(name_or_path=source, split=split, data_dir=args.data_dir or "data",
-                 layout=stage.layout, captions=stage.caption_file, **whole)
+                 layout=stage.layout, captions=stage.caption_file, split_ratio=ratio)
     pairs = open_pairs(**where)
     if stage.matching:
         wanted = re.compile(stage.matching, re.IGNORECASE)
@@ -1248,22 +1232,26 @@ def open_split(source, split, stage, args):
 
 def open_sets(stages, tokenizer, model, args):
     """Give each stage its pairs and its held-out Target -> {name: test Target} of all."""
-    tests = {}
+    tests, whole = {}, (0.0, 0.0, 1.0)
     for stage in stages:
         stage.others = {other.name: other for other in stages}
-        stage.train = open_split(stage.data, "train", stage, args)
+        # Data without splits gives held-out images only where none are named.
+        ratio = (1.0, 0.0, 0.0) if stage.val else (
+            HASHED[0] + HASHED[2], HASHED[1], 0.0) if stage.test else HASHED
+        stage.train = open_split(stage.data, "train", ratio, stage, args)
         counts = stage.train.counts
         if stage.max_samples:
             stage.train = stage.train.subset(range(min(stage.max_samples, len(stage.train.paths))))
-        val = (open_split(stage.val, "test", stage, args) if stage.val else
-               open_split(stage.data + "@val", "val", stage, args) if counts.get("val") else None)
-        test = (open_split(stage.test, "test", stage, args) if stage.test else
-                open_split(stage.data + "@test", "test", stage, args) if counts.get("test") else val)
-        if test is None:
-            raise UserError(f"stage {stage.name!r}: {stage.data} has neither val nor test images to "
-                            f"judge it by; name them with test=")
+        val, test = (
+            open_split(named, "test", whole, stage, args) if named else
+            open_split(stage.data.removesuffix("@train"), split, ratio, stage, args)
+            if counts.get(split) else None
+            for split, named in (("val", stage.val), ("test", stage.test)))
+        if val is None and test is None:
+            raise UserError(f"stage {stage.name!r}: {stage.data} has neither val nor test images "
+                            f"to judge it by; name them with test=")
         stage.val = val and Target(f"{stage.name} val", val, tokenizer, model, args)
-        tests[stage.name] = Target(stage.name, test, tokenizer, model, args)
+        tests[stage.name] = Target(stage.name, test or val, tokenizer, model, args)
     for name, source in args.eval_sets.items():
         options = source if isinstance(source, dict) else {"data": source}
         known = {"data": None, "layout": "auto", "caption_file": None, "matching": None}
@@ -1272,7 +1260,7 @@ def open_sets(stages, tokenizer, model, args):
             raise UserError(f"eval_sets: {name!r} " + (
                 f"has the unknown key {odd[0]!r}; known: {', '.join(known)}" if odd else
                 "is a stage too; give it another name" if name in tests else "has no data"))
-        tests[name] = Target(name, open_split(options["data"], "test", types.SimpleNamespace(
+        tests[name] = Target(name, open_split(options["data"], "test", whole, types.SimpleNamespace(
             name=name, **{**known, **options}), args), tokenizer, model, args)
     return tests
 
@@ -1294,8 +1282,8 @@ def preflight(run, stages, tests, tokenizer, model, args):
         stage.warm = round(stage.warmup if stage.warmup >= 1 else stage.warmup * stage.total)
         stage.warm = min(stage.warm, 1) if args.dry_run else stage.warm
         if stage.warm >= stage.total:
-            raise UserError(f"stage {stage.name!r}: a warm-up of {stage.warm} steps in {stage.total}"
-                            f" steps ({len(stage.train.paths)} images, batches of "
+            raise UserError(f"stage {stage.name!r}: a warm-up of {stage.warm} steps in "
+                            f"{stage.total} steps ({len(stage.train.paths)} images, batches of "
                             f"{stage.batch_size}) never ends; give warmup=0.1 or more epochs")
         if stage.mask_ratio and not model.config.vision_patch:
             raise UserError(f"stage {stage.name!r}: mask_ratio leaves out patches, and this image "
@@ -1383,8 +1371,8 @@ def settle(stages, tests, args):
         stage.stands = "done" if done.exists() else "begun"
     if stale:
         raise UserError(f"stale, trained under another plan: {', '.join(stale)}; --from-stage "
-                        f"{stale[0].split()[0]} trains it and what follows again, or choose another "
-                        f"--output-dir")
+                        f"{stale[0].split()[0]} trains it and what follows again, or choose "
+                        f"another --output-dir")
 
 
 def identity_of(stage, args):
@@ -1435,7 +1423,7 @@ def score_row(run, model, label, stage, path, tests, args):
 
 
 def compare(rows, stages, args):
-    """-> forgetting, transfer, changes from stage to stage with their intervals, recommendations."""
+    """-> forgetting, transfer, changes from stage to stage with intervals, recommendations."""
     plain = [row for row in rows if row["row"] == "zero-shot" or row["stage"]]
     own = [row["stage"] for row in plain[1:]]
     scores = [{name: found["r1"] for name, found in row["sets"].items()} for row in plain]
@@ -1528,8 +1516,8 @@ def asked(args, tests):
     for query in filter(None, map(str.strip, lines)):
         right = [(name, i) for name, target in tests.items() for text, i in
                  target.relevant.tolist() if target.texts[text] == " ".join(query.split())]
-        yield {"text": query, "right": right, "rows": [], "image": expanded(query).suffix.lower() in (
-            ".jpg", ".jpeg", ".png", ".webp", ".bmp")}
+        image = expanded(query).suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+        yield {"text": query, "right": right, "rows": [], "image": image}
 
 
 def search(run, model, tokenizer, rows, tests, args):
@@ -1633,8 +1621,8 @@ def main(args):
     finished = args.out / "results.json"
     if finished.exists() and not (args.query or args.export or args.eval_only):
         results = json.loads(finished.read_text("utf-8"))
-        if all(stage.stands == "done" for stage in stages) and results.get("identity") == json.loads(
-                json.dumps(whole_identity(stages, tests))):
+        whole = json.loads(json.dumps(whole_identity(stages, tests)))
+        if all(stage.stands == "done" for stage in stages) and results.get("identity") == whole:
             run.say(f"{args.out} holds this plan, finished; --overwrite trains it again, "
                     f"--from-stage some of it")
             return results
@@ -1686,7 +1674,8 @@ def report(run, model, tokenizer, stages, tests, table, args):
                      for stage in done}
     results = {"method": "staged", "data": "+".join(stage.train.name for stage in stages),
                "model": args.model or pathlib.Path(args.weights).name,
-               **{key: scores[key] for key in (*RECALLS, "mean_recall", "r1")}, "rows": table, **found,
+               **{key: scores[key] for key in (*RECALLS, "mean_recall", "r1")},
+               "rows": table, **found,
                **({"precision_at": precision} if precision else {}),
                **encode_times(run, model, tests),
                "samples_per_second": max((r["samples_per_second"] for r in stage_results.values()),
