@@ -646,8 +646,6 @@ def choose(model, stage):
     freeze(model, stage.freeze)
     if stage.scale != "train":
         model.logit_scale.requires_grad_(False)
-        with torch.no_grad():
-            model.logit_scale.fill_(math.log(stage.scale))
     updates = {}
     if stage.lora:
         for name, p in model.named_parameters():
@@ -864,6 +862,9 @@ class State:
         self.run, self.model, self.stage = run, model, stage
         torch.manual_seed(args.seed)  # of the low-rank updates
         self.moving, self.updates = choose(model, stage)
+        if stage.scale != "train":
+            with torch.no_grad():
+                model.logit_scale.fill_(math.log(stage.scale))
         self.optimizer = torch.optim.AdamW(decay_groups(self.moving, stage), eps=stage.eps,
                                            betas=(0.9, stage.beta2), fused=run.fused_optimizer)
         self.scaler = run.scaler()
@@ -911,7 +912,7 @@ def train(run, model, teacher, loader, tokens, ids, target, state, stage, args):
     batches = loader.batch_sampler
     counts = [len(range(rank, batches.batch_size, run.world_size))
               for rank in range(run.world_size)]
-    if state.step == 0:  # what the stage begins with is its first candidate
+    if state.step == 0 and state.begun is None:  # what it begins with is its first candidate
         finish_epoch(run, model, target, state, stage, args)
         state.save()
     training_mode(model, stage)
@@ -1054,7 +1055,7 @@ def run_stage(run, model, stage, tokenizer, args):
     if run.claim({"name": stage.name, "from": stage.parent, **plain}, stage.identity, resume=True,
                  overwrite=stage.again):
         stored = run.load("checkpoint_last.pt")
-    run.rewind(stored["step"] if stored else -1)
+        run.rewind(stored["step"] if stored else -1)
     teacher = copy.deepcopy(model).requires_grad_(False).eval() if stage.distill else None
     start = copy.deepcopy(model.state_dict()) if stage.wise else {}
     state = State(run, model, stage, args)
@@ -1340,6 +1341,7 @@ def settle(stages, tests, args):
     begun, done. UserError where a plan no longer fits what was trained."""
     names = [stage.name for stage in stages]
     first = names.index(args.from_stage) if args.from_stage else len(names)
+    final = names.index(args.until) if args.until else len(names)
     stale = []
     for i, stage in enumerate(stages):
         stage.folder = args.out / stage.name
@@ -1365,10 +1367,24 @@ def settle(stages, tests, args):
             raise UserError(f"{stage.start}, which stage {stage.name!r} was trained from, is gone; "
                             f"train that stage again with --from-stage {name}")
         else:
+            run_wide = ("seed", "precision", "max_text", "parent_sha256" if stage.start is None
+                        else "")  # the run's own folder says so better
             changed = [f"{key} was {stored.get(key)!r}, now {mine.get(key)!r}"
-                       for key in sorted({*stored, *mine}) if stored.get(key) != mine.get(key)]
+                       for key in sorted({*stored, *mine}.difference(run_wide))
+                       if stored.get(key) != mine.get(key)]
             stale += [f"{stage.name} ({'; '.join(changed)})"] if changed else []
         stage.stands = "done" if done.exists() else "begun"
+        lost = [path for _, _, path in rows_of([stage]) if path and not path.exists()]
+        if lost:
+            raise UserError(f"{lost[0]}, which stage {stage.name!r} has left, is gone; put it back "
+                            f"or train the stage again with --from-stage {stage.name}")
+    for i, stage in enumerate(stages):
+        stage.trains = stage.stands != "done" and i <= final and not args.eval_only and (
+            args.only in (None, stage.name))
+        parent = stage.others.get(stage.parent.partition(":")[0])
+        if stage.trains and parent and parent.stands != "done" and not parent.trains:
+            raise UserError(f"stage {stage.name!r} starts from {stage.parent}, which is not "
+                            f"trained yet; train {parent.name!r} first, or with it")
     if stale:
         raise UserError(f"stale, trained under another plan: {', '.join(stale)}; --from-stage "
                         f"{stale[0].split()[0]} trains it and what follows again, or choose "
@@ -1377,7 +1393,7 @@ def settle(stages, tests, args):
 
 def identity_of(stage, args):
     """What must be equal for a stage to be continued or taken as done."""
-    free = ("micro_batch", "accum_steps", "recompute", "data", "val", "test", "eval_every")
+    free = ("micro_batch", "accum_steps", "recompute", "data", "val", "test")
     plain = {key: getattr(stage, key) for key in FLAGS if key not in free}
     sha = args.start_sha if stage.start is None else (
         sha256_of(stage.start) if stage.start.exists() else None)
@@ -1608,13 +1624,13 @@ def main(args):
     args.out = expanded(args.output_dir or f"runs/train_staged/{name}")
     args.out = args.out.with_name(args.out.name + "_dry_run") if args.dry_run else args.out
     run = run.enter(args.out, args.seed)
+    args.overwrite |= args.dry_run
+    settle(stages, tests, args)
     run.claim(given, {"start_sha256": args.start_sha, "seed": args.seed, "precision": run.precision,
                       "max_text": args.max_text}, resume=args.resume == "auto",
-              overwrite=args.overwrite or args.dry_run)
-    args.overwrite |= args.dry_run
+              overwrite=args.overwrite)
     args.feature_cache = None if args.no_feature_cache else args.out / "cache"
     args.initial = {key: x.detach().clone() for key, x in model.state_dict().items()}
-    settle(stages, tests, args)
     run.write("plan.json", {"weights": args.weights, "stages": [
         {"name": stage.name, "from": stage.parent, **{
             key: getattr(stage, key) for key in FLAGS}} for stage in stages]})
@@ -1635,10 +1651,7 @@ def main(args):
 
 def one_stage(run, model, stage, stages, tokenizer, tests, args):
     """Train a stage if the plan says so and it is not done -> its rows."""
-    names = [other.name for other in stages]
-    wanted = args.only in (None, stage.name) and not args.eval_only and (
-        args.until is None or names.index(stage.name) <= names.index(args.until))
-    if stage.stands != "done" and wanted:
+    if stage.trains:
         put(model, args.initial if stage.start is None else stage.start)
         stage.identity = identity_of(stage, args)  # the parent may be new
         run_stage(run, model, stage, tokenizer, args)
