@@ -1081,10 +1081,11 @@ def run_stage(run, model, stage, tokenizer, args):
     if state.best_step == 0 and target is not None:
         run.say(f"stage {stage.name}: no step improved {stage.select} on {target.name}, "
                 f"{state.begun:.2f} at its start; its best is what it began with")
-    put(model, stage.folder / "best.safetensors")
-    whole = copy.deepcopy(model.state_dict()) if stage.wise else {}
+    if stage.wise:
+        put(model, stage.folder / "best.safetensors")
+        end = copy.deepcopy(model.state_dict())
     for share in stage.wise:
-        model.load_state_dict(between(start, whole, share))
+        put(model, between(start, end, share))
         state.write(f"wise{share:g}")
     model.requires_grad_(True)
     seconds, pairs = state.clock
