@@ -1270,6 +1270,9 @@ def open_sets(stages, tokenizer, model, args):
 def preflight(run, stages, tests, tokenizer, model, args):
     """Work out each stage's steps and say what it will do; UserError on what cannot be meant."""
     seen = {}  # bytes of a training image -> the stage
+    opened = [stage.train for stage in stages] + [target.images for target in tests.values()]
+    for note in dict.fromkeys(note for pairs in opened for note in pairs.notes):
+        run.say(note)
     for stage in stages:
         took = {name: round(share * stage.batch_size) for name, share in stage.replay.items()}
         stage.sizes = [stage.batch_size - sum(took.values()), *took.values()]

@@ -1,6 +1,7 @@
 """The staged script: plans, exact steps, chained stages, resuming, forgetting, bad input."""
 import base64
 import copy
+import csv
 import dataclasses
 import io
 import json
@@ -10,6 +11,7 @@ import pathlib
 import pickle
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -545,12 +547,13 @@ def test_named_held_out_data_leaves_all_else_to_training(world, tmp_path):
     for name, more in (("cut", ""), ("val", f",val={world}"), ("test", f",test={world}")):
         args = get_args(flags_of(world, tmp_path, stages=[f"name=x,data={tmp_path}/bare.csv{more}"]))
         stage, = train_staged.read_plan(args)
+        args.seed = 1
         model = train_staged.open_model(args, False)
         tests = train_staged.open_sets([stage], train_staged.open_texts(args, model), model, args)
         counted[name] = [len(stage.train.paths), stage.val and len(stage.val.images.paths),
                          len(tests["x"].images.paths)]
     assert sum(counted["cut"]) == 48 and counted["val"] == [48, 24, 24]
-    assert counted["test"][:2] == [48 - counted["cut"][1], counted["cut"][1]]
+    assert sum(counted["test"][:2]) == 48 and 0 < counted["test"][1] < 12
     assert counted["test"][2] == 24
 
 
@@ -685,7 +688,6 @@ def test_a_finished_plan_does_nothing(world, two_stages, capsys):
 
 def test_an_edited_plan_is_stale_until_trained_again(world, two_stages, tmp_path, capsys):
     """The stage before stays, bit for bit; the command that is refused changes nothing."""
-    import shutil
     folder = tmp_path / "run"
     shutil.copytree(two_stages[0], folder)
     kept = {path: path.read_bytes() for path in folder.rglob("*.json")}
@@ -709,13 +711,12 @@ def test_an_edited_plan_is_stale_until_trained_again(world, two_stages, tmp_path
     # another parent under the same name
     sha = train_staged.sha256_of(folder / "warm" / "best.safetensors")
     (folder / "warm" / "best.safetensors").write_bytes(
-        (folder / "cold" / "best.safetensors").read_bytes())
+        (world / "start.safetensors").read_bytes())
     text = refusal(capsys, *edited)
     assert "stale" in text and f"parent_sha256 was '{sha}'" in text and "cold" in text
 
 
 def test_a_stage_before_without_its_weights_is_an_error(world, two_stages, tmp_path, capsys):
-    import shutil
     shutil.copytree(two_stages[0] / "warm", tmp_path / "warm")
     (tmp_path / "warm" / "best.safetensors").unlink()
     text = refusal(capsys, *flags_of(world, tmp_path))
@@ -758,7 +759,7 @@ def test_a_held_scale_is_its_stages_alone(world, tmp_path):
                                 "cold.epochs=1"))
     scales = [row["sets"]["warm"]["scale"] for row in result["rows"]]
     assert scales[0] == pytest.approx(1 / 0.07, rel=1e-4)
-    assert {row["scale"] for row in metrics(tmp_path / "cold")} == {pytest.approx(20)}
+    assert [row["scale"] for row in metrics(tmp_path / "cold")] == 2 * [pytest.approx(20)]
     assert all(abs(row["scale"] - 1 / 0.07) < 2 for row in metrics(tmp_path / "warm"))
 
 
@@ -785,14 +786,14 @@ def rich(world, tmp_path_factory):
 def test_a_kill_at_any_moment_and_the_same_command_give_the_same_bits(
         world, rich, tmp_path, owner, name, numbers, workers):
     number = random.Random(f"{name} {workers}").choice(numbers)
-    flags = flags_of(world, tmp_path, "--save-every", 1, stages=RICH)
+    flags = "--save-every", 1, "--workers"
 
     def work():
         at_call(owner, name, number)
-        run_main(*flags)
+        run_main(*flags_of(world, tmp_path, *flags, 0, stages=RICH))
     assert in_child(work) == -signal.SIGKILL
     assert not (tmp_path / "results.json").exists()
-    run_main(*flags, "--workers", workers)
+    run_main(*flags_of(world, tmp_path, *flags, workers, stages=RICH))
     assert_same_plan(rich, tmp_path)
 
 
@@ -853,14 +854,14 @@ def test_several_processes_give_the_numbers_of_one(world, tmp_path_factory, proc
     """Replay, distance to the start and uneven shares of 7 pairs; without dropout, as pieces lie
     differently."""
     parent = tmp_path_factory.getbasetemp() / "processes"
-    flags = [*flags_of(world, parent, "--batch-size", 7, "--micro-batch", 2, "--eps", 1e-4,
-                       "--dropout", 0, stages=[WARM, COLD + ",replay=warm:0.3,distill=0.5"])]
 
     def run_of(count):
         out = parent / str(count)
+        flags = flags_of(world, out, "--batch-size", 7, "--micro-batch", 2, "--eps", 1e-4,
+                         "--dropout", 0, stages=[WARM, COLD + ",replay=warm:0.3,distill=0.5"])
         if not out.exists():
             codes, said = in_processes(count, lambda rank: train_staged.guard(
-                main, get_args, [*flags, "--output-dir", str(out)]))
+                main, get_args, flags))
             assert codes == [0] * count, said
             assert said.count("stage warm from init") == 1
         return out
@@ -892,9 +893,9 @@ def forgetting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("forgetting")
     data = scenes(folder / "pairs", 48, 24)
     for name, at in (("colours", 0), ("shapes", 1)):
-        rows = [line.split(",") for line in (data / "pairs.csv").read_text().split("\n")[1:-1]]
-        rows = [(image, words.split()[1 + at], split) for image, words, split in rows
-                if words.startswith("a ")]
+        with open(data / "pairs.csv", newline="") as file:
+            rows = [(image, words.split()[1 + at], split) for image, words, split in
+                    csv.reader(file) if words.startswith("a ")]
         (data / f"{name}.csv").write_text("image,caption,split\n" + "\n".join(map(",".join, rows)))
     weights_file(data, dropout=0.0).rename(data / "start.safetensors")
     results = {}
@@ -1006,11 +1007,11 @@ def test_kept_features_train_as_computing_them_does(world, tmp_path, monkeypatch
                 calls.append(_side)
             return _encode(self, *args, **kwargs)
         monkeypatch.setattr(CLIP, name, counted)
-    flags = [*flags_of(world, tmp_path / "kept", "--freeze", freeze, stages=[WARM])]
     found = {}
     for name, more in (("kept", []), ("anew", ["--no-feature-cache"])):
         calls.clear()
-        found[name] = run_main(*flags, *more, "--output-dir", tmp_path / name)
+        found[name] = run_main(*flags_of(world, tmp_path / name, "--freeze", freeze, "--eps",
+                                         1e-4, *more, stages=[WARM]))
         assert (touched in calls) == (name == "anew")
     kept, anew = (weights_of(tmp_path / name / "warm" / "last.safetensors")
                   for name in ("kept", "anew"))
