@@ -478,7 +478,7 @@ def test_what_speaks_against_a_plan_is_said(world, tmp_path, capsys):
                              "--max-text", 5, stages=()))
     main(args)
     said = capsys.readouterr().out
-    for words in ("seen: 30 of 48 images are in the training data of one, byte for byte",
+    for words in ("of 48 images are in the training data of one, two, byte for byte",
                   "60 of 60 captions (100.0 %) are longer than the 5 tokens", "two: 6.0 pairs "
                   "of equal captions in a batch; positives=diag pushes them apart"):
         assert words in said, words
