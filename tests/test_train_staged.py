@@ -28,7 +28,7 @@ import test_train_contrastive as contrastive
 import train_staged
 from clip_model import bert_fields, BertConfig, chinese_clip, CLIP, CONFIGS, load, save, unit
 from data import open_pairs
-from device import Run, start
+from device import start
 from test_distributed import in_processes
 from test_train_contrastive import at_call, CLOCK, in_child, scenes, WORDS
 from train_staged import (add_gradient, between, choose, decay_groups, get_args, info_nce, main,
@@ -285,6 +285,18 @@ def test_rates_equal_chinese_clips_cosine(warmup, total):
         wanted = (step + 1) / warmup if step < warmup else 0.5 * (1 + np.cos(
             np.pi * (step - warmup) / (total - warmup)))
         assert rate(step, total, warmup, "cosine") == pytest.approx(wanted, abs=1e-12)
+
+
+def test_a_run_keeps_its_schedule_and_clips_its_gradients(world, tmp_path):
+    """Six steps, two of them warm-up; a gradient of norm 1e-9 is nothing beside AdamW's eps."""
+    run_main(*flags_of(world, tmp_path, "--warmup", 2, "--schedule", "linear", "--min-lr", 4e-4,
+                       "--grad-clip", 1e-9, "--wd", 0, stages=[WARM]))
+    assert [row["lr"] for row in metrics(tmp_path / "warm")] == pytest.approx(
+        [5e-4, 1e-3, 1e-3, 7.5e-4, 5e-4, 4e-4])
+    start, last = weights_of(world / "start.safetensors"), weights_of(
+        tmp_path / "warm" / "last.safetensors")
+    moved = max(float((start[name] - last[name]).abs().max()) for name in start)
+    assert 0 < moved < 6 * 1e-3 * 1e-9 / 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -564,25 +576,24 @@ def test_spoilt_pairs_are_counted_and_borne(tmp_path, capsys):
     """A byte-order mark and CRLF, an image of one pixel, half a JPEG, an empty caption, a lone
     surrogate, names that are no numbers, a caption twice; one image in a hundred may be lost."""
     folder = scenes(tmp_path / "pairs", 110, 12)
-    lines = (folder / "pairs.csv").read_text().split("\n")
-    lines[3] = "1.png,,train"
-    lines[5] = "2.png,one \ud800 circle,train"
-    lines[8] = lines[7]
-    lines[9] = "str\u00ed ng.png,a red circle,train"
-    (folder / "pairs.csv").write_bytes("\ufeff".encode() + "\r\n".join(lines).encode(
-        "utf-8", "surrogatepass").replace(b"\xed\xa0\x80", "\ufffd".encode()))
+    with open(folder / "pairs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows[3]["caption"], rows[5]["caption"] = "", "one \ud800 circle"
+    rows[8], rows[9]["image"] = dict(rows[7]), "str\u00ed ng.png"
+    (folder / "pairs.csv").unlink()
+    (folder / "pairs.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(
+        map(json.dumps, rows)).encode())
     Image.new("RGB", (1, 1), "red").save(folder / "str\u00ed ng.png")
     buffer = io.BytesIO()
-    Image.open(folder / "7.png").convert("RGB").resize((300, 300)).save(buffer, "JPEG")
+    Image.open(folder / "7.png").resize((300, 300)).save(buffer, "JPEG")
     (folder / "7.png").write_bytes(buffer.getvalue()[:len(buffer.getvalue()) // 2])
     weights_file(folder).rename(folder / "start.safetensors")
     result = run_main(*flags_of(folder, tmp_path / "out", "--batch-size", 55, "--cache", "none",
                                 stages=["name=all,epochs=2"]))
     rows = metrics(tmp_path / "out" / "all")
     assert result["stages"]["all"]["steps"] == 4 and all(row["loss"] > 0 for row in rows)
-    assert 1 <= sum(row.get("replaced", 0) for row in rows) <= 2
-    said = capsys.readouterr().out
-    assert "1 rows without image or caption left out" in said
+    assert sum(row.get("replaced", 0) for row in rows) >= 1
+    assert "1 rows without image or caption left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("line, words", [
@@ -743,8 +754,8 @@ def test_config_json_runs_again(two_stages, tmp_path):
 
 
 def test_a_dry_run_takes_two_steps_of_each_stage_beside_the_real_run(world, tmp_path):
-    for _ in range(2):
-        result = run_main(*flags_of(world, tmp_path / "run", "--dry-run"))
+    for stages in ([WARM], [WARM, COLD]):
+        result = run_main(*flags_of(world, tmp_path / "run", "--dry-run", stages=stages))
     assert [result["stages"][name]["steps"] for name in ("warm", "cold")] == [2, 2]
     assert result["dry_run"] and not (tmp_path / "run").exists()
 
@@ -800,10 +811,10 @@ def test_a_kill_at_any_moment_and_the_same_command_give_the_same_bits(
     assert_same_plan(rich, tmp_path)
 
 
-@pytest.mark.parametrize("at", [0, 2, 6, 9])
+@pytest.mark.parametrize("at", [0, 6, 9])
 def test_sigterm_saves_and_the_plan_goes_on_to_the_same_bits(world, two_stages, tmp_path, at,
                                                              monkeypatch):
-    """Before the first step, inside an epoch, at the end of a stage, and inside the next."""
+    """Before the first step, at the end of a stage, and inside the next."""
     taken = []
 
     def until(*args):
@@ -852,23 +863,18 @@ def test_a_loss_that_is_no_number_is_skipped_and_three_stop(world, tmp_path, cap
     assert train_staged.guard(main, get_args, flags) == 0
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_give_the_numbers_of_one(world, tmp_path_factory, processes):
+def test_two_processes_give_the_numbers_of_one(world, tmp_path):
     """Replay, distance to the start and uneven shares of 7 pairs; without dropout, as pieces lie
     differently."""
-    parent = tmp_path_factory.getbasetemp() / "processes"
-
     def run_of(count):
-        out = parent / str(count)
+        out = tmp_path / str(count)
         flags = flags_of(world, out, "--batch-size", 7, "--micro-batch", 2, "--eps", 1e-4,
                          "--dropout", 0, stages=[WARM, COLD + ",replay=warm:0.3,distill=0.5"])
-        if not out.exists():
-            codes, said = in_processes(count, lambda rank: train_staged.guard(
-                main, get_args, flags))
-            assert codes == [0] * count, said
-            assert said.count("stage warm from init") == 1
+        codes, said = in_processes(count, lambda rank: train_staged.guard(main, get_args, flags))
+        assert codes == [0] * count, said
+        assert said.count("stage warm from init") == 1
         return out
-    one, several = run_of(1), run_of(processes)
+    one, several = run_of(1), run_of(2)
     for stage in ("warm", "cold"):
         ours, theirs = plain_logs(one / stage), plain_logs(several / stage)
         assert len(ours) == len(theirs) >= 9
