@@ -41,7 +41,9 @@ SYSTEM = (
 TITLES = {"lr": "learning rate", "i2t_r": "image to text recall (%)",
           "t2i_r": "text to image recall (%)", "accuracy": "accuracy (%)",
           "macro_f1": "macro F1 (%)", "samples_per_second": "samples per second",
-          "data_wait": "share of time waiting for data", "memory_mb": "memory (MB)"}
+          "data_wait": "share of time waiting for data", "memory_mb": "memory (MB)",
+          "mean_recall": "mean recall (%)", "r1": "R@1, mean of both directions (%)",
+          "gap": "distance between mean image and mean text", "scale": "logit scale"}
 TIMING = ("samples_per_second", "data_wait", "memory_mb")
 MATRIX_MAX = 250  # more classes than this make a picture of dust
 
@@ -733,7 +735,7 @@ margin:2em 0 .5em}.soft{color:var(--soft)}.scroll{overflow-x:auto}table{border-c
 font-size:.92em}td,th{padding:.22em .8em;border-bottom:1px solid var(--line);text-align:left;
 overflow-wrap:anywhere}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 figure{margin:1em 0;background:#fff;border-radius:8px;padding:8px;text-align:center;
-border:1px solid var(--line)}img{max-width:100%;height:auto}
+border:1px solid var(--line)}img,svg{max-width:100%;height:auto}
 """
 
 
@@ -768,13 +770,18 @@ class Page:
         if blocks:
             self.parts.append(f"<h2>{html.escape(title)}</h2>\n" + "\n".join(blocks))
 
-    def figure(self, name, canvas, alt):
+    def figure(self, name, canvas, alt, photos=False):
+        """photos: the page has it as JPEG, an eighth of the size; the file is PNG as ever."""
         if canvas is None:
             return ""
-        data = canvas.png()
+        data, kind = canvas.png(), "png"
         (self.out / name).write_bytes(data)
+        if photos:
+            small, kind = io.BytesIO(), "jpeg"
+            Image.open(io.BytesIO(data)).save(small, "JPEG", quality=85)
+            data = small.getvalue()
         return (f'<figure><img width="{round(canvas.size[0])}" alt="{html.escape(alt)}" '
-                f'src="data:image/png;base64,{base64.b64encode(data).decode()}"></figure>')
+                f'src="data:image/{kind};base64,{base64.b64encode(data).decode()}"></figure>')
 
     def write(self, title, lead):
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in dict.fromkeys(self.notes))
@@ -797,27 +804,45 @@ class Page:
 # -----------------------------------------------------------------------------
 # A plan of stages: the matrix of weights x test sets, searches, maps of the embeddings
 
-TILE, SIDE, HEAD = 76, 130, 46  # of a search: a tile, the labels beside, the lines above
+TILE, SIDE, HEAD = 76, 150, 46  # of a search: a tile, the labels beside, the lines above
 RIGHT, WRONG, UNKNOWN = GREEN, RED, GREY
 MAP_POINTS = 1000               # t-SNE here is exact, so its time grows with the square
 
 
+def stage_label(fonts, name, kind, index):
+    """The name, or where no font here can write it "set 2", by which the tables have it."""
+    name = "".join(c if c.isprintable() else " " for c in name)
+    return f"{kind} {index + 1}" if fonts.source(name) is False else name
+
+
 def draw_matrix(rows, fonts):
-    """R@1 of every row on every set with its interval, coloured by the change from the first."""
+    """R@1 of every row on every set with its interval, coloured by the change from the first; the
+    set that a stage was trained on is framed."""
     sets = list(rows[0]["sets"])
     wide = max(90, min(150, 700 / len(sets)))
-    canvas = Canvas(220 + wide * len(sets), 40 + 34 * len(rows), fonts)
+    across = max(220 + wide * len(sets), 560)
+    canvas = Canvas(across, 100 + 34 * len(rows), fonts)
+    canvas.text(10, 14, "R@1, mean of both directions (%), and its 95 % interval over images", 12.5)
+    x = 10
+    for fill, outline, label in ((pale(GREEN, 0.5), None, "above the first row"), (
+            pale(RED, 0.5), None, "below"), (WHITE, INK, "what the stage was trained on")):
+        canvas.rect(x, 32, x + 14, 44, fill, outline or GRID, 1.2)
+        canvas.text(x + 20, 38, label)
+        x += canvas.width(label) + 40
     for j, name in enumerate(sets):
-        canvas.text(210 + wide * (j + 0.5), 22, canvas.fit(class_label(fonts, name, j), wide - 8),
-                    11, "mm")
+        label = canvas.fit(stage_label(fonts, name, "set", j), wide - 8)
+        canvas.text(210 + wide * (j + 0.5), 72, label, 11, "mm")
     for i, row in enumerate(rows):
-        y = 40 + 34 * i
-        canvas.text(200, y + 16, canvas.fit(row["row"], 190), 11, "rm")
+        y = 88 + 34 * i
+        label = stage_label(fonts, row["row"], "row", i)
+        canvas.text(200, y + 16, canvas.fit(label, 190), 11, "rm")
         for j, name in enumerate(sets):
             found, x = row["sets"][name], 210 + wide * j
             gain = found["r1"] - rows[0]["sets"][name]["r1"]
-            fill = pale(GREEN if gain > 0 else RED, 1 - min(0.75, abs(gain) / 20)) if gain else WHITE
-            canvas.rect(x, y, x + wide - 3, y + 31, fill, GRID)
+            fill = pale(GREEN if gain > 0 else RED,
+                        1 - min(0.75, abs(gain) / 20)) if gain else WHITE
+            own = row["stage"] == name
+            canvas.rect(x, y, x + wide - 3, y + 31, fill, INK if own else GRID, 1.4 if own else 1)
             low, high = found["interval"]["r1"]
             canvas.text(x + wide / 2, y + 11, f"{found['r1']:.1f}", 12, "mm")
             canvas.text(x + wide / 2, y + 24, f"{low:.1f} to {high:.1f}", 9, "mm", SOFT)
@@ -828,22 +853,45 @@ def draw_search(query, number, read, fonts):
     """A line of tiles for each row's weights, best first; green: a right answer, red: a wrong one,
     grey: not known. `read(set, path)` gives an image or None."""
     across = max(len(row["results"]) for row in query["rows"])
-    canvas = Canvas(SIDE + TILE * across + 8, HEAD + (TILE + 14) * len(query["rows"]), fonts)
-    canvas.text(8, 16, canvas.fit(class_label(fonts, query["text"], number), canvas.size[0] - 16), 13)
+    picture = query.get("image") and read(None, query["text"])  # what was searched for by likeness
+    top = HEAD + TILE * (picture is not None and picture is not False)
+    canvas = Canvas(SIDE + TILE * max(across, 3) + 8, top + (TILE + 14) * len(query["rows"]) + 4,
+                    fonts)
+    label = stage_label(fonts, query["text"], "search", number - 1)
+    canvas.text(8, 16, canvas.fit(label, canvas.size[0] - 16, 13), 13)
+    x = 8
+    known = any(one["right"] is not None for row in query["rows"] for one in row["results"])
+    for colour, label in ((RIGHT, "right"), (WRONG, "wrong")) if known else (
+            (UNKNOWN, "right or wrong: not known"),):
+        canvas.rect(x, 31, x + 9, 40, colour)
+        canvas.text(x + 13, 36, label, 9, "lm", SOFT)
+        x += canvas.width(label, 9) + 24
+    if top > HEAD:
+        put_tile(canvas, picture, 8, HEAD, None, "")
     for k in range(across):
-        canvas.text(SIDE + TILE * (k + 0.5), 36, str(k + 1), 10, "mm", SOFT)
+        canvas.text(SIDE + TILE * (k + 0.5) - 3, top - 10, str(k + 1), 10, "mm", SOFT)
     for i, row in enumerate(query["rows"]):
-        y = HEAD + (TILE + 14) * i
-        canvas.text(8, y + TILE / 2, canvas.fit(row["row"], SIDE - 16))
+        y = top + (TILE + 14) * i
+        label = stage_label(fonts, row["row"], "row", i)
+        canvas.text(8, y + TILE / 2 - 3, canvas.fit(label, SIDE - 16))
         for k, one in enumerate(row["results"]):
-            x, image = SIDE + TILE * k, read(one["set"], one["path"])
-            colour = {True: RIGHT, False: WRONG, None: UNKNOWN}[one["right"]]
-            canvas.rect(x, y, x + TILE - 6, y + TILE - 6, colour)
-            if image is not None:
-                square = ImageOps.fit(image.convert("RGB"), (round((TILE - 12) * canvas.zoom),) * 2)
-                canvas.paste(square, x + 3, y + 3, TILE - 12, TILE - 12)
-            canvas.text(x + TILE / 2 - 3, y + TILE + 2, f"{one['score']:.3f}", 9, "mm", SOFT)
+            put_tile(canvas, read(one["set"], one["path"]), SIDE + TILE * k, y, one["right"],
+                     one["path"].rsplit("/", 1)[-1])
+            canvas.text(SIDE + TILE * (k + .5) - 3, y + TILE + 2, f"{one['score']:.3f}", 9, "mm",
+                        SOFT)
     return canvas
+
+
+def put_tile(canvas, image, x, y, right, name):
+    """An image in a frame that says whether it is right; its file's name where it is not here."""
+    canvas.rect(x, y, x + TILE - 6, y + TILE - 6, {True: RIGHT, False: WRONG, None: UNKNOWN}[right])
+    if image is None:
+        canvas.rect(x + 3, y + 3, x + TILE - 9, y + TILE - 9, WHITE)
+        canvas.text(x + TILE / 2 - 3, y + TILE / 2 - 3, canvas.fit(name, TILE - 16, 8), 8, "mm",
+                    SOFT)
+    else:
+        square = ImageOps.fit(image.convert("RGB"), (round((TILE - 12) * canvas.zoom),) * 2)
+        canvas.paste(square, x + 3, y + 3, TILE - 12, TILE - 12)
 
 
 def first_right(scores, right):
@@ -853,31 +901,50 @@ def first_right(scores, right):
     return int((scores > best).sum() + (scores[:place] == best).sum())
 
 
+def load_features(kept, folder, label, name):
+    """Image and text features (n, D), (M, D) of a row and a set; NaN: an image without pixels."""
+    return [np.load(folder / file, allow_pickle=False) for file in kept["files"][label][name]]
+
+
+def plain_rows(kept):
+    return [label for label in kept["rows"] if " wise " not in label]
+
+
 def cases(kept, folder, top=8, each=2):
     """Texts of each test set whose first right image rose and fell most from the first to the last
-    stage, and what each row finds for them -> queries as `draw_search` takes them."""
-    labels = [label for label in kept["rows"] if " wise " not in label]
+    stage, and what each row finds for them -> queries as `draw_search` takes them; and the texts
+    that the last stage is surest to have another image for, by set."""
+    labels, queries, doubtful = plain_rows(kept), [], []
     for name, of in kept["sets"].items():
-        arrays = {label: [np.nan_to_num(np.load(folder / file)) for file in kept["files"][label][
-            name]] for label in labels}
         right = {}
         for text, image in of["relevant"]:
             right.setdefault(text, set()).add(image)
-        ranks = {}
-        for label in (labels[0], labels[-1]):
-            images, texts = arrays[label]
-            ranks[label] = {t: first_right(texts[t] @ images.T, right[t]) for t in right}
+        arrays, ranks = {label: load_features(kept, folder, label, name) for label in labels}, {}
+
+        def scores_of(label, t, arrays=arrays):
+            return np.nan_to_num(arrays[label][1][t] @ arrays[label][0].T, nan=-np.inf)
+        for label in labels:
+            ranks[label] = {t: 1 + first_right(scores_of(label, t), right[t]) for t in right}
         moved = sorted(right, key=lambda t: (ranks[labels[-1]][t] - ranks[labels[0]][t], t))
+        moved = [t for t in moved if ranks[labels[-1]][t] != ranks[labels[0]][t]]
         for t in dict.fromkeys(moved[:each] + moved[::-1][:each]):
             rows = []
-            for label, (images, texts) in arrays.items():
-                scores = texts[t] @ images.T
+            for label in labels:
+                scores = scores_of(label, t)
                 best = np.argsort(-scores, kind="stable")[:top]
                 rows.append({"row": label, "results": [{
                     "set": name, "path": of["paths"][i], "score": float(scores[i]),
-                    "right": int(i) in right[t]} for i in best]})
-            yield {"text": of["texts"][t], "set": name, "rows": rows, "ranks": [
-                ranks[labels[0]][t] + 1, ranks[labels[-1]][t] + 1]}
+                    "right": int(i) in right[t]} for i in best if scores[i] > -np.inf]})
+            queries.append({"text": of["texts"][t], "set": name, "rows": rows, "ranks": {
+                label: ranks[label][t] for label in labels}})
+        margins = []
+        for t, some in right.items():
+            scores = scores_of(labels[-1], t)
+            first, own = int(scores.argmax()), max(some, key=lambda i: (scores[i], -i))
+            margins += [(float(scores[first] - scores[own]), t, own, first)] * (first not in some)
+        doubtful += [(name, of["texts"][t], of["paths"][own], of["paths"][first], margin)
+                     for margin, t, own, first in sorted(margins, key=lambda m: (-m[0], m[1]))[:5]]
+    return queries, doubtful
 
 
 def pca(x, k=2):
@@ -913,8 +980,9 @@ def tsne(x, perplexity=30.0, steps=750):
     practice (Belkina et al. 2019). Time and memory grow with n^2."""
     import torch
     n = len(x)
-    p = affinities(torch.from_numpy(np.asarray(x, np.float64)), min(perplexity, max(2, (n - 1) / 3)))
-    y = torch.from_numpy(pca(np.asarray(x, np.float64)))
+    x = np.asarray(x, np.float64)
+    p = affinities(torch.from_numpy(x), min(perplexity, max(2, (n - 1) / 3)))
+    y = torch.from_numpy(pca(x))
     y = y / y[:, 0].std() * 1e-4
     speed, gain, rate = torch.zeros_like(y), torch.ones_like(y), max(n / 48, 50)
     for step in range(steps):
@@ -967,19 +1035,27 @@ def pairs_apart(images, texts):
 def sample_points(kept, folder):
     """The same images, with a text each, under every stage's weights -> labels of rows, items
     (set, path, text), images and texts (rows, n, D)."""
-    labels = [label for label in kept["rows"] if " wise " not in label]
+    labels, items, images, texts = plain_rows(kept), [], [], []
     each = max(4, MAP_POINTS // (2 * len(labels) * len(kept["sets"])))
-    items, places = [], []
     for name, of in kept["sets"].items():
+        image, text = (np.stack(some) for some in zip(*(load_features(kept, folder, label, name)
+                                                        for label in labels)))
         text_of = {image: text for text, image in reversed(of["relevant"])}
-        chosen = sorted(text_of)
-        chosen = [chosen[i] for i in np.random.RandomState(kept["seed"]).permutation(len(chosen))[
-            :each]]
-        places.append((name, chosen, [text_of[i] for i in chosen]))
+        lost = np.isnan(image).any(axis=(0, 2))
+        chosen = np.array([i for i in sorted(text_of) if not lost[i]], dtype=int)
+        chosen = chosen[np.random.RandomState(kept["seed"]).permutation(len(chosen))[:each]]
         items += [(name, of["paths"][i], of["texts"][text_of[i]]) for i in chosen]
-    sides = [np.stack([np.concatenate([np.nan_to_num(np.load(folder / kept["files"][label][name][
-        side])[where[side]]) for name, *where in places]) for label in labels]) for side in (0, 1)]
-    return labels, items, *sides
+        images.append(image[:, chosen])
+        texts.append(text[:, [text_of[i] for i in chosen]])
+    return labels, items, np.concatenate(images, axis=1), np.concatenate(texts, axis=1)
+
+
+def placed(spots, side, x, y):
+    """Spots (..., 2) into a square of `side` at (x, y), both axes on one scale."""
+    flat = spots.reshape(-1, 2)
+    low, high = flat.min(axis=0), flat.max(axis=0)
+    return (spots - (low + high) / 2) / max(*(high - low), 1e-12) * side + (x + side / 2,
+                                                                          y + side / 2)
 
 
 def draw_map(labels, items, spots, title, fonts):
@@ -987,31 +1063,34 @@ def draw_map(labels, items, spots, title, fonts):
     the two of a pair, coloured by test set; all on the same axes."""
     sets = list(dict.fromkeys(item[0] for item in items))
     colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(sets)}
-    across, side = min(3, len(labels)), 310
-    canvas = Canvas(across * side + 10, 56 + side * -(-len(labels) // across), fonts)
-    canvas.text(10, 14, title, 12.5)
-    legend(canvas, [{"label": class_label(fonts, name, i), "colour": colours[name], "shape": 0}
-                    for i, name in enumerate(sets)], 10, 36, across * side)
-    low, high = spots.min(axis=(0, 1, 2)), spots.max(axis=(0, 1, 2))
+    across = min(2 if len(labels) in (2, 4) else 3, len(labels))
+    side = 310 if across == 3 else 460
+    measure = Canvas(across * side + 10, 100, fonts)  # how many lines the legend takes
+    entries = [{"label": stage_label(fonts, name, "set", i), "colour": colours[name], "shape": 0}
+               for i, name in enumerate(sets)]
+    head = 36 + legend(measure, entries, 10, 36, across * side)
+    canvas = Canvas(across * side + 10, head + 4 + side * -(-len(labels) // across), fonts)
+    canvas.text(10, 14, canvas.fit(title, across * side - 10, 12.5), 12.5)
+    legend(canvas, entries, 10, 36, across * side)
+    at = placed(spots, side - 56, 0, 0)
     for r, label in enumerate(labels):
-        x0, y0 = 8 + r % across * side, 52 + r // across * side
+        x0, y0 = 8 + r % across * side, head + r // across * side
         canvas.rect(x0, y0, x0 + side - 8, y0 + side - 8, None, GRID)
-        canvas.text(x0 + 8, y0 + 12, canvas.fit(label, side - 24))
-        at = (spots[r] - low) / np.maximum(high - low, 1e-12) * (side - 48) + (x0 + 20, y0 + 26)
-        for (image, text), item in zip(at.transpose(1, 0, 2), items):
+        canvas.text(x0 + 8, y0 + 12, canvas.fit(stage_label(fonts, label, "row", r), side - 24))
+        pairs = [(point + (x0 + 24, y0 + 32), item[0])
+                 for point, item in zip(at[r].transpose(1, 0, 2), items)]
+        for (image, text), _ in pairs:
             canvas.line([tuple(image), tuple(text)], GRID, 0.6)
-        for (image, text), item in zip(at.transpose(1, 0, 2), items):
-            canvas.mark(*text, pale(colours[item[0]], 0.5), 1, 2.0)
-            canvas.mark(*image, colours[item[0]], 0, 2.6)
+        for (image, text), name in pairs:
+            canvas.mark(*text, pale(colours[name], 0.5), 1, 2.0)
+            canvas.mark(*image, colours[name], 0, 2.6)
     return canvas
 
 
 def hover_map(labels, items, spots):
     """The last row's points as SVG in the page: a caption shows where the pointer rests."""
-    sets = list(dict.fromkeys(item[0] for item in items))
-    low, high = spots.min(axis=(0, 1, 2)), spots.max(axis=(0, 1, 2))
-    at = (spots[-1] - low) / np.maximum(high - low, 1e-12) * 560 + 20
-    dots = []
+    sets, dots = list(dict.fromkeys(item[0] for item in items)), []
+    at = placed(spots, 560, 20, 20)[-1]
     for k, (name, path, text) in enumerate(items):
         colour = "#%02x%02x%02x" % PALETTE[sets.index(name) % len(PALETTE)]
         said = html.escape(f"{name}: {text} ({path})")
@@ -1019,77 +1098,139 @@ def hover_map(labels, items, spots):
         dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"><title>{said}</title>'
                     f'</circle><rect x="{u - 3:.1f}" y="{v - 3:.1f}" width="6" height="6" '
                     f'fill="{colour}" opacity=".45"><title>{said}</title></rect>')
-    return (f'<p class="soft">{html.escape(labels[-1])}; rest the pointer on a point to read it.</p>'
-            f'<svg viewBox="0 0 600 600" width="600" role="img">{"".join(dots)}</svg>')
+    return (f'<p class="soft">t-SNE after {html.escape(labels[-1])}; rest the pointer on a point '
+            f'to read it.</p><figure><svg viewBox="0 0 600 600" width="600" role="img">'
+            f'{"".join(dots)}</svg></figure>')
 
 
-def stage_reader(kept, data_dir):
-    """function (set, path) -> PIL image or None, where the run found its data."""
+def stage_reader(kept, data_dir, notes):
+    """function (set, path) -> PIL image or None, where the run found its data; a path of no set is
+    a file of its own."""
     opened = {}
 
     def read(name, path):
         try:
+            if name is None:
+                return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
             if name not in opened:
                 from data import open_pairs  # torch comes with it: only when images are wanted
                 where = dict(kept["sets"][name]["source"])
                 opened[name] = open_pairs(**{**where, "data_dir": data_dir or where["data_dir"]})
             return opened[name].store.image(path).convert("RGB")
-        except Exception:  # a report without photographs is still a report
-            return None
+        except Exception as error:  # a report without photographs is still a report
+            if name not in opened:
+                opened[name] = None
+                notes.append(f"images of {name} are left out: {one_line(error)}; --data-dir says "
+                             f"where data lies")
     return read
 
 
 def add_stages(page, run, data_dir):
     """The sections of a plan of stages."""
     results, rows = run.results, run.results["rows"]
-    sets = list(rows[0]["sets"])
-    page.add("What each stage learned and forgot", "<p>R@1, the mean of both directions, in %, with "
-             "its 95 % interval over images; green is above the first row, red below.</p>",
-             page.figure("matrix.png", draw_matrix(rows, page.fonts), "weights by test sets"))
+    sets, plain = list(rows[0]["sets"]), [r["row"] for r in rows if r["stage"] or r is rows[0]]
+    page.add("What each stage learned and forgot", page.figure("matrix.png", draw_matrix(
+        rows, page.fonts), "R@1 of weights by test sets"))
+    for kind, names in (("set", sets), ("row", [row["row"] for row in rows])):
+        page.notes += [f"no font here can write {name}: it is {kind} {i + 1} in the figures; "
+                       f"--font names one that can" for i, name in enumerate(names)
+                       if stage_label(page.fonts, name, kind, i) != name]
+    add_plan(page, run)
     keys = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "mean_recall")
-    page.add("All recalls", table(["weights", "set", *keys], [
-        [row["row"], name, *(row["sets"][name][k] for k in keys)] for row in rows for name in sets]))
-    plain = [row["row"] for row in rows if row["stage"] or row is rows[0]]
-    page.add("Forgetting and transfer", table(["after", *sets], [
-        [label, *(lost[name] for name in sets)] for label, lost in zip(plain, results["forgetting"])]),
-        "<p class='soft'>Points below the best stage so far. " + ", ".join(
-            f"{way} transfer {results[way + '_transfer']:+.1f}" for way in ("backward", "forward")
-            if results.get(way + "_transfer") is not None) + ".</p>",
-        table(["from", "to", "set", "change of r1", "low", "high"], [
-            [c["from"], c["to"], c["set"], c["r1"], *c["interval"]] for c in results["changes"]]),
-        table(["use", "weights"], list(results["recommended"].items())))
+    page.add("All recalls (%)", table(["weights", "set", *keys], [
+        [row["row"], name, *(float(row["sets"][name][k]) for k in keys)]
+        for row in rows for name in sets]))
+    page.add("Forgetting and transfer", "<p class='soft'>R@1 points below the best stage so far. "
+             + " ".join(f"{way.capitalize()} transfer {results[way + '_transfer']:+.1f}."
+                        for way in ("backward", "forward")
+                        if results.get(way + "_transfer") is not None) + "</p>",
+             table(["after", *sets], [[label, *(float(lost[name]) for name in sets)]
+                                      for label, lost in zip(plain, results["forgetting"])]))
+    changes = [[c["from"], c["to"], c["set"], float(c["r1"]), *c["interval"],
+                "yes" if c["clear"] else ""] for c in results["changes"]]
+    page.add("Changes from stage to stage", table(
+        ["from", "to", "set", "change of R@1", "low", "high", "clear"], changes) if changes else "",
+        "<p class='soft'>Low to high: 95 % interval, both weights on the same resampled images. "
+        "Clear: it leaves out 0.</p>" if changes else "")
+    page.add("Which weights to take", table(["use", "weights"], list(
+        results["recommended"].items())), "<p class='soft'>Chosen on these test sets, so a little "
+        "flattered there.</p>")
     for label in plain[1:]:
         stage = Run(run.folder / label)
         if stage.records:
             page.add(f"Stage {label}", page.figure(f"curves_{label}.png", draw_panels(
                 panels([stage]), page.fonts), f"curves of stage {label}"))
-    kept, asked = run.json("features.json"), run.json("queries.json")
+    add_embeddings(page, run, data_dir)
+
+
+def add_plan(page, run):
+    """What each stage was told, where the stages or the defaults say anything, and how it went."""
+    plan, went = run.json("plan.json") or {}, run.results.get("stages")
+    went = went if isinstance(went, dict) else {}
+    stages = [s for s in plan.get("stages", []) if isinstance(s, dict) and "name" in s]
+    keys = [k for k in dict.fromkeys(k for s in stages for k in s)
+            if k != "name" and any(s.get(k) not in (None, [], {}) for s in stages)]
+
+    def short(value):
+        return value if number(value) or isinstance(value, str) else "" if value in (
+            None, [], {}) else json.dumps(value, ensure_ascii=False).strip('[]{}').replace('"', "")
+    page.add("The stages", table(
+        ["stage", "from", "steps", "best at step", "judged by", "at its start", "at its best",
+         "weights that move", "samples/s"],
+        [[s["name"], s.get("from"), *(went[s["name"]].get(k) for k in (
+            "steps", "best_step", "select", "begun", "best", "trainable_parameters",
+            "samples_per_second"))] for s in stages if s["name"] in went]) if went else "",
+        "<details><summary>The plan</summary>" + table(["", *(s["name"] for s in stages)], [
+            [k, *(short(s.get(k)) for s in stages)] for k in keys]) + "</details>"
+        if stages else "")
+
+
+def add_embeddings(page, run, data_dir):
+    """Searches, texts that rose and fell, and maps, as far as their files are there."""
+    kept, found = run.json("features.json"), run.json("queries.json")
     if not kept:
         return page.notes.append("no features.json: searches and maps are left out")
-    read, folder = stage_reader(kept, data_dir), run.folder / "cache"
+    read, folder = stage_reader(kept, data_dir, page.notes), run.folder / "cache"
     try:
-        add_searches(page, asked, list(cases(kept, folder)), read)
+        if found and found["queries"]:
+            add_searches(page, found, read)
+        if not kept.get("files"):
+            return page.notes.append("the run kept no features (--no-feature-cache): cases and "
+                                     "maps are left out")
+        add_cases(page, kept, folder, read)
         add_maps(page, kept, folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        page.notes.append(f"searches or maps are left out: {one_line(error)}")
+    except (OSError, ValueError, KeyError, TypeError, IndexError, ImportError) as error:
+        page.notes.append(f"searches, cases or maps are left out: {one_line(error)}")
 
 
-def add_searches(page, asked, chosen, read):
-    for title, queries in (("Searches", (asked or {}).get("queries", [])),
-                           ("Texts that gained and lost most", chosen)):
-        blocks = []
-        for k, query in enumerate(queries, 1):
-            name = f"{'search' if title == 'Searches' else 'case'}_{k}.png"
-            ranks = query.get("ranks")
-            blocks += [f"<p><b>{html.escape(query['text'])}</b>" + (
-                f" <span class='soft'>{html.escape(query['set'])}: first right image at rank "
-                f"{ranks[0]:,}, then {ranks[1]:,}</span>" if ranks else "") + "</p>",
-                page.figure(name, draw_search(query, k, read, page.fonts), query["text"])]
-        if asked and title == "Searches" and any(asked["precision"].values()):
-            blocks.append(table(["weights", "P@1", "P@5"], [
-                [label, found.get("p1"), found.get("p5")]
-                for label, found in asked["precision"].items()]))
-        page.add(title, *blocks)
+def add_searches(page, found, read):
+    blocks = []
+    for k, query in enumerate(found["queries"], 1):
+        ranks = ", ".join(f"{row['row']} {row['rank']:,}" for row in query["rows"]
+                          if row.get("rank"))
+        blocks += [f"<p><b>{html.escape(query['text'])}</b>" + (
+            f" <span class='soft'>rank of the first right image: {html.escape(ranks)}</span>"
+            if ranks else "") + "</p>", page.figure(f"search_{k}.png", draw_search(
+                query, k, read, page.fonts), query["text"], photos=True)]
+    if found["precision"]:
+        blocks.append(table(["weights", "P@1: a right image is first (%)", "P@5: among five (%)"], [
+            [label, some["p1"], some["p5"]] for label, some in found["precision"].items()]))
+    page.add("Searches", *blocks)
+
+
+def add_cases(page, kept, folder, read):
+    chosen, doubtful = cases(kept, folder)
+    blocks = []
+    for k, query in enumerate(chosen, 1):
+        ranks = ", ".join(f"{label} {rank:,}" for label, rank in query["ranks"].items())
+        blocks += [f"<p><b>{html.escape(query['text'])}</b> <span class='soft'>"
+                   f"{html.escape(query['set'])}; rank of the first right image: "
+                   f"{html.escape(ranks)}</span></p>", page.figure(f"case_{k}.png", draw_search(
+                       query, k, read, page.fonts), query["text"], photos=True)]
+    page.add("Texts that gained and lost most", *blocks)
+    page.add(f"Where {plain_rows(kept)[-1]} is surest of another image", table(
+        ["set", "text", "its image", "found first", "higher by"], doubtful) if doubtful else "",
+        "<p class='soft'>Hard cases, or labels to look at.</p>" if doubtful else "")
 
 
 def add_maps(page, kept, folder):
@@ -1097,20 +1238,22 @@ def add_maps(page, kept, folder):
     points = np.stack([images, texts], axis=1)                         # (rows, 2, n, D)
     flat = points.reshape(-1, points.shape[-1])
     spots = {"pca": pca(flat).reshape(*points.shape[:3], 2)}
-    placed, left = tsne(flat)
-    spots["tsne"] = placed.reshape(*points.shape[:3], 2)
+    coordinates, left = tsne(flat)
+    spots["tsne"] = coordinates.reshape(*points.shape[:3], 2)
     names = [item[0] for item in items]
     with open(page.out / "map.csv", "w", encoding="utf-8", newline="", errors="replace") as file:
         out = csv.writer(file)
-        out.writerow(("weights", "kind", "set", "path", "text", "pca_x", "pca_y", "tsne_x", "tsne_y"))
+        out.writerow(("weights", "kind", "set", "path", "text",
+                      "pca_x", "pca_y", "tsne_x", "tsne_y"))
         for r, label in enumerate(labels):
             for kind in (0, 1):
                 for k, item in enumerate(items):
                     out.writerow((label, ("image", "text")[kind], *item, *(
                         f"{v:.6g}" for name in spots for v in spots[name][r, kind, k])))
-    figures = [page.figure(f"map_{name}.png", draw_map(labels, items, spots[name], title, page.fonts),
-                           title) for name, title in (("pca", "PCA, one fit over all stages"), (
-                               "tsne", f"t-SNE, one fit over all stages, KL {left:.3f}"))]
+    what = "one fit over all stages: dots are images, squares their texts"
+    figures = [page.figure(f"map_{name}.png", draw_map(
+        labels, items, spots[name], title, page.fonts), title) for name, title in (
+            ("pca", f"PCA, {what}"), ("tsne", f"t-SNE, {what}; KL {left:.3f}"))]
     page.add("Maps of the embeddings", *figures, table(
         ["weights", "silhouette by set", "10 neighbours of the same set (%)", "pairs nearer than "
          "others (%)"], [[label, silhouette(images[r], names), neighbours_agree(images[r], names),
@@ -1232,7 +1375,7 @@ def build(runs, notes, out, fonts, data_dir=None):
     page.add("Time and memory", timing_line(runs), page.figure(
         "timing.png", draw_panels(panels(runs, True), fonts), "speed and memory"))
     config = {key: json.dumps(value, ensure_ascii=False) for key, value in last.config.items()
-              if key != "identity"}
+              if key != "identity" and value is not None}
     page.add("Configuration", f"<details><summary>config.json of {html.escape(last.name)}</summary>"
              f"{table(['flag', 'value'], list(config.items()))}</details>" if config else "")
     page.notes += notes + [note if len(runs) == 1 else f"{run.name}: {note}"

@@ -65,9 +65,9 @@ import numpy as np  # device before torch, which reads what it sets
 import torch
 from torch import nn
 
-from clip_model import (bucket, canonical_name, CLIP, CONFIGS, digest, dropout_of, export_checked,
-                        freeze, HEADS, height, is_chinese_clip, load, LowRank, project, save,
-                        sha256_of, trim, unit)
+from clip_model import (bucket, canonical_name, check_layout, CLIP, CONFIGS, digest, dropout_of,
+                        export_checked, freeze, HEADS, height, is_chinese_clip, load, LowRank,
+                        project, save, sha256_of, trim, unit)
 from data import (Augment, AUGMENTS, bootstrap, cached_features, caption_notes,
                   FeatureLoader, HASHED, hit_table, make_loader, make_mixed_loader, normalise,
                   open_pairs, PairBatches, Preprocess, read_image, recalls, RECALLS,
@@ -75,6 +75,7 @@ from data import (Augment, AUGMENTS, bootstrap, cached_features, caption_notes,
 from tokenizer import BPETokenizer, ChineseTokenizer, open_tokenizer
 
 MAX_SCALE = 100.0          # CLIP's clamp
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 LR_AT_1024 = 5e-5          # what fine-tuned CLIPs bear at a batch of 1,024, and in proportion below
 BOOTSTRAPS = 1000
 DEMO = [  # what `--data demo` alone stands for: land, then towns, then a small set of waters
@@ -807,22 +808,32 @@ def hash_of(x):
     return hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()
 
 
-def unit_features(run, model, side, target, args):
+def digests(model, args):
+    """What names the features of a model in the cache: the sha256 of each tower, {} without one."""
+    return {} if args.feature_cache is None else {side: digest(model, side)
+                                                  for side in ("image", "text")}
+
+
+def unit_features(run, model, side, target, towers, args):
     """-> ((n, D) unit features of the images or texts of a Target, their file), out of the cache
-    if they are there."""
+    if they are there. towers: the model's `digests`."""
     look = target.pixels if side == "image" else target.words
-    return kept(run, args, {"tower": digest(model, side), **look, "unit": True,
+    return kept(run, args, {"tower": towers.get(side), **look, "unit": True,
                             "precision": run.precision},
                 (lambda: encode_images(run, model, target.images, args)) if side == "image" else
                 lambda: encode_texts(run, model, target.groups, target.places))
 
 
-def features(run, model, target, args, keep):
-    """-> unit features (n, D), (M, D) and relevant (R, 2). Images that cannot be read are left out,
-    with the texts that have no other. keep: take them from the cache, and put them there."""
-    if keep:
-        image, text = (torch.from_numpy(unit_features(run, model, side, target, args)[0])
-                       for side in ("image", "text"))
+def features(run, model, target, args, towers=None):
+    """-> unit features (n, D), (M, D), relevant (R, 2) and the two files. Images that cannot be
+    read are left out, with the texts that have no other. towers: the model's `digests`, to take
+    features from the cache and put them there."""
+    files = None
+    if towers is not None:
+        found = [unit_features(run, model, side, target, towers, args)
+                 for side in ("image", "text")]
+        (image, text), files = ([torch.from_numpy(rows) for rows, _ in found],
+                                [file for _, file in found])
     else:
         image, text = (torch.from_numpy(rows) for rows in (
             encode_images(run, model, target.images, args, kept=target.frozen.get("image")),
@@ -837,18 +848,19 @@ def features(run, model, target, args, keep):
         relevant = torch.stack([(stays.cumsum(0) - 1)[left[:, 0]],
                                 ((~lost).cumsum(0) - 1)[left[:, 1]]], dim=1)
         image, text = image[~lost], text[stays]
-    return image, text, relevant
+    return image, text, relevant, files
 
 
-def evaluate(run, model, target, args, keep=False):
-    """Recall both ways on a Target -> dict of floats, "table" being what the bootstrap takes."""
+def evaluate(run, model, target, args, towers=None):
+    """Recall both ways on a Target -> dict of floats, under "table" what the bootstrap takes, and
+    under "files" where the features are kept."""
     was_training = model.training
     model.eval()
-    image, text, relevant = features(run, model, target, args, keep)
+    image, text, relevant, files = features(run, model, target, args, towers)
     model.train(was_training)
     table = hit_table(retrieval_ranks(image, text, relevant), relevant, len(image))
     return {**recalls(table.sum(axis=0)), "gap": float((image.mean(0) - text.mean(0)).norm()),
-            "images": len(image), "texts": len(text), "table": table,
+            "images": len(image), "texts": len(text), "table": table, "files": files,
             "scale": float(model.logit_scale.detach().exp())}
 
 
@@ -1428,11 +1440,11 @@ def score_row(run, model, label, stage, path, tests, args):
     put(model, args.initial if path is None else path)
     row = {"row": label, "stage": stage, "weights": str(path or args.weights), "sets": {},
            "files": {}}
+    towers = digests(model, args)
     for name, target in tests.items():
-        scores = evaluate(run, model, target, args, keep=True)
+        scores = evaluate(run, model, target, args, towers)
         spread = bootstrap(scores.pop("table"), BOOTSTRAPS, args.seed)
-        row["files"][name] = [unit_features(run, model, side, target, args)[1]
-                              for side in ("image", "text")] if args.feature_cache else None
+        row["files"][name] = scores.pop("files")
         row["sets"][name] = {**scores, "interval": {
             key: [float(x) for x in np.quantile(spread[key], (0.025, 0.975))] for key in (
                 *RECALLS, "mean_recall", "r1")}, "spread": spread["r1"]}
@@ -1513,13 +1525,41 @@ def encode_times(run, model, tests):
 # -----------------------------------------------------------------------------
 # What is left for others: features for report.py, searches, exported models
 
-def keep_features(run, rows, tests, args):
-    """Say in features.json which cached features are whose: report.py draws maps and searches."""
-    if args.feature_cache is None:
+def check_asked(stages, model, args):
+    """UserError, before any work, on a search or an export that could not be done afterwards."""
+    for query in args.query or []:
+        path = expanded(query)
+        if path.suffix == ".txt":
+            if not path.is_file() or not path.read_text("utf-8-sig").strip():
+                raise UserError(f"--query {query}: expected a file with a query in each line")
+        elif path.suffix.lower() in PICTURES:
+            read_image(path)
+        elif not query.strip():
+            raise UserError("--query is empty; expected words, an image or a .txt file of queries")
+    if args.export is None:
+        if args.row:
+            raise UserError(f"--row {args.row} chooses what is exported; name the format with "
+                            f"--export")
         return
+    labels = ["zero-shot", *(label for stage in stages for label in (
+        stage.name, *(f"{stage.name} wise {share:g}" for share in stage.wise)))]
+    if args.row not in (None, *labels):
+        raise UserError(f"--row {args.row}: expected one of {', '.join(labels)}")
+    if args.export == "onnx":
+        absent = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
+        if absent:
+            raise UserError(f"--export onnx needs the packages onnx and onnxscript; pip install "
+                            f"{' '.join(absent)}")
+    elif args.export != "clip-retrieval":
+        check_layout(model.config, args.export)
+
+
+def keep_features(run, rows, tests, args):
+    """Say in features.json which cached features are whose, and where the images of each test set
+    are: report.py draws maps and searches from it."""
     run.write("features.json", {
         "rows": [row["row"] for row in rows], "seed": args.seed,
-        "files": {row["row"]: row["files"] for row in rows},
+        "files": None if args.feature_cache is None else {row["row"]: row["files"] for row in rows},
         "sets": {name: {"source": target.source, "paths": target.images.paths,
                         "texts": target.texts, "relevant": target.relevant.tolist()}
                  for name, target in tests.items()}})
@@ -1528,80 +1568,93 @@ def keep_features(run, rows, tests, args):
 def asked(args, tests):
     """The queries of --query -> dicts: text, whether it is an image, and the (set, place) of the
     right answers, where it is a text of a test set."""
-    lines = []
+    lines, right = [], {}
     for query in args.query:
         path = expanded(query)
-        lines += path.read_text("utf-8-sig").split("\n") if path.suffix == ".txt" and (
-            path.is_file()) else [query]
-    for query in filter(None, map(str.strip, lines)):
-        right = [(name, i) for name, target in tests.items() for text, i in
-                 target.relevant.tolist() if target.texts[text] == " ".join(query.split())]
-        image = expanded(query).suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-        yield {"text": query, "right": right, "rows": [], "image": image}
+        lines += path.read_text("utf-8-sig").split("\n") if path.suffix == ".txt" else [query]
+    for name, target in tests.items():
+        for text, i in target.relevant.tolist():
+            right.setdefault(" ".join(target.texts[text].split()), []).append((name, i))
+    return [{"text": query, "right": right.get(" ".join(query.split()), []), "rows": [],
+             "image": expanded(query).suffix.lower() in PICTURES}
+            for query in filter(None, map(str.strip, lines))]
 
 
 def search(run, model, tokenizer, rows, tests, args):
     """The best test images, each content once, for each query under each row's weights ->
-    queries.json, with the share of queries that have a right answer first, or among five."""
+    queries.json, with the rank of the first right image and the share of queries (%) that have a
+    right one first, or among five."""
     places = {}
     for name, target in tests.items():
         for i, content in enumerate(target.images.contents()):
             places.setdefault(content or (name, i), []).append((name, i))
-    places, queries = list(places.values()), list(asked(args, tests))
+    places, queries = list(places.values()), asked(args, tests)
+    where = {one: at for at, some in enumerate(places) for one in some}
+    right = [{where[one] for one in query["right"]} for query in queries]
     for label, _, path in rows:
         put(model, args.initial if path is None else path)
-        encoder, asking = Encoder(run, model.eval(), 0), []
-        images = {name: torch.from_numpy(unit_features(run, model, "image", target, args)[0])
-                  for name, target in tests.items()}
-        gallery = torch.stack([images[name][i] for (name, i), *_ in places]).nan_to_num(0)
+        encoder, towers, asking = Encoder(run, model.eval(), 0), digests(model, args), []
+        images = {name: torch.from_numpy(unit_features(run, model, "image", target, towers,
+                                                       args)[0]) for name, target in tests.items()}
+        gallery = torch.stack([images[name][i] for (name, i), *_ in places])
         with torch.no_grad():
             for query in queries:
                 if query["image"]:
-                    piece = view_of(model, args)(read_image(query["text"]))[None]
+                    piece = view_of(model, args)(read_image(expanded(query["text"])))[None]
                 else:
                     tokens = tokenizer([query["text"]], context_length=args.max_text)
                     piece = trim(tokens, model.pad_id if model.config.text else None)
                 asking.append(encoder.one("image" if query["image"] else "text", 0, piece).cpu())
-        for query, scores, best in zip(queries, *(x.tolist() for x in top_k(
-                torch.cat(asking), gallery, args.top))):
-            found = [{"set": name, "path": tests[name].images.paths[i], "score": score, "right":
-                      bool(set(places[at]) & set(query["right"])) if query["right"] else None}
-                     for at, score in zip(best, scores) for name, i in places[at][:1]]
-            query["rows"].append({"row": label, "results": found})
+        order = [x.tolist() for x in top_k(torch.cat(asking), gallery, len(places))]
+        for query, fine, scores, best in zip(queries, right, *order):
+            found = [{"set": name, "path": tests[name].images.paths[i], "score": score,
+                      "right": at in fine if fine else None}
+                     for at, score in zip(best[:args.top], scores)
+                     if score > -math.inf  # an image that cannot be read
+                     for name, i in places[at][:1]]
+            rank = next((i for i, at in enumerate(best, 1) if at in fine), None)
+            query["rows"].append({"row": label, "rank": rank, "results": found})
             run.say(f"{query['text']} | {label}: " + ", ".join(
                 f"{one['path']} {one['score']:.3f}" for one in found[:5]))
     known = [query for query in queries if query["right"]]
-    precision = {label: {f"p{k}": 100 * sum(any(one["right"] for one in query["rows"][r]["results"][
-        :k]) for query in known) / len(known) for k in (1, 5)} if known else {}
-        for r, (label, _, _) in enumerate(rows)}
+    precision = {label: {f"p{k}": 100 * sum((query["rows"][r]["rank"] or math.inf) <= k
+                                            for query in known) / len(known) for k in (1, 5)}
+                 for r, (label, _, _) in enumerate(rows)} if known else {}
     run.write("queries.json", {"precision": precision, "queries": queries})
     return precision
 
 
 def export(run, model, rows, tests, args):
     """Write a row's model as the named library loads it and say how far the file's features are
-    from ours; or its test features as clip-retrieval lays them out."""
+    from ours; or its test features as clip-retrieval lays them out. -> that difference, or None."""
     labels = [row[0] for row in rows]
     label = args.row or [label for label, stage, _ in rows if stage or label == "zero-shot"][-1]
     if label not in labels:
-        raise UserError(f"--row {label}: expected one of {', '.join(labels)}")
+        raise UserError(f"--row {label} is not trained yet; expected one of {', '.join(labels)}")
     path = rows[labels.index(label)][2]
     put(model, args.initial if path is None else path)
     folder = args.out / "export"
-    if args.export == "clip-retrieval":
-        found = [(target, *(unit_features(run, model.eval(), side, target, args)[0]
-                            for side in ("image", "text"))) for target in tests.values()]
-        about = [{"image_path": path, "set": target.name} for target, _, _ in found
-                 for path in target.images.paths]
-        run.on_first(lambda: save_embeddings(folder, *(np.concatenate(part) for part in zip(*(
-            row[1:] for row in found))), about))
+    if args.export == "clip-retrieval":  # a row is an image with a text of its own
+        found, towers = [], digests(model.eval(), args)
+        for target in tests.values():
+            first = {image: text for text, image in reversed(target.relevant.tolist())}
+            chosen = sorted(first), [first[image] for image in sorted(first)]
+            found.append([unit_features(run, model, side, target, towers, args)[0][some]
+                          for side, some in zip(("image", "text"), chosen)])
+            found[-1].append([{"image_path": target.images.paths[i], "caption": target.texts[t],
+                               "set": target.name} for i, t in zip(*chosen)])
+        image, text, about = zip(*found)
+        run.on_first(lambda: save_embeddings(folder, np.concatenate(image), np.concatenate(text),
+                                             sum(about, [])))
         return run.say(f"wrote the test features of {label} to {folder}")
-    images = torch.randn(3, 3, *[model.config.image_size] * 2,
+    images = torch.randn(5, 3, *[model.config.image_size] * 2,
                          generator=torch.Generator().manual_seed(0))
-    tokens = next(iter(tests.values())).tokens[:3]
+    tokens = next(iter(tests.values())).tokens[:5]
     far = run.on_first(lambda: export_checked(model, folder, args.export, images, tokens))
-    run.say(f"wrote {label} as {args.export} to {folder}; read back, its features differ from ours "
-            f"by at most {far:.1e}")
+    run.say(f"wrote {label} as {args.export} to {folder}; " + (
+        "not read back: onnxruntime is not installed" if math.isnan(far) else
+        f"read back, its features differ from ours by at most {far:.1e}"))
+    return far
 
 
 # -----------------------------------------------------------------------------
@@ -1619,6 +1672,7 @@ def main(args):
     tokenizer = open_texts(args, model)
     tests = open_sets(stages, tokenizer, model, args)
     preflight(run, stages, tests, tokenizer, model, args)
+    check_asked(stages, model, args)
     args.start_sha = hash_of([digest(model, "image"), digest(model, "text"),
                               float(model.logit_scale.detach())])
     if args.check_plan:
@@ -1678,22 +1732,25 @@ def report(run, model, tokenizer, stages, tests, table, args):
     rows = list(rows_of(stages))
     keep_features(run, table, tests, args)
     precision = search(run, model, tokenizer, rows, tests, args) if args.query else None
-    if args.export:
-        export(run, model, rows, tests, args)
+    if not args.query:  # those of another evaluation
+        run.on_first(lambda: (args.out / "queries.json").unlink(missing_ok=True))
+    far = export(run, model, rows, tests, args) if args.export else None
     done = [stage for stage in stages if stage.stands == "done"]
-    last = table[0] if not done else next(row for row in table if row["stage"] == done[-1].name)
-    scores = next(iter(last["sets"].values())) if not done else last["sets"][done[-1].name]
+    judged = done[-1].name if done else next(iter(tests))
+    scores = next(row for row in table if not done or row["stage"] == judged)["sets"][judged]
     for row in table:
         for scored in row["sets"].values():
             del scored["spread"]
         del row["files"]
     stage_results = {stage.name: json.loads((stage.folder / "results.json").read_text("utf-8"))
                      for stage in done}
-    results = {"method": "staged", "data": "+".join(stage.train.name for stage in stages),
+    results = {"method": "staged", "judged_on": judged,
+               "data": "+".join(dict.fromkeys(stage.train.name for stage in stages)),
                "model": args.model or pathlib.Path(args.weights).name,
-               **{key: scores[key] for key in (*RECALLS, "mean_recall", "r1")},
-               "rows": table, **found,
+               **{key: scores[key] for key in (*RECALLS, "mean_recall", "r1")}, "rows": table,
+               **found,
                **({"precision_at": precision} if precision else {}),
+               **({"export_difference": far} if far is not None and math.isfinite(far) else {}),
                **encode_times(run, model, tests),
                "samples_per_second": max((r["samples_per_second"] for r in stage_results.values()),
                                          default=0.0), "stages": stage_results,
