@@ -363,7 +363,8 @@ def complete(stages, names, args):
             raise UserError(f"stage {name!r} has no steps: epochs is 0; take the stage out, or "
                             f"give it epochs or steps")
     return [types.SimpleNamespace(**{key: value for key, value in stage.items() if key != "from"},
-                                  parent=stage["from"]) for stage in stages]
+                                  parent=stage["from"], told={key: stage[key] for key in FLAGS})
+            for stage in stages]
 
 
 # -----------------------------------------------------------------------------
@@ -1062,9 +1063,8 @@ def prepare(run, model, stage, args):
 def run_stage(run, model, stage, tokenizer, args):
     """Train one stage, from the weights that are in `model`; leaves best and last as files."""
     run = run.enter(stage.folder, args.seed)
-    plain = {key: getattr(stage, key) for key in FLAGS}
     stored = None
-    if run.claim({"name": stage.name, "from": stage.parent, **plain}, stage.identity, resume=True,
+    if run.claim({"name": stage.name, "from": stage.parent, **stage.told}, stage.identity, resume=True,
                  overwrite=stage.again):
         stored = run.load("checkpoint_last.pt")
         run.rewind(stored["step"] if stored else -1)
@@ -1689,9 +1689,7 @@ def main(args):
               overwrite=args.overwrite)
     args.feature_cache = None if args.no_feature_cache else args.out / "cache"
     args.initial = {key: x.detach().clone() for key, x in model.state_dict().items()}
-    run.write("plan.json", {"weights": args.weights, "stages": [
-        {"name": stage.name, "from": stage.parent, **{
-            key: getattr(stage, key) for key in FLAGS}} for stage in stages]})
+    run.write("plan.json", plan_of(stages, args))
     finished = args.out / "results.json"
     if finished.exists() and not (args.query or args.export or args.eval_only):
         results = json.loads(finished.read_text("utf-8"))
@@ -1705,6 +1703,15 @@ def main(args):
     for stage in stages:
         table += one_stage(run, model, stage, stages, tokenizer, tests, args)
     return report(run, model, tokenizer, stages, tests, table, args)
+
+
+def plan_of(stages, args):
+    """The whole plan, flags and defaults filled in, as --plan takes it."""
+    keys = [key for key in PLAN if key not in ("defaults", "stages")]
+    return {**{key: getattr(args, key) for key in keys if getattr(args, key)}, "stages": [
+        {"name": stage.name, "from": stage.parent,
+         **{key: value for key, value in stage.told.items() if value not in (None, [], {})}}
+        for stage in stages]}
 
 
 def one_stage(run, model, stage, stages, tokenizer, tests, args):
