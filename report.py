@@ -925,9 +925,9 @@ def cases(kept, folder, top=8, each=2):
             return np.nan_to_num(arrays[label][1][t] @ arrays[label][0].T, nan=-np.inf)
         for label in labels:
             ranks[label] = {t: 1 + first_right(scores_of(label, t), right[t]) for t in right}
-        moved = sorted(right, key=lambda t: (ranks[labels[-1]][t] - ranks[labels[0]][t], t))
-        moved = [t for t in moved if ranks[labels[-1]][t] != ranks[labels[0]][t]]
-        for t in dict.fromkeys(moved[:each] + moved[::-1][:each]):
+        moved = sorted((ranks[labels[-1]][t] - ranks[labels[0]][t], t) for t in right)
+        rose, fell = [t for d, t in moved if d < 0], [t for d, t in moved[::-1] if d > 0]
+        for t in rose[:each] + fell[:each]:
             rows = []
             for label in labels:
                 scores = scores_of(label, t)
