@@ -1064,8 +1064,8 @@ def run_stage(run, model, stage, tokenizer, args):
     """Train one stage, from the weights that are in `model`; leaves best and last as files."""
     run = run.enter(stage.folder, args.seed)
     stored = None
-    if run.claim({"name": stage.name, "from": stage.parent, **stage.told}, stage.identity, resume=True,
-                 overwrite=stage.again):
+    if run.claim({"name": stage.name, "from": stage.parent, **stage.told}, stage.identity,
+                 resume=True, overwrite=stage.again):
         stored = run.load("checkpoint_last.pt")
         run.rewind(stored["step"] if stored else -1)
     teacher = copy.deepcopy(model).requires_grad_(False).eval() if stage.distill else None

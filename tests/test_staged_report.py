@@ -688,7 +688,7 @@ def test_the_page_of_a_finished_plan_has_every_section(finished, canvases):
         check_labels(canvas)
         with Image.open(finished / "report" / name) as image:
             assert image.format == "PNG" and min(image.size) > 50
-    assert "绿色的圆在左" in page and "<script" not in page and "http" not in page
+    assert "绿色的圆在左" in page and "<script" not in page and "https:" not in page
     with open(finished / "report" / "map.csv", encoding="utf-8", newline="") as file:
         points = list(csv.DictReader(file))
     assert len(points) == 3 * 2 * (16 + 12)  # rows that are stages, images and texts, pairs
@@ -770,8 +770,9 @@ def test_texts_that_rose_and_fell_are_found_and_so_are_doubtful_labels(tmp_path)
     first, last = texts.copy(), texts.copy()
     first[0], last[1], last[2] = -eye[0], -eye[1], eye[3]
     for row, text in (("zero-shot", first), ("a", texts), ("b", last)):
-        for file, x in zip(kept["files"][row]["a"], (eye, text)):
-            np.save(run / "cache" / file, x)
+        for name, asked in (("a", text), ("b", texts)):
+            for file, x in zip(kept["files"][row][name], (eye, asked)):
+                np.save(run / "cache" / file, x)
     queries, doubtful = report.cases(kept, run / "cache")
     mine = [query for query in queries if query["set"] == "a"]
     assert [query["text"] for query in mine] == [f"a <{t}> 材料" for t in (0, 1, 2)]
