@@ -436,15 +436,16 @@ def staged(rounds):
     step again; and what a finished plan costs to be evaluated once more."""
     table("a stage on the demo", "kept: pairs/s of steps", "computed again", "ratio",
           "kept: seconds of the stage", "computed again", "ratio")
-    for model, frozen, images, batch in (("tiny", "visual", 256, 64),
-                                         ("tiny", "all_but_proj", 256, 64),
-                                         ("ViT-B/32", "all_but_proj", 48, 16)):
+    for model, frozen, images, batch, epochs in (
+            ("tiny", "visual", "River|SeaLake", 64, 20),
+            ("tiny", "all_but_proj", "River|SeaLake", 64, 20),
+            ("ViT-B/32", "all_but_proj", "River_1", 16, 5)):
         found = {"kept": [], "again": []}
         for _ in range(rounds):
             for kind, more in (("kept", []), ("again", ["--no-feature-cache"])):
                 with tempfile.TemporaryDirectory() as out:
-                    stage = (f"name=own,data=demo,max_samples={images},epochs=5,eval_every=5,"
-                             f"batch_size={batch},lr=1e-4,freeze={frozen},matching=_1")
+                    stage = (f"name=own,data=demo,matching={images},epochs={epochs},eval_every="
+                             f"{epochs},batch_size={batch},lr=1e-4,freeze={frozen}")
                     weights = ["--weights", "none"] * (model != "tiny")
                     results = quietly(train_staged, "--model", model, "--stage", stage, "--device",
                                       "cpu", "--output-dir", out, *weights, *more)
