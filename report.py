@@ -910,6 +910,32 @@ def plain_rows(kept):
     return [label for label in kept["rows"] if " wise " not in label]
 
 
+def moved(before, after, each):
+    """Keys of two dicts of ranks: `each` that rose most, then `each` that fell most."""
+    change = sorted((after[key] - rank, key) for key, rank in before.items())
+    return [key for d, key in change if d < 0][:each] + [
+        key for d, key in change[::-1] if d > 0][:each]
+
+
+def image_cases(kept, folder, each=2):
+    """Images of each set whose first right text rose and fell most from the first row to the last
+    -> (set, path, a text of its own, for both rows: the text found first and that rank)."""
+    labels, found = plain_rows(kept), []
+    for name, of in kept["sets"].items():
+        right, ranks, scores = {}, {}, {}
+        for text, image in of["relevant"]:
+            right.setdefault(image, set()).add(text)
+        for label in (labels[0], labels[-1]):
+            images, texts = load_features(kept, folder, label, name)
+            scores[label] = {i: texts @ images[i] for i in right if not np.isnan(images[i]).any()}
+            ranks[label] = {i: 1 + first_right(x, right[i]) for i, x in scores[label].items()}
+        for i in moved(ranks[labels[0]], ranks[labels[-1]], each):
+            found.append([name, of["paths"][i], of["texts"][min(right[i])], *(x for label in (
+                labels[0], labels[-1]) for x in (of["texts"][int(scores[label][i].argmax())],
+                                                 ranks[label][i]))])
+    return found
+
+
 def cases(kept, folder, top=8, each=2):
     """Texts of each test set whose first right image rose and fell most from the first to the last
     stage, and what each row finds for them -> queries as `draw_search` takes them; and the texts
@@ -925,9 +951,7 @@ def cases(kept, folder, top=8, each=2):
             return np.nan_to_num(arrays[label][1][t] @ arrays[label][0].T, nan=-np.inf)
         for label in labels:
             ranks[label] = {t: 1 + first_right(scores_of(label, t), right[t]) for t in right}
-        moved = sorted((ranks[labels[-1]][t] - ranks[labels[0]][t], t) for t in right)
-        rose, fell = [t for d, t in moved if d < 0], [t for d, t in moved[::-1] if d > 0]
-        for t in rose[:each] + fell[:each]:
+        for t in moved(ranks[labels[0]], ranks[labels[-1]], each):
             rows = []
             for label in labels:
                 scores = scores_of(label, t)
@@ -1228,7 +1252,11 @@ def add_cases(page, kept, folder, read):
                    f"{html.escape(ranks)}</span></p>", page.figure(f"case_{k}.png", draw_search(
                        query, k, read, page.fonts), query["text"], photos=True)]
     page.add("Texts that gained and lost most", *blocks)
-    page.add(f"Where {plain_rows(kept)[-1]} is surest of another image", table(
+    labels, images = plain_rows(kept), image_cases(kept, folder)
+    page.add("Images that gained and lost most", table(
+        ["set", "image", "a text of its own", f"{labels[0]} finds first", "rank of a right one",
+         f"{labels[-1]} finds first", "rank"], images) if images else "")
+    page.add(f"Where {labels[-1]} is surest of another image", table(
         ["set", "text", "its image", "found first", "higher by"], doubtful) if doubtful else "",
         "<p class='soft'>Hard cases, or labels to look at.</p>" if doubtful else "")
 

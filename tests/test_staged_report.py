@@ -234,8 +234,9 @@ def test_mixtures_of_weights_are_rows_and_their_ends_are_the_stages_ends(finishe
 
 def test_the_plan_that_is_written_runs_again(finished, tmp_path):
     plan = stored(finished, "plan.json")
-    assert plan["stages"][0]["data"].endswith("colours/pairs.csv") and "val" not in plan["stages"][0]
-    assert plan["stages"][0]["wise"] == [0, 0.5, 1] and plan["stages"][1]["from"] == "colours:best"
+    first = plan["stages"][0]
+    assert first["data"].endswith("colours/pairs.csv") and "val" not in first
+    assert first["wise"] == [0, 0.5, 1] and plan["stages"][1]["from"] == "colours:best"
     again = main(get_args(["--plan", str(finished / "plan.json"), "--output-dir", str(finished)]))
     assert again["rows"] == stored(finished)["rows"]  # nothing was trained
 
@@ -308,7 +309,8 @@ def target(made, tmp_path):
         tokenizer = ChineseTokenizer(made / "vocab.txt", any_vocab=True)
         held = data.open_pairs(str(tmp_path / "data" / "pairs.csv"), "test")
         held.source = {}
-        return (lambda: Target("t", held, tokenizer, model, args)), model, start("cpu", "fp32"), args
+        run = start("cpu", "fp32")
+        return (lambda: Target("t", held, tokenizer, model, args)), model, run, args
     return build
 
 
@@ -422,7 +424,8 @@ def test_an_onnx_file_takes_any_number_of_rows(made, tmp_path):
         session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / f"{side}.onnx"),
                                                providers=["CPUExecutionProvider"])
         for rows in (1, 5):
-            x = torch.randn(rows, 3, 32, 32) if side == "image" else torch.randint(5, 20, (rows, 32))
+            x = {"image": torch.randn(rows, 3, 32, 32),
+                 "text": torch.randint(5, 20, (rows, 32))}[side]
             with torch.no_grad():
                 far = encode(x) - torch.from_numpy(session.run(None, {side: x.numpy()})[0])
             assert far.abs().max() <= 1e-4
@@ -596,7 +599,8 @@ def test_a_search_has_a_tile_for_each_row_and_rank_framed_by_what_is_right():
         for k, one in enumerate(row["results"]):
             x, y = report.SIDE + report.TILE * k, report.HEAD + (report.TILE + 14) * i
             side = report.TILE - 6
-            for at in ((1, side / 2), (side - 1.5, side / 2), (side / 2, 1), (side / 2, side - 1.5)):
+            half, end = side / 2, side - 1.5
+            for at in ((1, half), (end, half), (half, 1), (half, end)):
                 assert near(pixel(image, x + at[0], y + at[1]), frames[one["right"]], 12)
             for at in ((6, 6), (side - 7, side - 7), (side / 2, side / 2)):
                 assert near(pixel(image, x + at[0], y + at[1]), paint[one["path"]], 12)
@@ -648,8 +652,9 @@ def written(folder, names=("muge", "own"), wise=" wise 0.5"):
             "texts": [f"{name} <{t}> 材料" for t in range(16)]} for name in names}},
         "queries.json": {"precision": {row: {"p1": 0.0, "p5": 100.0} for row in rows}, "queries": [
             {"text": "黑色碳纤维材料表面", "image": False, "right": [], "rows": [
-                {"row": row, "rank": 4, "results": [{"set": names[0], "path": "3.jpg", "score": 0.25,
-                                                     "right": True}]} for row in rows]}]}}
+                {"row": row, "rank": 4, "results": [{
+                    "set": names[0], "path": "3.jpg", "score": 0.25, "right": True}]}
+                for row in rows]}]}}
     for name, content in contents.items():
         (folder / name).write_text(json.dumps(content, ensure_ascii=False), "utf-8")
     return folder
@@ -677,7 +682,8 @@ def test_the_page_of_a_finished_plan_has_every_section(finished, canvases):
     for title in ("What each stage learned and forgot", "The stages", "All recalls (%)",
                   "Forgetting and transfer", "Changes from stage to stage", "Stage shapes",
                   "Which weights to take", "Searches", "Texts that gained and lost most",
-                  "Where shapes is surest of another image", "Maps of the embeddings"):
+                  "Images that gained and lost most", "Where shapes is surest of another image",
+                  "Maps of the embeddings"):
         assert f"<h2>{title}</h2>" in page, title
     assert "left out" not in page  # every image was found
     assert {"matrix.png", "search_1.png", "search_3.png", "case_1.png", "map_pca.png",
@@ -782,6 +788,9 @@ def test_texts_that_rose_and_fell_are_found_and_so_are_doubtful_labels(tmp_path)
     assert [one["right"] for one in mine[0]["rows"][2]["results"]] == [True] + [False] * 7
     assert doubtful[0] == ("a", "a <1> 材料", "1.jpg", "0.jpg", 1.0)
     assert doubtful[1] == ("a", "a <2> 材料", "2.jpg", "3.jpg", 1.0)
+    images = [found for found in report.image_cases(kept, run / "cache") if found[0] == "a"]
+    two = next(found for found in images if found[1] == "2.jpg")  # of equal texts the first
+    assert two[2:] == ["a <2> 材料", "a <2> 材料", 1, "a <0> 材料", 3]
     eye[5] = np.nan  # an image that could not be read
     np.save(run / "cache" / kept["files"]["b"]["a"][0], eye)
     assert all(one["path"] != "5.jpg" for query in report.cases(kept, run / "cache")[0][:2]
