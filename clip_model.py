@@ -26,7 +26,10 @@ Letters: B images, N texts, L tokens, W width of a tower, H heads, G patches per
 import argparse
 import collections
 import contextlib
+import copy
 import dataclasses
+import difflib
+import fnmatch
 import functools
 import hashlib
 import http.client
@@ -1085,20 +1088,108 @@ class CLIP(nn.Module):
         """(N, L) token ids -> (N, D). Pass what `trim` returns as `tokens, ends` to spare its wait
         on an accelerator; `ends` (N,) are the places of the end of text. ValueError when a BERT's
         texts are longer than its positions."""
+        features = project(self.pooled_text(tokens, ends), self.text_projection)
+        return unit(features) if normalize else features
+
+    def pooled_text(self, tokens, ends=None):
+        """What the text's projection head gets, (N, W); the arguments are encode_text's."""
         if ends is None:
             tokens, ends = trim(tokens, self.pad_id if self.config.text else None)
         if self.config.text:
-            x = self.bert(tokens)                                      # (N, W)
-        else:
-            x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
-            x = self.ln_final(self.transformer(x, rows=ends, causal=True))  # (N, W)
-        features = project(x, self.text_projection)
-        return unit(features) if normalize else features
+            return self.bert(tokens)
+        x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
+        return self.ln_final(self.transformer(x, rows=ends, causal=True))
 
     def forward(self, images, tokens):
         """-> image features (B, D) and text features (N, D) with unit rows, and the scale ()."""
         return (self.encode_image(images, normalize=True),
                 self.encode_text(tokens, normalize=True), self.logit_scale.exp())
+
+
+# -----------------------------------------------------------------------------
+# What trains
+
+def height(name):
+    """How far a parameter is from the input: 0 embeddings and stem, i block i, inf what follows."""
+    block = re.search(r"(?:resblocks\.|layer\.)(\d+)\.", name)
+    if block:
+        return int(block[1]) + 1
+    stage = re.search(r"visual\.layer(\d+)\.", name)  # of a ModifiedResNet, from 1 on
+    above = name.startswith(HEADS) or re.search(
+        r"ln_post|ln_final|pooler|attnpool|logit_scale", name)
+    return int(stage[1]) if stage else math.inf if above else 0
+
+
+def matched(model, rule):
+    """Names of the parameters that a rule of `freeze` means."""
+    names = [name for name, _ in model.named_parameters()]
+    side, _, blocks = rule.partition("_lower:")
+    if blocks.isdigit() and side in ("visual", "text"):
+        return {name for name in names if name.startswith("visual.") == (side == "visual")
+                and name != "logit_scale" and height(name) <= int(blocks)}
+    norms = {f"{path}.{name}" for path, module in model.named_modules() if isinstance(
+        module, (nn.LayerNorm, nn.modules.batchnorm._BatchNorm))
+        for name, _ in module.named_parameters()}
+    return {"visual": {name for name in names if name.startswith("visual.")},
+            "text": {name for name in names if not name.startswith(("visual.", "logit_scale"))},
+            "all_but_proj": {name for name in names if not name.startswith(HEADS)},
+            "all_but_norms": set(names) - norms}.get(rule) or set(fnmatch.filter(names, rule))
+
+
+def freeze(model, rules):
+    """Free all parameters but those that `rules` match, read in order -> names of the frozen."""
+    frozen = set()
+    for rule in rules:
+        hit = matched(model, rule.removeprefix("!"))
+        if not hit:
+            near = difflib.get_close_matches(rule.removeprefix("!"), [
+                "visual", "text", "all_but_proj", "all_but_norms", *dict(model.named_parameters())],
+                n=1)
+            raise WeightsError(f"freeze {rule!r} matches no parameter" + (
+                f"; did you mean {near[0]!r}?" if near else "; expected visual, text, "
+                "visual_lower:N, text_lower:N, all_but_proj, all_but_norms or names with *"))
+        frozen = frozen - hit if rule.startswith("!") else frozen | hit
+    for name, p in model.named_parameters():
+        p.requires_grad_(name not in frozen)
+    return frozen
+
+
+class LowRank:
+    """A weight W that moves by B @ A alone, (out, rank) times (rank, in) (Hu et al. 2021, LoRA).
+
+    The sum is written into the model's own tensor after each step, so that towers, evaluation and
+    files know nothing of it, and its gradient is taken apart by the chain rule. That spares the
+    optimiser's moments, not the gradient's memory."""
+
+    def __init__(self, weight, rank):
+        self.weight, self.start = weight, weight.detach().clone()
+        rows, columns = weight.shape
+        self.A = nn.Parameter((torch.randn(rank, columns) * columns ** -0.5).to(weight.device))
+        self.B = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
+
+    @torch.no_grad()
+    def pull(self):
+        """The gradients of A and B from that of W."""
+        gradient, self.weight.grad = self.weight.grad, None
+        if gradient is not None:
+            self.A.grad, self.B.grad = self.B.T @ gradient, gradient @ self.A.T
+
+    @torch.no_grad()
+    def push(self):
+        self.weight.copy_(self.start + self.B @ self.A)
+
+
+@contextlib.contextmanager
+def dropout_of(model, rate):
+    """A BERT's dropout at another rate, while a stage lasts; None: its own."""
+    layers = [m for m in model.modules() if hasattr(getattr(m, "config", None),
+                                                    "attention_dropout")]
+    known = [m.config for m in layers]
+    for m in layers if rate is not None else ():
+        m.config = dataclasses.replace(m.config, dropout=rate, attention_dropout=rate)
+    yield
+    for m, config in zip(layers, known):
+        m.config = config
 
 
 # -----------------------------------------------------------------------------
@@ -2306,6 +2397,65 @@ def chinese_clip_extras(folder, model):
     if model.vocabulary:
         tokens = "".join(f"{token}\n" for token in model.vocabulary["tokens"])
         write(folder / "vocab.txt", tokens.encode())
+
+
+class OneTower(nn.Module):
+    """A tower with its head as a module of its own, for programs that only know `forward`."""
+
+    def __init__(self, model, side):
+        super().__init__()
+        self.model, self.side = model, side
+
+    def forward(self, x):
+        encode = self.model.encode_image if self.side == "image" else self.model.encode_text
+        return encode(x) if self.side == "image" else encode(x, ends=ends_of(
+            x, self.model.pad_id if self.model.config.text else None))
+
+
+def export_onnx(model, folder, images, tokens):
+    """Write image.onnx and text.onnx, each for any number of rows, which give the features before
+    they are made unit vectors, under the names of Chinese-CLIP's deployment -> the largest
+    difference between them and ours on `images` and `tokens`. WeightsError without the onnx
+    packages; nan where onnxruntime is missing."""
+    folder, largest = pathlib.Path(folder), 0.0
+    folder.mkdir(parents=True, exist_ok=True)
+    model = copy.deepcopy(model).cpu().eval().requires_grad_(False).fuse_attention(False)
+    for side, name, x in (("image", "image", images), ("text", "text", tokens)):
+        tower, path = OneTower(model, side), folder / f"{side}.onnx"
+        try:
+            torch.onnx.export(tower, (x,), str(path), input_names=[name], dynamo=True,
+                              output_names=[f"unnorm_{side}_features"],
+                              dynamic_shapes=({0: torch.export.Dim("rows")},))
+        except ImportError as error:
+            raise WeightsError(f"an ONNX file needs the packages onnx and onnxscript "
+                               f"({one_line(error)}); pip install onnx onnxscript") from None
+        try:
+            import onnxruntime
+        except ImportError:
+            largest = math.nan
+            continue
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        for part in (x, x[:1]):
+            found = torch.from_numpy(session.run(None, {name: part.numpy()})[0])
+            with torch.no_grad():
+                largest = max(largest, float((found - tower(part)).abs().max()))
+    return largest
+
+
+def export_checked(model, folder, layout, images, tokens):
+    """Write `model` to `folder` in a layout of `save`, or "onnx", read it back -> the largest
+    difference of any feature of `images` (B, 3, R, R) and `tokens` (N, L) between the two."""
+    if layout == "onnx":
+        return export_onnx(model, pathlib.Path(folder) / "onnx", images, tokens)
+    name = {"openai": "clip.pt", "chinese_clip": "chinese_clip.pt",
+            "safetensors": "clip.safetensors"}.get(layout, layout)
+    path = save(model, pathlib.Path(folder) / name, layout)
+    other = load(path.parent if layout in ("hf", "open_clip") else path)
+    plain = copy.deepcopy(model).cpu().eval()
+    with torch.no_grad():
+        return max(float((ours(x) - theirs(x)).abs().max()) for ours, theirs, x in (
+            (plain.encode_image, other.encode_image, images),
+            (plain.encode_text, other.encode_text, tokens)))
 
 
 def digest(model, side):

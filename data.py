@@ -262,14 +262,14 @@ class Preprocess:
 
 
 # Chinese-CLIP's ways to train: the share of the area that a crop takes, then what distorts it.
-AUGMENTS = {"none": None, "seed": (0.8, 1.0), "strong": (0.7, 1.0), "autoaugment": (0.9, 1.0)}
+AUGMENTS = {"none": None, "light": (0.8, 1.0), "strong": (0.7, 1.0), "autoaugment": (0.9, 1.0)}
 
 
 class Augment(Preprocess):
     """Preprocess for training under one of AUGMENTS; every image is seeded as there.
 
     none          the whole image, squashed to size x size: what Chinese-CLIP does unless told
-    seed          crop of 0.8 to 1, flip, ColorJitter(0.2, 0.2, 0.2)
+    light         crop of 0.8 to 1, flip, ColorJitter(0.2, 0.2, 0.2)
     strong        crop of 0.7 to 1, flips of both kinds, ColorJitter(0.3, 0.3, 0.3, hue 0.1), turned
                   up to 15 degrees and moved up to a tenth: for a few hundred images
     autoaugment   crop of 0.9 to 1, flip, AutoAugment's ImageNet policy as torchvision has it, whose
@@ -1542,6 +1542,19 @@ class PairSet(Dataset):
             raise DataError(f"{self.name}: {said}, more than 1 %, under {self.store}; restore "
                             f"them, name the right folder, or list the rest")
         self.notes.append(f"{said}: other pairs take their places")
+
+    def contents(self):
+        """sha1 of the bytes of each image of `paths`, "" where they cannot be had. Read once."""
+        if not hasattr(self.store, "known_contents"):
+            self.store.known_contents = {}
+        known = self.store.known_contents
+        for path in self.paths:
+            if path not in known:
+                try:
+                    known[path] = hashlib.sha1(self.store.read(path)).hexdigest()
+                except (DataError, OSError, KeyError):
+                    known[path] = ""
+        return [known[path] for path in self.paths]
 
     def cache(self, mode="ram", side=256, folder=None, limit=1 << 62, workers=0):
         """Decode every image once, to at most `side` pixels on its short side (never enlarged), and
@@ -3027,6 +3040,59 @@ class PairBatches(Batches):
             yield [(epoch, c) for c in share[self.rank::self.world_size].tolist()]
 
 
+class Mixture(Dataset):
+    """Several PairSets as one, their captions and images numbered through: what a batch is drawn
+    from that replays older data. `[(epoch, c)]` as in a PairSet."""
+
+    reading = None  # as in PairSet; its number is the image's among `paths`
+
+    def __init__(self, parts):
+        self.parts, self.transform = list(parts), parts[0].transform
+        self.starts = np.cumsum([0, *map(len, parts)]).tolist()        # of captions
+        images = np.cumsum([0, *(len(part.paths) for part in parts)]).tolist()
+        self.paths = [path for part in parts for path in part.paths]
+        self.captions = [caption for part in parts for caption in part.captions]
+        self.owner = [i + first for part, first in zip(parts, images) for i in part.owner]
+
+    def __len__(self):
+        return len(self.captions)
+
+    def __getitem__(self, key):
+        epoch, asked = key
+        if self.reading is not None:
+            self.reading[0] = self.owner[asked]
+        part = int(np.searchsorted(self.starts, asked, side="right")) - 1
+        start = self.starts[part]
+        image, used, _ = self.parts[part][epoch, asked - start]
+        return image, used + start, asked
+
+
+class MixedBatches(Batches):
+    """Yields lists of (epoch, caption of a Mixture): in every global batch sizes[k] pairs of part
+    k, each part in the order of its own PairBatches. An epoch is one of the first part; the others
+    go round as often as they are short, each pass an epoch of theirs. The same for any rank count.
+    """
+
+    def __init__(self, mixture, sizes, seed=0, rank=0, world_size=1, captions="one"):
+        self.parts = [PairBatches(part, size, seed + 7919 * k, 0, 1, captions)
+                      for k, (part, size) in enumerate(zip(mixture.parts, sizes))]
+        self.starts = mixture.starts
+        super().__init__(len(self.parts[0]) * sum(sizes), sum(sizes), seed, rank, world_size,
+                         drop_last=True)
+
+    def __iter__(self):
+        epoch, orders = self.epoch, {}
+        for batch in range(self.first_batch, len(self)):
+            share = []
+            for k, part in enumerate(self.parts):
+                turn, place = divmod(epoch * len(self) + batch, len(part))
+                if orders.get(k, (None,))[0] != turn:
+                    part.set_epoch(turn)
+                    orders[k] = turn, part.epoch_order()
+                share += [(turn, self.starts[k] + c) for c in orders[k][1][place].tolist()]
+            yield share[self.rank::self.world_size]
+
+
 def collate(items, size, dtype=torch.float32):
     """Items of an ImageSet -> images (B, 3, S, S), labels (B,), indices (B,); B may be 0."""
     if not items:
@@ -3150,6 +3216,15 @@ class FeatureLoader:
             yield self.features[self.owner[used]], used, used
 
 
+def make_mixed_loader(parts, sizes, seed=0, captions="one", rank=0, world_size=1, workers=0,
+                      **options):
+    """make_pair_loader over several PairSets: each batch has sizes[k] pairs of parts[k]. The
+    loader's data set is the Mixture, whose captions `used` and `asked` count."""
+    mixture = Mixture(parts)
+    batches = MixedBatches(mixture, sizes, seed, rank, world_size, captions)
+    return load_batches(mixture, batches, workers, options)
+
+
 # -----------------------------------------------------------------------------
 # Scores
 
@@ -3199,7 +3274,20 @@ def recall_at_k(image_features, text_features, owner, ks=(1, 5, 10), chunk=1024)
     """Retrieval both ways between unit features (N, D) and (M, D); text j belongs to image
     owner[j], or `owner` has (R, 2) pairs of a text and an image -> dict in % of queries: i2t_r1,
     ..., t2i_r10, mean_recall (of them), rsum (their sum), and i2t_median_rank, t2i_median_rank, 1
-    being best.
+    being best. The rules are those of `retrieval_ranks`."""
+    ranks = retrieval_ranks(image_features, text_features, owner, chunk, max(ks))
+    found = {}
+    for way, (_, rank) in ranks.items():
+        found |= {f"{way}_r{k}": 100 * float((rank < k).mean()) for k in ks}
+    scores = list(found.values())
+    return {**found, "mean_recall": sum(scores) / len(scores), "rsum": sum(scores),
+            **{f"{way}_median_rank": float(np.median(rank + 1))
+               for way, (_, rank) in ranks.items()}}
+
+
+def retrieval_ranks(image_features, text_features, owner, chunk=1024, least_never=10):
+    """The rank of the first right answer to each query, 0 being best, features and `owner` as for
+    recall_at_k -> {"i2t": (images that ask, ranks), "t2i": (texts that ask, ranks)}, numpy int64.
 
     As in the papers, a query counts as found or not: an image if any of its texts is among the
     first k. Rank: the number of strictly higher scores and of equal ones with a smaller index; a
@@ -3223,7 +3311,7 @@ def recall_at_k(image_features, text_features, owner, ks=(1, 5, 10), chunk=1024)
         asking = asking.contiguous()
         places = torch.arange(len(gallery), device=images.device)
         some = max(1, min(chunk, (1 << 24) // len(gallery)))
-        never = max(len(gallery), *ks)
+        never = max(len(gallery), least_never)
         for start in range(0, len(queries), some):
             scores = queries[start:start + some] @ gallery.T               # (some, gallery)
             low, high = torch.searchsorted(asking, torch.tensor((start, start + len(scores))))
@@ -3235,15 +3323,68 @@ def recall_at_k(image_features, text_features, owner, ks=(1, 5, 10), chunk=1024)
             first = torch.where(valid & (scores == best), places, len(gallery)).amin(dim=1)
             ahead = (scores > best) | (scores == best) & (places < first[:, None])
             rank = torch.where(first < len(gallery), ahead.sum(dim=1), never)
-            ranks[way].append((rank if way == "t2i" else rank[right.any(dim=1)]).cpu())
-    found = {}
-    for way in ranks:
-        rank = torch.cat(ranks[way]).numpy()
-        found |= {f"{way}_r{k}": 100 * float((rank < k).mean()) for k in ks}
-    scores = list(found.values())
-    return {**found, "mean_recall": sum(scores) / len(scores), "rsum": sum(scores),
-            **{f"{way}_median_rank": float(np.median(torch.cat(ranks[way]).numpy() + 1))
-               for way in ranks}}
+            asks = torch.ones(len(rank), dtype=torch.bool) if way == "t2i" else right.any(dim=1)
+            ranks[way].append(torch.stack([start + asks.nonzero()[:, 0].cpu(), rank[asks].cpu()]))
+    return {way: tuple(torch.cat(parts, dim=1).numpy()) for way, parts in ranks.items()}
+
+
+RECALLS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
+
+
+def hit_table(ranks, relevant, images):
+    """What `retrieval_ranks` found, by image: (n, 8) float64 with, for image to text and then for
+    text to image, how many queries and how many found within 1, 5 and 10. A text counts with its
+    first right image, as they are not independent; a text without any is a row of its own.
+    relevant: (R, 2) pairs of a text and an image."""
+    asking, rank = ranks["t2i"]
+    first = np.full(asking.max(initial=-1) + 1, images)
+    np.minimum.at(first, relevant[:, 0].numpy(), relevant[:, 1].numpy())
+    alone = first >= images
+    first[alone] = images + np.arange(alone.sum())
+    table = np.zeros((images + int(alone.sum()), 8))
+    for column, (rows, rank) in ((0, ranks["i2t"]), (4, (first[asking], rank))):
+        for k, hit in enumerate((np.ones(len(rank), bool), rank < 1, rank < 5, rank < 10)):
+            np.add.at(table[:, column + k], rows, hit)
+    return table
+
+
+def recalls(sums):
+    """Sums over rows of a hit_table (..., 8) -> {RECALLS, mean_recall, r1: the mean of both
+    directions' R@1}, in %, each (...,)."""
+    sums = np.asarray(sums, dtype=np.float64)
+    found = {f"{way}_r{k}": 100 * sums[..., column + i] / np.maximum(sums[..., column], 1)
+             for way, column in (("i2t", 0), ("t2i", 4)) for i, k in enumerate((1, 5, 10), 1)}
+    found["mean_recall"] = sum(found.values()) / 6
+    found["r1"] = (found["i2t_r1"] + found["t2i_r1"]) / 2
+    return found if sums.ndim > 1 else {key: float(value) for key, value in found.items()}
+
+
+def bootstrap(table, draws=1000, seed=0):
+    """`recalls` under `draws` resamplings of a hit_table's rows, images that is (Efron 1979) ->
+    dict of arrays (draws,). Tables of one test set are resampled alike, so that the difference of
+    two arrays is that of two models on the same images."""
+    stream, sums = np.random.RandomState(seed), []
+    for _ in range(draws):
+        sums.append(np.bincount(stream.randint(len(table), size=len(table)),
+                                minlength=len(table)) @ table)
+    return recalls(np.stack(sums))
+
+
+def transfer(scores, own):
+    """What a sequence of stages did to every test set (Lopez-Paz and Ranzato 2017).
+
+    scores: a dict {set: score} before any stage, then one after each; own: the set of each stage ->
+    forgetting          [{set: best score so far - score now}] for each row
+    backward_transfer   mean over the stages but the last of (score at the end - just after it)
+    forward_transfer    mean over the stages but the first of (score just before it - at the start)
+    None where there is no such stage."""
+    forgetting = [{name: max(row[name] for row in scores[:k + 1]) - scores[k][name]
+                   for name in scores[0]} for k in range(len(scores))]
+    back = [scores[-1][name] - scores[k][name] for k, name in enumerate(own[:-1], 1)]
+    ahead = [scores[k][name] - scores[0][name] for k, name in enumerate(own[1:], 1)]
+    return {"forgetting": forgetting,
+            "backward_transfer": sum(back) / len(back) if back else None,
+            "forward_transfer": sum(ahead) / len(ahead) if ahead else None}
 
 
 def batch_losses(image, text, owner, scale, size=64):
@@ -3334,6 +3475,18 @@ def cached_features(folder, identity, compute, ids=None):
             os.fsync(out.fileno())
         os.replace(temporary, path)
     return np.load(file, mmap_mode="r", allow_pickle=False), False
+
+
+def save_embeddings(folder, image, text, about):
+    """Features as clip-retrieval lays them out: img_emb/img_emb_0.npy, text_emb/text_emb_0.npy and
+    metadata/metadata_0.jsonl with a dict per image."""
+    folder = pathlib.Path(folder)
+    for name, rows in (("img_emb", image), ("text_emb", text)):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        np.save(folder / name / f"{name}_0.npy", rows)
+    (folder / "metadata").mkdir(exist_ok=True)
+    (folder / "metadata" / "metadata_0.jsonl").write_text("".join(
+        json.dumps(row, ensure_ascii=False) + "\n" for row in about), "utf-8", "backslashreplace")
 
 
 SIDES = re.compile(r"[左右]|\b(?:left|right)\b", re.IGNORECASE)

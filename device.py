@@ -1193,6 +1193,132 @@ def _typed(action, value):
     return words if several else words[0]
 
 
+# -----------------------------------------------------------------------------
+# Settings: a table of keys that files, lines of k=v and flags are all read by
+
+def a_text(x):
+    if not isinstance(x, str) or not x.strip():
+        raise ValueError("a text")
+    return x.strip()
+
+
+def a_list(x):
+    """["a", "b"], or "a+b" on a command line."""
+    x = x.split("+") if isinstance(x, str) else x
+    if not isinstance(x, list) or not all(isinstance(word, str) and word for word in x):
+        raise ValueError("a list of texts")
+    return x
+
+
+def a_switch(x):
+    if x not in (True, False, "true", "false"):
+        raise ValueError("true or false")
+    return x in (True, "true")
+
+
+def an_expression(x):
+    try:
+        return re.compile(a_text(x)) and x
+    except re.error as error:
+        raise ValueError(f"a regular expression ({error})") from None
+
+
+def one_of(*known):
+    def read(x):
+        if x not in known:
+            raise ValueError(f"one of {', '.join(known)}")
+        return x
+    return read
+
+
+def a_count(low):
+    """A whole number from `low` on, as a number or its spelling."""
+    def read(x):
+        try:
+            if not isinstance(x, bool) and float(x) == int(float(x)) >= low:
+                return int(float(x))
+        except (TypeError, ValueError, OverflowError):
+            pass
+        raise ValueError(f"a whole number from {low} on")
+    return read
+
+
+def a_number(low, high=math.inf, above=False):
+    """A finite number from `low` (or `above` it) to `high`."""
+    def read(x):
+        try:
+            value = math.nan if isinstance(x, bool) else float(x)
+        except (TypeError, ValueError, OverflowError):
+            value = math.nan
+        if (low < value if above else low <= value) and value <= high and math.isfinite(value):
+            return value
+        raise ValueError(f"a number {'above' if above else 'from'} {low:g}"
+                         + (f" to {high:g}" if high < math.inf else " on"))
+    return read
+
+
+def read_settings(path):
+    """A JSON file, or TOML where Python has a reader -> dict. UserError with the line of a mistake,
+    and for a key that stands twice in one object."""
+    path = expanded(path)
+
+    def once(pairs):
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise UserError(f"{path}: the key {twice!r} stands twice in one object; keep one")
+        return dict(pairs)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        if path.suffix == ".toml":
+            import tomllib  # of Python 3.11 and later
+            return tomllib.loads(text)
+        content = json.loads(text, object_pairs_hook=once)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}:{error.colno}: {error.msg}: not JSON there") from None
+    except (OSError, ValueError, ImportError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {_one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}; expected an object of keys")
+    return content
+
+
+def settings_of(line):
+    """"name=own,lr=1e-6" -> {"name": "own", "lr": "1e-6"}. Raises UserError."""
+    found = {}
+    for part in line.split(","):
+        key, equals, value = part.partition("=")
+        if not equals or key.strip() in found:
+            raise UserError(f"{line!r}: {part!r} is not KEY=VALUE, or stands twice; expected such "
+                            f"as name=own,lr=1e-6, and lists as a+b")
+        found[key.strip()] = value.strip()
+    return found
+
+
+def check_settings(entries, table, also, where):
+    """{key: value} -> the same as `table` {key: (default, how it is read, meaning)} reads it, under
+    its keys; `also` has other spellings of them. None stands where it is the default. UserError
+    says `where`, which key (and the nearest, if unknown), and what it takes."""
+    if not isinstance(entries, dict):
+        raise UserError(f"{where}: expected an object of keys, found {entries!r}")
+    found = {}
+    for given, value in entries.items():
+        key = str(given).replace("-", "_")
+        key = also.get(key, key)
+        if key not in table:
+            near = difflib.get_close_matches(key, [*table, *also], n=1)
+            raise UserError(f"{where}: unknown key {given!r}" + (
+                f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(table)}"))
+        if key in found:
+            raise UserError(f"{where}: {given!r} says {key!r} a second time")
+        default, read, _ = table[key]
+        try:
+            found[key] = None if value is None and default is None else read(value)
+        except ValueError as error:
+            raise UserError(f"{where}: {key} is {value!r}; expected {error}") from None
+    return found
+
+
 def guard(main, get_args, argv=None):
     """`sys.exit(guard(main, get_args))`: run a script, turn what it raises into an exit code.
 

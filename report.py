@@ -1,4 +1,5 @@
-"""Draw a run: curves, confusion matrix, worst pairs, per-class gains, accuracy over shots.
+"""Draw a run: curves, confusion matrix, worst pairs, per-class gains, accuracy over shots; of a
+plan of stages what was learned and forgotten, searches, and maps of the embeddings.
 
     python report.py runs/train_clipfit/demo_tiny_fewshot/shots4_seed1      one run
     python report.py runs/train_clipfit/dtd_ViT-B-16_fewshot                a folder of runs
@@ -40,7 +41,9 @@ SYSTEM = (
 TITLES = {"lr": "learning rate", "i2t_r": "image to text recall (%)",
           "t2i_r": "text to image recall (%)", "accuracy": "accuracy (%)",
           "macro_f1": "macro F1 (%)", "samples_per_second": "samples per second",
-          "data_wait": "share of time waiting for data", "memory_mb": "memory (MB)"}
+          "data_wait": "share of time waiting for data", "memory_mb": "memory (MB)",
+          "mean_recall": "mean recall (%)", "r1": "R@1, mean of both directions (%)",
+          "gap": "distance between mean image and mean text", "scale": "logit scale"}
 TIMING = ("samples_per_second", "data_wait", "memory_mb")
 MATRIX_MAX = 250  # more classes than this make a picture of dust
 
@@ -732,7 +735,7 @@ margin:2em 0 .5em}.soft{color:var(--soft)}.scroll{overflow-x:auto}table{border-c
 font-size:.92em}td,th{padding:.22em .8em;border-bottom:1px solid var(--line);text-align:left;
 overflow-wrap:anywhere}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 figure{margin:1em 0;background:#fff;border-radius:8px;padding:8px;text-align:center;
-border:1px solid var(--line)}img{max-width:100%;height:auto}
+border:1px solid var(--line)}img,svg{max-width:100%;height:auto}
 """
 
 
@@ -767,13 +770,18 @@ class Page:
         if blocks:
             self.parts.append(f"<h2>{html.escape(title)}</h2>\n" + "\n".join(blocks))
 
-    def figure(self, name, canvas, alt):
+    def figure(self, name, canvas, alt, photos=False):
+        """photos: the page has it as JPEG, an eighth of the size; the file is PNG as ever."""
         if canvas is None:
             return ""
-        data = canvas.png()
+        data, kind = canvas.png(), "png"
         (self.out / name).write_bytes(data)
+        if photos:
+            small, kind = io.BytesIO(), "jpeg"
+            Image.open(io.BytesIO(data)).save(small, "JPEG", quality=85)
+            data = small.getvalue()
         return (f'<figure><img width="{round(canvas.size[0])}" alt="{html.escape(alt)}" '
-                f'src="data:image/png;base64,{base64.b64encode(data).decode()}"></figure>')
+                f'src="data:image/{kind};base64,{base64.b64encode(data).decode()}"></figure>')
 
     def write(self, title, lead):
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in dict.fromkeys(self.notes))
@@ -791,6 +799,494 @@ class Page:
         path = self.out / "report.html"
         path.write_text(text, "utf-8", "xmlcharrefreplace")
         return path
+
+
+# -----------------------------------------------------------------------------
+# A plan of stages: the matrix of weights x test sets, searches, maps of the embeddings
+
+TILE, SIDE, HEAD = 76, 150, 46  # of a search: a tile, the labels beside, the lines above
+RIGHT, WRONG, UNKNOWN = GREEN, RED, GREY
+MAP_POINTS = 1000               # t-SNE here is exact, so its time grows with the square
+
+
+def stage_label(fonts, name, kind, index):
+    """The name, or where no font here can write it "set 2", by which the tables have it."""
+    name = "".join(c if c.isprintable() else " " for c in name)
+    return f"{kind} {index + 1}" if fonts.source(name) is False else name
+
+
+def draw_matrix(rows, fonts):
+    """R@1 of every row on every set with its interval, coloured by the change from the first; the
+    set that a stage was trained on is framed."""
+    sets = list(rows[0]["sets"])
+    wide = max(90, min(150, 700 / len(sets)))
+    across = max(220 + wide * len(sets), 560)
+    canvas = Canvas(across, 100 + 34 * len(rows), fonts)
+    canvas.text(10, 14, "R@1, mean of both directions (%), and its 95 % interval over images", 12.5)
+    x = 10
+    for fill, outline, label in ((pale(GREEN, 0.5), None, "above the first row"), (
+            pale(RED, 0.5), None, "below"), (WHITE, INK, "what the stage was trained on")):
+        canvas.rect(x, 32, x + 14, 44, fill, outline or GRID, 1.2)
+        canvas.text(x + 20, 38, label)
+        x += canvas.width(label) + 40
+    for j, name in enumerate(sets):
+        label = canvas.fit(stage_label(fonts, name, "set", j), wide - 8)
+        canvas.text(210 + wide * (j + 0.5), 72, label, 11, "mm")
+    for i, row in enumerate(rows):
+        y = 88 + 34 * i
+        label = stage_label(fonts, row["row"], "row", i)
+        canvas.text(200, y + 16, canvas.fit(label, 190), 11, "rm")
+        for j, name in enumerate(sets):
+            found, x = row["sets"][name], 210 + wide * j
+            gain = found["r1"] - rows[0]["sets"][name]["r1"]
+            fill = pale(GREEN if gain > 0 else RED,
+                        1 - min(0.75, abs(gain) / 20)) if gain else WHITE
+            own = row["stage"] == name
+            canvas.rect(x, y, x + wide - 3, y + 31, fill, INK if own else GRID, 1.4 if own else 1)
+            low, high = found["interval"]["r1"]
+            canvas.text(x + wide / 2, y + 11, f"{found['r1']:.1f}", 12, "mm")
+            canvas.text(x + wide / 2, y + 24, f"{low:.1f} to {high:.1f}", 9, "mm", SOFT)
+    return canvas
+
+
+def draw_search(query, number, read, fonts):
+    """A line of tiles for each row's weights, best first; green: a right answer, red: a wrong one,
+    grey: not known. `read(set, path)` gives an image or None."""
+    across = max(len(row["results"]) for row in query["rows"])
+    picture = query.get("image") and read(None, query["text"])  # what was searched for by likeness
+    top = HEAD + TILE * (picture is not None and picture is not False)
+    canvas = Canvas(SIDE + TILE * max(across, 3) + 8, top + (TILE + 14) * len(query["rows"]) + 4,
+                    fonts)
+    label = stage_label(fonts, query["text"], "search", number - 1)
+    canvas.text(8, 16, canvas.fit(label, canvas.size[0] - 16, 13), 13)
+    x = 8
+    known = any(one["right"] is not None for row in query["rows"] for one in row["results"])
+    for colour, label in ((RIGHT, "right"), (WRONG, "wrong")) if known else (
+            (UNKNOWN, "right or wrong: not known"),):
+        canvas.rect(x, 31, x + 9, 40, colour)
+        canvas.text(x + 13, 36, label, 9, "lm", SOFT)
+        x += canvas.width(label, 9) + 24
+    if top > HEAD:
+        put_tile(canvas, picture, 8, HEAD, None, "")
+    for k in range(across):
+        canvas.text(SIDE + TILE * (k + 0.5) - 3, top - 10, str(k + 1), 10, "mm", SOFT)
+    for i, row in enumerate(query["rows"]):
+        y = top + (TILE + 14) * i
+        label = stage_label(fonts, row["row"], "row", i)
+        canvas.text(8, y + TILE / 2 - 3, canvas.fit(label, SIDE - 16))
+        for k, one in enumerate(row["results"]):
+            put_tile(canvas, read(one["set"], one["path"]), SIDE + TILE * k, y, one["right"],
+                     one["path"].rsplit("/", 1)[-1])
+            canvas.text(SIDE + TILE * (k + .5) - 3, y + TILE + 2, f"{one['score']:.3f}", 9, "mm",
+                        SOFT)
+    return canvas
+
+
+def put_tile(canvas, image, x, y, right, name):
+    """An image in a frame that says whether it is right; its file's name where it is not here."""
+    canvas.rect(x, y, x + TILE - 6, y + TILE - 6, {True: RIGHT, False: WRONG, None: UNKNOWN}[right])
+    if image is None:
+        canvas.rect(x + 3, y + 3, x + TILE - 9, y + TILE - 9, WHITE)
+        canvas.text(x + TILE / 2 - 3, y + TILE / 2 - 3, canvas.fit(name, TILE - 16, 8), 8, "mm",
+                    SOFT)
+    else:
+        square = ImageOps.fit(image.convert("RGB"), (round((TILE - 12) * canvas.zoom),) * 2)
+        canvas.paste(square, x + 3, y + 3, TILE - 12, TILE - 12)
+
+
+def first_right(scores, right):
+    """Rank of the first right answer in a line of scores, 0 being best, ties by place."""
+    best = max(scores[i] for i in right)
+    place = min(i for i in right if scores[i] == best)
+    return int((scores > best).sum() + (scores[:place] == best).sum())
+
+
+def load_features(kept, folder, label, name):
+    """Image and text features (n, D), (M, D) of a row and a set; NaN: an image without pixels."""
+    return [np.load(folder / file, allow_pickle=False) for file in kept["files"][label][name]]
+
+
+def plain_rows(kept):
+    return [label for label in kept["rows"] if " wise " not in label]
+
+
+def moved(before, after, each):
+    """Keys of two dicts of ranks: `each` that rose most, then `each` that fell most."""
+    change = sorted((after[key] - rank, key) for key, rank in before.items())
+    return [key for d, key in change if d < 0][:each] + [
+        key for d, key in change[::-1] if d > 0][:each]
+
+
+def image_cases(kept, folder, each=2):
+    """Images of each set whose first right text rose and fell most from the first row to the last
+    -> (set, path, a text of its own, for both rows: the text found first and that rank)."""
+    labels, found = plain_rows(kept), []
+    for name, of in kept["sets"].items():
+        right, ranks, scores = {}, {}, {}
+        for text, image in of["relevant"]:
+            right.setdefault(image, set()).add(text)
+        for label in (labels[0], labels[-1]):
+            images, texts = load_features(kept, folder, label, name)
+            scores[label] = {i: texts @ images[i] for i in right if not np.isnan(images[i]).any()}
+            ranks[label] = {i: 1 + first_right(x, right[i]) for i, x in scores[label].items()}
+        for i in moved(ranks[labels[0]], ranks[labels[-1]], each):
+            found.append([name, of["paths"][i], of["texts"][min(right[i])], *(x for label in (
+                labels[0], labels[-1]) for x in (of["texts"][int(scores[label][i].argmax())],
+                                                 ranks[label][i]))])
+    return found
+
+
+def cases(kept, folder, top=8, each=2):
+    """Texts of each test set whose first right image rose and fell most from the first to the last
+    stage, and what each row finds for them -> queries as `draw_search` takes them; and the texts
+    that the last stage is surest to have another image for, by set."""
+    labels, queries, doubtful = plain_rows(kept), [], []
+    for name, of in kept["sets"].items():
+        right = {}
+        for text, image in of["relevant"]:
+            right.setdefault(text, set()).add(image)
+        arrays, ranks = {label: load_features(kept, folder, label, name) for label in labels}, {}
+
+        def scores_of(label, t, arrays=arrays):
+            return np.nan_to_num(arrays[label][1][t] @ arrays[label][0].T, nan=-np.inf)
+        for label in labels:
+            ranks[label] = {t: 1 + first_right(scores_of(label, t), right[t]) for t in right}
+        for t in moved(ranks[labels[0]], ranks[labels[-1]], each):
+            rows = []
+            for label in labels:
+                scores = scores_of(label, t)
+                best = np.argsort(-scores, kind="stable")[:top]
+                rows.append({"row": label, "results": [{
+                    "set": name, "path": of["paths"][i], "score": float(scores[i]),
+                    "right": int(i) in right[t]} for i in best if scores[i] > -np.inf]})
+            queries.append({"text": of["texts"][t], "set": name, "rows": rows, "ranks": {
+                label: ranks[label][t] for label in labels}})
+        margins = []
+        for t, some in right.items():
+            scores = scores_of(labels[-1], t)
+            first, own = int(scores.argmax()), max(some, key=lambda i: (scores[i], -i))
+            margins += [(float(scores[first] - scores[own]), t, own, first)] * (first not in some)
+        doubtful += [(name, of["texts"][t], of["paths"][own], of["paths"][first], margin)
+                     for margin, t, own, first in sorted(margins, key=lambda m: (-m[0], m[1]))[:5]]
+    return queries, doubtful
+
+
+def pca(x, k=2):
+    """(n, D) -> (n, k), the directions of largest variance; the largest loading is positive."""
+    x = x - x.mean(axis=0)
+    _, _, ways = np.linalg.svd(x, full_matrices=False)
+    ways = ways[:k] * np.sign(ways[:k][np.arange(len(ways[:k])), np.abs(ways[:k]).argmax(axis=1)])[
+        :, None]
+    return x @ ways.T
+
+
+def affinities(x, perplexity):
+    """(n, D) -> (n, n) symmetric probabilities of neighbours: a Gaussian around each point as wide
+    as `perplexity` asks, found by bisection (van der Maaten and Hinton 2008, eq. 1)."""
+    import torch
+    far = torch.cdist(x, x).square()
+    far.fill_diagonal_(math.inf)
+    low, high = torch.zeros(len(x), 1, dtype=x.dtype), torch.full((len(x), 1), math.inf,
+                                                                  dtype=x.dtype)
+    beta = torch.ones(len(x), 1, dtype=x.dtype)
+    for _ in range(64):
+        p = torch.softmax(-far * beta, dim=1)
+        entropy = -(p * p.clamp(min=1e-300).log()).sum(dim=1, keepdim=True)
+        wide = entropy > math.log(perplexity)
+        low, high = torch.where(wide, beta, low), torch.where(wide, high, beta)
+        beta = torch.where(high.isinf(), beta * 2, (low + high) / 2)
+    return ((p + p.T) / (2 * len(x))).clamp(min=1e-12)
+
+
+def tsne(x, perplexity=30.0, steps=750):
+    """Exact t-SNE of (n, D) -> coordinates (n, 2), the KL divergence that is left. Starts from PCA;
+    early exaggeration 12 for 250 steps, momentum 0.5 then 0.8, gains, rate n / 48 as in later
+    practice (Belkina et al. 2019). Time and memory grow with n^2."""
+    import torch
+    n = len(x)
+    x = np.asarray(x, np.float64)
+    p = affinities(torch.from_numpy(x), min(perplexity, max(2, (n - 1) / 3)))
+    y = torch.from_numpy(pca(x))
+    y = y / y[:, 0].std() * 1e-4
+    speed, gain, rate = torch.zeros_like(y), torch.ones_like(y), max(n / 48, 50)
+    for step in range(steps):
+        near = 1 / (1 + torch.cdist(y, y).square())
+        near.fill_diagonal_(0)
+        pull = ((p * (12 if step < 250 else 1)) - near / near.sum()) * near
+        slope = 4 * (pull.sum(dim=1, keepdim=True) * y - pull @ y)
+        gain = torch.where((slope > 0) != (speed > 0), gain + 0.2, gain * 0.8).clamp(min=0.01)
+        speed = (0.5 if step < 250 else 0.8) * speed - rate * gain * slope
+        y = y + speed
+    near = 1 / (1 + torch.cdist(y, y).square())
+    near.fill_diagonal_(0)
+    q = (near / near.sum()).clamp(min=1e-12)
+    return (y - y.mean(dim=0)).numpy(), float((p * (p / q).log()).sum())
+
+
+def silhouette(x, labels):
+    """Mean over points of (b - a) / max(a, b): a is the mean distance to its own label, b to the
+    nearest other one (Rousseeuw 1987). A label alone counts 0."""
+    labels = np.asarray(labels)
+    far = np.sqrt(np.maximum(0, (x ** 2).sum(1)[:, None] + (x ** 2).sum(1) - 2 * x @ x.T))
+    known, found = np.unique(labels), []
+    for i in range(len(x)):
+        means = {label: far[i][labels == label].sum() / max(1, (labels == label).sum() - (
+            label == labels[i])) for label in known}
+        a = means.pop(labels[i])
+        b = min(means.values(), default=0)
+        found.append(0 if (labels == labels[i]).sum() < 2 or not means else
+                     (b - a) / max(a, b, 1e-12))
+    return float(np.mean(found))
+
+
+def neighbours_agree(x, labels, k=10):
+    """Share of the k nearest points that have the point's own label, in %."""
+    labels, near = np.asarray(labels), x @ x.T - (x ** 2).sum(axis=1) / 2
+    np.fill_diagonal(near, -np.inf)
+    best = np.argsort(-near, axis=1, kind="stable")[:, :k]
+    return 100 * float((labels[best] == labels[:, None]).mean())
+
+
+def pairs_apart(images, texts):
+    """How often a pair is nearer than the image and another's text, in % (the area under the ROC
+    curve): 50 by chance."""
+    scores = images @ texts.T
+    own = scores.diagonal()[:, None]
+    others = ~np.eye(len(scores), dtype=bool)
+    return 100 * float(((scores < own) + 0.5 * (scores == own))[others].mean())
+
+
+def sample_points(kept, folder):
+    """The same images, with a text each, under every stage's weights -> labels of rows, items
+    (set, path, text), images and texts (rows, n, D)."""
+    labels, items, images, texts = plain_rows(kept), [], [], []
+    each = max(4, MAP_POINTS // (2 * len(labels) * len(kept["sets"])))
+    for name, of in kept["sets"].items():
+        image, text = (np.stack(some) for some in zip(*(load_features(kept, folder, label, name)
+                                                        for label in labels)))
+        text_of = {image: text for text, image in reversed(of["relevant"])}
+        lost = np.isnan(image).any(axis=(0, 2))
+        chosen = np.array([i for i in sorted(text_of) if not lost[i]], dtype=int)
+        chosen = chosen[np.random.RandomState(kept["seed"]).permutation(len(chosen))[:each]]
+        items += [(name, of["paths"][i], of["texts"][text_of[i]]) for i in chosen]
+        images.append(image[:, chosen])
+        texts.append(text[:, [text_of[i] for i in chosen]])
+    return labels, items, np.concatenate(images, axis=1), np.concatenate(texts, axis=1)
+
+
+def placed(spots, side, x, y):
+    """Spots (..., 2) into a square of `side` at (x, y), both axes on one scale."""
+    flat = spots.reshape(-1, 2)
+    low, high = flat.min(axis=0), flat.max(axis=0)
+    return (spots - (low + high) / 2) / max(*(high - low), 1e-12) * side + (x + side / 2,
+                                                                          y + side / 2)
+
+
+def draw_map(labels, items, spots, title, fonts):
+    """A panel per row of points (rows, 2, n, 2): images as dots, texts as squares, a line between
+    the two of a pair, coloured by test set; all on the same axes."""
+    sets = list(dict.fromkeys(item[0] for item in items))
+    colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(sets)}
+    across = min(2 if len(labels) in (2, 4) else 3, len(labels))
+    side = 310 if across == 3 else 460
+    measure = Canvas(across * side + 10, 100, fonts)  # how many lines the legend takes
+    entries = [{"label": stage_label(fonts, name, "set", i), "colour": colours[name], "shape": 0}
+               for i, name in enumerate(sets)]
+    head = 36 + legend(measure, entries, 10, 36, across * side)
+    canvas = Canvas(across * side + 10, head + 4 + side * -(-len(labels) // across), fonts)
+    canvas.text(10, 14, canvas.fit(title, across * side - 10, 12.5), 12.5)
+    legend(canvas, entries, 10, 36, across * side)
+    at = placed(spots, side - 56, 0, 0)
+    for r, label in enumerate(labels):
+        x0, y0 = 8 + r % across * side, head + r // across * side
+        canvas.rect(x0, y0, x0 + side - 8, y0 + side - 8, None, GRID)
+        canvas.text(x0 + 8, y0 + 12, canvas.fit(stage_label(fonts, label, "row", r), side - 24))
+        pairs = [(point + (x0 + 24, y0 + 32), item[0])
+                 for point, item in zip(at[r].transpose(1, 0, 2), items)]
+        for (image, text), _ in pairs:
+            canvas.line([tuple(image), tuple(text)], GRID, 0.6)
+        for (image, text), name in pairs:
+            canvas.mark(*text, pale(colours[name], 0.5), 1, 2.0)
+            canvas.mark(*image, colours[name], 0, 2.6)
+    return canvas
+
+
+def hover_map(labels, items, spots):
+    """The last row's points as SVG in the page: a caption shows where the pointer rests."""
+    sets, dots = list(dict.fromkeys(item[0] for item in items)), []
+    at = placed(spots, 560, 20, 20)[-1]
+    for k, (name, path, text) in enumerate(items):
+        colour = "#%02x%02x%02x" % PALETTE[sets.index(name) % len(PALETTE)]
+        said = html.escape(f"{name}: {text} ({path})")
+        (x, y), (u, v) = at[:, k]
+        dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"><title>{said}</title>'
+                    f'</circle><rect x="{u - 3:.1f}" y="{v - 3:.1f}" width="6" height="6" '
+                    f'fill="{colour}" opacity=".45"><title>{said}</title></rect>')
+    return (f'<p class="soft">t-SNE after {html.escape(labels[-1])}; rest the pointer on a point '
+            f'to read it.</p><figure><svg viewBox="0 0 600 600" width="600" role="img">'
+            f'{"".join(dots)}</svg></figure>')
+
+
+def stage_reader(kept, data_dir, notes):
+    """function (set, path) -> PIL image or None, where the run found its data; a path of no set is
+    a file of its own."""
+    opened = {}
+
+    def read(name, path):
+        try:
+            if name is None:
+                return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+            if name not in opened:
+                from data import open_pairs  # torch comes with it: only when images are wanted
+                where = dict(kept["sets"][name]["source"])
+                opened[name] = open_pairs(**{**where, "data_dir": data_dir or where["data_dir"]})
+            return opened[name].store.image(path).convert("RGB")
+        except Exception as error:  # a report without photographs is still a report
+            if name not in opened:
+                opened[name] = None
+                notes.append(f"images of {name} are left out: {one_line(error)}; --data-dir says "
+                             f"where data lies")
+    return read
+
+
+def add_stages(page, run, data_dir):
+    """The sections of a plan of stages."""
+    results, rows = run.results, run.results["rows"]
+    sets, plain = list(rows[0]["sets"]), [r["row"] for r in rows if r["stage"] or r is rows[0]]
+    page.add("What each stage learned and forgot", page.figure("matrix.png", draw_matrix(
+        rows, page.fonts), "R@1 of weights by test sets"))
+    for kind, names in (("set", sets), ("row", [row["row"] for row in rows])):
+        page.notes += [f"no font here can write {name}: it is {kind} {i + 1} in the figures; "
+                       f"--font names one that can" for i, name in enumerate(names)
+                       if stage_label(page.fonts, name, kind, i) != name]
+    add_plan(page, run)
+    keys = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "mean_recall")
+    page.add("All recalls (%)", table(["weights", "set", *keys], [
+        [row["row"], name, *(float(row["sets"][name][k]) for k in keys)]
+        for row in rows for name in sets]))
+    page.add("Forgetting and transfer", "<p class='soft'>R@1 points below the best stage so far. "
+             + " ".join(f"{way.capitalize()} transfer {results[way + '_transfer']:+.1f}."
+                        for way in ("backward", "forward")
+                        if results.get(way + "_transfer") is not None) + "</p>",
+             table(["after", *sets], [[label, *(float(lost[name]) for name in sets)]
+                                      for label, lost in zip(plain, results["forgetting"])]))
+    changes = [[c["from"], c["to"], c["set"], float(c["r1"]), *c["interval"],
+                "yes" if c["clear"] else ""] for c in results["changes"]]
+    page.add("Changes from stage to stage", table(
+        ["from", "to", "set", "change of R@1", "low", "high", "clear"], changes) if changes else "",
+        "<p class='soft'>Low to high: 95 % interval, both weights on the same resampled images. "
+        "Clear: it leaves out 0.</p>" if changes else "")
+    page.add("Which weights to take", table(["use", "weights"], list(
+        results["recommended"].items())), "<p class='soft'>Chosen on these test sets, so a little "
+        "flattered there.</p>")
+    for label in plain[1:]:
+        stage = Run(run.folder / label)
+        if stage.records:
+            page.add(f"Stage {label}", page.figure(f"curves_{label}.png", draw_panels(
+                panels([stage]), page.fonts), f"curves of stage {label}"))
+    add_embeddings(page, run, data_dir)
+
+
+def add_plan(page, run):
+    """What each stage was told, where the stages or the defaults say anything, and how it went."""
+    plan, went = run.json("plan.json") or {}, run.results.get("stages")
+    went = went if isinstance(went, dict) else {}
+    stages = [s for s in plan.get("stages", []) if isinstance(s, dict) and "name" in s]
+    keys = [k for k in dict.fromkeys(k for s in stages for k in s)
+            if k != "name" and any(s.get(k) not in (None, [], {}) for s in stages)]
+
+    def short(value):
+        return value if number(value) or isinstance(value, str) else "" if value in (
+            None, [], {}) else json.dumps(value, ensure_ascii=False).strip('[]{}').replace('"', "")
+    page.add("The stages", table(
+        ["stage", "from", "steps", "best at step", "judged by", "at its start", "at its best",
+         "weights that move", "samples/s"],
+        [[s["name"], s.get("from"), *(went[s["name"]].get(k) for k in (
+            "steps", "best_step", "select", "begun", "best", "trainable_parameters",
+            "samples_per_second"))] for s in stages if s["name"] in went]) if went else "",
+        "<details><summary>The plan</summary>" + table(["", *(s["name"] for s in stages)], [
+            [k, *(short(s.get(k)) for s in stages)] for k in keys]) + "</details>"
+        if stages else "")
+
+
+def add_embeddings(page, run, data_dir):
+    """Searches, texts that rose and fell, and maps, as far as their files are there."""
+    kept, found = run.json("features.json"), run.json("queries.json")
+    if not kept:
+        return page.notes.append("no features.json: searches and maps are left out")
+    read, folder = stage_reader(kept, data_dir, page.notes), run.folder / "cache"
+    try:
+        if found and found["queries"]:
+            add_searches(page, found, read)
+        if not kept.get("files"):
+            return page.notes.append("the run kept no features (--no-feature-cache): cases and "
+                                     "maps are left out")
+        add_cases(page, kept, folder, read)
+        add_maps(page, kept, folder)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, ImportError) as error:
+        page.notes.append(f"searches, cases or maps are left out: {one_line(error)}")
+
+
+def add_searches(page, found, read):
+    blocks = []
+    for k, query in enumerate(found["queries"], 1):
+        ranks = ", ".join(f"{row['row']} {row['rank']:,}" for row in query["rows"]
+                          if row.get("rank"))
+        blocks += [f"<p><b>{html.escape(query['text'])}</b>" + (
+            f" <span class='soft'>rank of the first right image: {html.escape(ranks)}</span>"
+            if ranks else "") + "</p>", page.figure(f"search_{k}.png", draw_search(
+                query, k, read, page.fonts), query["text"], photos=True)]
+    if found["precision"]:
+        blocks.append(table(["weights", "P@1: a right image is first (%)", "P@5: among five (%)"], [
+            [label, some["p1"], some["p5"]] for label, some in found["precision"].items()]))
+    page.add("Searches", *blocks)
+
+
+def add_cases(page, kept, folder, read):
+    chosen, doubtful = cases(kept, folder)
+    blocks = []
+    for k, query in enumerate(chosen, 1):
+        ranks = ", ".join(f"{label} {rank:,}" for label, rank in query["ranks"].items())
+        blocks += [f"<p><b>{html.escape(query['text'])}</b> <span class='soft'>"
+                   f"{html.escape(query['set'])}; rank of the first right image: "
+                   f"{html.escape(ranks)}</span></p>", page.figure(f"case_{k}.png", draw_search(
+                       query, k, read, page.fonts), query["text"], photos=True)]
+    page.add("Texts that gained and lost most", *blocks)
+    labels, images = plain_rows(kept), image_cases(kept, folder)
+    page.add("Images that gained and lost most", table(
+        ["set", "image", "a text of its own", f"{labels[0]} finds first", "rank of a right one",
+         f"{labels[-1]} finds first", "rank"], images) if images else "")
+    page.add(f"Where {labels[-1]} is surest of another image", table(
+        ["set", "text", "its image", "found first", "higher by"], doubtful) if doubtful else "",
+        "<p class='soft'>Hard cases, or labels to look at.</p>" if doubtful else "")
+
+
+def add_maps(page, kept, folder):
+    labels, items, images, texts = sample_points(kept, folder)
+    points = np.stack([images, texts], axis=1)                         # (rows, 2, n, D)
+    flat = points.reshape(-1, points.shape[-1])
+    spots = {"pca": pca(flat).reshape(*points.shape[:3], 2)}
+    coordinates, left = tsne(flat)
+    spots["tsne"] = coordinates.reshape(*points.shape[:3], 2)
+    names = [item[0] for item in items]
+    with open(page.out / "map.csv", "w", encoding="utf-8", newline="", errors="replace") as file:
+        out = csv.writer(file)
+        out.writerow(("weights", "kind", "set", "path", "text",
+                      "pca_x", "pca_y", "tsne_x", "tsne_y"))
+        for r, label in enumerate(labels):
+            for kind in (0, 1):
+                for k, item in enumerate(items):
+                    out.writerow((label, ("image", "text")[kind], *item, *(
+                        f"{v:.6g}" for name in spots for v in spots[name][r, kind, k])))
+    what = "one fit over all stages: dots are images, squares their texts"
+    figures = [page.figure(f"map_{name}.png", draw_map(
+        labels, items, spots[name], title, page.fonts), title) for name, title in (
+            ("pca", f"PCA, {what}"), ("tsne", f"t-SNE, {what}; KL {left:.3f}"))]
+    page.add("Maps of the embeddings", *figures, table(
+        ["weights", "silhouette by set", "10 neighbours of the same set (%)", "pairs nearer than "
+         "others (%)"], [[label, silhouette(images[r], names), neighbours_agree(images[r], names),
+                          pairs_apart(images[r], texts[r])] for r, label in enumerate(labels)]),
+        hover_map(labels, items, spots["tsne"]))
 
 
 def add_target(page, run, target, data_dir):
@@ -895,17 +1391,19 @@ def build(runs, notes, out, fonts, data_dir=None):
     page.add("Accuracy and shots", page.figure("shots.png", draw_shots(shots, fonts),
                                                "accuracy over training images per class"))
     page.add("Curves", page.figure("curves.png", draw_panels(panels(runs), fonts), "curves"))
+    if isinstance(last.results.get("rows"), list):
+        add_stages(page, last, data_dir)
     if len(runs) > 1 and last.targets():
         page.add(f"In detail: {last.name}", "<p class='soft'>What follows is of this run; give "
                  "report.py another run's folder to see that one.</p>")
     for target in last.targets():
         add_target(page, last, target, data_dir)
-    if not last.targets():
+    if not last.targets() and not isinstance(last.results.get("rows"), list):
         page.notes.append(f"{last.name} has no per-class tables: those sections are left out")
     page.add("Time and memory", timing_line(runs), page.figure(
         "timing.png", draw_panels(panels(runs, True), fonts), "speed and memory"))
     config = {key: json.dumps(value, ensure_ascii=False) for key, value in last.config.items()
-              if key != "identity"}
+              if key != "identity" and value is not None}
     page.add("Configuration", f"<details><summary>config.json of {html.escape(last.name)}</summary>"
              f"{table(['flag', 'value'], list(config.items()))}</details>" if config else "")
     page.notes += notes + [note if len(runs) == 1 else f"{run.name}: {note}"

@@ -9,13 +9,16 @@ one process and the medians are compared, because two runs of anything differ by
 these ratios. Peak memory is that of a process of its own. Not collected by pytest.
 """
 import argparse
+import contextlib
 import ctypes
+import io
 import json
 import pathlib
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import types
 
@@ -31,6 +34,7 @@ import clip_model  # noqa: E402
 import train_clipfit  # noqa: E402
 import train_contrastive  # noqa: E402
 import train_distill  # noqa: E402
+import train_staged  # noqa: E402
 from data import class_prompts, LMDB, normalise, TEMPLATES, top_k, Views  # noqa: E402
 from tokenizer import BPETokenizer  # noqa: E402
 
@@ -419,6 +423,55 @@ def distill(rounds, batch=32):
 
 
 # -----------------------------------------------------------------------------
+# Stages
+
+def quietly(script, *flags):
+    """The results of a script's run, without what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return script.main(script.get_args([str(flag) for flag in flags]))
+
+
+def staged(rounds):
+    """Training steps and whole stages of frozen towers, their features kept or computed in every
+    step again; and what a finished plan costs to be evaluated once more."""
+    table("a stage on the demo", "kept: pairs/s of steps", "computed again", "ratio",
+          "kept: seconds of the stage", "computed again", "ratio")
+    for model, frozen, images, batch, epochs in (
+            ("tiny", "visual", "River|SeaLake", 64, 20),
+            ("tiny", "all_but_proj", "River|SeaLake", 64, 20),
+            ("ViT-B/32", "all_but_proj", "River_1", 16, 5)):
+        found = {"kept": [], "again": []}
+        for _ in range(rounds):
+            for kind, more in (("kept", []), ("again", ["--no-feature-cache"])):
+                with tempfile.TemporaryDirectory() as out:
+                    stage = (f"name=own,data=demo,matching={images},epochs={epochs},eval_every="
+                             f"{epochs},batch_size={batch},lr=1e-4,freeze={frozen}")
+                    weights = ["--weights", "none"] * (model != "tiny")
+                    results = quietly(train_staged, "--model", model, "--stage", stage, "--device",
+                                      "cpu", "--output-dir", out, *weights, *more)
+                    found[kind].append(results["stages"]["own"])
+        speed, took = ({kind: [one[key] for one in some] for kind, some in found.items()}
+                       for key in ("samples_per_second", "seconds"))
+        print(f"| {model}, freeze={frozen} | " + " | ".join(
+            f"{statistics.median(some['kept']):,.{k}f} | {statistics.median(some['again']):,.{k}f}"
+            f" | {ratio(*pair):.1f}" for some, pair, k in (
+                (speed, (speed["kept"], speed["again"]), 0),
+                (took, (took["again"], took["kept"]), 1))) + " |", flush=True)
+    with tempfile.TemporaryDirectory() as out:
+        words = ["--steps", 2, "--device", "cpu", "--output-dir", out]
+        rows = quietly(train_staged, *words)["rows"]
+        took = alternate({
+            "features kept": lambda: quietly(train_staged, *words, "--eval-only"),
+            "computed again": lambda: quietly(train_staged, *words, "--eval-only",
+                                              "--no-feature-cache")}, rounds)
+    table(f"evaluating a finished plan: {len(rows)} rows, {len(rows[0]['sets'])} sets, "
+          f"{sum(x['images'] for x in rows[0]['sets'].values()):,} images", "seconds", "ratio")
+    for name, seconds in took.items():
+        print(f"| {name} | {statistics.median(seconds):.1f} | "
+              f"{ratio(took['computed again'], seconds):.1f} |")
+
+
+# -----------------------------------------------------------------------------
 # Inference and input
 
 def captions(count):
@@ -519,7 +572,6 @@ def lmdb(rounds, images=3000, pairs=50_000):
     where the package has the pickle module run and ours a reader that runs nothing."""
     import pickle
     import random
-    import tempfile
 
     try:
         import lmdb as package
@@ -563,7 +615,7 @@ def startup(rounds):
 
 TABLES = {"clipfit": clipfit, "imagenet": imagenet, "features": features, "tokenizer": tokenizer,
           "transform": transform, "search": search, "lmdb": lmdb, "startup": startup, "loss": loss,
-          "training": training, "distill": distill, "memory": memory}
+          "training": training, "distill": distill, "staged": staged, "memory": memory}
 
 
 def main():

@@ -1051,7 +1051,7 @@ def photo():
     return Image.fromarray(values).resize((300, 240))
 
 
-@pytest.mark.parametrize("augment", ["seed", "strong", "autoaugment"])
+@pytest.mark.parametrize("augment", ["light", "strong", "autoaugment"])
 def test_an_augmentation_is_a_function_of_seed_epoch_and_index(photo, augment):
     pytest.importorskip("torchvision.transforms", reason="torchvision is not installed")
     look = pickle.loads(pickle.dumps(Augment(32, augment, seed=3)))
@@ -1076,5 +1076,5 @@ def test_no_augmentation_is_the_squashed_image(photo):
 def test_without_flips_and_colours_an_augmentation_is_the_crop_alone(photo):
     pytest.importorskip("torchvision.transforms", reason="torchvision is not installed")
     crop = Preprocess(32, train=True, seed=3, scale=(0.8, 1.0), flip=False)
-    plain = Augment(32, "seed", 3, flip=False, colour=False)
+    plain = Augment(32, "light", 3, flip=False, colour=False)
     assert torch.equal(plain(photo, 1, 2), crop(photo, 1, 2))

@@ -21,6 +21,7 @@ from torch.utils import backend_registration
 import train_clipfit
 import train_contrastive
 import train_distill
+import train_staged
 from device import examine
 from test_train_contrastive import scenes, tiny_flags
 
@@ -58,6 +59,32 @@ TAUGHT = {
     "taught stored": ["--reinforced", "stored", "--cutmix", "1", "--train-text"],
     "taught fp16": ["--precision", "fp16"],
 }
+
+STAGED = HERE.parent / "train_staged.py"
+# Two stages of three steps, on what stands in for the pairs of the contrastive runs; every third
+# step saves. The second has all that a step can do.
+STAGES = {
+    "staged": [["name=one,matching=red|yellow|white,positives=multi", "name=two,matching=green|blue"
+                "|black,replay=one:0.5,distill=0.5,lora=2,mask_ratio=0.25,wise=0.5"], "fp32"],
+    "staged frozen": [["name=one,matching=red|yellow|white,freeze=visual.*+!visual.proj",
+                       "name=two,matching=green|blue|black,freeze=text"], "fp32"],
+    "staged fp16": [["name=one", "name=two,layer_decay=0.5"], "fp16"],
+}
+
+
+def staged_flags(folder, name, device, *more):
+    stages, precision = STAGES[name]
+    return ["--data", folder / "scenes", "--weights", folder / "start.safetensors", "--tokenizer",
+            folder / "scenes" / "vocab.txt", "--batch-size", "4", "--micro-batch", "3", "--lr",
+            "1e-3", "--steps", "3", "--eval-every", "3", "--log-every", "3", "--workers", "0", "--precision", precision,
+            "--device", device, "--output-dir", folder / name, *more,
+            *(word for stage in stages for word in ("--stage", stage))]
+
+
+def start_of_stages(folder):
+    """The weights that all of them begin with."""
+    from test_train_staged import weights_file
+    weights_file(folder).rename(folder / "start.safetensors")
 
 
 def taught_flags(folder, name, device):
@@ -305,6 +332,42 @@ def test_the_distillation_script_gives_the_numbers_of_the_cpu(device, taught_on_
         assert found == pytest.approx(contrastive_losses(taught_on_cpu / name), rel=1e-4, abs=1e-4)
 
 
+@pytest.fixture(scope="module")
+def staged_on_cpu(tmp_path_factory):
+    """Folders of the staged runs on the CPU."""
+    parent = tmp_path_factory.mktemp("cpu_staged")
+    scenes(parent / "scenes", 24, 12)
+    start_of_stages(parent)
+    for name in ("staged", "staged frozen"):
+        train_staged.main(train_staged.get_args(list(map(str, staged_flags(parent, name, "cpu")))))
+    return parent
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_plan_of_stages_gives_the_numbers_of_the_cpu(device, staged_on_cpu, name):
+    kind, folder, happened = device
+    if kind != "npu" and name != "staged":
+        pytest.skip("run on the npu")
+    assert happened[name]["error"] == ""
+    assert results(folder / name)["device"].split(":")[0] == kind
+    assert [row["row"] for row in results(folder / name)["rows"] if row["stage"]] == ["one", "two"]
+    for stage in ("one", "two"):
+        stored = torch.load(folder / name / stage / "checkpoint_last.pt", weights_only=True)
+        assert stored["step"] == 3 and bool(stored["scaler"]) == (name == "staged fp16")
+        if name != "staged fp16":
+            found = contrastive_losses(folder / name / stage)
+            assert len(found) >= 4
+            assert found == pytest.approx(contrastive_losses(staged_on_cpu / name / stage),
+                                          rel=1e-4, abs=1e-4)
+
+
+def test_a_staged_step_that_does_not_log_does_not_wait_for_the_device(device):
+    """Steps 1 and 2 of either stage; the third logs, scores and saves."""
+    first, two, three, four, five, six, rest = device[2]["staged"]["stretches"]
+    assert two["waits"] == five["waits"] == [], (two, five)
+    assert four["waits"] and three["waits"] and rest["waits"], "the count counts"
+
+
 # -----------------------------------------------------------------------------
 # In the process with the device
 
@@ -412,6 +475,9 @@ def drive(kind, folder):
     store(folder)
     for name in TAUGHT if kind == "npu" else ["taught"]:
         happened[name] = attempt(lambda: run_script(DISTILL, *taught_flags(folder, name, kind)))
+    start_of_stages(folder)
+    for name in STAGES if kind == "npu" else ["staged"]:
+        happened[name] = attempt(lambda: run_script(STAGED, *staged_flags(folder, name, kind)))
     source = SCRIPT.read_text("utf-8")
     for name, (right, wrong, _) in FAULTS.items():
         assert source.count(right) == 1, name
