@@ -276,6 +276,17 @@ def test_ten_class_names_are_learned_as_positives_and_have_a_floor_as_negatives(
     assert losses["mask"] < 0.1 and losses["multi"] - math.log(2) < 0.1
 
 
+def test_pairs_are_alike_by_image_and_by_wording_also_across_sets():
+    one, two = (types.SimpleNamespace(root=root, paths=paths, owner=owner, captions=captions)
+                for root, paths, owner, captions in (
+                    ("x", ["a", "b"], [0, 0, 1], ["Red  Dog", "red dog", "cat"]),
+                    ("x", ["b", "c"], [0, 1], ["hen", "CAT"])))
+    ids = train_staged.identities([one, two])
+    assert ids[:, 0].tolist() == [0, 0, 1, 1, 2] and ids[:, 1].tolist() == [0, 0, 1, 2, 1]
+    two.root = "y"
+    assert train_staged.identities([one, two])[:, 0].tolist() == [0, 0, 1, 2, 3]
+
+
 # -----------------------------------------------------------------------------
 # The recipe
 
@@ -793,10 +804,10 @@ def rich(world, tmp_path_factory):
 
 
 @pytest.mark.parametrize("owner, name, numbers, workers", [
+    (train_staged, "add_gradient", [1], 0),               # before the first step is saved
     (train_staged, "add_gradient", range(2, 6), 2),       # inside the first stage
     (train_staged, "add_gradient", range(8, 13), 0),      # inside the second
-    (os, "fsync", range(20, 60), 0), (os, "replace", range(30, 60), 0),  # while writing
-    (train_staged, "evaluate", range(4, 8), 0)])          # while scoring
+    (os, "fsync", range(20, 60), 0), (os, "replace", range(30, 60), 0)])  # while writing
 def test_a_kill_at_any_moment_and_the_same_command_give_the_same_bits(
         world, rich, tmp_path, owner, name, numbers, workers):
     number = random.Random(f"{name} {workers}").choice(numbers)
@@ -809,6 +820,15 @@ def test_a_kill_at_any_moment_and_the_same_command_give_the_same_bits(
     assert not (tmp_path / "results.json").exists()
     run_main(*flags_of(world, tmp_path, *flags, workers, stages=RICH))
     assert_same_plan(rich, tmp_path)
+
+
+def test_rows_between_stages_do_not_change_what_the_next_begins_with(rich):
+    results = json.loads((rich / "results.json").read_text())
+    assert [row["row"] for row in results["rows"]][1:3] == ["warm", "warm wise 0.5"]
+    first = metrics(rich / "cold", "cold val")[0]
+    for key in ("mean_recall", "gap"):
+        assert first[key] == results["rows"][1]["sets"]["cold"][key]
+    assert first["gap"] != results["rows"][2]["sets"]["cold"]["gap"]
 
 
 @pytest.mark.parametrize("at", [0, 6, 9])
