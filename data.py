@@ -3495,11 +3495,13 @@ COLOURS = re.compile(r"[红橙黄绿蓝紫黑白灰粉棕]|\b(?:red|orange|yello
 TAGGED = re.compile(r"(?:^|\s)\S+[:/][a-z]{1,3}(?=\s|$)")  # a word with its part of speech
 
 
-def caption_notes(captions, statistics=None, context_length=None, flips=False, hues=False):
+def caption_notes(captions, statistics=None, context_length=None, flips=False, hues=False,
+                  diagonal=True):
     """What is doubtful about captions as a training set, a sentence each.
 
     statistics: `tokenizer.statistics(captions, context_length)`, for the shares that are cut and
     unknown. flips, hues: whether the augmentation mirrors images or changes their colours.
+    diagonal: whether the loss takes equal captions for negatives.
     """
     n, notes = len(captions), []
 
@@ -3523,7 +3525,7 @@ def caption_notes(captions, statistics=None, context_length=None, flips=False, h
     if tagged > n // 10:
         share(tagged, "carry part-of-speech tags (词:n); take the file without them")
     different = len(set(captions))
-    if n and different < n:
+    if n and different < n and diagonal:
         repeated = n - different
         share(repeated, "repeat another; as negatives they contradict each other, so give them "
                         "targets by text (multi-positive loss) or mask them")

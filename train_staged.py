@@ -1348,7 +1348,7 @@ def about(stage, epoch, moving, tokenizer, model, args):
     turns = stage.flip and stage.augment != "none"
     hues = stage.colour and stage.augment in ("strong", "autoaugment")
     for note in caption_notes(pairs.captions, tokenizer.statistics(pairs.captions, args.max_text),
-                              args.max_text, turns, hues):
+                              args.max_text, turns, hues, stage.positives == "diag"):
         yield f"{stage.name}: {note}"
 
 
