@@ -3755,7 +3755,8 @@ def find_any_listing(text, data_dir, layout, faults):
     """The Listing of classes or of pairs that lies there: pairs first where their files show it."""
     path = pathlib.Path(os.path.expandvars(os.path.expanduser(text)))
     with contextlib.suppress(DataError):
-        if path.exists() and find_layout(path, "auto")[0] not in ("table", "texts", "zip"):
+        if path.exists() and find_layout(path, "auto")[0] not in ("table", "texts", "zip",
+                                                                       "classes"):
             return PairRows(list_pairs(text, data_dir))
     try:
         return find_listing(text, data_dir, layout, faults=faults)
