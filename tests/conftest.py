@@ -27,6 +27,17 @@ def pytest_cmdline_main(config):
     if whole and "PYTEST_XDIST_WORKER" not in os.environ and (
             getattr(config.option, "numprocesses", 0) is None):
         config.option.numprocesses, config.option.dist = 2, "loadfile"
+        config.option.loadscopereorder = False  # it puts files of many tests first, not long ones
+
+
+LONG = ("train_clipfit", "devices", "distributed", "train_contrastive", "train_distill", "repo",
+        "train_staged", "tokenizer", "device", "faults", "students", "clip_model", "staged_report")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that neither process is left alone with one at the end."""
+    order = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def pytest_configure(config):

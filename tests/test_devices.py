@@ -76,8 +76,8 @@ def staged_flags(folder, name, device, *more):
     stages, precision = STAGES[name]
     return ["--data", folder / "scenes", "--weights", folder / "start.safetensors", "--tokenizer",
             folder / "scenes" / "vocab.txt", "--batch-size", "4", "--micro-batch", "3", "--lr",
-            "1e-3", "--steps", "3", "--eval-every", "3", "--log-every", "3", "--workers", "0", "--precision", precision,
-            "--device", device, "--output-dir", folder / name, *more,
+            "1e-3", "--steps", "3", "--eval-every", "3", "--log-every", "3", "--workers", "0",
+            "--precision", precision, "--device", device, "--output-dir", folder / name, *more,
             *(word for stage in stages for word in ("--stage", stage))]
 
 
