@@ -2548,8 +2548,9 @@ def find_pair_path(text, data_dir):
     same = [folder for folder in [data_dir / text, *here, path]
             if plain(folder.name) == plain(text) and folder.exists()]
     if not same:
-        raise DataError(f"no pairs {text!r}: neither a path nor a folder in {data_dir}"
-                        f"{nearest(text, [folder.name for folder in here])}")
+        raise DataError(f"no pairs {text!r}: neither a path nor a folder in {data_dir}" + (
+            nearest(text, [folder.name for folder in here]) if here else
+            ", where nothing is; say with --data-dir where the data lies, or give its path"))
     return same[0]
 
 
