@@ -690,8 +690,8 @@ class ImageSet(Dataset):
             raise DataError(f"{self.name}: all {said} under {self.store} ({reason}); {fix}")
         if empty:
             raise DataError(f"{self.name}: {len(empty)} of {len(set(self.labels))} classes have no "
-                            f"image under {self.store}: {', '.join(empty)}; use --classes to train "
-                            f"on the rest")
+                            f"image under {self.store}: {', '.join(empty)} ({reason}); use --classes "
+                            f"to train on the rest")
         if len(lost) > max(1, len(self) // 100):
             raise DataError(f"{self.name}: {len(lost)} of {said}, more than 1 % ({reason}); "
                             f"restore them or list the rest")
