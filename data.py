@@ -3922,6 +3922,8 @@ def main(argv=None):
             return print_check(args)
         if args.make_shards is not None:
             print(*make_shards(args.make_shards, args.data_dir, args.out, args.per_shard), sep="\n")
+            print(f"wrote {len(list(pathlib.Path(args.out).glob('*.tar')))} shards into {args.out}; "
+                  f"train with --data {args.out}")
             return 0
         print_few_shot(args)
     except DataError as error:
