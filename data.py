@@ -690,8 +690,8 @@ class ImageSet(Dataset):
             raise DataError(f"{self.name}: all {said} under {self.store} ({reason}); {fix}")
         if empty:
             raise DataError(f"{self.name}: {len(empty)} of {len(set(self.labels))} classes have no "
-                            f"image under {self.store}: {', '.join(empty)} ({reason}); use --classes "
-                            f"to train on the rest")
+                            f"image under {self.store}: {', '.join(empty)} ({reason}); use "
+                            f"--classes to train on the rest")
         if len(lost) > max(1, len(self) // 100):
             raise DataError(f"{self.name}: {len(lost)} of {said}, more than 1 % ({reason}); "
                             f"restore them or list the rest")
@@ -3922,8 +3922,8 @@ def main(argv=None):
             return print_check(args)
         if args.make_shards is not None:
             print(*make_shards(args.make_shards, args.data_dir, args.out, args.per_shard), sep="\n")
-            print(f"wrote {len(list(pathlib.Path(args.out).glob('*.tar')))} shards into {args.out}; "
-                  f"train with --data {args.out}")
+            count = len(list(pathlib.Path(args.out).glob("*.tar")))
+            print(f"wrote {count} shards into {args.out}; train with --data {args.out}")
             return 0
         print_few_shot(args)
     except DataError as error:
