@@ -690,8 +690,8 @@ class ImageSet(Dataset):
             raise DataError(f"{self.name}: all {said} under {self.store} ({reason}); {fix}")
         if empty:
             raise DataError(f"{self.name}: {len(empty)} of {len(set(self.labels))} classes have no "
-                            f"image under {self.store}: {', '.join(empty)}; use --classes to train "
-                            f"on the rest")
+                            f"image under {self.store}: {', '.join(empty)} ({reason}); use "
+                            f"--classes to train on the rest")
         if len(lost) > max(1, len(self) // 100):
             raise DataError(f"{self.name}: {len(lost)} of {said}, more than 1 % ({reason}); "
                             f"restore them or list the rest")
@@ -2548,8 +2548,9 @@ def find_pair_path(text, data_dir):
     same = [folder for folder in [data_dir / text, *here, path]
             if plain(folder.name) == plain(text) and folder.exists()]
     if not same:
-        raise DataError(f"no pairs {text!r}: neither a path nor a folder in {data_dir}"
-                        f"{nearest(text, [folder.name for folder in here])}")
+        raise DataError(f"no pairs {text!r}: neither a path nor a folder in {data_dir}" + (
+            nearest(text, [folder.name for folder in here]) if here else
+            ", where nothing is; say with --data-dir where the data lies, or give its path"))
     return same[0]
 
 
@@ -3921,6 +3922,8 @@ def main(argv=None):
             return print_check(args)
         if args.make_shards is not None:
             print(*make_shards(args.make_shards, args.data_dir, args.out, args.per_shard), sep="\n")
+            count = len(list(pathlib.Path(args.out).glob("*.tar")))
+            print(f"wrote {count} shards into {args.out}; train with --data {args.out}")
             return 0
         print_few_shot(args)
     except DataError as error:

@@ -135,7 +135,8 @@ def get_args(argv=None):
     group.add_argument("--device", default="auto", help="auto, cuda, mps, npu or cpu; refused when "
                        "absent (default: auto)")
     group.add_argument("--seed", nargs="+", type=int, default=[1], metavar="S",
-                       help="seed of the shots and the order; several give a table (default: 1)")
+                       help="seed of the shots and the order; several, also as --seeds, give a "
+                       "table (default: 1)")
     group.add_argument("--output-dir", default="", help="default: runs/train_clipfit/...")
     group.add_argument("--resume", default="auto", help="auto: go on with an interrupted run in "
                        "the output folder; none; or the path of a checkpoint (default: auto)")
@@ -143,7 +144,8 @@ def get_args(argv=None):
     group.add_argument("--eval-only", action="store_true",
                        help="evaluate the run's checkpoint (or zero-shot without one) and stop")
     group.add_argument("--dry-run", action="store_true",
-                       help="two batches of everything, to see that the whole path works")
+                       help="two batches of everything, to see that the whole path works; into a "
+                       "folder of its own, ..._dry_run")
     group.add_argument("--export", choices=("openai", "open_clip", "hf", "safetensors"),
                        help="also write the tuned model as a full CLIP in this layout")
     group.add_argument("--log-every", type=int, default=5, metavar="STEPS", help="default: 5")

@@ -12,7 +12,7 @@ contrasted, whatever fits, on one device or many. One step:
 The gradient is that of the whole batch at once, the scale's included, for 4/3 of the arithmetic;
 `--check-grad` shows it on your model and data. Processes exchange embeddings and log-sums only.
 
-    python train_contrastive.py                                    drawn scenes, a minute on a CPU
+    python train_contrastive.py                           the bundled demo, a minute on a CPU
     python train_contrastive.py --data flickr8k --data-dir DIR --model tiny    a small ViT
     python train_contrastive.py --data coco --preset clip-roberta --image-tower ViT-B/32 \
         --text-tower FOLDER                                        ViT-B/32 + RoBERTa on COCO 2017
@@ -122,7 +122,7 @@ def get_args(argv=None):
 
 def add_data_flags(group):
     group.add_argument("--data", default="demo", help="flickr8k, flickr30k, coco, a folder, shards "
-                       "({0000..0012}.tar) or a CSV/TSV/JSONL file (default: demo, drawn scenes)")
+                       "({0000..0012}.tar) or a CSV/TSV/JSONL file (default: demo)")
     group.add_argument("--data-dir", default="data", help="where named data lies (default: data)")
     group.add_argument("--layout", default="auto", help="how the folder is to be read, and "
                        "simple-clip for that project's 80/20 split (default: auto)")
@@ -174,7 +174,7 @@ def add_method_flags(group):
     group.add_argument("--preset", choices=list(PRESETS), default="clip-scratch",
                        help="defaults for what follows (default: clip-scratch)")
     group.add_argument("--loss", choices=("infonce", "siglip", "triplet", "infonce+triplet"),
-                       help="see above (default: infonce)")
+                       help="what is minimised (default: infonce)")
     group.add_argument("--positives", choices=("diag", "mask", "multi"), default="mask",
                        help="pairs with an equal image or caption: negatives, left out, or "
                        "positives too (default: mask)")
@@ -229,7 +229,8 @@ def add_run_flags(group):
                        help="score held-out pairs so often (default: 1)")
     group.add_argument("--check-grad", action="store_true", help="compare one step's gradient with "
                        "plain autograd on the whole batch and stop")
-    group.add_argument("--dry-run", action="store_true", help="two steps of everything")
+    group.add_argument("--dry-run", action="store_true", help="two steps and every score, into a "
+                       "folder of its own, ..._dry_run")
     group.add_argument("--export", choices=("openai", "open_clip", "hf", "safetensors"),
                        help="also write the model as that library loads it")
     group.add_argument("--log-every", type=int, default=20, metavar="STEPS", help="default: 20")
@@ -1254,7 +1255,8 @@ def report(run, model, state, target, tokenizer, folder, args):
     results = run.finish(results)
     if target:
         summary(run, results, args)
-        run.say(f"test {target.name}, {scores['images']} images: image to text R@1 "
+        run.say("dry run, no result: " * args.dry_run +
+                f"{target.name}, {scores['images']} images: image to text R@1 "
                 f"{scores['i2t_r1']:.1f} R@5 {scores['i2t_r5']:.1f} R@10 {scores['i2t_r10']:.1f}, "
                 f"text to image {scores['t2i_r1']:.1f} {scores['t2i_r5']:.1f} "
                 f"{scores['t2i_r10']:.1f} %")

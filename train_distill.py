@@ -251,7 +251,8 @@ def add_run_flags(group):
     group.add_argument("--eval-batch-size", type=int, default=256, help="images (default: 256)")
     group.add_argument("--eval-every", type=int, default=1, metavar="EPOCHS",
                        help="score held-out pairs so often (default: 1)")
-    group.add_argument("--dry-run", action="store_true", help="three steps of everything")
+    group.add_argument("--dry-run", action="store_true", help="three steps and every score, into "
+                       "a folder of its own, ..._dry_run")
     group.add_argument("--export", nargs="+", default=[], choices=("safetensors", "onnx"),
                        help="also write the student so, beside student_export.pt")
     group.add_argument("--log-every", type=int, default=20, metavar="STEPS", help="default: 20")
@@ -1673,7 +1674,8 @@ def report(run, model, teachers, state, held, tokenizer, labelled, folder, args)
                **args.teacher_scores, "identity": args.identity}
     results = run.finish(results)
     if pairs:
-        run.say(f"test, {len(pairs.paths)} images: image to text R@1 {scores['i2t_r1']:.1f} R@5 "
+        run.say("dry run, no result: " * args.dry_run +
+                f"test, {len(pairs.paths)} images: image to text R@1 {scores['i2t_r1']:.1f} R@5 "
                 f"{scores['i2t_r5']:.1f} R@10 {scores['i2t_r10']:.1f}, text to image "
                 f"{scores['t2i_r1']:.1f} {scores['t2i_r5']:.1f} {scores['t2i_r10']:.1f} %")
     return results

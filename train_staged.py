@@ -135,7 +135,8 @@ STAGE = {  # key: (default, how it is read, what it means)
     "max_samples": (None, a_count(2), "train on the first images alone"),
     "val": (None, a_text, "held-out pairs, as PATH or PATH@split, if not the data's own"),
     "test": (None, a_text, "test pairs, likewise; without any, the held-out ones"),
-    "captions": ("all", one_of("all", "one"), "per epoch every caption, or one per image"),
+    "captions": ("all", one_of("all", "one"), "per epoch all captions, or one per "
+                 "image"),
     "augment": ("none", one_of(*AUGMENTS), "how training images vary: " + ", ".join(AUGMENTS)),
     "flip": (True, a_switch, "augmentations may mirror images: false where captions say left, 左"),
     "colour": (True, a_switch, "they may change colours: false where captions name them"),
@@ -147,12 +148,13 @@ STAGE = {  # key: (default, how it is read, what it means)
     "lora": (0, a_count(0), "rank of the updates of attention matrices; only they and the heads "
              "train"),
     "dropout": (None, a_number(0, 0.9), "of a BERT's layers, instead of its own"),
-    "bn": ("freeze", one_of("freeze", "chunk"), "BatchNorm: frozen statistics, or those of pieces"),
+    "bn": ("freeze", one_of("freeze", "chunk"), "BatchNorm: frozen statistics, or, as "
+           "chunk, those of pieces"),
     "recompute": (False, a_switch, "keep no activations inside blocks: slower, less memory"),
     "scale": ("train", scale_rule, "the logit scale: train, or held at this number"),
     # method
     "positives": ("multi", one_of("multi", "mask", "diag"), "pairs with an equal image or caption: "
-                  "positives too, left out, or negatives"),
+                  "positives too (multi), left out (mask), or negatives (diag)"),
     "mask_ratio": (0.0, a_number(0, 0.95), "share of a ViT's patches left out in training (FLIP, "
                    "Li et al. 2023)"),
     "replay": ({}, shares, "share of each batch from earlier stages' training pairs"),
@@ -171,16 +173,17 @@ STAGE = {  # key: (default, how it is read, what it means)
                     "heads"),
     "wd": (0.2, a_number(0, 100), "weight decay of matrices"),
     "wd_rule": ("standard", one_of("standard", "chinese-clip"), "what does not decay: gains, "
-                "biases and embeddings, or as in its code"),
+                "biases and embeddings; or, as chinese-clip, what its code leaves out"),
     "beta2": (0.98, a_number(0, 1), "of AdamW"),
     "eps": (1e-6, a_number(0, 1, above=True), "of AdamW"),
     "warmup": (0.1, a_number(0), "steps, or below 1 a share of all"),
-    "schedule": ("cosine", one_of("cosine", "linear", "constant"), "of the learning rates"),
+    "schedule": ("cosine", one_of("cosine", "linear", "constant"), "of the learning rates: cosine, "
+                 "linear or constant"),
     "min_lr": (0.0, a_number(0, 1), "no rate falls below this after the warm-up"),
     "grad_clip": (1.0, a_number(0), "largest norm; 0: none"),
     "early_stop": (0, a_count(0), "stop after so many evaluations without a better one; 0: never"),
     "select": ("mean_recall", one_of("mean_recall", "r1", "i2t_r1", "t2i_r1"), "what the best is "
-               "chosen by on held-out pairs"),
+               "chosen by on held-out pairs: mean_recall, r1, i2t_r1 or t2i_r1"),
     "eval_every": (1, a_count(1), "epochs between evaluations"),
 }
 ALSO = {"train": "data", "batch": "batch_size", "lr_visual": "image_lr", "lr_text": "text_lr",
@@ -201,8 +204,11 @@ def get_args(argv=None):
     plan = parser.add_argument_group("plan")
     plan.add_argument("--plan", metavar="FILE", help="stages as JSON, or TOML (default: the demo, "
                       "or one stage of the flags)")
-    plan.add_argument("--stage", nargs="+", metavar="K=V,K=V", help="a stage; again for the next")
-    plan.add_argument("--set", nargs="+", default=[], metavar="STAGE.K=V", help="change one key")
+    plan.add_argument("--stage", nargs="+", metavar="K=V,K=V", help="a stage; again "
+                      "for the next. Keys: name, from (init, STAGE:best, STAGE:last or a file), "
+                      "and the flags below with _ for -")
+    plan.add_argument("--set", nargs="+", default=[], metavar="STAGE.K=V", help="change one key of "
+                      "a stage")
     plan.add_argument("--only", metavar="STAGE", help="train this stage alone")
     plan.add_argument("--until", metavar="STAGE", help="train no stage after this one")
     plan.add_argument("--from-stage", metavar="STAGE", help="train this one and all after it again")
@@ -270,7 +276,8 @@ def add_run_flags(group):
                        "open_clip", "onnx", "clip-retrieval"), help="also write the chosen row as "
                        "that library loads it, or its test features")
     group.add_argument("--row", help="the row to export (default: the last stage)")
-    group.add_argument("--dry-run", action="store_true", help="two steps of every stage")
+    group.add_argument("--dry-run", action="store_true", help="two steps of every stage, into a "
+                       "folder of its own, ..._dry_run")
     group.add_argument("--log-every", type=int, default=20, metavar="STEPS", help="default: 20")
     group.add_argument("--save-every", type=int, default=0, metavar="STEPS",
                        help="also save inside an epoch (default: 0, after each epoch)")
