@@ -1903,7 +1903,7 @@ def join(parts, proj, embed_dim, keep_projections):
     drawn = {name for name in own if name == "logit_scale" or name.startswith("bert.pooler.")}
     for is_image, (_, tensors, origin) in zip((True, False), parts):
         if not tensors:
-            notes.append(f"{origin['name']} starts from random numbers")
+            notes.append(f"{origin['name'].removesuffix(':none')} starts from random numbers")
             drawn |= {name for name in own if name.startswith("visual.") == is_image}
     for head in HEADS:
         names = {name for name in own if name.startswith(head)}

@@ -449,6 +449,8 @@ def find_runs(paths):
     for path in map(pathlib.Path, paths):
         if not path.is_dir():
             raise ReportError(f"{path} is no folder; give the output folder of a run")
+        if path.name == "cache" and len(paths) > 1:  # it stands beside runs, so `runs/*` names it
+            continue
         inside = [path] if is_run(path) else sorted(
             {p for depth in ("*", "*/*") for p in path.glob(depth) if p.is_dir() and is_run(p)},
             key=lambda p: [int(w) if w.isdigit() else w for w in re.split(r"(\d+)", str(p))])

@@ -227,6 +227,8 @@ def test_several_runs_and_their_parent_give_means_with_error_bars(tmp_path, canv
             for (s, k), a in scores.items()]
     page = draw(tmp_path / "all")
     assert draw(*runs) and report.find_runs([tmp_path / "all"])[0][-1].facts["shots"] == 16
+    (tmp_path / "all/cache").mkdir()
+    assert len(report.find_runs([tmp_path / "all/cache", *runs])[0]) == len(runs)
     assert '<td class="n">52.00</td><td class="n">2.83</td>' in page  # mean, std of 50 and 54
     table = report.by_shots(report.find_runs(runs)[0])
     assert list(table) == ["all runs"] and list(table["all runs"]) == [1, 4, 16]

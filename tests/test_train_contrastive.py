@@ -994,7 +994,9 @@ def test_check_grad_holds_on_every_loss_with_dropout(pairs, capsys, tmp_path, fl
     args = [str(flag) for flag in tiny_flags(pairs, "--check-grad", "--tile", 3, *flags,
                                              "--output-dir", tmp_path / "no")]
     assert train_contrastive.guard(main, get_args, args) == 0
-    assert "against autograd on all 8" in capsys.readouterr().out and not (tmp_path / "no").exists()
+    said = capsys.readouterr().out
+    assert "against autograd on all 8" in said and not (tmp_path / "no").exists()
+    assert "pieces of 8" not in said, "it would be compared with itself"
 
 
 def test_check_grad_finds_a_wrong_gradient_and_exits_3(pairs, capsys, monkeypatch):
