@@ -417,6 +417,14 @@ def test_low_rank_updates_move_attention_and_heads_alone():
     (["--set", "cold.from=cold:best"], ["'cold:best'", "an earlier stage (warm)"]),
     (["--set", "warm.from=cold:best"], ["there is none"]),
     (["--set", "cold.from=warm:wise0.5"], ["warm:wise0.5", "not among wise=[]"]),
+    (["--set", "warm.from=cold"], ["'cold'", "there is none"]),
+    (["--set", "cold.from=cold"], ["'cold'", "an earlier stage (warm)"]),
+    (["--set", "cold.from=warm:wise0.5.5"], ["'warm:wise0.5.5'", "best, last or wise"]),
+    (["--set", "cold.from=warm:wise."], ["'warm:wise.'", "best, last or wise"]),
+    (["--set", "cold.name=warm"], ["two stages are called 'warm'"]),
+    (["--model", "tiny"], ["start.safetensors is no tiny", "leave --model out"]),
+    (["--query", "a red circle", "--row", "cold"], ["--export"]),
+    (["--until", "warm", "--row", "cold", "--export", "hf"], ["--row cold", "zero-shot, warm"]),
     (["--set", "cold.from=no/such.pt"], ["'no/such.pt'", "nor a file"]),
     (["--set", "cold.replay=wrm:0.1"], ["replays wrm", "earlier stages (warm)"]),
     (["--set", "cold.replay=warm:0.95"], ["replay", "0.95"]),
@@ -457,7 +465,14 @@ def test_a_plan_that_cannot_be_meant_gets_one_line(world, capsys, tmp_path, more
     ('{"stages": [{"name": "a", "batch": 4, "batch_size": 4}]}', ["'batch_size' a second time"]),
     ('{"stages": [{"name": "a"}], "defaults": {"wdd": 1}}', ["defaults", "'wdd'"]),
     ('{"stages": [{"name": "a"}], "eval_sets": [1]}', ["eval_sets"]),
-    ('{"stages": [{"name": "a"}], "eval_sets": {"a": "b"}}', ["'a' is a stage too"]),
+    ('{"stages": [{"name": "a", "test": "."}], "eval_sets": {"a": "b"}}', ["'a'", "stage too"]),
+    ('{"stages": [{"name": "a"}], "eval_sets": {"a": {"data": "b", "matching": "x"}}}', [
+        "'a' is a stage too", "its data alone"]),
+    ('{"stages": [{"name": "a"}], "eval_sets": {"b": 5}}', ["eval_sets: 'b'", "data is 5"]),
+    ('{"stages": [{"name": "a"}], "eval_sets": {"b": ["x"]}}', ["eval_sets: 'b'", "a text"]),
+    ('{"stages": [{"name": "a"}], "eval_sets": {"b": {"data": "x", "matching": "("}}}', [
+        "eval_sets: 'b'", "matching", "regular expression"]),
+    ('{"stages": [{"name": "a"}], "eval_sets": {" ": "x"}}', ["no name"]),
     ('{"stages": [{"name": "a"}], "eval_sets": {"b": {"path": "c"}}}', ["unknown key 'path'"]),
     ('{"stages": [{"name": "a", "epochs": true}]}', ["epochs is True"]),
 ])
@@ -581,6 +596,75 @@ def test_named_held_out_data_leaves_all_else_to_training(world, tmp_path):
     assert sum(counted["cut"]) == 48 and counted["val"] == [48, 24, 24]
     assert sum(counted["test"][:2]) == 48 and 0 < counted["test"][1] < 12
     assert counted["test"][2] == 24
+
+
+def test_an_eval_set_with_the_name_of_a_stage_is_its_test_set(world, tmp_path):
+    plan = plan_file(tmp_path, eval_sets={"a": f"{world}@train"}, stages=[
+        {"name": "a", "epochs": 1}])
+    result = run_main(*flags_of(world, tmp_path / "out", "--plan", plan, stages=()))
+    assert {name: found["images"] for name, found in result["rows"][0]["sets"].items()} == {"a": 48}
+
+
+def test_held_out_pairs_are_the_val_split_and_read_in_their_own_way(world, tmp_path):
+    """A `val` of three splits is its val, not the test it is judged on; layout and caption file are
+    those of the data alone; what is trained on is not held out."""
+    with open(world / "pairs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for i, row in enumerate(rows):
+        row["split"] = "test" if i % 6 == 0 else row["split"]
+    for folder, found in ((tmp_path / "three", rows), (tmp_path / "own", rows[:20])):
+        shutil.copytree(world, folder)
+        with open(folder / "pairs.csv", "w", newline="") as file:
+            out = csv.DictWriter(file, ("image", "caption", "split"))
+            out.writeheader()
+            out.writerows(found)
+    (tmp_path / "own" / "pairs.csv").rename(tmp_path / "own" / "zh.csv")
+
+    def sets(line):
+        args = get_args(flags_of(world, tmp_path, stages=[line]))
+        stage, = train_staged.read_plan(args)
+        args.seed = 1
+        model = train_staged.open_model(args, False)
+        tests = train_staged.open_sets([stage], train_staged.open_texts(args, model), model, args)
+        return [set(pairs.paths) if pairs else None for pairs in (
+            stage.train, stage.val and stage.val.images, tests["x"].images)]
+    splits = {split: {row["image"] for row in rows if row["split"] == split}
+              for split in ("train", "val", "test")}
+    three, own = tmp_path / "three", tmp_path / "own"
+    assert sets(f"name=x,data={world},val={three}")[1] == splits["val"]
+    assert sets(f"name=x,data={world},val={three}@test")[1] == splits["test"]
+    assert sets(f"name=x,data={three}@val") == [splits["val"], None, splits["test"]]
+    for told in (f"caption_file={own}/zh.csv", f"caption_file={own}/zh.csv,layout=table"):
+        train, val, test = sets(f"name=x,data={own},{told},val={three},test={world}")
+        assert train <= {row["image"] for row in rows[:20]} and val == splits["val"]
+        assert test == {f"{i}.png" for i in range(48, 72)}
+
+
+def test_without_held_out_images_nothing_stops_early(world, tmp_path, capsys):
+    with open(world / "pairs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    shutil.copytree(world, tmp_path / "data")
+    with open(tmp_path / "data" / "pairs.csv", "w", newline="") as file:
+        out = csv.DictWriter(file, ("image", "caption", "split"))
+        out.writeheader()
+        out.writerows({**row, "split": "train"} for row in rows if row["split"] == "train")
+    stage = f"name=x,epochs=1,data={tmp_path}/data@train,test={world}"
+    text = refusal(capsys, *flags_of(world, tmp_path / "out", stages=[stage + ",early_stop=2"]))
+    assert "early_stop needs held-out images" in text and "val=" in text
+    run_main(*flags_of(world, tmp_path / "out", stages=[stage]))
+    assert json.loads((tmp_path / "out" / "x" / "results.json").read_text())["best"] is None
+
+
+def test_weights_to_start_from_are_looked_at_before_any_stage(world, tmp_path, capsys):
+    """A file of another size, one that is none, a folder of weights, one whose files changed."""
+    torch.manual_seed(0)
+    other = pathlib.Path(save(CLIP(CONFIGS["tiny-vit"]), tmp_path / "other.safetensors"))
+    (tmp_path / "spoilt.pt").write_bytes(b"no weights")
+    for path, words in ((other, "of another size than the plan's: image"), (
+            tmp_path / "spoilt.pt", "spoilt.pt")):
+        text = refusal(capsys, *flags_of(world, tmp_path / "out", "--set", f"cold.from={path}"))
+        assert str(path) in text and words.split()[-1] in text
+        assert not (tmp_path / "out").exists()
 
 
 def test_spoilt_pairs_are_counted_and_borne(tmp_path, capsys):
