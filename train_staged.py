@@ -1154,11 +1154,11 @@ def with_frozen(run, model, stage, loader, parts, tokens, args):
                                     "precision": run.precision},
                         lambda: encode_images(run, model, pairs, args, pooled=True))[0]
         look = look_of(parts[0].transform)
-        rows = np.concatenate([images(p, {**look, "images": hash_of(p.contents())}) for p in parts])
-        lost = np.flatnonzero(np.isnan(rows).any(axis=1)).tolist()
-        if lost:
-            parts[0].refuse_losses(lost, "they do not decode")
-        loader = FeatureLoader(loader, torch.from_numpy(rows))
+        rows = [images(part, {**look, "images": hash_of(part.contents())}) for part in parts]
+        for part, some in zip(parts, rows):
+            part.refuse_losses(np.flatnonzero(np.isnan(some).any(axis=1)).tolist(),
+                               "they do not decode")
+        loader = FeatureLoader(loader, torch.from_numpy(np.concatenate(rows)))
         if target:
             target.frozen["image"] = images(target.images, target.pixels)
     if args.feature_cache is not None and "text" in still:

@@ -656,15 +656,68 @@ def test_without_held_out_images_nothing_stops_early(world, tmp_path, capsys):
 
 
 def test_weights_to_start_from_are_looked_at_before_any_stage(world, tmp_path, capsys):
-    """A file of another size, one that is none, a folder of weights, one whose files changed."""
+    """A file of another size, one that is none; a folder of weights, and when its files change."""
     torch.manual_seed(0)
     other = pathlib.Path(save(CLIP(CONFIGS["tiny-vit"]), tmp_path / "other.safetensors"))
     (tmp_path / "spoilt.pt").write_bytes(b"no weights")
-    for path, words in ((other, "of another size than the plan's: image"), (
+    for path, words in ((other, "text_width 64, not 32"), (
             tmp_path / "spoilt.pt", "spoilt.pt")):
         text = refusal(capsys, *flags_of(world, tmp_path / "out", "--set", f"cold.from={path}"))
-        assert str(path) in text and words.split()[-1] in text
-        assert not (tmp_path / "out").exists()
+        assert str(path) in text and words in text and not (tmp_path / "out").exists()
+    hf = pathlib.Path(save(load(world / "start.safetensors"), tmp_path / "hf", "hf")).parent
+    flags = flags_of(world, tmp_path / "out", "--set", f"cold.from={hf}", "cold.steps=1",
+                     "warm.steps=1", "warm.warmup=0", "cold.warmup=0")
+    result = run_main(*flags)
+    assert run_main(*flags)["rows"] == json.loads(json.dumps(result["rows"]))
+    (hf / "config.json").write_text((hf / "config.json").read_text() + " ")
+    assert "cold (parent_sha256 was" in refusal(capsys, *flags)
+    (tmp_path / "out" / "warm" / "last.safetensors").unlink()
+    text = refusal(capsys, *flags_of(world, tmp_path / "out", "--set", "warm.steps=1", "warm.warmup=0",
+                                     "new.from=warm:last", stages=(WARM, COLD.replace("cold", "new"))))
+    assert "warm/last.safetensors, which stage 'new' starts from, is gone" in text
+    assert not (tmp_path / "out" / "new").exists()
+
+
+def test_a_model_that_is_named_must_be_that_of_the_weights(tmp_path):
+    path = save(CLIP(CONFIGS["tiny-vit"]), tmp_path / "clip.safetensors")
+    for name in ("tiny-vit", "TINY_VIT", None):
+        args = types.SimpleNamespace(seed=0, model=name, weights=str(path))
+        assert train_staged.open_model(args, False).config == CONFIGS["tiny-vit"]
+    args.model = "ViT-B/32"
+    with pytest.raises(train_staged.UserError, match="clip.safetensors is no ViT-B/32"):
+        train_staged.open_model(args, False)
+
+
+def test_other_images_captions_or_words_under_the_same_names_are_noticed(world, tmp_path, capsys):
+    """A caption that moves to the next image, an image with other pixels, another vocabulary."""
+    shutil.copytree(world, tmp_path / "data")
+    flags = flags_of(tmp_path / "data", tmp_path / "out", "--epochs", 1, "--captions", "all",
+                     stages=["name=x,steps=1,warmup=0"])
+    run_main(*flags)
+    table, vocabulary = tmp_path / "data" / "pairs.csv", tmp_path / "data" / "vocab.txt"
+    rows = table.read_text().splitlines()
+    moved = [*rows[:2], rows[2].replace("0.png", "1.png"), *rows[3:]]
+    words = vocabulary.read_text().split("\n")
+    i = words.index("red")
+    for path, changed, key in (
+            (table, "\n".join(moved).encode(), "data"),
+            (tmp_path / "data" / "3.png", (world / "4.png").read_bytes(), "data"),
+            (vocabulary, "\n".join([*words[:i], "rouge", *words[i + 1:]]).encode(), "vocabulary")):
+        kept = path.read_bytes()
+        path.write_bytes(changed)
+        text = refusal(capsys, *flags)
+        assert "stale" in text and f"{key} was '" in text, (path, text)
+        path.write_bytes(kept)
+    run_main(*flags)
+    assert "holds this plan, finished" in capsys.readouterr().out
+
+
+def test_a_finished_plan_is_judged_anew_by_other_rules(world, two_stages, tmp_path):
+    shutil.copytree(two_stages[0], tmp_path / "run")
+    result = run_main(*flags_of(world, tmp_path / "run", "--lose", 50))
+    assert "best that loses at most 50 anywhere" in result["recommended"]
+    assert "best that loses at most 50 anywhere" in run_main(*flags_of(
+        world, tmp_path / "run", "--lose", 50))["recommended"]
 
 
 def test_spoilt_pairs_are_counted_and_borne(tmp_path, capsys):
@@ -840,6 +893,11 @@ def test_parts_of_a_plan_make_the_whole(world, two_stages, tmp_path):
     assert not (tmp_path / "cold").exists()
     run_main(*flags_of(world, tmp_path, "--only", "cold"))
     assert_same_plan(two_stages[0], tmp_path)
+
+
+def test_a_plan_is_written_with_its_seed_of_zero(world, tmp_path):
+    run_main(*flags_of(world, tmp_path, "--seed", 0, "--eval-only"))
+    assert json.loads((tmp_path / "plan.json").read_text())["seed"] == 0
 
 
 def test_config_json_runs_again(two_stages, tmp_path):
@@ -1173,6 +1231,31 @@ def test_kept_features_train_as_computing_them_does(world, tmp_path, monkeypatch
         assert ours["split"] == theirs["split"]
         for key in set(ours) - {"split"}:
             assert ours[key] == pytest.approx(theirs[key], abs=1e-5), key
+
+
+def test_kept_features_replace_a_lost_image_by_the_pair_that_reading_takes(tmp_path):
+    """Also among replayed pairs; a row of zeros would be a feature that is not a number."""
+    folder = scenes(tmp_path / "pairs", 160, 12)
+    weights_file(folder).rename(folder / "start.safetensors")
+    for i in (7, 150):
+        (folder / f"{i}.png").write_bytes((folder / f"{i}.png").read_bytes()[:60])
+    table = (folder / "pairs.csv").read_text().splitlines()
+    for name, some in (("one", slice(1, 2 * 80 + 1)), ("two", slice(2 * 80 + 1, None))):
+        (folder / f"{name}.csv").write_text("\n".join([table[0], *table[some]]))
+    found = {}
+    for name, more in (("kept", []), ("anew", ["--no-feature-cache"])):
+        run_main(*flags_of(folder, tmp_path / name, "--batch-size", 40, "--cache", "none", "--freeze",
+                           "visual.*+!visual.proj", "--eps", 1e-4, "--test", folder / "pairs.csv", *more,
+                           "--epochs", 1, "--lr", 1e-4, stages=[
+                               f"name=one,data={folder}/one.csv@train,val={folder}/pairs.csv",
+                               f"name=two,data={folder}/two.csv@train,val={folder}/pairs.csv,"
+                               "replay=one:0.5"]))
+        found[name] = [metrics(tmp_path / name / stage) for stage in ("one", "two")]
+    for kept, anew in zip(*found.values()):
+        assert sum(row.get("replaced", 0) for row in anew) >= 1
+        for ours, theirs in zip(kept, anew):
+            assert ours.get("replaced") == theirs.get("replaced")
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
 
 
 def test_batch_norm_of_a_resnet_is_still_unless_asked():
