@@ -185,7 +185,10 @@ STAGE = {  # key: (default, how it is read, what it means)
     "eval_every": (1, a_count(1), "epochs between evaluations"),
 }
 ALSO = {"train": "data", "batch": "batch_size", "lr_visual": "image_lr", "lr_text": "text_lr",
-        "clip_grad": "grad_clip", "max_epochs": "epochs", "init": "from", "only": "matching"}
+        "clip_grad": "grad_clip", "max_epochs": "epochs", "init": "from", "only": "matching",
+        "logit_scale": "scale", **{
+            given[2:].replace("-", "_"): flag[2:].replace("-", "_") for given, flag in
+            ALIASES.items() if flag[2:].replace("-", "_") in STAGE}}
 PLAN = {"name": (None, stage_name, ""), "seed": (None, a_count(0), ""), "max_text": (
     None, a_count(3), ""), "precision": (None, one_of("auto", "fp32", "bf16", "fp16"), ""),
     **{key: (None, a_text, "") for key in ("model", "weights", "tokenizer", "device", "data_dir")},
@@ -305,6 +308,8 @@ def read_plan(args):
     if not isinstance(listed, list) or not listed or not isinstance(args.eval_sets, dict):
         raise UserError(f"{where} has no list of stages; expected {{\"stages\": [{{\"name\": "
                         f"...}}, ...]}}, and eval_sets as {{name: data}}")
+    if args.seed is not None and args.seed >= 2 ** 32:
+        raise UserError(f"{where}: seed is {args.seed}; expected below 4294967296")
     args.eval_sets = test_sets(args.eval_sets, where)
     base = {**{key: value for key, (value, _, _) in STAGE.items()},
             **(DEMO_DEFAULTS if listed is DEMO else {}),
@@ -375,6 +380,10 @@ def complete(stages, names, args):
         if getattr(args, flag) not in (None, *names):
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected one of "
                             f"{', '.join(names)}")
+    if args.from_stage and any(names.index(last) < names.index(args.from_stage)
+                               for last in (args.until, args.only) if last):
+        raise UserError(f"--from-stage {args.from_stage} trains what --until or --only leaves out; "
+                        f"give one of them")
     for i, stage in enumerate(stages):
         name, earlier = stage["name"], names[:i]
         if not stage["data"]:
@@ -824,6 +833,7 @@ class Target:
         self.frozen = {}  # side: what a tower that does not train in this stage makes of the set
         self.pixels = {"images": hash_of(self.images.contents()), **look_of(view)}
         self.words = {"tokens": hash_of(self.tokens.tolist())}
+        self.identity = [self.pixels, self.words, hash_of(self.relevant.tolist())]
 
 
 def view_of(model, args):
@@ -1476,7 +1486,7 @@ def identity_of(stage, args):
     plain = {key: getattr(stage, key) for key in FLAGS if key not in free}
     sha = args.start_sha if stage.start is None else (
         sha256_of_all(stage.start) if stage.start.exists() else None)
-    val = stage.val and [stage.val.pixels, stage.val.words]
+    val = stage.val and stage.val.identity
     return {**plain, "parent": stage.parent, "parent_sha256": sha, "seed": args.seed,
             "precision": args.precision, "max_text": args.max_text, "dry_run": args.dry_run,
             "vocabulary": args.vocabulary_sha, "data": hash_of_pairs(stage.train),
@@ -1816,7 +1826,7 @@ def one_stage(run, model, stage, stages, tokenizer, tests, args):
 
 def whole_identity(stages, tests, args):
     return {"stages": {stage.name: stage.identity for stage in stages}, "lose": args.lose,
-            "tests": {name: [target.pixels, target.words] for name, target in tests.items()}}
+            "tests": {name: target.identity for name, target in tests.items()}}
 
 
 def report(run, model, tokenizer, stages, tests, table, args):

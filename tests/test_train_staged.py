@@ -406,7 +406,10 @@ def test_low_rank_updates_move_attention_and_heads_alone():
     (["--set", "warm.epochs=0"], ["'warm'", "no steps", "epochs is 0"]),
     (["--set", "cold.warmup=1000"], ["'cold'", "warm-up of 1000 steps in 6 steps", "warmup=0.1"]),
     (["--set", "cold.warmup=6"], ["warm-up of 6 steps in 6 steps"]),
-    (["--set", "cold.learning_rat=1"], ["--set cold.learning_rat=1", "unknown key", "known: name"]),
+    (["--set", "cold.learning_rat=1"], ["--set cold.learning_rat=1", "mean 'learning_rate'"]),
+    (["--set", "cold.xyz=1"], ["--set cold.xyz=1", "unknown key", "known: name"]),
+    (["--from-stage", "cold", "--until", "warm"], ["--from-stage cold", "give one"]),
+    (["--from-stage", "cold", "--only", "warm"], ["--from-stage cold", "give one"]),
     (["--set", "cold.epoch=1"], ["did you mean 'epochs'"]),
     (["--set", "cold.lr=fast"], ["cold.lr=fast", "lr is 'fast'", "a number above 0 to 1"]),
     (["--set", "cold.batch_size=200"], ["'cold'", "200", "which has 2", "no image may come twice"]),
@@ -472,6 +475,7 @@ def test_a_plan_that_cannot_be_meant_gets_one_line(world, capsys, tmp_path, more
     ('{"stages": [{"name": "a"}], "eval_sets": {"b": ["x"]}}', ["eval_sets: 'b'", "a text"]),
     ('{"stages": [{"name": "a"}], "eval_sets": {"b": {"data": "x", "matching": "("}}}', [
         "eval_sets: 'b'", "matching", "regular expression"]),
+    ('{"stages": [{"name": "a"}], "seed": 4294967296}', ["seed is 4294967296", "below"]),
     ('{"stages": [{"name": "a"}], "eval_sets": {" ": "x"}}', ["no name"]),
     ('{"stages": [{"name": "a"}], "eval_sets": {"b": {"path": "c"}}}', ["unknown key 'path'"]),
     ('{"stages": [{"name": "a", "epochs": true}]}', ["epochs is True"]),
@@ -697,10 +701,13 @@ def test_other_images_captions_or_words_under_the_same_names_are_noticed(world, 
     table, vocabulary = tmp_path / "data" / "pairs.csv", tmp_path / "data" / "vocab.txt"
     rows = table.read_text().splitlines()
     moved = [*rows[:2], rows[2].replace("0.png", "1.png"), *rows[3:]]
+    held = [*rows[:-3], rows[-3].replace("70.png", "71.png"), *rows[-2:]]
+    assert moved != rows != held
     words = vocabulary.read_text().split("\n")
     i = words.index("red")
     for path, changed, key in (
             (table, "\n".join(moved).encode(), "data"),
+            (table, "\n".join(held).encode(), "val"),
             (tmp_path / "data" / "3.png", (world / "4.png").read_bytes(), "data"),
             (vocabulary, "\n".join([*words[:i], "rouge", *words[i + 1:]]).encode(), "vocabulary")):
         kept = path.read_bytes()
@@ -1256,6 +1263,18 @@ def test_kept_features_replace_a_lost_image_by_the_pair_that_reading_takes(tmp_p
         for ours, theirs in zip(kept, anew):
             assert ours.get("replaced") == theirs.get("replaced")
             assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
+def test_recomputed_blocks_train_to_the_same_weights(world, tmp_path):
+    """With dropout, and with half of a tower frozen: the same random numbers are drawn again."""
+    found = []
+    for name, recompute in (("kept", "false"), ("anew", "true")):
+        run_main(*flags_of(world, tmp_path / name, "--recompute", recompute, stages=[
+            "name=x,steps=3,warmup=0,freeze=visual_lower:1,dropout=0.3,augment=light"]))
+        found.append((weights_of(tmp_path / name / "x" / "last.safetensors"),
+                      plain_logs(tmp_path / name / "x")))
+    (ours, logs), (theirs, other_logs) = found
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours) and logs == other_logs
 
 
 def test_batch_norm_of_a_resnet_is_still_unless_asked():
