@@ -3201,20 +3201,32 @@ def make_pair_loader(pairs, batch_size, seed=0, captions="one", rank=0, world_si
 
 
 class FeatureLoader:
-    """A loader's batches with the rows of (n, F) features in the place of images."""
+    """A loader's batches with the rows of (n, F) features in the place of images. Pairs
+    whose row is not a number, the image being lost, are replaced as a PairSet replaces them."""
 
     def __init__(self, loader, features):
         self.batch_sampler, self.dataset, self.features = (loader.batch_sampler, loader.dataset,
                                                            features)
         self.owner = torch.tensor(loader.dataset.owner)
+        self.lost = set(features.isnan().any(dim=1)[self.owner].nonzero()[:, 0].tolist())
 
     def __len__(self):
         return len(self.batch_sampler)
 
     def __iter__(self):
         for batch in self.batch_sampler:
-            used = torch.tensor([c for _, c in batch], dtype=torch.long)
-            yield self.features[self.owner[used]], used, used
+            asked = torch.tensor([c for _, c in batch], dtype=torch.long)
+            used = torch.tensor([self.replaced(c) for _, c in batch], dtype=torch.long)
+            yield self.features[self.owner[used]], used, asked
+
+    def replaced(self, asked):
+        if asked not in self.lost:
+            return asked
+        starts = getattr(self.dataset, "starts", [0, len(self.dataset)])
+        part = int(np.searchsorted(starts, asked, side="right")) - 1
+        start, n = starts[part], starts[part + 1] - starts[part]
+        return next(c for attempt in range(1, 101) if (c := start + sample_seed(
+            0, attempt, asked - start) % n) not in self.lost)
 
 
 def make_mixed_loader(parts, sizes, seed=0, captions="one", rank=0, world_size=1, workers=0,

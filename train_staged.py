@@ -48,6 +48,7 @@ backward and forward transfer; matrix.md has them as a table, and `python report
 import collections
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -117,7 +118,7 @@ def shares(x):
 
 def portions(x):
     x = x.split("+") if isinstance(x, str) else x if isinstance(x, list) else [x]
-    return [a_number(0, 1)(value) for value in x]
+    return list(dict.fromkeys(a_number(0, 1)(value) for value in x))
 
 
 def scale_rule(x):
@@ -187,12 +188,16 @@ STAGE = {  # key: (default, how it is read, what it means)
     "eval_every": (1, a_count(1), "epochs between evaluations"),
 }
 ALSO = {"train": "data", "batch": "batch_size", "lr_visual": "image_lr", "lr_text": "text_lr",
-        "clip_grad": "grad_clip", "max_epochs": "epochs", "init": "from", "only": "matching"}
+        "clip_grad": "grad_clip", "max_epochs": "epochs", "init": "from", "only": "matching",
+        "logit_scale": "scale", **{
+            given[2:].replace("-", "_"): flag[2:].replace("-", "_") for given, flag in
+            ALIASES.items() if flag[2:].replace("-", "_") in STAGE}}
 PLAN = {"name": (None, stage_name, ""), "seed": (None, a_count(0), ""), "max_text": (
     None, a_count(3), ""), "precision": (None, one_of("auto", "fp32", "bf16", "fp16"), ""),
     **{key: (None, a_text, "") for key in ("model", "weights", "tokenizer", "device", "data_dir")},
     **{key: (None, lambda x: x, "") for key in ("defaults", "eval_sets", "stages")}}
 FLAGS = [key for key in STAGE if key not in ("name", "from")]
+PLACE = {"data": None, "layout": "auto", "caption_file": None, "matching": None}
 PLAN_ALSO = {"init": "weights", "vocab": "tokenizer", "context_length": "max_text"}
 
 
@@ -310,6 +315,9 @@ def read_plan(args):
     if not isinstance(listed, list) or not listed or not isinstance(args.eval_sets, dict):
         raise UserError(f"{where} has no list of stages; expected {{\"stages\": [{{\"name\": "
                         f"...}}, ...]}}, and eval_sets as {{name: data}}")
+    if args.seed is not None and args.seed >= 2 ** 32:
+        raise UserError(f"{where}: seed is {args.seed}; expected below 4294967296")
+    args.eval_sets = test_sets(args.eval_sets, where)
     base = {**{key: value for key, (value, _, _) in STAGE.items()},
             **(DEMO_DEFAULTS if listed is DEMO else {}),
             **check_settings(content.get("defaults") or {}, STAGE, ALSO, f"{where}: defaults"),
@@ -329,7 +337,44 @@ def read_plan(args):
                             f"{', '.join(names)}")
         stages[names.index(name)].update(check_settings(settings_of(rest), STAGE, ALSO,
                                                         f"--set {change}"))
-    return complete(stages, names, args)
+    for stage in stages:  # a test set that has a stage's name is that stage's
+        given = args.eval_sets.pop(stage["name"], None)
+        if given and (stage["test"] or given != {**PLACE, "data": given["data"]}):
+            raise UserError(f"eval_sets: {stage['name']!r} is a stage too; give the set another "
+                            f"name, or name its data alone and no test= in the stage")
+        stage["test"] = given["data"] if given else stage["test"]
+    return complete(stages, [stage["name"] for stage in stages], args)
+
+
+def test_sets(listed, where):
+    """The `eval_sets` of a plan, {name: data, or what `PLACE` knows} -> {name: all of it}."""
+    found = {}
+    for name, given in listed.items():
+        words = f"{where}: eval_sets: {name!r}"
+        found[name] = {**PLACE, **check_settings(
+            given if isinstance(given, dict) else {"data": given},
+            {key: STAGE[key] for key in PLACE}, {}, words)}
+        if not name.strip() or not found[name]["data"]:
+            raise UserError(f"{words} has no {'data' if name.strip() else 'name'}")
+    return found
+
+
+def parent_of(stage, stages, names, earlier):
+    """`from` of a stage, in the one spelling that its file has too: wise0.5 for wise0.50."""
+    parent, _, which = stage["from"].partition(":")
+    if parent not in names:
+        return stage["from"]
+    between = re.fullmatch(r"wise(\d*\.?\d+)", which)
+    if parent not in earlier or not between and which not in ("", "best", "last"):
+        raise UserError(f"stage {stage['name']!r} starts from {stage['from']!r}; expected an "
+                        f"earlier stage ({', '.join(earlier) or 'there is none'}) with best, last "
+                        f"or wise and a number of its list")
+    which = f"wise{float(between[1]):g}" if between else which or "best"
+    shares = stages[names.index(parent)]["wise"]
+    if between and which not in [f"wise{share:g}" for share in shares]:
+        raise UserError(f"stage {stage['name']!r} starts from {stage['from']!r}, which is not "
+                        f"among wise={shares} of that stage")
+    return f"{parent}:{which}"
 
 
 def complete(stages, names, args):
@@ -342,21 +387,16 @@ def complete(stages, names, args):
         if getattr(args, flag) not in (None, *names):
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected one of "
                             f"{', '.join(names)}")
+    if args.from_stage and any(names.index(last) < names.index(args.from_stage)
+                               for last in (args.until, args.only) if last):
+        raise UserError(f"--from-stage {args.from_stage} trains what --until or --only leaves out; "
+                        f"give one of them")
     for i, stage in enumerate(stages):
         name, earlier = stage["name"], names[:i]
         if not stage["data"]:
             raise UserError(f"stage {name!r} has no data; name its folder or file with data=")
         stage["from"] = stage["from"] or (f"{names[i - 1]}:best" if i else "init")
-        parent, _, which = stage["from"].partition(":")
-        if parent in names and which and (parent not in earlier or not re.fullmatch(
-                r"best|last|wise[\d.]+", which)):
-            raise UserError(f"stage {name!r} starts from {stage['from']!r}; expected an earlier "
-                            f"stage ({', '.join(earlier) or 'there is none'}) with best, last or "
-                            f"wise and a number of its list")
-        if which[:4] == "wise" and parent in earlier and float(which[4:] or -1) not in stages[
-                names.index(parent)]["wise"]:
-            raise UserError(f"stage {name!r} starts from {stage['from']!r}, which is not among "
-                            f"wise={stages[names.index(parent)]['wise']} of that stage")
+        stage["from"] = parent_of(stage, stages, names, earlier)
         odd = sorted(set(stage["replay"]) - set(earlier))
         if odd or sum(stage["replay"].values()) > 0.9:
             raise UserError(f"stage {name!r} replays {odd[0] if odd else 'over 90 %'}; expected "
@@ -800,6 +840,7 @@ class Target:
         self.frozen = {}  # side: what a tower that does not train in this stage makes of the set
         self.pixels = {"images": hash_of(self.images.contents()), **look_of(view)}
         self.words = {"tokens": hash_of(self.tokens.tolist())}
+        self.identity = [self.pixels, self.words, hash_of(self.relevant.tolist())]
 
 
 def view_of(model, args):
@@ -1109,7 +1150,8 @@ def run_stage(run, model, stage, tokenizer, args):
     model.requires_grad_(True)
     seconds, pairs = state.clock
     return run.finish({"method": "staged", "stage": stage.name, "steps": state.step,
-                       "best_step": state.best_step, "best": state.best, "begun": state.begun,
+                       "best_step": state.best_step, "begun": state.begun,
+                       "best": None if target is None else state.best,
                        "select": stage.select, "epochs": state.epoch,
                        "trainable_parameters": sum(p.numel() for p in state.moving.values()),
                        "trainable_tensors": len(state.moving),
@@ -1129,12 +1171,11 @@ def with_frozen(run, model, stage, loader, parts, tokens, args):
                                     "precision": run.precision},
                         lambda: encode_images(run, model, pairs, args, pooled=True))[0]
         look = look_of(parts[0].transform)
-        rows = np.concatenate([images(p, {**look, "images": hash_of(p.contents())}) for p in parts])
-        lost = np.flatnonzero(np.isnan(rows).any(axis=1)).tolist()
-        if lost:
-            parts[0].refuse_losses(lost, "they do not decode")
-            rows[lost] = 0
-        loader = FeatureLoader(loader, torch.from_numpy(rows))
+        rows = [images(part, {**look, "images": hash_of(part.contents())}) for part in parts]
+        for part, some in zip(parts, rows):
+            part.refuse_losses(np.flatnonzero(np.isnan(some).any(axis=1)).tolist(),
+                               "they do not decode")
+        loader = FeatureLoader(loader, torch.from_numpy(np.concatenate(rows)))
         if target:
             target.frozen["image"] = images(target.images, target.pixels)
     if args.feature_cache is not None and "text" in still:
@@ -1162,12 +1203,17 @@ def put(model, weights):
         if not pathlib.Path(weights).exists():
             raise UserError(f"the weights {weights} are gone; train the stage they come from again "
                             f"with --from-stage, or name others with from=")
-        other = load(weights)
-        if other.config != model.config:
-            raise UserError(f"{weights} is a CLIP of another size ({other.config}) than the plan's "
-                            f"({model.config})")
-        weights = other.state_dict()
+        weights = same_size(load(weights), model, weights).state_dict()
     model.load_state_dict(weights)
+
+
+def same_size(other, model, path):
+    """`other`, a CLIP that was read from `path`. UserError unless it is of the size of `model`."""
+    ours, theirs = dataclasses.asdict(model.config), dataclasses.asdict(other.config)
+    odd = [f"{key} {theirs[key]}, not {ours[key]}" for key in ours if ours[key] != theirs[key]]
+    if odd:
+        raise UserError(f"{path} is a CLIP of another size than the plan's: {'; '.join(odd)}")
+    return other
 
 
 def say_moving(run, model, state, stage, loader):
@@ -1186,15 +1232,28 @@ def open_model(args, demo):
     """The CLIP that the stages begin with, on the CPU."""
     torch.manual_seed(args.seed)
     args.weights = args.weights or "auto"
-    if args.weights not in ("auto", "none"):
-        return load(args.weights)
-    args.model = args.model or ("tiny" if demo else None)
+    given = args.weights not in ("auto", "none")
+    args.model = args.model or ("tiny" if demo and not given else None)
     known = canonical_name(args.model) if args.model else None
+    if given and args.model is None:
+        return load(args.weights)
     if known is None:
         raise UserError(f"unknown --model {args.model!r}; known: {', '.join(CONFIGS)}. A file goes "
                         f"to --weights" if args.model else "name the CLIP to start from with "
                         "--weights FILE, or a released one with --model")
-    return CLIP(CONFIGS[known]) if args.weights == "none" else load(known)
+    if not given:
+        return CLIP(CONFIGS[known]) if args.weights == "none" else load(known)
+    model = load(args.weights)
+    with torch.device("meta"):
+        named = CLIP(CONFIGS[known])
+    ours, theirs = ({key: tuple(x.shape) for key, x in m.state_dict().items()}
+                    for m in (named, model))
+    odd = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
+    if odd:
+        raise UserError(f"{args.weights} is no {args.model}: {odd[0]} is {theirs.get(odd[0])} "
+                        f"there and {ours.get(odd[0])} in that model; leave --model out, or name "
+                        f"the right file")
+    return model
 
 
 def open_texts(args, model):
@@ -1202,8 +1261,8 @@ def open_texts(args, model):
     chinese, own = is_chinese_clip(model.config), model.config.vocab_size != 21_128
     place = args.tokenizer or model.vocabulary
     if not place and model.text_kind != "bpe":
-        beside = pathlib.Path(args.weights).parent if pathlib.Path(
-            args.weights).is_file() else pathlib.Path(args.weights)
+        beside = expanded(args.weights)
+        beside = beside.parent if beside.is_file() else beside
         found = importlib.util.find_spec("cn_clip") if chinese else None
         places = [beside / "vocab.txt", *(pathlib.Path(folder) / "clip" / "vocab.txt" for folder in
                                           (found.submodule_search_locations if found else ()))]
@@ -1229,15 +1288,25 @@ def open_texts(args, model):
     return tokenizer
 
 
-def open_split(source, split, ratio, stage, args):
+def named_split(source):
+    """PATH@split -> its two parts; None for the second where there is none."""
+    path, at, split = source.rpartition("@")
+    return (path, split) if at and split in ("train", "val", "test") else (source, None)
+
+
+def open_split(source, split, ratio, stage, args, kind=""):
     """The pairs of `source`, PATH or PATH@split -> PairSet with the stage's choice of images.
-    ratio: how images are cut where there are no splits."""
-    path, at, named = source.rpartition("@")
-    if at and named in ("train", "val", "test"):
-        source, split = path, named
-    where = dict(name_or_path=source, split=split, data_dir=args.data_dir or "data",
-                 layout=stage.layout, captions=stage.caption_file, split_ratio=ratio)
+    ratio: how images are cut where there are no splits. kind "val": the val split, if it has one.
+    """
+    source, asked = named_split(source)
+    own = source == named_split(stage.data)[0]  # the layout is that of the stage's data alone
+    where = dict(name_or_path=source, split=asked or split, data_dir=args.data_dir or "data",
+                 layout=stage.layout if own else "auto",
+                 captions=stage.caption_file if own else None, split_ratio=ratio)
     pairs = open_pairs(**where)
+    if kind == "val" and not asked and pairs.counts["val"]:
+        where["split"] = "val"  # what is held out is no test
+        pairs = open_pairs(**where)
     if stage.matching:
         wanted = re.compile(stage.matching, re.IGNORECASE)
         chosen = [i for i, path in enumerate(pairs.paths)
@@ -1263,10 +1332,11 @@ def open_sets(stages, tokenizer, model, args):
         counts = stage.train.counts
         if stage.max_samples:
             stage.train = stage.train.subset(range(min(stage.max_samples, len(stage.train.paths))))
+        data, taken = named_split(stage.data)
         val, test = (
-            open_split(named, "test", whole, stage, args) if named else
-            open_split(stage.data.removesuffix("@train"), split, ratio, stage, args)
-            if counts.get(split) else None
+            open_split(named, "test", whole, stage, args, split) if named else
+            open_split(data, split, ratio, stage, args)
+            if counts.get(split) and split != taken else None
             for split, named in (("val", stage.val), ("test", stage.test)))
         if val is None and test is None:
             raise UserError(f"stage {stage.name!r}: {stage.data} has neither val nor test images "
@@ -1274,15 +1344,8 @@ def open_sets(stages, tokenizer, model, args):
         stage.val = val and Target(f"{stage.name} val", val, tokenizer, model, args)
         tests[stage.name] = Target(stage.name, test or val, tokenizer, model, args)
     for name, source in args.eval_sets.items():
-        options = source if isinstance(source, dict) else {"data": source}
-        known = {"data": None, "layout": "auto", "caption_file": None, "matching": None}
-        odd = sorted(set(options) - set(known))
-        if name in tests or odd or not options.get("data"):
-            raise UserError(f"eval_sets: {name!r} " + (
-                f"has the unknown key {odd[0]!r}; known: {', '.join(known)}" if odd else
-                "is a stage too; give it another name" if name in tests else "has no data"))
-        tests[name] = Target(name, open_split(options["data"], "test", whole, types.SimpleNamespace(
-            name=name, **{**known, **options}), args), tokenizer, model, args)
+        tests[name] = Target(name, open_split(source["data"], "test", whole, types.SimpleNamespace(
+            name=name, **source), args), tokenizer, model, args)
     return tests
 
 
@@ -1309,6 +1372,9 @@ def preflight(run, stages, tests, tokenizer, model, args):
             raise UserError(f"stage {stage.name!r}: a warm-up of {stage.warm} steps in "
                             f"{stage.total} steps ({len(stage.train.paths)} images, batches of "
                             f"{stage.batch_size}) never ends; give warmup=0.1 or more epochs")
+        if stage.early_stop and not stage.val:
+            raise UserError(f"stage {stage.name!r}: early_stop needs held-out images, and "
+                            f"{stage.data} has none; name some with val=")
         if stage.mask_ratio and not model.config.vision_patch:
             raise UserError(f"stage {stage.name!r}: mask_ratio leaves out patches, and this image "
                             f"tower is no ViT")
@@ -1359,7 +1425,7 @@ def about(stage, epoch, moving, tokenizer, model, args):
         yield f"{stage.name}: {note}"
 
 
-def settle(stages, tests, args):
+def settle(stages, model, args):
     """Give each stage its folder, its parent's file and its identity, and say where it stands: new,
     begun, done. UserError where a plan no longer fits what was trained."""
     names = [stage.name for stage in stages]
@@ -1405,9 +1471,16 @@ def settle(stages, tests, args):
         stage.trains = stage.stands != "done" and i <= final and not args.eval_only and (
             args.only in (None, stage.name))
         parent = stage.others.get(stage.parent.partition(":")[0])
-        if stage.trains and parent and parent.stands != "done" and not parent.trains:
+        if not stage.trains or stage.start is None or parent and parent.trains:
+            continue
+        if parent and parent.stands != "done":
             raise UserError(f"stage {stage.name!r} starts from {stage.parent}, which is not "
                             f"trained yet; train {parent.name!r} first, or with it")
+        if not stage.start.exists():
+            raise UserError(f"{stage.start}, which stage {stage.name!r} starts from, is gone; put "
+                            f"it back or train {parent.name!r} again with --from-stage")
+        if not parent:
+            same_size(load(stage.start), model, stage.start)
     if stale:
         raise UserError(f"stale, trained under another plan: {', '.join(stale)}; --from-stage "
                         f"{stale[0].split()[0]} trains it and what follows again, or choose "
@@ -1419,13 +1492,25 @@ def identity_of(stage, args):
     free = ("micro_batch", "accum_steps", "recompute", "data", "val", "test")
     plain = {key: getattr(stage, key) for key in FLAGS if key not in free}
     sha = args.start_sha if stage.start is None else (
-        sha256_of(stage.start) if stage.start.exists() else None)
-    val = stage.val and [stage.val.pixels, stage.val.words]
+        sha256_of_all(stage.start) if stage.start.exists() else None)
+    val = stage.val and stage.val.identity
     return {**plain, "parent": stage.parent, "parent_sha256": sha, "seed": args.seed,
             "precision": args.precision, "max_text": args.max_text, "dry_run": args.dry_run,
-            "data": hash_of([stage.train.captions, stage.train.paths]), "val": hash_of(val),
-            "replayed": {name: hash_of([part.captions, part.paths]) for name in stage.replay
-                         for part in [stage.others[name].train]}}
+            "vocabulary": args.vocabulary_sha, "data": hash_of_pairs(stage.train),
+            "val": hash_of(val), "replayed": {name: hash_of_pairs(stage.others[name].train)
+                                              for name in stage.replay}}
+
+
+def hash_of_pairs(pairs):
+    """What training on them depends on: names and bytes of images, and whose each caption is."""
+    return hash_of([pairs.captions, pairs.owner, pairs.paths, pairs.contents()])
+
+
+def sha256_of_all(path):
+    """The sha256 of a file, or of those in a folder with their names."""
+    return sha256_of(path) if path.is_file() else hash_of(
+        {str(file.relative_to(path)): sha256_of(file) for file in sorted(path.rglob("*"))
+         if file.is_file()})
 
 
 # -----------------------------------------------------------------------------
@@ -1535,23 +1620,23 @@ def encode_times(run, model, tests):
 def check_asked(stages, model, args):
     """UserError, before any work, on a search or an export that could not be done afterwards."""
     for query in args.query or []:
-        path = expanded(query)
-        if path.suffix == ".txt":
-            if not path.is_file() or not path.read_text("utf-8-sig").strip():
-                raise UserError(f"--query {query}: expected a file with a query in each line")
-        elif path.suffix.lower() in PICTURES:
-            read_image(path)
-        elif not query.strip():
+        lines = lines_of(query)
+        if not any(map(str.strip, lines)):
             raise UserError("--query is empty; expected words, an image or a .txt file of queries")
+        for line in filter(None, map(str.strip, lines)):
+            if expanded(line).suffix.lower() in PICTURES:
+                read_image(expanded(line))
     if args.export is None:
         if args.row:
             raise UserError(f"--row {args.row} chooses what is exported; name the format with "
                             f"--export")
         return
-    labels = ["zero-shot", *(label for stage in stages for label in (
-        stage.name, *(f"{stage.name} wise {share:g}" for share in stage.wise)))]
+    labels = ["zero-shot", *(label for stage in stages if stage.trains or stage.stands == "done"
+                             for label in (stage.name, *(f"{stage.name} wise {share:g}" for share in
+                                                         stage.wise)))]
     if args.row not in (None, *labels):
-        raise UserError(f"--row {args.row}: expected one of {', '.join(labels)}")
+        raise UserError(f"--row {args.row}: expected one of the rows that are trained, "
+                        f"{', '.join(labels)}")
     if args.export == "onnx":
         absent = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
         if absent:
@@ -1572,13 +1657,27 @@ def keep_features(run, rows, tests, args):
                  for name, target in tests.items()}})
 
 
+def lines_of(query):
+    """The queries that one of --query stands for: the lines of a .txt file, or itself."""
+    path = expanded(query)
+    if path.suffix != ".txt":
+        return [query]
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--query {query}: expected a file with a query in each line, in UTF-8 "
+                        f"({error})") from None
+    if not any(map(str.strip, lines)):
+        raise UserError(f"--query {query}: expected a file with a query in each line")
+    return lines
+
+
 def asked(args, tests):
     """The queries of --query -> dicts: text, whether it is an image, and the (set, place) of the
     right answers, where it is a text of a test set."""
     lines, right = [], {}
     for query in args.query:
-        path = expanded(query)
-        lines += path.read_text("utf-8-sig").split("\n") if path.suffix == ".txt" else [query]
+        lines += lines_of(query)
     for name, target in tests.items():
         for text, i in target.relevant.tolist():
             right.setdefault(" ".join(target.texts[text].split()), []).append((name, i))
@@ -1636,8 +1735,6 @@ def export(run, model, rows, tests, args):
     from ours; or its test features as clip-retrieval lays them out. -> that difference, or None."""
     labels = [row[0] for row in rows]
     label = args.row or [label for label, stage, _ in rows if stage or label == "zero-shot"][-1]
-    if label not in labels:
-        raise UserError(f"--row {label} is not trained yet; expected one of {', '.join(labels)}")
     path = rows[labels.index(label)][2]
     put(model, args.initial if path is None else path)
     folder = args.out / "export"
@@ -1679,18 +1776,19 @@ def main(args):
     tokenizer = open_texts(args, model)
     tests = open_sets(stages, tokenizer, model, args)
     preflight(run, stages, tests, tokenizer, model, args)
-    check_asked(stages, model, args)
+    args.vocabulary_sha = hash_of(model.vocabulary)
     args.start_sha = hash_of([digest(model, "image"), digest(model, "text"),
                               float(model.logit_scale.detach())])
-    if args.check_plan:
-        return {"stages": [{"name": stage.name, "steps": stage.total, "warmup": stage.warm}
-                           for stage in stages]}
     name = args.name or "_".join(stage.name for stage in stages)[:60]
     args.out = expanded(args.output_dir or f"runs/train_staged/{name}")
     args.out = args.out.with_name(args.out.name + "_dry_run") if args.dry_run else args.out
-    run = run.enter(args.out, args.seed)
     args.overwrite |= args.dry_run
-    settle(stages, tests, args)
+    settle(stages, model, args)
+    check_asked(stages, model, args)
+    if args.check_plan:
+        return {"stages": [{"name": stage.name, "steps": stage.total, "warmup": stage.warm}
+                           for stage in stages]}
+    run = run.enter(args.out, args.seed)
     run.claim(given, {"start_sha256": args.start_sha, "seed": args.seed, "precision": run.precision,
                       "max_text": args.max_text}, resume=args.resume == "auto",
               overwrite=args.overwrite)
@@ -1700,7 +1798,7 @@ def main(args):
     finished = args.out / "results.json"
     if finished.exists() and not (args.query or args.export or args.eval_only):
         results = json.loads(finished.read_text("utf-8"))
-        whole = json.loads(json.dumps(whole_identity(stages, tests)))
+        whole = json.loads(json.dumps(whole_identity(stages, tests, args)))
         if all(stage.stands == "done" for stage in stages) and results.get("identity") == whole:
             run.say(f"{args.out} holds this plan, finished; --overwrite trains it again, "
                     f"--from-stage some of it")
@@ -1715,7 +1813,8 @@ def main(args):
 def plan_of(stages, args):
     """The whole plan, flags and defaults filled in, as --plan takes it."""
     keys = [key for key in PLAN if key not in ("defaults", "stages")]
-    return {**{key: getattr(args, key) for key in keys if getattr(args, key)}, "stages": [
+    return {**{key: value for key in keys if (value := getattr(args, key)) not in (None, {}, "")},
+            "stages": [
         {"name": stage.name, "from": stage.parent,
          **{key: value for key, value in stage.told.items() if value not in (None, [], {})}}
         for stage in stages]}
@@ -1732,9 +1831,9 @@ def one_stage(run, model, stage, stages, tokenizer, tests, args):
             if row[0] != "zero-shot"]
 
 
-def whole_identity(stages, tests):
-    return {"stages": {stage.name: stage.identity for stage in stages},
-            "tests": {name: [target.pixels, target.words] for name, target in tests.items()}}
+def whole_identity(stages, tests, args):
+    return {"stages": {stage.name: stage.identity for stage in stages}, "lose": args.lose,
+            "tests": {name: target.identity for name, target in tests.items()}}
 
 
 def report(run, model, tokenizer, stages, tests, table, args):
@@ -1768,7 +1867,7 @@ def report(run, model, tokenizer, stages, tests, table, args):
                **encode_times(run, model, tests),
                "samples_per_second": max((r["samples_per_second"] for r in stage_results.values()),
                                          default=0.0), "stages": stage_results,
-               "dry_run": args.dry_run, "identity": whole_identity(stages, tests)}
+               "dry_run": args.dry_run, "identity": whole_identity(stages, tests, args)}
     results = run.finish(results)
     run.say(f"{args.out}/matrix.md has the matrix; python report.py {args.out} draws it, the "
             f"searches and the maps")

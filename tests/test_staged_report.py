@@ -294,6 +294,17 @@ def test_what_cannot_be_searched_or_exported_is_refused_before_any_work(made, tm
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("content, said", [
+    (b"a red circle\nno/such.png\n", "such.png"), (b"\n \n", "a query in each line"),
+    ("红".encode("gbk"), "in UTF-8")])
+def test_every_line_of_a_file_of_queries_is_looked_at_before_any_work(made, tmp_path, content, said):
+    (tmp_path / "queries.txt").write_bytes(content)
+    with pytest.raises(Exception) as caught:
+        main(get_args(flags(made, tmp_path / "run", "--query", str(tmp_path / "queries.txt"))))
+    assert caught.value.exit_code == 2 and said in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
 # -----------------------------------------------------------------------------
 # Features that are kept
 

@@ -406,7 +406,10 @@ def test_low_rank_updates_move_attention_and_heads_alone():
     (["--set", "warm.epochs=0"], ["'warm'", "no steps", "epochs is 0"]),
     (["--set", "cold.warmup=1000"], ["'cold'", "warm-up of 1000 steps in 6 steps", "warmup=0.1"]),
     (["--set", "cold.warmup=6"], ["warm-up of 6 steps in 6 steps"]),
-    (["--set", "cold.learning_rat=1"], ["--set cold.learning_rat=1", "unknown key", "known: name"]),
+    (["--set", "cold.learning_rat=1"], ["--set cold.learning_rat=1", "mean 'learning_rate'"]),
+    (["--set", "cold.xyz=1"], ["--set cold.xyz=1", "unknown key", "known: name"]),
+    (["--from-stage", "cold", "--until", "warm"], ["--from-stage cold", "give one"]),
+    (["--from-stage", "cold", "--only", "warm"], ["--from-stage cold", "give one"]),
     (["--set", "cold.epoch=1"], ["did you mean 'epochs'"]),
     (["--set", "cold.lr=fast"], ["cold.lr=fast", "lr is 'fast'", "a number above 0 to 1"]),
     (["--set", "cold.batch_size=200"], ["'cold'", "200", "which has 2", "no image may come twice"]),
@@ -417,6 +420,14 @@ def test_low_rank_updates_move_attention_and_heads_alone():
     (["--set", "cold.from=cold:best"], ["'cold:best'", "an earlier stage (warm)"]),
     (["--set", "warm.from=cold:best"], ["there is none"]),
     (["--set", "cold.from=warm:wise0.5"], ["warm:wise0.5", "not among wise=[]"]),
+    (["--set", "warm.from=cold"], ["'cold'", "there is none"]),
+    (["--set", "cold.from=cold"], ["'cold'", "an earlier stage (warm)"]),
+    (["--set", "cold.from=warm:wise0.5.5"], ["'warm:wise0.5.5'", "best, last or wise"]),
+    (["--set", "cold.from=warm:wise."], ["'warm:wise.'", "best, last or wise"]),
+    (["--set", "cold.name=warm"], ["two stages are called 'warm'"]),
+    (["--model", "tiny"], ["start.safetensors is no tiny", "leave --model out"]),
+    (["--query", "a red circle", "--row", "cold"], ["--export"]),
+    (["--until", "warm", "--row", "cold", "--export", "hf"], ["--row cold", "zero-shot, warm"]),
     (["--set", "cold.from=no/such.pt"], ["'no/such.pt'", "nor a file"]),
     (["--set", "cold.replay=wrm:0.1"], ["replays wrm", "earlier stages (warm)"]),
     (["--set", "cold.replay=warm:0.95"], ["replay", "0.95"]),
@@ -457,7 +468,15 @@ def test_a_plan_that_cannot_be_meant_gets_one_line(world, capsys, tmp_path, more
     ('{"stages": [{"name": "a", "batch": 4, "batch_size": 4}]}', ["'batch_size' a second time"]),
     ('{"stages": [{"name": "a"}], "defaults": {"wdd": 1}}', ["defaults", "'wdd'"]),
     ('{"stages": [{"name": "a"}], "eval_sets": [1]}', ["eval_sets"]),
-    ('{"stages": [{"name": "a"}], "eval_sets": {"a": "b"}}', ["'a' is a stage too"]),
+    ('{"stages": [{"name": "a", "test": "."}], "eval_sets": {"a": "b"}}', ["'a'", "stage too"]),
+    ('{"stages": [{"name": "a"}], "eval_sets": {"a": {"data": "b", "matching": "x"}}}', [
+        "'a' is a stage too", "its data alone"]),
+    ('{"stages": [{"name": "a"}], "eval_sets": {"b": 5}}', ["eval_sets: 'b'", "data is 5"]),
+    ('{"stages": [{"name": "a"}], "eval_sets": {"b": ["x"]}}', ["eval_sets: 'b'", "a text"]),
+    ('{"stages": [{"name": "a"}], "eval_sets": {"b": {"data": "x", "matching": "("}}}', [
+        "eval_sets: 'b'", "matching", "regular expression"]),
+    ('{"stages": [{"name": "a"}], "seed": 4294967296}', ["seed is 4294967296", "below"]),
+    ('{"stages": [{"name": "a"}], "eval_sets": {" ": "x"}}', ["no name"]),
     ('{"stages": [{"name": "a"}], "eval_sets": {"b": {"path": "c"}}}', ["unknown key 'path'"]),
     ('{"stages": [{"name": "a", "epochs": true}]}', ["epochs is True"]),
 ])
@@ -581,6 +600,131 @@ def test_named_held_out_data_leaves_all_else_to_training(world, tmp_path):
     assert sum(counted["cut"]) == 48 and counted["val"] == [48, 24, 24]
     assert sum(counted["test"][:2]) == 48 and 0 < counted["test"][1] < 12
     assert counted["test"][2] == 24
+
+
+def test_an_eval_set_with_the_name_of_a_stage_is_its_test_set(world, tmp_path):
+    plan = plan_file(tmp_path, eval_sets={"a": f"{world}@train"}, stages=[
+        {"name": "a", "epochs": 1}])
+    result = run_main(*flags_of(world, tmp_path / "out", "--plan", plan, stages=()))
+    assert {name: found["images"] for name, found in result["rows"][0]["sets"].items()} == {"a": 48}
+
+
+def test_held_out_pairs_are_the_val_split_and_read_in_their_own_way(world, tmp_path):
+    """A `val` of three splits is its val, not the test it is judged on; layout and caption file are
+    those of the data alone; what is trained on is not held out."""
+    with open(world / "pairs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for i, row in enumerate(rows):
+        row["split"] = "test" if i % 6 == 0 else row["split"]
+    for folder, found in ((tmp_path / "three", rows), (tmp_path / "own", rows[:20])):
+        shutil.copytree(world, folder)
+        with open(folder / "pairs.csv", "w", newline="") as file:
+            out = csv.DictWriter(file, ("image", "caption", "split"))
+            out.writeheader()
+            out.writerows(found)
+    (tmp_path / "own" / "pairs.csv").rename(tmp_path / "own" / "zh.csv")
+
+    def sets(line):
+        args = get_args(flags_of(world, tmp_path, stages=[line]))
+        stage, = train_staged.read_plan(args)
+        args.seed = 1
+        model = train_staged.open_model(args, False)
+        tests = train_staged.open_sets([stage], train_staged.open_texts(args, model), model, args)
+        return [set(pairs.paths) if pairs else None for pairs in (
+            stage.train, stage.val and stage.val.images, tests["x"].images)]
+    splits = {split: {row["image"] for row in rows if row["split"] == split}
+              for split in ("train", "val", "test")}
+    three, own = tmp_path / "three", tmp_path / "own"
+    assert sets(f"name=x,data={world},val={three}")[1] == splits["val"]
+    assert sets(f"name=x,data={world},val={three}@test")[1] == splits["test"]
+    assert sets(f"name=x,data={three}@val") == [splits["val"], None, splits["test"]]
+    for told in (f"caption_file={own}/zh.csv", f"caption_file={own}/zh.csv,layout=table"):
+        train, val, test = sets(f"name=x,data={own},{told},val={three},test={world}")
+        assert train <= {row["image"] for row in rows[:20]} and val == splits["val"]
+        assert test == {f"{i}.png" for i in range(48, 72)}
+
+
+def test_without_held_out_images_nothing_stops_early(world, tmp_path, capsys):
+    with open(world / "pairs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    shutil.copytree(world, tmp_path / "data")
+    with open(tmp_path / "data" / "pairs.csv", "w", newline="") as file:
+        out = csv.DictWriter(file, ("image", "caption", "split"))
+        out.writeheader()
+        out.writerows({**row, "split": "train"} for row in rows if row["split"] == "train")
+    stage = f"name=x,epochs=1,data={tmp_path}/data@train,test={world}"
+    text = refusal(capsys, *flags_of(world, tmp_path / "out", stages=[stage + ",early_stop=2"]))
+    assert "early_stop needs held-out images" in text and "val=" in text
+    run_main(*flags_of(world, tmp_path / "out", stages=[stage]))
+    assert json.loads((tmp_path / "out" / "x" / "results.json").read_text())["best"] is None
+
+
+def test_weights_to_start_from_are_looked_at_before_any_stage(world, tmp_path, capsys):
+    """A file of another size, one that is none; a folder of weights, and when its files change."""
+    torch.manual_seed(0)
+    other = pathlib.Path(save(CLIP(CONFIGS["tiny-vit"]), tmp_path / "other.safetensors"))
+    (tmp_path / "spoilt.pt").write_bytes(b"no weights")
+    for path, words in ((other, "text_width 64, not 32"), (
+            tmp_path / "spoilt.pt", "spoilt.pt")):
+        text = refusal(capsys, *flags_of(world, tmp_path / "out", "--set", f"cold.from={path}"))
+        assert str(path) in text and words in text and not (tmp_path / "out").exists()
+    hf = pathlib.Path(save(load(world / "start.safetensors"), tmp_path / "hf", "hf")).parent
+    flags = flags_of(world, tmp_path / "out", "--set", f"cold.from={hf}", "cold.steps=1",
+                     "warm.steps=1", "warm.warmup=0", "cold.warmup=0")
+    result = run_main(*flags)
+    assert run_main(*flags)["rows"] == json.loads(json.dumps(result["rows"]))
+    (hf / "config.json").write_text((hf / "config.json").read_text() + " ")
+    assert "cold (parent_sha256 was" in refusal(capsys, *flags)
+    (tmp_path / "out" / "warm" / "last.safetensors").unlink()
+    text = refusal(capsys, *flags_of(world, tmp_path / "out", "--set", "warm.steps=1", "warm.warmup=0",
+                                     "new.from=warm:last", stages=(WARM, COLD.replace("cold", "new"))))
+    assert "warm/last.safetensors, which stage 'new' starts from, is gone" in text
+    assert not (tmp_path / "out" / "new").exists()
+
+
+def test_a_model_that_is_named_must_be_that_of_the_weights(tmp_path):
+    path = save(CLIP(CONFIGS["tiny-vit"]), tmp_path / "clip.safetensors")
+    for name in ("tiny-vit", "TINY_VIT", None):
+        args = types.SimpleNamespace(seed=0, model=name, weights=str(path))
+        assert train_staged.open_model(args, False).config == CONFIGS["tiny-vit"]
+    args.model = "ViT-B/32"
+    with pytest.raises(train_staged.UserError, match="clip.safetensors is no ViT-B/32"):
+        train_staged.open_model(args, False)
+
+
+def test_other_images_captions_or_words_under_the_same_names_are_noticed(world, tmp_path, capsys):
+    """A caption that moves to the next image, an image with other pixels, another vocabulary."""
+    shutil.copytree(world, tmp_path / "data")
+    flags = flags_of(tmp_path / "data", tmp_path / "out", "--epochs", 1, "--captions", "all",
+                     stages=["name=x,steps=1,warmup=0"])
+    run_main(*flags)
+    table, vocabulary = tmp_path / "data" / "pairs.csv", tmp_path / "data" / "vocab.txt"
+    rows = table.read_text().splitlines()
+    moved = [*rows[:2], rows[2].replace("0.png", "1.png"), *rows[3:]]
+    held = [*rows[:-3], rows[-3].replace("70.png", "71.png"), *rows[-2:]]
+    assert moved != rows != held
+    words = vocabulary.read_text().split("\n")
+    i = words.index("red")
+    for path, changed, key in (
+            (table, "\n".join(moved).encode(), "data"),
+            (table, "\n".join(held).encode(), "val"),
+            (tmp_path / "data" / "3.png", (world / "4.png").read_bytes(), "data"),
+            (vocabulary, "\n".join([*words[:i], "rouge", *words[i + 1:]]).encode(), "vocabulary")):
+        kept = path.read_bytes()
+        path.write_bytes(changed)
+        text = refusal(capsys, *flags)
+        assert "stale" in text and f"{key} was '" in text, (path, text)
+        path.write_bytes(kept)
+    run_main(*flags)
+    assert "holds this plan, finished" in capsys.readouterr().out
+
+
+def test_a_finished_plan_is_judged_anew_by_other_rules(world, two_stages, tmp_path):
+    shutil.copytree(two_stages[0], tmp_path / "run")
+    result = run_main(*flags_of(world, tmp_path / "run", "--lose", 50))
+    assert "best that loses at most 50 anywhere" in result["recommended"]
+    assert "best that loses at most 50 anywhere" in run_main(*flags_of(
+        world, tmp_path / "run", "--lose", 50))["recommended"]
 
 
 def test_spoilt_pairs_are_counted_and_borne(tmp_path, capsys):
@@ -756,6 +900,11 @@ def test_parts_of_a_plan_make_the_whole(world, two_stages, tmp_path):
     assert not (tmp_path / "cold").exists()
     run_main(*flags_of(world, tmp_path, "--only", "cold"))
     assert_same_plan(two_stages[0], tmp_path)
+
+
+def test_a_plan_is_written_with_its_seed_of_zero(world, tmp_path):
+    run_main(*flags_of(world, tmp_path, "--seed", 0, "--eval-only"))
+    assert json.loads((tmp_path / "plan.json").read_text())["seed"] == 0
 
 
 def test_config_json_runs_again(two_stages, tmp_path):
@@ -1089,6 +1238,43 @@ def test_kept_features_train_as_computing_them_does(world, tmp_path, monkeypatch
         assert ours["split"] == theirs["split"]
         for key in set(ours) - {"split"}:
             assert ours[key] == pytest.approx(theirs[key], abs=1e-5), key
+
+
+def test_kept_features_replace_a_lost_image_by_the_pair_that_reading_takes(tmp_path):
+    """Also among replayed pairs; a row of zeros would be a feature that is not a number."""
+    folder = scenes(tmp_path / "pairs", 160, 12)
+    weights_file(folder).rename(folder / "start.safetensors")
+    for i in (7, 150):
+        (folder / f"{i}.png").write_bytes((folder / f"{i}.png").read_bytes()[:60])
+    table = (folder / "pairs.csv").read_text().splitlines()
+    for name, some in (("one", slice(1, 2 * 80 + 1)), ("two", slice(2 * 80 + 1, None))):
+        (folder / f"{name}.csv").write_text("\n".join([table[0], *table[some]]))
+    found = {}
+    for name, more in (("kept", []), ("anew", ["--no-feature-cache"])):
+        run_main(*flags_of(folder, tmp_path / name, "--batch-size", 40, "--cache", "none", "--freeze",
+                           "visual.*+!visual.proj", "--eps", 1e-4, "--test", folder / "pairs.csv", *more,
+                           "--epochs", 1, "--lr", 1e-4, stages=[
+                               f"name=one,data={folder}/one.csv@train,val={folder}/pairs.csv",
+                               f"name=two,data={folder}/two.csv@train,val={folder}/pairs.csv,"
+                               "replay=one:0.5"]))
+        found[name] = [metrics(tmp_path / name / stage) for stage in ("one", "two")]
+    for kept, anew in zip(*found.values()):
+        assert sum(row.get("replaced", 0) for row in anew) >= 1
+        for ours, theirs in zip(kept, anew):
+            assert ours.get("replaced") == theirs.get("replaced")
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
+def test_recomputed_blocks_train_to_the_same_weights(world, tmp_path):
+    """With dropout, and with half of a tower frozen: the same random numbers are drawn again."""
+    found = []
+    for name, recompute in (("kept", "false"), ("anew", "true")):
+        run_main(*flags_of(world, tmp_path / name, "--recompute", recompute, stages=[
+            "name=x,steps=3,warmup=0,freeze=visual_lower:1,dropout=0.3,augment=light"]))
+        found.append((weights_of(tmp_path / name / "x" / "last.safetensors"),
+                      plain_logs(tmp_path / name / "x")))
+    (ours, logs), (theirs, other_logs) = found
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours) and logs == other_logs
 
 
 def test_batch_norm_of_a_resnet_is_still_unless_asked():
