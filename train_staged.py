@@ -79,6 +79,7 @@ MAX_SCALE = 100.0          # CLIP's clamp
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 LR_AT_1024 = 5e-5          # what fine-tuned CLIPs bear at a batch of 1,024, and in proportion below
 BOOTSTRAPS = 1000
+DRY_IMAGES = 64            # of each test set: a dry run shows that all works, not how well
 DEMO = [  # what `--data demo` alone stands for: land, then towns, then a small set of waters
     {"name": "land", "matching": "Crop|Vegetation|Forest|Pasture"},
     {"name": "towns", "matching": "Residential|Industrial|Highway"},
@@ -281,8 +282,8 @@ def add_run_flags(group):
                        "open_clip", "onnx", "clip-retrieval"), help="also write the chosen row as "
                        "that library loads it, or its test features")
     group.add_argument("--row", help="the row to export (default: the last stage)")
-    group.add_argument("--dry-run", action="store_true", help="two steps of every stage, into a "
-                       "folder of its own, ..._dry_run")
+    group.add_argument("--dry-run", action="store_true", help="two steps of every stage, 64 images "
+                       "of every test set, into a folder of its own, ..._dry_run")
     group.add_argument("--log-every", type=int, default=20, metavar="STEPS", help="default: 20")
     group.add_argument("--save-every", type=int, default=0, metavar="STEPS",
                        help="also save inside an epoch (default: 0, after each epoch)")
@@ -1323,6 +1324,11 @@ def open_split(source, split, ratio, stage, args, kind=""):
 def open_sets(stages, tokenizer, model, args):
     """Give each stage its pairs and its held-out Target -> {name: test Target} of all."""
     tests, whole = {}, (0.0, 0.0, 1.0)
+
+    def held_out(name, pairs):
+        if args.dry_run and len(pairs.paths) > DRY_IMAGES:
+            pairs = pairs.subset(range(DRY_IMAGES))
+        return Target(name, pairs, tokenizer, model, args)
     for stage in stages:
         stage.others = {other.name: other for other in stages}
         # Data without splits gives held-out images only where none are named.
@@ -1341,11 +1347,11 @@ def open_sets(stages, tokenizer, model, args):
         if val is None and test is None:
             raise UserError(f"stage {stage.name!r}: {stage.data} has neither val nor test images "
                             f"to judge it by; name them with test=")
-        stage.val = val and Target(f"{stage.name} val", val, tokenizer, model, args)
-        tests[stage.name] = Target(stage.name, test or val, tokenizer, model, args)
+        stage.val = val and held_out(f"{stage.name} val", val)
+        tests[stage.name] = held_out(stage.name, test or val)
     for name, source in args.eval_sets.items():
-        tests[name] = Target(name, open_split(source["data"], "test", whole, types.SimpleNamespace(
-            name=name, **source), args), tokenizer, model, args)
+        tests[name] = held_out(name, open_split(source["data"], "test", whole,
+                                                types.SimpleNamespace(name=name, **source), args))
     return tests
 
 
