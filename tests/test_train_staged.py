@@ -685,8 +685,9 @@ def test_weights_to_start_from_are_looked_at_before_any_stage(world, tmp_path, c
     (hf / "config.json").write_text((hf / "config.json").read_text() + " ")
     assert "cold (parent_sha256 was" in refusal(capsys, *flags)
     (tmp_path / "out" / "warm" / "last.safetensors").unlink()
-    text = refusal(capsys, *flags_of(world, tmp_path / "out", "--set", "warm.steps=1", "warm.warmup=0",
-                                     "new.from=warm:last", stages=(WARM, COLD.replace("cold", "new"))))
+    text = refusal(capsys, *flags_of(
+        world, tmp_path / "out", "--set", "warm.steps=1", "warm.warmup=0", "new.from=warm:last",
+        stages=(WARM, COLD.replace("cold", "new"))))
     assert "warm/last.safetensors, which stage 'new' starts from, is gone" in text
     assert not (tmp_path / "out" / "new").exists()
 
@@ -1272,8 +1273,8 @@ def test_kept_features_replace_a_lost_image_by_the_pair_that_reading_takes(tmp_p
     found = {}
     for name, more in (("kept", []), ("anew", ["--no-feature-cache"])):
         run_main(*flags_of(folder, tmp_path / name, "--batch-size", 40, "--cache", "none", "--freeze",
-                           "visual.*+!visual.proj", "--eps", 1e-4, "--test", folder / "pairs.csv", *more,
-                           "--epochs", 1, "--lr", 1e-4, stages=[
+                           "visual.*+!visual.proj", "--eps", 1e-4, "--test", folder / "pairs.csv",
+                           *more, "--epochs", 1, "--lr", 1e-4, stages=[
                                f"name=one,data={folder}/one.csv@train,val={folder}/pairs.csv",
                                f"name=two,data={folder}/two.csv@train,val={folder}/pairs.csv,"
                                "replay=one:0.5"]))
