@@ -123,7 +123,10 @@ def portions(x):
 
 
 def scale_rule(x):
-    return x if x == "train" else a_number(1, MAX_SCALE)(x)
+    try:
+        return x if x == "train" else a_number(1, MAX_SCALE)(x)
+    except ValueError as error:
+        raise ValueError(f"train, or {error}") from None
 
 
 STAGE = {  # key: (default, how it is read, what it means)
@@ -136,7 +139,8 @@ STAGE = {  # key: (default, how it is read, what it means)
                  "expression"),
     "max_samples": (None, a_count(2), "train on the first images alone"),
     "val": (None, a_text, "held-out pairs, as PATH or PATH@split, if not the data's own"),
-    "test": (None, a_text, "test pairs, likewise; without any, the held-out ones"),
+    "test": (None, a_text, "test pairs, likewise, or in eval_sets by the stage's name; without "
+             "any, the held-out ones"),
     "captions": ("all", one_of("all", "one"), "per epoch all captions, or one per "
                  "image"),
     "augment": ("none", one_of(*AUGMENTS), "how training images vary: " + ", ".join(AUGMENTS)),
@@ -318,7 +322,7 @@ def read_plan(args):
                         f"...}}, ...]}}, and eval_sets as {{name: data}}")
     if args.seed is not None and args.seed >= 2 ** 32:
         raise UserError(f"{where}: seed is {args.seed}; expected below 4294967296")
-    args.eval_sets = test_sets(args.eval_sets, where)
+    args.eval_sets = eval_sets_of(args.eval_sets, where)
     base = {**{key: value for key, (value, _, _) in STAGE.items()},
             **(DEMO_DEFAULTS if listed is DEMO else {}),
             **check_settings(content.get("defaults") or {}, STAGE, ALSO, f"{where}: defaults"),
@@ -347,7 +351,7 @@ def read_plan(args):
     return complete(stages, [stage["name"] for stage in stages], args)
 
 
-def test_sets(listed, where):
+def eval_sets_of(listed, where):
     """The `eval_sets` of a plan, {name: data, or what `PLACE` knows} -> {name: all of it}."""
     found = {}
     for name, given in listed.items():
@@ -1453,7 +1457,7 @@ def settle(stages, model, args):
         if stage.again or not config.exists():
             stage.stands = "new"
             continue
-        stored = json.loads(config.read_text("utf-8")).get("identity", {})
+        stored = stored_in(config, stage.name).get("identity") or {}
         mine = json.loads(json.dumps(stage.identity))
         parent = stage.others.get(name)
         if parent and parent.stands != "done":
@@ -1468,7 +1472,7 @@ def settle(stages, model, args):
                        for key in sorted({*stored, *mine}.difference(run_wide))
                        if stored.get(key) != mine.get(key)]
             stale += [f"{stage.name} ({'; '.join(changed)})"] if changed else []
-        stage.stands = "done" if done.exists() else "begun"
+        stage.stands = "done" if done.exists() and stored_in(done, stage.name) else "begun"
         lost = [path for _, _, path in rows_of([stage]) if path and not path.exists()]
         if lost:
             raise UserError(f"{lost[0]}, which stage {stage.name!r} has left, is gone; put it back "
@@ -1491,6 +1495,20 @@ def settle(stages, model, args):
         raise UserError(f"stale, trained under another plan: {', '.join(stale)}; --from-stage "
                         f"{stale[0].split()[0]} trains it and what follows again, or choose "
                         f"another --output-dir")
+
+
+def stored_in(path, stage=None):
+    """What a run has left in a JSON file, a dict."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        if isinstance(content, dict):
+            return content
+        problem = f"holds a {type(content).__name__}"
+    except ValueError as error:
+        problem = error
+    raise UserError(f"{path} is damaged ({problem}); " + (
+        f"--from-stage {stage} trains that stage again" if stage else
+        "remove it, and all is scored again"))
 
 
 def identity_of(stage, args):
@@ -1803,7 +1821,7 @@ def main(args):
     run.write("plan.json", plan_of(stages, args))
     finished = args.out / "results.json"
     if finished.exists() and not (args.query or args.export or args.eval_only):
-        results = json.loads(finished.read_text("utf-8"))
+        results = stored_in(finished)
         whole = json.loads(json.dumps(whole_identity(stages, tests, args)))
         if all(stage.stands == "done" for stage in stages) and results.get("identity") == whole:
             run.say(f"{args.out} holds this plan, finished; --overwrite trains it again, "
@@ -1861,7 +1879,7 @@ def report(run, model, tokenizer, stages, tests, table, args):
         for scored in row["sets"].values():
             del scored["spread"]
         del row["files"]
-    stage_results = {stage.name: json.loads((stage.folder / "results.json").read_text("utf-8"))
+    stage_results = {stage.name: stored_in(stage.folder / "results.json", stage.name)
                      for stage in done}
     results = {"method": "staged", "judged_on": judged,
                "data": "+".join(dict.fromkeys(stage.train.name for stage in stages)),

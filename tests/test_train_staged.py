@@ -284,7 +284,8 @@ def test_pairs_are_alike_by_image_and_by_wording_also_across_sets():
     ids = train_staged.identities([one, two])
     assert ids[:, 0].tolist() == [0, 0, 1, 1, 2] and ids[:, 1].tolist() == [0, 0, 1, 2, 1]
     two.root = "y"
-    assert train_staged.identities([one, two])[:, 0].tolist() == [0, 0, 1, 2, 3]
+    ids = train_staged.identities([one, two])  # of two folders: other images, the same words
+    assert ids[:, 0].tolist() == [0, 0, 1, 2, 3] and ids[:, 1].tolist() == [0, 0, 1, 2, 1]
 
 
 # -----------------------------------------------------------------------------
@@ -407,6 +408,7 @@ def test_low_rank_updates_move_attention_and_heads_alone():
     (["--set", "cold.warmup=1000"], ["'cold'", "warm-up of 1000 steps in 6 steps", "warmup=0.1"]),
     (["--set", "cold.warmup=6"], ["warm-up of 6 steps in 6 steps"]),
     (["--set", "cold.learning_rat=1"], ["--set cold.learning_rat=1", "mean 'learning_rate'"]),
+    (["--set", "cold.scale=x"], ["scale is 'x'", "train, or a number from 1 to 100"]),
     (["--set", "cold.xyz=1"], ["--set cold.xyz=1", "unknown key", "known: name"]),
     (["--from-stage", "cold", "--until", "warm"], ["--from-stage cold", "give one"]),
     (["--from-stage", "cold", "--only", "warm"], ["--from-stage cold", "give one"]),
@@ -565,6 +567,14 @@ def test_spellings_of_other_trainers_mean_the_same():
     assert (y.text_lr, y.parent, y.batch_size) == (0, "x:last", 16)
 
 
+def test_plans_take_the_spellings_that_flags_take():
+    found = train_staged.check_settings({
+        "train-data": "x", "learning_rate": 1e-5, "max_steps": 3, "lr-text": 1e-6, "accum_freq": 2,
+        "logit_scale": 100}, STAGE, train_staged.ALSO, "plan")
+    assert found == {"data": "x", "lr": 1e-5, "steps": 3, "text_lr": 1e-6, "accum_steps": 2,
+                     "scale": 100}
+
+
 def test_help_is_quick_and_needs_neither_torchvision_nor_lmdb():
     code = """
 import sys
@@ -676,8 +686,9 @@ def test_weights_to_start_from_are_looked_at_before_any_stage(world, tmp_path, c
     (hf / "config.json").write_text((hf / "config.json").read_text() + " ")
     assert "cold (parent_sha256 was" in refusal(capsys, *flags)
     (tmp_path / "out" / "warm" / "last.safetensors").unlink()
-    text = refusal(capsys, *flags_of(world, tmp_path / "out", "--set", "warm.steps=1", "warm.warmup=0",
-                                     "new.from=warm:last", stages=(WARM, COLD.replace("cold", "new"))))
+    text = refusal(capsys, *flags_of(
+        world, tmp_path / "out", "--set", "warm.steps=1", "warm.warmup=0", "new.from=warm:last",
+        stages=(WARM, COLD.replace("cold", "new"))))
     assert "warm/last.safetensors, which stage 'new' starts from, is gone" in text
     assert not (tmp_path / "out" / "new").exists()
 
@@ -717,6 +728,17 @@ def test_other_images_captions_or_words_under_the_same_names_are_noticed(world, 
         path.write_bytes(kept)
     run_main(*flags)
     assert "holds this plan, finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, hint", [
+    ("warm/config.json", "--from-stage warm"), ("warm/results.json", "--from-stage warm"),
+    ("results.json", "remove it")])
+def test_a_damaged_file_of_a_run_is_named(world, two_stages, tmp_path, capsys, name, hint):
+    shutil.copytree(two_stages[0], tmp_path / "run")
+    for content in ("", "[]", '{"identity": '):
+        (tmp_path / "run" / name).write_text(content)
+        text = refusal(capsys, *flags_of(world, tmp_path / "run"))
+        assert f"{name} is damaged" in text and hint in text
 
 
 def test_a_finished_plan_is_judged_anew_by_other_rules(world, two_stages, tmp_path):
@@ -1252,8 +1274,8 @@ def test_kept_features_replace_a_lost_image_by_the_pair_that_reading_takes(tmp_p
     found = {}
     for name, more in (("kept", []), ("anew", ["--no-feature-cache"])):
         run_main(*flags_of(folder, tmp_path / name, "--batch-size", 40, "--cache", "none", "--freeze",
-                           "visual.*+!visual.proj", "--eps", 1e-4, "--test", folder / "pairs.csv", *more,
-                           "--epochs", 1, "--lr", 1e-4, stages=[
+                           "visual.*+!visual.proj", "--eps", 1e-4, "--test", folder / "pairs.csv",
+                           *more, "--epochs", 1, "--lr", 1e-4, stages=[
                                f"name=one,data={folder}/one.csv@train,val={folder}/pairs.csv",
                                f"name=two,data={folder}/two.csv@train,val={folder}/pairs.csv,"
                                "replay=one:0.5"]))
