@@ -1133,7 +1133,8 @@ def matched(model, rule):
     return {"visual": {name for name in names if name.startswith("visual.")},
             "text": {name for name in names if not name.startswith(("visual.", "logit_scale"))},
             "all_but_proj": {name for name in names if not name.startswith(HEADS)},
-            "all_but_norms": set(names) - norms}.get(rule) or set(fnmatch.filter(names, rule))
+            "all_but_norms": set(names) - norms, "norms_only": set(names) - norms,
+            }.get(rule) or set(fnmatch.filter(names, rule))
 
 
 def freeze(model, rules):

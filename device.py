@@ -1223,8 +1223,10 @@ def an_expression(x):
         raise ValueError(f"a regular expression ({error})") from None
 
 
-def one_of(*known):
+def one_of(*known, also=None):
+    """One of `known` words; `also` has other spellings of them."""
     def read(x):
+        x = (also or {}).get(x, x) if isinstance(x, str) else x
         if x not in known:
             raise ValueError(f"one of {', '.join(known)}")
         return x

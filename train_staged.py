@@ -122,7 +122,17 @@ def portions(x):
     return list(dict.fromkeys(a_number(0, 1)(value) for value in x))
 
 
+def second_beta(x):
+    """AdamW's second beta, or both of them, of which the first is 0.9 here."""
+    if isinstance(x, (list, tuple)):
+        if len(x) != 2 or x[0] != 0.9:
+            raise ValueError("[0.9, a number from 0 to 1]")
+        x = x[1]
+    return a_number(0, 1)(x)
+
+
 def scale_rule(x):
+    x = x.removeprefix("fixed:") if isinstance(x, str) else x
     try:
         return x if x == "train" else a_number(1, MAX_SCALE)(x)
     except ValueError as error:
@@ -143,7 +153,8 @@ STAGE = {  # key: (default, how it is read, what it means)
              "any, the held-out ones"),
     "captions": ("all", one_of("all", "one"), "per epoch all captions, or one per "
                  "image"),
-    "augment": ("none", one_of(*AUGMENTS), "how training images vary: " + ", ".join(AUGMENTS)),
+    "augment": ("none", one_of(*AUGMENTS, also={"seed": "light"}), "how training images vary: "
+                + ", ".join(AUGMENTS)),
     "flip": (True, a_switch, "augmentations may mirror images: false where captions say left, 左"),
     "colour": (True, a_switch, "they may change colours: false where captions name them"),
     # what trains
@@ -159,8 +170,9 @@ STAGE = {  # key: (default, how it is read, what it means)
     "recompute": (False, a_switch, "keep no activations inside blocks: slower, less memory"),
     "scale": ("train", scale_rule, "the logit scale: train, or held at this number"),
     # method
-    "positives": ("multi", one_of("multi", "mask", "diag"), "pairs with an equal image or caption: "
-                  "positives too (multi), left out (mask), or negatives (diag)"),
+    "positives": ("multi", one_of("multi", "mask", "diag", also={"clip": "diag"}), "pairs with an "
+                  "equal image or caption: positives too (multi), left out (mask), or negatives "
+                  "(diag)"),
     "mask_ratio": (0.0, a_number(0, 0.95), "share of a ViT's patches left out in training (FLIP, "
                    "Li et al. 2023)"),
     "replay": ({}, shares, "share of each batch from earlier stages' training pairs"),
@@ -178,23 +190,27 @@ STAGE = {  # key: (default, how it is read, what it means)
     "layer_decay": (1.0, a_number(0, 1, above=True), "factor on the rate per block away from the "
                     "heads"),
     "wd": (0.2, a_number(0, 100), "weight decay of matrices"),
-    "wd_rule": ("standard", one_of("standard", "chinese-clip"), "what does not decay: gains, "
+    "wd_rule": ("standard", one_of("standard", "chinese-clip", also={
+        "cnclip": "chinese-clip", "ndim": "standard"}), "what does not decay: gains, "
                 "biases and embeddings; or, as chinese-clip, what its code leaves out"),
-    "beta2": (0.98, a_number(0, 1), "of AdamW"),
+    "beta2": (0.98, second_beta, "of AdamW"),
     "eps": (1e-6, a_number(0, 1, above=True), "of AdamW"),
     "warmup": (0.1, a_number(0), "steps, or below 1 a share of all"),
-    "schedule": ("cosine", one_of("cosine", "linear", "constant"), "of the learning rates: cosine, "
+    "schedule": ("cosine", one_of("cosine", "linear", "constant", also={
+        "const": "constant"}), "of the learning rates: cosine, "
                  "linear or constant"),
     "min_lr": (0.0, a_number(0, 1), "no rate falls below this after the warm-up"),
     "grad_clip": (1.0, a_number(0), "largest norm; 0: none"),
     "early_stop": (0, a_count(0), "stop after so many evaluations without a better one; 0: never"),
-    "select": ("mean_recall", one_of("mean_recall", "r1", "i2t_r1", "t2i_r1"), "what the best is "
+    "select": ("mean_recall", one_of("mean_recall", "r1", "i2t_r1", "t2i_r1", also={
+        "mean_r1": "r1"}), "what the best is "
                "chosen by on held-out pairs: mean_recall, r1, i2t_r1 or t2i_r1"),
-    "eval_every": (1, a_count(1), "epochs between evaluations"),
+    "eval_every": (1, lambda x: 1 if x == "epoch" else a_count(1)(x), "epochs between evaluations"),
 }
 ALSO = {"train": "data", "batch": "batch_size", "lr_visual": "image_lr", "lr_text": "text_lr",
         "clip_grad": "grad_clip", "max_epochs": "epochs", "init": "from", "only": "matching",
-        "logit_scale": "scale", **{
+        "logit_scale": "scale", "loss": "positives", "betas": "beta2", "accum": "accum_steps",
+        "distill_prev": "distill", **{
             given[2:].replace("-", "_"): flag[2:].replace("-", "_") for given, flag in
             ALIASES.items() if flag[2:].replace("-", "_") in STAGE}}
 PLAN = {"name": (None, stage_name, ""), "seed": (None, a_count(0), ""), "max_text": (

@@ -575,6 +575,35 @@ def test_plans_take_the_spellings_that_flags_take():
                      "scale": 100}
 
 
+def test_a_plan_in_the_words_of_chinese_clips_users_is_understood(tmp_path):
+    plan = {"name": "cn", "model": "ViT-B-16@RoBERTa-wwm-ext-base-chinese", "init": "clip_cn.pt",
+            "vocab": None, "context_length": 52, "seed": 1, "device": "auto", "precision": "auto",
+            "defaults": {"wd": 0.2, "betas": [0.9, 0.95], "eps": 1e-6, "clip_grad": 1.0, "loss":
+                         "multi", "select": "mean_r1", "eval_every": "epoch", "schedule": "const",
+                         "wd_rule": "cnclip", "logit_scale": "fixed:100"},
+            "eval_sets": {"muge": "MUGE/lmdb/valid"},
+            "stages": [
+                {"name": "muge", "train": "MUGE/lmdb/train", "batch": 512, "lr": 1e-5, "epochs": 5,
+                 "warmup": 1000, "augment": "seed"},
+                {"name": "own", "train": "own.csv", "from": "muge:best", "batch": 16, "lr": 1e-6,
+                 "wd": 0.1, "warmup": 10, "epochs": 30, "augment": "strong", "freeze": [
+                     "visual.*", "!visual.proj"], "replay": {"muge": 0.1}, "early_stop": 8}]}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    args = get_args(["--plan", str(tmp_path / "plan.json")])
+    first, own = train_staged.read_plan(args)
+    assert (args.weights, args.tokenizer, args.max_text) == ("clip_cn.pt", None, 52)
+    assert (first.data, first.batch_size, first.augment, first.warmup) == (
+        "MUGE/lmdb/train", 512, "light", 1000)
+    assert (own.beta2, own.select, own.eval_every, own.schedule, own.wd_rule, own.scale) == (
+        0.95, "r1", 1, "constant", "chinese-clip", 100)
+    assert (own.positives, own.wd, own.replay) == ("multi", 0.1, {"muge": 0.1})
+    assert own.parent == "muge:best"
+    plan["defaults"]["betas"] = [0.8, 0.95]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(train_staged.UserError, match="beta2 is .0.8, 0.95.; expected .0.9"):
+        train_staged.read_plan(get_args(["--plan", str(tmp_path / "plan.json")]))
+
+
 def test_help_is_quick_and_needs_neither_torchvision_nor_lmdb():
     code = """
 import sys
