@@ -99,8 +99,8 @@ FAULTS = [
     Fault("clipfit-momentum", "train_clipfit.py", "resume forgets the momentum",
           'optimizer.load_state_dict(stored["optimizer"])', "pass", f"{CLIPFIT} -k stopping_at"),
     Fault("clipfit-eval-crop", "train_clipfit.py", "tested on training crops",
-          "view, tokenizer = Preprocess(model.config.image_size),",
-          "view, tokenizer = Preprocess(model.config.image_size, True),",
+          "view = Preprocess(model.config.image_size, dtype=torch.uint8)",
+          "view = Preprocess(model.config.image_size, True, dtype=torch.uint8)",
           f"{CLIPFIT} -k seen_whole"),
     # ---- train_contrastive.py
     Fault("contrastive-own-gradient", "train_contrastive.py", "texts get only their own process's "
@@ -126,8 +126,8 @@ FAULTS = [
     Fault("contrastive-statistics", "train_contrastive.py", "a piece counts twice in BatchNorm",
           "m.momentum = 0.0", "pass", f"{CONTRASTIVE} -k batch_norm"),
     Fault("contrastive-unscaled", "train_contrastive.py", "gradient not scaled under fp16",
-          "send = scaler.scale(torch.full((), share, device=image.device))",
-          "send = torch.full((), share, device=image.device)", f"{CONTRASTIVE} -k scaler"),
+          "send = scaler.scale(image.new_full((), share))",
+          "send = image.new_full((), share)", f"{CONTRASTIVE} -k scaler"),
     Fault("contrastive-dropout", "train_contrastive.py", "other dropout in the second pass",
           'torch.manual_seed(((self.seed * 2 + (kind == "text")) * 65_537 + number) % 2 ** 63)',
           "pass", f"{CONTRASTIVE} -k dropout"),
