@@ -727,8 +727,8 @@ def check_grad(run, model, images, tokens, ids, counts, args):
 @torch.no_grad()
 def pooled_features(run, model, pairs, folder, args):
     """What the image head gets of every image: (n, F) on the host, the same in every process, kept
-    in `folder` for the next run. Raises UserError unless the tower is frozen and sees every image
-    always alike."""
+    in `folder` for the next run; NaN where an image cannot be read. Raises UserError unless the
+    tower is frozen and sees every image always alike."""
     heads = [name for name, p in model.named_parameters()
              if name.startswith("visual.") and p.requires_grad and not name.startswith(HEADS)]
     if heads or args.crop or not hasattr(model.visual, "pooled"):
@@ -756,6 +756,7 @@ def pooled_features(run, model, pairs, folder, args):
     lost = indices[positions < 0].tolist()
     pairs.refuse_losses(lost, "they do not decode")
     features = features[indices.argsort()]
+    features[lost] = math.nan  # FeatureLoader replaces them, embed leaves them out
     if model.origin["sha256"]:
         run.save(path, {"features": features})
     return features
@@ -785,7 +786,8 @@ def embed(run, model, target, args):
     rows, features = [], []
     if target.features is not None:
         order = torch.arange(run.rank, len(target.features), run.world_size)
-        loader = [(target.features[order], order, order)]
+        lost = target.features[order].isnan().any(dim=1)
+        loader = [(target.features[order], order.masked_fill(lost, -1), order)]
     for done, (images, positions, indices) in enumerate(loader, 1):
         features.append(encoder.one("image", 0, images).cpu())
         rows.append(torch.stack([indices, positions]))

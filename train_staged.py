@@ -1436,7 +1436,7 @@ def about(stage, epoch, moving, tokenizer, model, args):
            f"epoch, of {B} pairs{replayed}; warm-up {stage.warm} ({stage.warm / stage.total:.0%}), "
            f"lr {stage.lr:.3g}; {free:,} of {all_of_it:,} weights train; about "
            f"{(4 * all_of_it + 12 * free) / 2 ** 20:,.0f} MB beside activations; {judged}")
-    if stage.lr > 4 * rule:
+    if stage.lr > 4 * rule and stage.data != "demo":
         yield (f"{stage.name}: note: lr {stage.lr:.3g} is {stage.lr / rule:.0f} times 5e-5 * batch "
                f"/ 1024 = {rule:.2g}; pretrained CLIPs have fallen below their zero-shot score so")
     if alike > 1:

@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -972,6 +973,20 @@ def test_an_export_loads_and_scores_the_same(pairs, uninterrupted):
     found = train_contrastive.recall_at_k(image, text, held.owner)
     results = json.loads((uninterrupted / "results.json").read_text())
     assert {key: results[key] for key in found} == pytest.approx(found)
+
+
+def test_kept_features_leave_out_what_cannot_be_read(pairs, tmp_path):
+    folder = shutil.copytree(pairs, tmp_path / "pairs")
+    for split in ("train", "val"):
+        damaged = open_pairs(folder, split, ".")
+        (folder / damaged.paths[1]).write_bytes(b"no picture")
+    flags = tiny_flags(folder, "--freeze", "image", "--crop", 0, "--epochs", 1)
+    plain = run_main(*flags, "--output-dir", tmp_path / "plain")
+    kept = run_main(*flags, "--cache", "features", "--output-dir", tmp_path / "kept")
+    assert kept["images"] == plain["images"] == 11
+    assert [row["loss"] for row in metrics(tmp_path / "kept")] == pytest.approx(
+        [row["loss"] for row in metrics(tmp_path / "plain")], rel=1e-5)
+    assert kept["mean_recall"] == pytest.approx(plain["mean_recall"])
 
 
 def test_config_json_runs_again(uninterrupted, tmp_path):
