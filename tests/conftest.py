@@ -34,14 +34,23 @@ LONG = ("train_clipfit", "devices", "distributed", "train_contrastive", "train_d
         "train_staged", "tokenizer", "device", "faults", "students", "clip_model", "staged_report")
 
 
-def pytest_collection_modifyitems(items):
-    """The longest files first, so that neither process is left alone with one at the end."""
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    """The longest files first, so that neither process is left alone with one at the end. Tests
+    marked slow are left to --slow, and to whoever names their file."""
     order = {f"test_{name}": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    if config.args_source.name != "ARGS" and not config.option.slow:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="takes long: --slow runs it"))
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than about ten seconds")
+    config.addinivalue_line("markers", "slow: takes more than about ten seconds; see --slow")
 
 
 @pytest.fixture(autouse=True)

@@ -452,11 +452,11 @@ def test_a_clips_own_projection_is_kept_where_it_fits(clip_file):
     assert torch.equal(kept.visual.proj, base.visual.proj)
     assert kept.config.text == BERTS["tiny-bert"] and kept.config.embed_dim == 32
     assert "text_projection starts from random numbers" in kept.origin["notes"]
-    assert "tiny-bert:none starts from random numbers" in kept.origin["notes"]
+    assert "tiny-bert starts from random numbers" in kept.origin["notes"]
     assert not any("visual" in note for note in kept.origin["notes"])
     model = load(clip_file, image_tower="tiny-rn:none", embed_dim=32, keep_visual_projection=False)
     assert model.origin["notes"] == [
-        "tiny-rn:none starts from random numbers",
+        "tiny-rn starts from random numbers",
         "visual.attnpool.c_proj starts from random numbers",
         "text_projection starts from random numbers (the CLIP's own is (64, 32))"]
     assert kept.logit_scale.item() == pytest.approx(2.6593, abs=1e-4)

@@ -607,7 +607,8 @@ def test_seed_zero_is_a_seed(tmp_path):
     assert paths[0] == paths[1] != paths[2]
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "official-fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow),
+                                       "official-fp16"])
 def test_every_precision_trains_with_the_drift_term(tmp_path, precision):
     result = run_main(*FEW, "--precision", precision, "--epochs", 6, "--reg-weight", 1000,
                       "--output-dir", tmp_path, "--log-every", 1)
