@@ -6,6 +6,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the product is top-level files, not a package
+sys.path.insert(0, str(ROOT / "tests"))
 
 # Subprocesses started by tests inherit these: repeatable sums, and no run that waits for a hub.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -30,8 +31,8 @@ def pytest_cmdline_main(config):
         config.option.loadscopereorder = False  # it puts files of many tests first, not long ones
 
 
-LONG = ("train_clipfit", "devices", "distributed", "train_contrastive", "train_distill", "repo",
-        "train_staged", "tokenizer", "device", "faults", "students", "clip_model", "staged_report")
+LONG = ("scripts", "train_staged", "train_distill", "train_contrastive", "train_clipfit", "devices",
+        "faults", "distributed", "repo", "tokenizer", "device", "parity", "clip_model", "weights")
 
 
 def pytest_addoption(parser):
