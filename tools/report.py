@@ -20,6 +20,7 @@ import math
 import pathlib
 import statistics
 import sys
+import warnings
 
 import numpy as np
 from PIL import ImageOps
@@ -28,9 +29,8 @@ from PIL import ImageOps
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")
 BLUE, ORANGE, GREEN, RED = PALETTE[:4]
 # matplotlib's own font, then the first of these that is installed, for Chinese names and captions.
-CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "PingFang SC",
-             "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "WenQuanYi Micro Hei",
-             "WenQuanYi Zen Hei", "Source Han Sans SC")
+CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Hiragino Sans GB",
+             "Microsoft YaHei", "SimHei", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei")
 NOT_DRAWN = ("step", "steps", "epoch", "time", "split", "samples_per_second", "data_wait",
              "memory_mb")
 MOST_CLASSES = 100  # more than this make a confusion matrix of dust
@@ -62,6 +62,7 @@ def open_matplotlib(font=None):
     if len(families) == 1:
         notes.append("no font for Chinese is installed: figures show boxes for it, and the page "
                      "has the words; --font FILE names one")
+    warnings.filterwarnings("ignore", message="Glyph")  # said once, in that note
     pyplot.rcParams.update({"font.family": families, "font.size": 9, "axes.spines.top": False,
                             "axes.spines.right": False, "figure.dpi": 110})
     return pyplot, notes
@@ -165,14 +166,6 @@ def find_runs(paths):
     return runs
 
 
-def label_runs(runs):
-    """A label for each run from what differs between them, their seeds aside."""
-    keys = [key for key in ("method", "data", "model", "setting", "shots")
-            if len({json.dumps(run.facts.get(key)) for run in runs}) > 1]
-    return [", ".join(f"{key} {run.facts.get(key, '-')}" for key in keys) or "all runs"
-            for run in runs]
-
-
 # -----------------------------------------------------------------------------
 # The page
 
@@ -249,32 +242,30 @@ def add_results(page, runs):
 
 
 def add_curves(page, runs, title="Curves", file="curves.png"):
-    """A panel for each logged scalar; terms of one loss share one. Several runs: colours by run."""
-    panels, labels = {}, label_runs(runs)
-    for run, label in zip(runs, labels):
-        label = run.name if len(runs) > 1 and label == "all runs" else label
+    """A panel for each logged scalar: the train split as a line, others as dots; colours by run,
+    or by split where there is one run."""
+    panels = {}
+    for run in runs:
         for name, splits in run.curves().items():
             for split, (steps, values) in splits.items():
-                panels.setdefault(name, []).append((label, split, steps, values))
+                label = run.name if len(runs) > 1 else split
+                panels.setdefault(name, []).append((label, split == "train", steps, values))
     if not panels:
         return
     across = min(3, len(panels))
     down = math.ceil(len(panels) / across)
     figure, axes = page.plot.subplots(down, across, squeeze=False, layout="constrained",
-                                      figsize=(3.4 * across, 2.6 * down))
-    groups = dict.fromkeys(line[0] for lines in panels.values() for line in lines)
-    colours = {group: PALETTE[i % len(PALETTE)] for i, group in enumerate(groups)}
+                                      figsize=(3.4 * across, 2.4 * down + 0.4))
+    colours, drawn = {}, {}
     for axis, (name, lines) in zip(axes.flat, panels.items()):
-        for label, split, steps, values in lines:
-            words = [label] * (len(colours) > 1) + [split] * (len({s[1] for s in lines}) > 1)
-            style = "-" if split == "train" and len(steps) > 1 else "o--"
-            axis.plot(steps, values, style, color=colours[label], label=", ".join(words) or None,
-                      linewidth=1.2, markersize=4, alpha=0.9 if split == "train" else 0.7)
+        for label, is_train, steps, values in lines:
+            colour = colours.setdefault(label, PALETTE[len(colours) % len(PALETTE)])
+            drawn[label], = axis.plot(steps, values, "-" if is_train and len(steps) > 1 else "o:",
+                                      color=colour, linewidth=1.2, markersize=4)
         axis.set(title=name.replace("_", " "), xlabel="step")
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7, frameon=False)
     for axis in axes.flat[len(panels):]:
         axis.axis("off")
+    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=4, frameon=False)
     page.add(title, page.figure(file, figure, "logged scalars over steps"))
 
 
