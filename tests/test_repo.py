@@ -1,0 +1,114 @@
+"""The design as assertions: who imports whom, how long files are, and that commands parse."""
+import ast
+import importlib
+import pathlib
+import re
+import shlex
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SCRIPTS = ("train_clipfit", "train_contrastive", "train_distill", "train_staged")
+MAY_IMPORT = {  # leaf -> the leaves that it builds on
+    "device": (), "clip_model": (), "tokenizer": (), "large_batch": (), "data": (),
+    "weights": ("clip_model",), "pairs": ("data",), "scores": ("data", "clip_model")}
+BUDGETS = {  # lines, of which a sixth more is borne
+    "train_clipfit": 420, "train_contrastive": 580, "train_distill": 700, "train_staged": 650,
+    "clip_model": 640, "weights": 620, "tokenizer": 400, "data": 720, "pairs": 600,
+    "scores": 260, "large_batch": 130, "device": 680}
+PACKAGES = {"torch", "torchvision", "ftfy", "regex", "PIL", "numpy"}
+OPTIONAL = {"torch_npu", "lmdb", "timm", "onnx", "onnxruntime", "onnxscript", "matplotlib",
+            "sklearn", "tensorboard"}
+FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")])
+
+
+def imported(path, top_only=False):
+    """{module: line of its import}; top_only: those that run when the file is imported."""
+    tree = ast.parse(path.read_text("utf-8"))
+    found = {}
+    for node in tree.body if top_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0]: node.lineno for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found[node.module.split(".")[0]] = node.lineno
+    return found
+
+
+def test_leaves_know_no_script_and_imports_make_no_circle():
+    for leaf, allowed in MAY_IMPORT.items():
+        project = set(imported(ROOT / f"{leaf}.py")) & {*MAY_IMPORT, *SCRIPTS, "tools"}
+        assert project <= set(allowed), leaf
+    for script in SCRIPTS:
+        found = imported(ROOT / f"{script}.py")
+        assert not set(found) & {*SCRIPTS, "tools"}, script
+        assert found["device"] < found["torch"], f"{script}: device sets what torch reads"
+
+
+def test_six_packages_are_enough_and_the_optional_ones_are_imported_where_used():
+    names = re.findall(r"^[A-Za-z_]+", (ROOT / "requirements.txt").read_text(), re.M)
+    assert names == ["torch", "torchvision", "ftfy", "regex", "pillow", "numpy"]
+    project = {*MAY_IMPORT, *SCRIPTS, "tools"}
+    for path in FILES:
+        foreign = set(imported(path)) - set(sys.stdlib_module_names) - PACKAGES - project
+        assert foreign <= OPTIONAL, path.name
+        assert not set(imported(path, top_only=True)) & OPTIONAL, path.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_files_stay_readable(path):
+    text = path.read_text("utf-8")
+    lines, budget = text.splitlines(), BUDGETS.get(path.stem)
+    assert not budget or len(lines) <= budget * 7 / 6, f"{len(lines)} lines, budget {budget}"
+    assert max(map(len, lines), default=0) <= 100
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 90, node.name
+    assert not re.search(r"(^|[^\w./-])/(work|tmp|root|opt)/\w", text), "a path of one machine"
+
+
+def test_the_whole_is_within_its_budget():
+    def count(paths):
+        return sum(len(path.read_text("utf-8").splitlines()) for path in paths)
+    assert count(FILES) <= 8400 * 7 / 6
+    assert count((ROOT / "tests").glob("*.py")) <= 8000
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.stem not in ("device", "doctor")],
+                         ids=lambda path: path.stem)
+def test_only_device_decides_by_the_kind_of_device(path):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Compare):
+            words = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+            assert not words & {"cuda", "mps", "npu", "nccl"}, node.lineno
+        assert getattr(node, "attr", "") not in ("cuda", "mps", "npu"), node.lineno
+
+
+def commands():
+    """Every `python train_*.py ...` of the documentation and docstrings: (where, script, flags)."""
+    documents = [ROOT / "README.md", ROOT / "README.zh.md", *(ROOT / "docs").glob("*.md")]
+    texts = {path.name: path.read_text("utf-8") for path in documents if path.exists()}
+    texts |= {f"{name}.py": ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text("utf-8")))
+              for name in SCRIPTS}
+    pattern = r"(?:python|torchrun[^\n]*?) (train_\w+)\.py([^\n`|]*)"
+    for where, text in texts.items():
+        for script, flags in re.findall(pattern, re.sub(r"\\\n\s*", " ", text)):
+            yield where, script, re.split(r"\s{3,}|\s#|，|。", flags)[0].strip()
+
+
+@pytest.mark.parametrize("where, script, flags", sorted(set(commands())))
+def test_every_documented_command_parses(where, script, flags):
+    args = importlib.import_module(script).get_args(
+        [word for word in shlex.split(flags) if word != "..."])
+    assert args.device
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_explained_and_none_is_a_bool_type(script, capsys):
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(script).get_args(["--help"])
+    assert ended.value.code == 0
+    for entry in re.split(r"\n  (?=-)", capsys.readouterr().out)[1:]:
+        assert len(entry.split(maxsplit=1)) > 1 and re.search(r"[a-z]{3}", entry.split("\n")[-1])
