@@ -1,19 +1,18 @@
 """Text in, token ids out: CLIP's byte-pair encoding, BERT's WordPiece, RoBERTa's byte-level BPE.
 
-| class              | text towers                    | ids equal to                   |
-|--------------------|--------------------------------|--------------------------------|
-| BPETokenizer       | CLIP's own                     | OpenAI's SimpleTokenizer       |
-| WordPieceTokenizer | BERT, DistilBERT               | transformers' BertTokenizer    |
-| ChineseTokenizer   | Chinese-CLIP                   | Chinese-CLIP's own tokenizer   |
-| ByteBPETokenizer   | RoBERTa                        | transformers' RobertaTokenizer |
+| class              | text towers      | ids equal to                   |
+|--------------------|------------------|--------------------------------|
+| BPETokenizer       | CLIP's own       | OpenAI's SimpleTokenizer       |
+| WordPieceTokenizer | BERT, DistilBERT | transformers' BertTokenizer    |
+| ChineseTokenizer   | Chinese-CLIP     | Chinese-CLIP's own tokenizer   |
+| ByteBPETokenizer   | RoBERTa          | transformers' RobertaTokenizer |
 
-All have `encode(text)`, `decode(ids)`, `tokenizer(texts)`, `statistics(texts)`, `start_id`,
-`end_id`, `pad_id`, `vocab_size` and `truncated`; `open_tokenizer(path)` picks the class by the
-files that it finds, or by the `vocabulary` that a checkpoint carries.
+All have `tokenizer(texts) -> LongTensor (N, L)`, `encode(text)`, `decode(ids)`, `save(folder)` and
+`facts()`. `open_tokenizer(path)` picks the class, `for_model(model)` gives the one that fits.
 
 CLIP (Radford et al. 2021). A caption is cleaned (mojibake repaired, HTML entities resolved twice,
-white space folded, lower case), cut by a regular expression into pieces that never span white
-space, and every piece is merged bottom-up from bytes:
+white space folded, lower case), cut by a regular expression into pieces without white space, and
+every piece is merged bottom-up from bytes (Sennrich et al. 2016):
 
 1. Each UTF-8 byte is written as one printable character, so that the merge list can be a plain
    text file: 188 bytes are printable already and stand for themselves, the other 68 borrow the
@@ -35,18 +34,16 @@ a word of its own, accents are stripped, letters are lower case; then the longes
 the word is taken off, and again from what is left, marked "##". A word that cannot be spelled so is
 [UNK] as a whole.
 
-Text never becomes a special token of BERT or RoBERTa: "[MASK]" and "<mask>" in a caption are
-spelled out, as in transformers with `split_special_tokens=True`; without that it gives their ids.
-OpenAI's tokenizer does take its two special strings from text, and so does ours.
-
-Nothing is read at import and there is no global instance.
+Text never becomes a special token of BERT or RoBERTa: "[MASK]" in a caption is spelled out, as in
+transformers with `split_special_tokens=True`. OpenAI's tokenizer does take its two special strings
+from text, and so does ours.
 """
 import functools
 import gzip
 import hashlib
-import heapq
 import html
 import json
+import math
 import pathlib
 import unicodedata
 import zlib
@@ -58,55 +55,56 @@ import torch
 MERGES = pathlib.Path(__file__).resolve().parent / "assets" / "bpe_simple_vocab_16e6.txt.gz"
 MERGE_COUNT = 48_894  # the file goes on to 262,145 merges; CLIP uses the first of them
 MERGES_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"  # of those lines
+CHINESE_SHA256 = "8550a78ca2dd304e6a4b45baa9780db8a93cfacc564b4d1c319905db0122f1e4"  # of the tokens
+CACHED_LENGTH, CACHED_CHUNKS = 64, 1_000_000  # a longer run is no word that comes again
+LONGEST_PIECE = 1_000  # symbols merged together: the loop is quadratic, and no word is so long
 
-PIECES = regex.compile(
+CLIP_PIECES = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
     regex.IGNORECASE)
 BYTE_PIECES = regex.compile(
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
-
-# Unicode's normal form orders such a run by class, and ftfy's way to it takes O(n^2): minutes for a
-# megabyte. In order already it takes O(n).
+# Unicode orders a run of accents by class, and ftfy's way to it takes O(n^2). Sorted, it takes O(n).
 ACCENT_RUN = regex.compile(r"[^\p{ccc=0}]{100,}")
 
-# BERT's character classes as transformers has them: U+2B820 to U+2B91F are missing among its
-# ideographs. Characters newer than Unicode 8 can fall into other classes there than here.
+# BERT's character classes. transformers' ideographs lack U+2B820 to U+2B91F, Chinese-CLIP's do not.
 SPACE = r"\t\n\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 IDEOGRAPH = (r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b81f"
              r"\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f")
-MARK = r"!-/:-@\[-`{-~\p{P}"
+ALL_IDEOGRAPHS = IDEOGRAPH + r"\U0002b820-\U0002b91f"
 WORDS = regex.compile(rf"[^{SPACE}]+")
 WORDS_AND_IDEOGRAPHS = regex.compile(rf"[{IDEOGRAPH}]|[^{SPACE}{IDEOGRAPH}]+")
-PUNCTUATED = regex.compile(rf"[{MARK}]|[^{MARK}]+")
+CHINESE_WORDS = regex.compile(rf"[{ALL_IDEOGRAPHS}]|[^{SPACE}{ALL_IDEOGRAPHS}]+")
+MARK = r"!-/:-@\[-`{-~\p{P}"
+MARKS_AND_REST = regex.compile(rf"[{MARK}]|[^{MARK}]+")
 DROPPED = regex.compile(r"[\p{Cc}\p{Cf}\p{Co}\p{Cs}\ufffd]")
 ACCENTS = regex.compile(r"\p{Mn}")
-
-CACHED_LENGTH = 64  # a longer run without a space is not a word that comes again
-CACHED_CHUNKS = 1_000_000
+ASCII_MARKS = frozenset("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
 
 
 class TokenizerError(ValueError):
-    """A vocabulary file or text that cannot be used; `exit_code` marks it as the user's to fix."""
+    """A vocabulary or a text that cannot be used; `exit_code` marks it as the user's to mend."""
     exit_code = 2
 
 
 class Tokenizer:
-    """What the three kinds share: the cache, the tensor, the special ids.
+    """What all kinds share: the cache, the tensor, the special ids.
 
     A kind cuts a text into chunks whose ids depend on nothing outside the chunk (`_chunks`) and
     finds the ids of one (`_encode_chunk`). Captions do not repeat, but their words do.
     """
-    text_kind = "bpe"    # as in `CLIP.text_kind`
-    unknown_id = None    # the id of what cannot be spelled, where there is such a thing
-    vocabulary = None    # plain values to put into a checkpoint; `open_tokenizer` takes them back
+    kind = text_kind = "bpe"  # text_kind: as `CLIP.text_kind` has it
+    unknown_id = None         # the id of what cannot be spelled, where there is such a thing
 
-    def __init__(self, ids, start, end, pad):
-        self.ids = ids  # symbol -> id
-        self.symbols = {i: symbol for symbol, i in ids.items()}
+    def __init__(self, ids, start, end, pad, merges=None):
+        """ids: {symbol: id}; start, end and pad: three of the symbols; merges: pairs of symbols."""
+        self.ids, self.symbols = ids, {i: symbol for symbol, i in ids.items()}
         self.start_id, self.end_id, self.pad_id = ids[start], ids[end], ids[pad]
         self.vocab_size = max(self.symbols) + 1
-        self.truncated = 0
-        self._cache = {}  # chunk -> ids
+        self.tokens = [self.symbols.get(i) for i in range(self.vocab_size)]  # None: a hole
+        self.ranks = merges and {pair: rank for rank, pair in enumerate(merges)}
+        self.truncated = 0  # how many texts had to be cut so far
+        self._cache = {}    # chunk -> ids
 
     def encode(self, text):
         """The ids of `text`, without start and end of text: list[int]."""
@@ -125,54 +123,56 @@ class Tokenizer:
 
         Start of text, the ids, end of text, then padding. A text that is too long is cut so that
         the end of text stays in the last place, and counted in `self.truncated`; with
-        `truncate=False` it raises TokenizerError instead. `context_length=None` is the length of
-        the longest of the texts.
+        `truncate=False` it raises TokenizerError. `context_length=None` fits the longest text.
         """
         if context_length is not None and context_length < 2:
-            raise TokenizerError(f"context_length is {context_length}; start and end of text alone "
-                                 f"need 2")
-        texts = [texts] if isinstance(texts, str) else list(texts)
+            raise TokenizerError(f"context_length is {context_length}; expected at least 2")
+        most = math.inf if context_length is None else context_length - 2
         flat, lengths = [], []
-        for text in texts:
+        for text in [texts] if isinstance(texts, str) else texts:
             ids = self.encode(text)
-            if context_length is not None and len(ids) > context_length - 2:
+            if len(ids) > most:
                 if not truncate:
                     raise TokenizerError(f"a text has {len(ids) + 2} tokens and the model takes "
-                                         f"{context_length}: {text[:60]!r}; shorten it or allow "
-                                         f"truncation")
+                                         f"{context_length}: {text[:60]!r}; shorten it")
                 self.truncated += 1
-                ids = ids[:context_length - 2]
+                ids = ids[:most]
             flat += [self.start_id, *ids, self.end_id]
             lengths.append(len(ids) + 2)
-        if context_length is None:
-            context_length = max(lengths, default=2)
+        width = max(lengths, default=2) if context_length is None else context_length
         # The padding, five sixths of CLIP's tensor, never exists as Python numbers.
-        tokens = torch.full((len(texts), context_length), self.pad_id)
-        used = torch.arange(context_length) < torch.tensor(lengths, dtype=torch.long)[:, None]
+        tokens = torch.full((len(lengths), width), self.pad_id)
+        used = torch.arange(width) < torch.tensor(lengths, dtype=torch.long)[:, None]
         return tokens.masked_scatter_(used, torch.tensor(flat, dtype=torch.long))
 
-    def statistics(self, texts, context_length):
-        """What of `texts` a tower of so many positions gets, as a dict of numbers: texts; tokens,
-        without start and end; longest, of one text with both; truncated, how many texts are over
-        `context_length`; unknown, how many tokens stand for something that cannot be spelled."""
-        ids = [self.encode(text) for text in texts]
-        lengths = [len(row) + 2 for row in ids]
-        return {"texts": len(ids), "tokens": sum(map(len, ids)), "longest": max(lengths, default=2),
-                "truncated": sum(length > context_length for length in lengths),
-                "unknown": sum(row.count(self.unknown_id) for row in ids)}
+    def facts(self):
+        """What `open_tokenizer` needs to make this tokenizer again, as a dict of plain values."""
+        return {"kind": self.kind, "tokens": self.tokens}
+
+    def save(self, folder):
+        """Write the files that transformers reads; `theirs`: the class and settings it takes."""
+        files = {"tokenizer_config.json": json.dumps(self.theirs, indent=2)}
+        if self.ranks is None:
+            files["vocab.txt"] = "\n".join([*(token or "" for token in self.tokens), ""])
+        else:
+            files["vocab.json"] = json.dumps(self.ids, ensure_ascii=False)
+            files["merges.txt"] = "\n".join(["#version: 0.2", *map(" ".join, self.ranks), ""])
+        for name, text in files.items():
+            (pathlib.Path(folder) / name).write_text(text, "utf-8", newline="\n")
 
     def _symbols(self, ids, left_out):
         """The symbols of `ids` up to the first end of text, without the ids in `left_out`."""
         for i in map(int, ids):
             if i == self.end_id:
                 return
-            if i in left_out:
-                continue
             if i not in self.symbols:
                 raise TokenizerError(f"token id {i} is outside the vocabulary (0 to "
                                      f"{self.vocab_size - 1})")
-            yield self.symbols[i]
+            if i not in left_out:
+                yield self.symbols[i]
 
+
+# ---------------------------------------------------------------------------- byte-pair encoding
 
 @functools.lru_cache(maxsize=None)
 def byte_characters():
@@ -183,63 +183,35 @@ def byte_characters():
     return tuple(chr(b if b in printable else next(borrowed)) for b in range(256))
 
 
-@functools.lru_cache(maxsize=None)
-def character_bytes():
-    """byte_characters() the other way: {character: one byte}."""
-    return {character: bytes([byte]) for byte, character in enumerate(byte_characters())}
-
-
 def from_byte_characters(text):
-    """The bytes that `text` stands for; a character that stands for none is itself."""
-    return b"".join(character_bytes().get(c) or c.encode("utf-8", "replace") for c in text)
+    """The text that these characters stand for; half a character becomes U+FFFD."""
+    byte_of = {character: bytes([byte]) for byte, character in enumerate(byte_characters())}
+    found = b"".join(byte_of.get(c) or c.encode("utf-8", "replace") for c in text)
+    return found.decode("utf-8", errors="replace")
 
 
-def merge_pairs(symbols, ranks):
-    """Join the symbols of one piece by rank: list[str] -> list[str], in O(n log n).
+def merge(symbols, ranks):
+    """Join the neighbours of the lowest rank, all of them left to right, until none has a rank.
 
-    The textbook loop looks at every pair again after each merge, which is quadratic: hours for
-    a megabyte without a space. Here a heap holds the mergeable pairs and a linked list the
-    symbols. All pairs of one rank are joined left to right before the next rank is looked at,
-    as in OpenAI's loop: pairs that come into being meanwhile wait for the next round.
+    symbols: list[str]; ranks: {(left, right): rank} -> list[str]. A piece of more than
+    LONGEST_PIECE symbols is merged in parts; where two meet, ids may differ from the official.
     """
-    count = len(symbols)
-    following = list(range(1, count + 1))
-    previous = list(range(-1, count - 1))
-    heap = []
-
-    def offer(left):
-        right = following[left]
-        if right < count:
-            rank = ranks.get((symbols[left], symbols[right]))
-            if rank is not None:
-                heapq.heappush(heap, (rank, left, symbols[left], symbols[right]))
-
-    for left in range(count - 1):
-        offer(left)
-    while heap:
-        rank, joined = heap[0][0], []
-        while heap and heap[0][0] == rank:
-            _, left, first, second = heapq.heappop(heap)
-            right = following[left]
-            if right == count or symbols[left] != first or symbols[right] != second:
-                continue  # one of the two was joined to something else since
-            symbols[left], symbols[right] = first + second, None
-            following[left] = following[right]
-            if following[right] < count:
-                previous[following[right]] = left
-            joined.append(left)
-        for left in joined:
-            offer(left)
-            if previous[left] >= 0:
-                offer(previous[left])
-    return [symbol for symbol in symbols if symbol is not None]
-
-
-# ------------------------------------------------------------------------------------------ CLIP
-
-def in_order(text):
-    """`text` with its long runs of accents as Unicode's normal form orders them."""
-    return ACCENT_RUN.sub(lambda run: "".join(sorted(run[0], key=unicodedata.combining)), text)
+    done = []
+    for start in range(0, len(symbols), LONGEST_PIECE):
+        part = symbols[start:start + LONGEST_PIECE]
+        while len(part) > 1:
+            found = [ranks.get(pair, math.inf) for pair in zip(part, part[1:])]
+            lowest = min(found)
+            if lowest == math.inf:
+                break
+            joined, i = [], 0
+            while i < len(part):
+                taken = 2 if i < len(found) and found[i] == lowest else 1
+                joined.append("".join(part[i:i + taken]))
+                i += taken
+            part = joined
+        done += part
+    return done
 
 
 def is_plain(text):
@@ -250,19 +222,17 @@ def is_plain(text):
 def clean(text):
     """What OpenAI's tokenizer sees of `text`: repaired, unescaped, single spaces, lower case."""
     if not is_plain(text):
-        text = in_order(text)
+        text = ACCENT_RUN.sub(lambda run: "".join(sorted(run[0], key=unicodedata.combining)), text)
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return regex.sub(r"\s+", " ", text.strip()).strip().lower()
 
 
 class BPETokenizer(Tokenizer):
-    """CLIP's tokenizer.
-
-    `tokenizer(texts)` gives the (N, 77) ids that a text tower takes. `tokenizer.truncated` counts
-    the texts that had to be cut since the tokenizer was made. Raises TokenizerError when the merge
-    list is missing or is not CLIP's.
-    """
-    start_id, end_id, pad_id, vocab_size = 49_406, 49_407, 0, 49_408
+    """CLIP's tokenizer. `path`: a merge list in the place of the bundled one; TokenizerError when
+    it is missing or is not CLIP's."""
+    theirs = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77,
+              "bos_token": "<|startoftext|>", **dict.fromkeys(
+                  ["eos_token", "unk_token", "pad_token"], "<|endoftext|>")}
 
     def __init__(self, path=None):
         path = pathlib.Path(path or MERGES)
@@ -271,19 +241,17 @@ class BPETokenizer(Tokenizer):
                 lines = file.read().split("\n")[1:MERGE_COUNT + 1]  # line 0 names the version
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
             raise TokenizerError(f"cannot read the merge list {path} ({error}); expected CLIP's "
-                                 f"bpe_simple_vocab_16e6.txt.gz, which this project keeps in "
-                                 f"assets/") from None
-        merges = [tuple(line.split()) for line in lines]
+                                 f"bpe_simple_vocab_16e6.txt.gz, which lies in assets/") from None
         if hashlib.sha256("\n".join(lines).encode()).hexdigest() != MERGES_SHA256:
             raise TokenizerError(f"{path} is not CLIP's merge list: the {MERGE_COUNT:,} lines "
                                  f"after the first differ, and every id would")
+        merges = [tuple(line.split()) for line in lines]
         # CLIP numbers the bytes by their printable character's place, not by their value.
         symbols = sorted(byte_characters())
         symbols += [symbol + "</w>" for symbol in symbols]
-        symbols += ["".join(merge) for merge in merges] + ["<|startoftext|>", "<|endoftext|>"]
+        symbols += ["".join(pair) for pair in merges] + ["<|startoftext|>", "<|endoftext|>"]
         super().__init__({symbol: i for i, symbol in enumerate(symbols)},
-                         "<|startoftext|>", "<|endoftext|>", "!")
-        self.ranks = {merge: rank for rank, merge in enumerate(merges)}
+                         "<|startoftext|>", "<|endoftext|>", "!", merges)
 
     def _chunks(self, text):
         # No piece spans white space, so words are independent. All that cleaning does to plain
@@ -292,141 +260,81 @@ class BPETokenizer(Tokenizer):
 
     def _encode_chunk(self, word):
         ids = []
-        for piece in PIECES.findall(word.lower()):  # cleaned words are lower case already
+        for piece in CLIP_PIECES.findall(word.lower()):  # cleaned words are lower case already
             if piece in ("<|startoftext|>", "<|endoftext|>"):
                 ids.append(self.ids[piece])
             else:
                 symbols = [byte_characters()[b] for b in piece.encode()]
                 symbols[-1] += "</w>"
-                ids += [self.ids[symbol] for symbol in merge_pairs(symbols, self.ranks)]
+                ids += [self.ids[symbol] for symbol in merge(symbols, self.ranks)]
         return ids
 
     def decode(self, ids):
-        """The text of `ids`; start, end and everything after the first end are left out.
+        """The text of `ids` up to the end of text, as `clean` left it, with a space after every
+        piece ("don 't"). Raises TokenizerError on an id outside the vocabulary."""
+        symbols = self._symbols(ids, {self.start_id})
+        return from_byte_characters("".join(symbols).replace("</w>", " ")).strip()
 
-        White space and case were folded by `encode`, so this is the cleaned text, with a space
-        after every piece ("don 't"). Raises TokenizerError on an id outside the vocabulary.
-        """
-        out = bytearray()
-        for symbol in self._symbols(ids, left_out={self.start_id}):
-            ends = symbol.endswith("</w>")
-            out += from_byte_characters(symbol[:-4] if ends else symbol) + b" " * ends
-        return out.decode("utf-8", errors="replace").strip()
+    def facts(self):
+        return {"kind": self.kind}
 
 
-# ----------------------------------------------------------------------- vocabularies from files
+class ByteBPETokenizer(Tokenizer):
+    """RoBERTa's tokenizer: of a vocab.json and a merges.txt, of a tokenizer.json, of a Hugging Face
+    folder with them, or of the tokens and the merges ("a b") themselves. TokenizerError when a file
+    is missing, damaged or of another kind, or a byte or a merge has no id."""
+    kind = text_kind = "bytebpe"
+    theirs = {"tokenizer_class": "RobertaTokenizer"}
 
-def read_text(path):
-    try:
-        return path.read_text("utf-8")
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"cannot read {path} ({error}); expected a vocabulary in UTF-8, as "
-                             f"Hugging Face saves it") from None
+    def __init__(self, vocab, merges=None):
+        _, ids, merges, _ = _read(vocab, self.kind, merges)
+        super().__init__(ids, "<s>", "</s>", "<pad>", merges)
 
+    def _chunks(self, text):
+        return BYTE_PIECES.findall(text)
 
-def read_json(path):
-    text = read_text(path)
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} is not JSON ({error}); fetch it again") from None
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path} holds a {type(content).__name__}; expected a JSON object")
-    return content
+    def _encode_chunk(self, piece):
+        symbols = [byte_characters()[b] for b in piece.encode("utf-8", errors="replace")]
+        return [self.ids[symbol] for symbol in merge(symbols, self.ranks)]
 
+    def decode(self, ids):
+        """The text of `ids` up to the end, exactly. TokenizerError on an id outside."""
+        return from_byte_characters("".join(self._symbols(ids, {self.start_id, self.pad_id})))
 
-def read_tokenizer_json(path, **expected):
-    """The content of a tokenizer.json, whose parts must have the `expected` types."""
-    content = read_json(path)
-    for part, kind in expected.items():
-        if not isinstance(content.get(part), dict) or content[part].get("type") != kind:
-            raise TokenizerError(f"{path} has another {part} than {kind}; expected BERT's or "
-                                 f"RoBERTa's tokenizer")
-    return content
+    def facts(self):
+        return {**super().facts(), "merges": [" ".join(pair) for pair in self.ranks]}
 
 
-def find_files(path, *names):
-    """(files, config): of a folder `names` or else tokenizer.json, and its tokenizer_config.json."""
-    if not path.is_dir():
-        return [path], {}  # a file is meant as it is
-    config = path / "tokenizer_config.json"
-    config = read_json(config) if config.exists() else {}
-    for choice in (names, ("tokenizer.json",)):
-        if all((path / name).is_file() for name in choice):
-            return [path / name for name in choice], config
-    raise TokenizerError(f"{path} has neither {' and '.join(names)} nor tokenizer.json")
-
-
-def check_vocabulary(path, ids, needed):
-    """Raises TokenizerError unless `ids` maps text to distinct ids and has all the `needed`."""
-    values = list(ids.values()) if isinstance(ids, dict) else [None]
-    if not all(type(i) is int and i >= 0 for i in values) or len(set(values)) < len(values):
-        raise TokenizerError(f"{path} is damaged: expected a different id of 0 or more for every "
-                             f"token; fetch it again")
-    missing = [token for token in needed if token not in ids]
-    if missing:
-        raise TokenizerError(f"{path} lacks {' '.join(missing[:5])} of the {len(needed)} tokens "
-                             f"that this kind of vocabulary needs")
-
-
-# ------------------------------------------------------------------------------------------ BERT
-
-def read_wordpiece(path):
-    """(token -> id, settings by their names in tokenizer_config.json, the file read). In the place
-    of a path, a list of tokens in the order of their ids will do."""
-    if isinstance(path, (list, tuple)):
-        if not all(isinstance(token, str) for token in path):
-            raise TokenizerError("a vocabulary of something else than text; expected its tokens")
-        return {token: i for i, token in enumerate(path)}, {}, "the vocabulary of a checkpoint"
-    (path,), config = find_files(path, "vocab.txt")
-    if path.suffix != ".json":
-        # Not splitlines(): the Chinese vocabulary has a row that is a line separator, U+2028.
-        lines = read_text(path).removesuffix("\n").split("\n")
-        return {line: i for i, line in enumerate(lines)}, config, path
-    content = read_tokenizer_json(path, model="WordPiece", normalizer="BertNormalizer",
-                                  pre_tokenizer="BertPreTokenizer")
-    model, normalizer = content["model"], content["normalizer"]
-    if model.get("continuing_subword_prefix") != "##" or normalizer.get("clean_text") is not True:
-        raise TokenizerError(f"{path} is not BERT's: expected clean_text and the prefix '##'")
-    config = {"do_lower_case": normalizer.get("lowercase"),
-              "strip_accents": normalizer.get("strip_accents"),
-              "tokenize_chinese_chars": normalizer.get("handle_chinese_chars")} | config
-    return model.get("vocab"), config, path
-
+# ------------------------------------------------------------------------------------- WordPiece
 
 class WordPieceTokenizer(Tokenizer):
-    """BERT's tokenizer, of a vocab.txt, a tokenizer.json or a Hugging Face folder with one of them.
+    """BERT's tokenizer: of a vocab.txt or a tokenizer.json, of a Hugging Face folder with one of
+    them, or of the list of tokens. TokenizerError when a file is missing, damaged or of another kind.
 
-    Where the folder does not say otherwise, letters are lowered, accents stripped if letters are
-    lowered, and ideographs split; `lowercase` wins over the folder. A word of more than
-    `longest_word` characters is [UNK]: transformers has 100, Chinese-CLIP's own tokenizer 200.
-    `vocab` can also be the list of tokens. Raises TokenizerError when a file is missing, damaged
-    or of another kind.
+    What is given wins over what the folder says. Where nothing is said, letters are lowered unless
+    the vocabulary has capitals, accents are stripped if letters are lowered, ideographs are split,
+    and a word of more than 100 characters is [UNK].
     """
-    text_kind = "wordpiece"
+    kind = text_kind = "wordpiece"
 
-    def __init__(self, vocab, lowercase=None, longest_word=100):
-        ids, config, path = read_wordpiece(vocab if isinstance(vocab, (list, tuple)) else
-                                           pathlib.Path(vocab))
-        check_vocabulary(path, ids, ["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+    def __init__(self, vocab, lowercase=None, strip_accents=None, split=None, longest_word=None):
+        _, ids, _, config = _read(vocab, self.text_kind)
         super().__init__(ids, "[CLS]", "[SEP]", "[PAD]")
-        if lowercase is None:
-            lowercase = config.get("do_lower_case") is not False
-        strip, split = config.get("strip_accents"), config.get("tokenize_chinese_chars")
-        self.lowercase, self.strip_accents = lowercase, lowercase if strip is None else strip
-        self.words = WORDS if split is False else WORDS_AND_IDEOGRAPHS
-        self.split, self.unknown_id = split is not False, ids["[UNK]"]
-        self.longest_word, self.longest_symbol = longest_word, max(map(len, ids))
+
+        def rule(given, name, default):
+            return next(x for x in (given, config.get(name), default) if x is not None)
+        capitals = sum(token[:1].isupper() for token in ids)  # a handful are special tokens
+        self.lowercase = rule(lowercase, "do_lower_case", capitals <= 100)
+        self.strip_accents = rule(strip_accents, "strip_accents", self.lowercase)
+        self.split = rule(split, "tokenize_chinese_chars", True)
+        self.longest_word = rule(longest_word, "max_input_chars_per_word", 100)
+        self.words = WORDS_AND_IDEOGRAPHS if self.split else WORDS
+        self.unknown_id, self.longest_token = ids["[UNK]"], max(map(len, ids))
 
     @property
-    def vocabulary(self):
-        """The tokens in the order of their ids, and the rules, as plain values. None if an id has
-        no token."""
-        tokens = [self.symbols.get(i) for i in range(self.vocab_size)]
-        return None if None in tokens else {
-            "kind": "wordpiece", "tokens": tokens, "lowercase": self.lowercase,
-            "strip_accents": self.strip_accents, "split": self.split,
-            "longest_word": self.longest_word}
+    def theirs(self):
+        return {"tokenizer_class": "BertTokenizer", "do_lower_case": self.lowercase,
+                "strip_accents": self.strip_accents, "tokenize_chinese_chars": self.split}
 
     def _chunks(self, text):
         # All that follows works on characters or between two spaces, so it can come after this.
@@ -440,7 +348,7 @@ class WordPieceTokenizer(Tokenizer):
             chunk = ACCENTS.sub("", "".join(unicodedata.normalize("NFD", c) for c in chunk))
         if self.lowercase:
             chunk = "".join(map(str.lower, chunk))
-        return [i for word in PUNCTUATED.findall(chunk) for i in self._encode_word(word)]
+        return [i for word in MARKS_AND_REST.findall(chunk) for i in self._encode_word(word)]
 
     def _encode_word(self, word):
         if len(word) > self.longest_word:
@@ -448,7 +356,7 @@ class WordPieceTokenizer(Tokenizer):
         ids, start = [], 0
         while start < len(word):
             mark = "##" if start else ""
-            for end in range(min(len(word), start + self.longest_symbol), start, -1):
+            for end in range(min(len(word), start + self.longest_token), start, -1):
                 found = self.ids.get(mark + word[start:end])
                 if found is not None:
                     break
@@ -459,23 +367,13 @@ class WordPieceTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids):
-        """The words of `ids`, parted by spaces; start, padding and all after the end are left out.
-
-        Case, accents and what stood between the words are gone, and an unknown word is "[UNK]".
-        Raises TokenizerError on an id outside the vocabulary.
-        """
+        """The words of `ids` up to the end, parted by spaces; an unknown word is "[UNK]". Case and
+        accents are gone. Raises TokenizerError on an id outside the vocabulary."""
         return " ".join(self._symbols(ids, {self.start_id, self.pad_id})).replace(" ##", "")
 
-
-CHINESE_SHA256 = "8550a78ca2dd304e6a4b45baa9780db8a93cfacc564b4d1c319905db0122f1e4"  # of the rows
-ALL_IDEOGRAPHS = IDEOGRAPH + r"\U0002b820-\U0002b91f"
-CHINESE_WORDS = regex.compile(rf"[{ALL_IDEOGRAPHS}]|[^{SPACE}{ALL_IDEOGRAPHS}]+")
-ASCII_MARKS = frozenset("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
-
-
-def is_mark(character):
-    """Punctuation as BERT has it: all of ASCII that is no letter, digit, space or control."""
-    return character in ASCII_MARKS or unicodedata.category(character)[0] == "P"
+    def facts(self):
+        return {**super().facts(), "lowercase": self.lowercase, "split": self.split,
+                "strip_accents": self.strip_accents, "longest_word": self.longest_word}
 
 
 class ChineseTokenizer(WordPieceTokenizer):
@@ -485,32 +383,24 @@ class ChineseTokenizer(WordPieceTokenizer):
     lone surrogates and words of 101 to 200 characters count, all ideographs stand alone, and the
     final sigma is known. What is punctuation or an accent is up to this Python's Unicode, as there.
 
-    `vocab`: the vocab.txt, a folder with it, or the list of tokens. TokenizerError if it is not
-    the one all released models share, unless `any_vocab`: with another one every id means another
-    word. `straight_quotes`: curly quotes, which are not in the vocabulary, become \", and the text
-    lower case before all else, as the authors do in training and evaluation and not in `tokenize`.
+    TokenizerError if the vocabulary is not the one that all released models share, unless
+    `any_vocab`: with another one every id means another word. `straight_quotes`: curly quotes,
+    which are not in the vocabulary, become \", and the text lower case before all else, as the
+    authors do in training and evaluation and not in their `tokenize`.
     """
+    kind = "chinese"
 
     def __init__(self, vocab, straight_quotes=True, any_vocab=False):
-        super().__init__(vocab, lowercase=True, longest_word=200)
-        self.strip_accents, self.words, self.split = True, CHINESE_WORDS, True
-        self.straight_quotes = straight_quotes
-        tokens = [self.symbols.get(i, "") for i in range(self.vocab_size)]
-        found = hashlib.sha256("\n".join(tokens).encode("utf-8", "replace")).hexdigest()
-        if found != CHINESE_SHA256 and not any_vocab:
-            raise TokenizerError(f"{vocab if isinstance(vocab, (str, pathlib.Path)) else 'this'} "
-                                 f"is not the vocabulary of Chinese-CLIP (21,128 tokens, those of "
-                                 f"Google's bert-base-chinese): its ids would mean other words. "
-                                 f"For a model with a vocabulary of its own, say any_vocab=True")
+        super().__init__(vocab, lowercase=True, strip_accents=True, split=True, longest_word=200)
+        self.words, self.straight_quotes = CHINESE_WORDS, straight_quotes
+        tokens = "\n".join(token or "" for token in self.tokens).encode("utf-8", "replace")
+        if hashlib.sha256(tokens).hexdigest() != CHINESE_SHA256 and not any_vocab:
+            raise TokenizerError(f"{str(vocab)[:200]} is not the vocabulary of Chinese-CLIP (21,128 "
+                                 f"tokens, those of Google's bert-base-chinese): every id would be "
+                                 f"another word. For a model of your own, say any_vocab=True")
 
     def __call__(self, texts, context_length=52, truncate=True):
         return super().__call__(texts, context_length, truncate)
-
-    @property
-    def vocabulary(self):
-        known = super().vocabulary
-        return known and {"kind": "chinese", "tokens": known["tokens"],
-                          "straight_quotes": self.straight_quotes}
 
     def _chunks(self, text):
         if self.straight_quotes:
@@ -518,153 +408,211 @@ class ChineseTokenizer(WordPieceTokenizer):
         return self.words.findall(text)
 
     def _encode_chunk(self, chunk):
-        chunk = "".join(c for c in chunk
-                        if c != "\ufffd" and unicodedata.category(c) not in ("Cc", "Cf")).lower()
-        chunk = in_order(chunk)
-        chunk = [c for c in unicodedata.normalize("NFD", chunk) if unicodedata.category(c) != "Mn"]
-        words = [[]]
-        for character in chunk:
-            if is_mark(character):
-                words += [[character], []]
-            else:
-                words[-1].append(character)
-        return [i for word in words if word for i in self._encode_word("".join(word))]
+        category, words = unicodedata.category, [""]
+        chunk = "".join(c for c in chunk if c != "\ufffd" and category(c) not in ("Cc", "Cf"))
+        # Lower case as a whole, for the final sigma; NFD one by one, for its speed.
+        for c in "".join(unicodedata.normalize("NFD", c) for c in chunk.lower()):
+            if c in ASCII_MARKS or category(c)[0] == "P":
+                words += [c, ""]
+            elif category(c) != "Mn":
+                words[-1] += c
+        return [i for word in words for i in self._encode_word(word)]
+
+    def facts(self):
+        return {"kind": self.kind, "tokens": self.tokens, "any_vocab": True,
+                "straight_quotes": self.straight_quotes}
 
 
-# --------------------------------------------------------------------------------------- RoBERTa
+# ----------------------------------------------------------------------- vocabularies from files
 
-def read_byte_bpe(path, merges=None):
-    """(token -> id, merges as tuples of two tokens, the file of the vocabulary)."""
-    (path, *more), config = find_files(path, "vocab.json", "merges.txt")
-    merges = more[0] if more else merges
-    if merges is None:
-        content = read_tokenizer_json(path, model="BPE", pre_tokenizer="ByteLevel")
-        ids, pairs = content["model"].get("vocab"), content["model"].get("merges")
-        config = content["pre_tokenizer"] | config
-        if content.get("normalizer") or not config.get("use_regex", True):
-            raise TokenizerError(f"{path} is not RoBERTa's: expected no normalizer, and use_regex")
-    else:
-        ids = read_json(path)
-        pairs = [line for line in read_text(pathlib.Path(merges)).split("\n")
-                 if line and not line.startswith("#version")]
-    if config.get("add_prefix_space"):
-        raise TokenizerError(f"{path} goes with add_prefix_space, which changes the text first; "
-                             f"expected RoBERTa's tokenizer, where it is false")
-    if not isinstance(pairs, list):
-        raise TokenizerError(f"{path} has no list of merges")
-    pairs = [map(str, pair) if isinstance(pair, list) else str(pair).split(" ") for pair in pairs]
-    return ids, [tuple(pair) for pair in pairs], path
+NEEDED = {"wordpiece": ("[PAD]", "[UNK]", "[CLS]", "[SEP]"),
+          "bytebpe": ("<s>", "<pad>", "</s>", *byte_characters())}
+# What changes ids: settings of tokenizer.json and tokenizer_config.json, with the value known here.
+ALWAYS = {"clean_text": True, "do_basic_tokenize": True, "use_regex": True, "never_split": None,
+          "add_prefix_space": False, "byte_fallback": False, "ignore_merges": False,
+          "dropout": None, "continuing_subword_prefix": "##", "end_of_word_suffix": ""}
+CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "RobertaTokenizer",
+           "BartTokenizer", "CLIPTokenizer", "PreTrainedTokenizer", "TokenizersBackend")
+TYPES = {"wordpiece": ["BertNormalizer", "BertPreTokenizer"], "bytebpe": [None, "ByteLevel"]}
 
 
-class ByteBPETokenizer(Tokenizer):
-    """RoBERTa's tokenizer, of a vocab.json and a merges.txt, or of a Hugging Face folder with them.
-
-    A tokenizer.json, or a folder with only that, will do as well. Raises TokenizerError when a
-    file is missing, damaged or of another kind, or when a byte or a merge has no id.
-    """
-    text_kind = "bytebpe"
-
-    def __init__(self, vocab, merges=None):
-        ids, pairs, path = read_byte_bpe(pathlib.Path(vocab), merges)
-        check_vocabulary(path, ids, ["<s>", "<pad>", "</s>", *byte_characters()])
-        for pair in pairs:
-            if len(pair) != 2 or not {*pair, "".join(pair)} <= ids.keys():
-                raise TokenizerError(f"the merge {' '.join(pair)[:60]!r} does not fit {path}; "
-                                     f"expected two tokens that join to a third")
-        super().__init__(ids, "<s>", "</s>", "<pad>")
-        self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
-
-    def _chunks(self, text):
-        return BYTE_PIECES.findall(text)
-
-    def _encode_chunk(self, piece):
-        symbols = [byte_characters()[b] for b in piece.encode("utf-8", errors="replace")]
-        return [self.ids[symbol] for symbol in merge_pairs(symbols, self.ranks)]
-
-    def decode(self, ids):
-        """The text of `ids`, exactly; start, padding and all after the first end are left out.
-
-        Raises TokenizerError on an id outside the vocabulary.
-        """
-        symbols = self._symbols(ids, {self.start_id, self.pad_id})
-        return from_byte_characters("".join(symbols)).decode("utf-8", errors="replace")
-
-
-def stored_vocabulary(path):
-    """The `vocabulary` that a checkpoint carries: out of a safetensors file's header, or a file of
-    torch.save, read without running it. Raises TokenizerError."""
-    found = None
+def _text(path):
     try:
-        if path.suffix == ".safetensors":
-            with path.open("rb") as file:
-                header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 1 << 27)))
-            found = json.loads(header["__metadata__"].get("vocabulary", "null"))
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            found = content.get("vocabulary")
-    except Exception as error:  # a damaged or hostile file can raise anything
-        raise TokenizerError(f"{path} is not a checkpoint that can be read "
-                             f"({str(error).splitlines()[:1]})") from None
-    if not isinstance(found, dict):
-        raise TokenizerError(f"{path} carries no vocabulary; name its vocab.txt or folder")
-    return found
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"cannot read {path} ({error}); expected a vocabulary in UTF-8, as "
+                             f"Hugging Face saves it") from None
 
 
-def from_vocabulary(known):
-    """A tokenizer again from its `vocabulary`. Raises TokenizerError."""
-    tokens = known.get("tokens")
-    if not isinstance(tokens, (list, tuple)) or known.get("kind") not in ("wordpiece", "chinese"):
-        raise TokenizerError("a vocabulary of no known kind; expected wordpiece or chinese, with "
-                             "its tokens")
-    if known["kind"] == "chinese":  # who wrote the checkpoint has answered for the tokens
-        return ChineseTokenizer(tokens, known.get("straight_quotes") is not False, any_vocab=True)
-    found = WordPieceTokenizer(tokens, bool(known.get("lowercase")), known.get("longest_word", 100))
-    found.strip_accents, found.split = bool(known.get("strip_accents")), known.get("split", True)
-    found.words = WORDS_AND_IDEOGRAPHS if found.split else WORDS
-    return found
+def _json(path):
+    try:
+        content = json.loads(_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise TokenizerError(f"{path} is not JSON ({error}); fetch it again") from None
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path} holds a {type(content).__name__}; expected a JSON object")
+    return content
+
+
+def _read(path, wanted=None, merges=None):
+    """-> kind, {token: id}, merges as pairs of tokens or None, config (transformers' names).
+
+    path: vocab.txt, vocab.json (with the file `merges`, or merges.txt beside it), tokenizer.json,
+    a folder with them, or the list of tokens itself (with the list of `merges`). The settings
+    beside it are obeyed; TokenizerError for those that change ids and are not known here.
+    """
+    if isinstance(path, (list, tuple)):
+        kind, config, ids = wanted, {}, {t: i for i, t in enumerate(path) if t is not None}
+        path = "this vocabulary"
+    else:
+        path, kind, ids, merges, config = _read_files(pathlib.Path(path).expanduser(), merges)
+    if wanted and wanted != kind.replace("chinese", "wordpiece"):
+        raise TokenizerError(f"{path} is a vocabulary of {kind}; expected {wanted}")
+    values = list(ids.values()) if isinstance(ids, dict) else [None]
+    if not all(type(i) is int and i >= 0 for i in values) or len(set(values)) < len(values) or (
+            not all(isinstance(token, str) for token in ids)):
+        raise TokenizerError(f"{path} is damaged: expected a different id of 0 or more for every "
+                             f"token; fetch it again")
+    missing = [token for token in NEEDED.get(kind, ()) if token not in ids]
+    if missing:
+        raise TokenizerError(f"{path} lacks the tokens {' '.join(missing[:5])} that a vocabulary of "
+                             f"{kind} needs")
+    if kind != "bytebpe":
+        return kind, ids, None, config
+    pairs = [tuple(pair.split(" ") if isinstance(pair, str) else map(str, pair)) for pair in merges]
+    for pair in pairs:
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= ids.keys():
+            raise TokenizerError(f"the merge {' '.join(pair)[:60]!r} does not fit {path}; expected "
+                                 f"two tokens that join to a third")
+    return kind, ids, pairs, config
+
+
+def _read_files(path, merges):
+    """-> path of the vocabulary, kind, {token: id}, merges, config; not checked yet."""
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir():
+        names = ["vocab.txt", *["vocab.json"] * (path / "merges.txt").is_file(), "tokenizer.json"]
+        path = next((path / name for name in names if (path / name).is_file()), path)
+    if path.suffix not in (".txt", ".json"):
+        raise TokenizerError(f"no tokenizer in {path}; expected vocab.txt, vocab.json and "
+                             f"merges.txt, or tokenizer.json, as Hugging Face saves them")
+    beside = {name: _json(folder / name) if (folder / name).is_file() else {}
+              for name in ("tokenizer_config.json", "added_tokens.json", "config.json")}
+    kind, config, odd = "bytebpe", {}, []
+    if path.suffix == ".txt":
+        # Not splitlines(): the Chinese vocabulary has a row that is a line separator, U+2028.
+        lines = _text(path).removesuffix("\n").split("\n")
+        kind, ids = "wordpiece", {line: i for i, line in enumerate(lines)}
+    elif path.name != "tokenizer.json":
+        ids = _json(path)
+        lines = _text(pathlib.Path(merges or folder / "merges.txt")).split("\n")
+        merges = [line for line in lines if line and not line.startswith("#version")]
+    else:
+        content = _json(path)
+        model, normalizer, cut = (content[part] if isinstance(content.get(part), dict) else {}
+                                  for part in ("model", "normalizer", "pre_tokenizer"))
+        ids, merges, types = model.get("vocab"), model.get("merges"), [normalizer, cut]
+        config = {**model, **normalizer, **cut, "do_lower_case": normalizer.get("lowercase"),
+                  "tokenize_chinese_chars": normalizer.get("handle_chinese_chars")}
+        kind = {"WordPiece": "wordpiece", "BPE": "bytebpe"}.get(model.get("type"))
+        if "<|startoftext|>" not in (ids or ()) and (not kind or not isinstance(merges, (
+                list, type(None))) or TYPES[kind] != [part.get("type") for part in types]):
+            raise TokenizerError(f"{path} is no tokenizer of CLIP, BERT or RoBERTa")
+        odd = [token for token in content.get("added_tokens") or [] if not token.get("special")]
+    if "<|startoftext|>" in (ids or ()):
+        return path, "bpe", ids, None, {}  # whose ids are compared with CLIP's
+    if beside["config.json"].get("model_type") == "chinese_clip" and kind == "wordpiece":
+        kind = "chinese"
+    config |= beside["tokenizer_config.json"]
+    odd += [f"{name} {config[name]}" for name, usual in ALWAYS.items()
+            if config.get(name) not in (None, usual, "", [])]
+    odd += [f"the added token {token!r}" for token in beside["added_tokens.json"] if token not in ids]
+    made_by = str(config.get("tokenizer_class", "BertTokenizer")).removesuffix("Fast")
+    odd += [f"tokenizer_class {made_by}"] * (made_by not in CLASSES)
+    if odd:
+        raise TokenizerError(f"{path}: {odd[0]} changes ids and is not known here; expected a "
+                             f"tokenizer of CLIP, BERT or RoBERTa as released")
+    return path, kind, ids, merges, config
+
+
+# --------------------------------------------------------------------------- the right tokenizer
+
+KINDS = {kind.kind: kind for kind in (BPETokenizer, WordPieceTokenizer, ChineseTokenizer,
+                                      ByteBPETokenizer)}
+
+
+def from_facts(facts):
+    """A tokenizer again from its `facts()`. Raises TokenizerError."""
+    facts = dict(facts)
+    make, tokens = KINDS.get(facts.pop("kind", None)), facts.pop("tokens", None)
+    try:
+        return BPETokenizer() if make is BPETokenizer else make(tokens, **facts)
+    except (TypeError, AttributeError) as error:  # facts of a checkpoint that can hold anything
+        raise TokenizerError(f"a vocabulary of no known kind ({error}); expected bpe, wordpiece, "
+                             f"chinese or bytebpe, with its tokens") from None
 
 
 def open_tokenizer(path):
     """The tokenizer of a file or a Hugging Face folder, of the kind that its files show.
 
-    vocab.txt: WordPiece; vocab.json and merges.txt: byte-level BPE, or CLIP's, which Hugging Face
-    saves under the same names; tokenizer.json: any of them; *.txt.gz: CLIP's merge list; the folder
-    of a ChineseCLIPModel: Chinese-CLIP's own; a checkpoint (.safetensors, .pt): the vocabulary that
-    it carries. That `vocabulary`, a dict, will do in the place of a path. Raises TokenizerError
-    when there is nothing of this or it cannot be read.
+    vocab.txt: WordPiece, or Chinese-CLIP's beside such a model; vocab.json and merges.txt:
+    byte-level BPE, or CLIP's, which Hugging Face saves under the same names; tokenizer.json: any
+    of them; *.txt.gz: CLIP's merge list. `facts()` will do in the place of a path. Raises
+    TokenizerError when there is nothing of this or it cannot be read.
     """
     if isinstance(path, dict):
-        return from_vocabulary(path)
-    path = pathlib.Path(path)
-    if path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
-        return from_vocabulary(stored_vocabulary(path))
-    if (path / "vocab.txt").is_file() and (path / "config.json").is_file() and (
-            read_json(path / "config.json").get("model_type") == "chinese_clip"):
-        return ChineseTokenizer(path, any_vocab=True)
-    if path.suffix == ".gz":
+        return from_facts(path)
+    if pathlib.Path(path).suffix == ".gz":
         return BPETokenizer(path)
-    if path.name in ("vocab.json", "merges.txt"):
-        path = path.parent
-    if path.suffix == ".txt" or (path / "vocab.txt").is_file():
-        return WordPieceTokenizer(path)
-    try:
-        (vocab, *merges), _ = find_files(path, "vocab.json", "merges.txt")
-        content = read_json(vocab)
-    except TokenizerError as error:
-        raise TokenizerError(f"no tokenizer in {path}: {error}; expected vocab.txt, vocab.json and "
-                             f"merges.txt, tokenizer.json, or CLIP's .txt.gz") from None
-    model = {"vocab": content} if merges else content.get("model")
-    model = model if isinstance(model, dict) else {}
-    if "<|startoftext|>" in (model.get("vocab") or {}):
-        tokenizer = BPETokenizer()
-        if tokenizer.ids != model["vocab"]:
-            raise TokenizerError(f"{vocab} looks like CLIP's vocabulary and differs from it")
-        return tokenizer
-    return WordPieceTokenizer(path) if model.get("type") == "WordPiece" else ByteBPETokenizer(path)
+    kind, vocab, _, _ = _read(path)
+    if kind == "chinese":
+        return ChineseTokenizer(path, any_vocab=True)
+    if kind != "bpe":
+        return KINDS[kind](path)
+    tokenizer = BPETokenizer()
+    if tokenizer.ids != vocab:
+        raise TokenizerError(f"{path} looks like CLIP's vocabulary and differs from it")
+    return tokenizer
+
+
+def for_model(model, path=None):
+    """The tokenizer of the text tower of `model`, a `clip_model.CLIP`.
+
+    Of `path` if one is given; else what the model's file said of it; else CLIP's for CLIP's own
+    tower; else what lies in or beside the model's file. Raises TokenizerError when there is none,
+    or it is not of this tower: another kind, more tokens than the tower has, another padding.
+    """
+    origin = model.origin or {}
+    chinese = origin.get("layout") == "chinese_clip" or str(origin.get("name")).startswith("CN-")
+    place = path or model.vocabulary
+    if not place and model.text_kind == "bpe":
+        place = {"kind": "bpe"}
+    if not place and origin.get("path"):
+        home = pathlib.Path(origin["path"])
+        home = home if home.is_dir() else home.parent
+        names = ("vocab.txt", "vocab.json", "tokenizer.json")
+        place = home if any((home / name).is_file() for name in names) else None
+    if not place:
+        raise TokenizerError(f"the text tower of {origin.get('name') or 'this model'} needs its "
+                             f"{model.text_kind} vocabulary; name its folder with --tokenizer" + (
+                                 " (the package cn_clip has it in clip/)" if chinese else ""))
+    if chinese and not isinstance(place, dict):
+        tokenizer = ChineseTokenizer(place, any_vocab=model.config.vocab_size != 21_128)
+    else:
+        tokenizer = open_tokenizer(place)
+    found, needed = tokenizer.text_kind, model.text_kind
+    if found != needed or tokenizer.vocab_size > model.config.vocab_size:
+        raise TokenizerError(f"the tokenizer {path or ''} is a {found} of {tokenizer.vocab_size:,} "
+                             f"tokens and the text tower takes a {needed} of "
+                             f"{model.config.vocab_size:,}; name its own with --tokenizer")
+    if model.pad_id is not None and tokenizer.pad_id != model.pad_id:
+        raise TokenizerError(f"the tokenizer {path or ''} pads with id {tokenizer.pad_id} and the "
+                             f"text tower takes {model.pad_id} for padding")
+    return tokenizer
 
 
 if __name__ == "__main__":  # a worked example
-    tokenizer = BPETokenizer()
-    print(tokenizer.encode("A photo of a polka-dotted mug."))  # [320, 1125, 539, 320, 29476, ...
-    print(tokenizer.decode(tokenizer.encode("Hello  world!! don't &amp; naïve 123")))
+    example = BPETokenizer()
+    print(example.encode("A photo of a polka-dotted mug."))  # [320, 1125, 539, 320, 29476, ...
+    print(example.decode(example.encode("Hello  world!! don't &amp; naïve 123")))
     # hello world !! don 't & naïve 1 2 3
