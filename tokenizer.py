@@ -7,36 +7,35 @@
 | ChineseTokenizer   | Chinese-CLIP     | Chinese-CLIP's own tokenizer   |
 | ByteBPETokenizer   | RoBERTa          | transformers' RobertaTokenizer |
 
-All have `tokenizer(texts) -> LongTensor (N, L)`, `encode(text)`, `decode(ids)`, `save(folder)` and
-`facts()`. `open_tokenizer(path)` picks the class, `for_model(model)` gives the one that fits.
+    tokenizer = BPETokenizer()       # or open_tokenizer(path), or for_model(model)
+    tokenizer("a photo of a cat")    # LongTensor (1, 77)
+    tokenizer.encode("a cat")        # [320, 2368]; `decode` goes back
 
 CLIP (Radford et al. 2021). A caption is cleaned (mojibake repaired, HTML entities resolved twice,
 white space folded, lower case), cut by a regular expression into pieces without white space, and
 every piece is merged bottom-up from bytes (Sennrich et al. 2016):
 
 1. Each UTF-8 byte is written as one printable character, so that the merge list can be a plain
-   text file: 188 bytes are printable already and stand for themselves, the other 68 borrow the
-   characters from U+0100 on. A space becomes U+0120, for instance.
+   text file: 188 bytes are printable already, the other 68 borrow characters from U+0100 on.
 2. The last character of a piece carries "</w>", so "cat" at the end of a word and "cat" inside
    "category" are different symbols.
 3. Of all neighbouring pairs the one that stands first in the merge list is joined, wherever it
    occurs, until no neighbouring pair is in the list.
 
 The vocabulary follows from the list: 256 bytes, the same 256 with "</w>", 48,894 merges, start of
-text 49406, end of text 49407. Id 0 is the real token "!", and it is also the padding, so padding
-cannot be told by value: what counts is the first end of text, which is the largest id there is.
+text 49406, end of text 49407. Id 0 is the real token "!" and also the padding, so padding cannot
+be told by value: what counts is the first end of text, the largest id there is.
 
-RoBERTa (Liu et al. 2019, GPT-2's scheme). Steps 1 and 3 on the text as it is: case is kept and
-nothing is repaired, and the space before a word belongs to the word's piece.
+RoBERTa (Liu et al. 2019, GPT-2's scheme). Steps 1 and 3 on the text as it is; the space before a
+word belongs to its piece.
 
 BERT (Devlin et al. 2019). Control characters are dropped, every ideograph and punctuation mark is
 a word of its own, accents are stripped, letters are lower case; then the longest known beginning of
 the word is taken off, and again from what is left, marked "##". A word that cannot be spelled so is
 [UNK] as a whole.
 
-Text never becomes a special token of BERT or RoBERTa: "[MASK]" in a caption is spelled out, as in
-transformers with `split_special_tokens=True`. OpenAI's tokenizer does take its two special strings
-from text, and so does ours.
+Text never becomes a special token of BERT or RoBERTa ("[MASK]" is spelled out), as in transformers
+with `split_special_tokens=True`. OpenAI's tokenizer takes its two from text, and so does ours.
 """
 import functools
 import gzip
@@ -64,7 +63,7 @@ CLIP_PIECES = regex.compile(
     regex.IGNORECASE)
 BYTE_PIECES = regex.compile(
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
-# Unicode orders a run of accents by class, and ftfy's way to it takes O(n^2). Sorted, it takes O(n).
+# Unicode orders a run of accents by class: ftfy takes O(n^2) for that, and O(n) once it is sorted.
 ACCENT_RUN = regex.compile(r"[^\p{ccc=0}]{100,}")
 
 # BERT's character classes. transformers' ideographs lack U+2B820 to U+2B91F, Chinese-CLIP's do not.
@@ -146,8 +145,11 @@ class Tokenizer:
         return tokens.masked_scatter_(used, torch.tensor(flat, dtype=torch.long))
 
     def facts(self):
-        """What `open_tokenizer` needs to make this tokenizer again, as a dict of plain values."""
-        return {"kind": self.kind, "tokens": self.tokens}
+        """What `from_facts` needs to make this tokenizer again, as a dict of plain values."""
+        return {"kind": self.kind, **self._made_of()}
+
+    def _made_of(self):
+        return {}  # CLIP's is always the same
 
     def save(self, folder):
         """Write the files that transformers reads; `theirs`: the class and settings it takes."""
@@ -275,9 +277,6 @@ class BPETokenizer(Tokenizer):
         symbols = self._symbols(ids, {self.start_id})
         return from_byte_characters("".join(symbols).replace("</w>", " ")).strip()
 
-    def facts(self):
-        return {"kind": self.kind}
-
 
 class ByteBPETokenizer(Tokenizer):
     """RoBERTa's tokenizer: of a vocab.json and a merges.txt, of a tokenizer.json, of a Hugging Face
@@ -301,15 +300,15 @@ class ByteBPETokenizer(Tokenizer):
         """The text of `ids` up to the end, exactly. TokenizerError on an id outside."""
         return from_byte_characters("".join(self._symbols(ids, {self.start_id, self.pad_id})))
 
-    def facts(self):
-        return {**super().facts(), "merges": [" ".join(pair) for pair in self.ranks]}
+    def _made_of(self):
+        return {"vocab": self.tokens, "merges": [" ".join(pair) for pair in self.ranks]}
 
 
 # ------------------------------------------------------------------------------------- WordPiece
 
 class WordPieceTokenizer(Tokenizer):
     """BERT's tokenizer: of a vocab.txt or a tokenizer.json, of a Hugging Face folder with one of
-    them, or of the list of tokens. TokenizerError when a file is missing, damaged or of another kind.
+    them, or of the list of tokens. TokenizerError when a file is missing or of another kind.
 
     What is given wins over what the folder says. Where nothing is said, letters are lowered unless
     the vocabulary has capitals, accents are stripped if letters are lowered, ideographs are split,
@@ -371,8 +370,8 @@ class WordPieceTokenizer(Tokenizer):
         accents are gone. Raises TokenizerError on an id outside the vocabulary."""
         return " ".join(self._symbols(ids, {self.start_id, self.pad_id})).replace(" ##", "")
 
-    def facts(self):
-        return {**super().facts(), "lowercase": self.lowercase, "split": self.split,
+    def _made_of(self):
+        return {"vocab": self.tokens, "lowercase": self.lowercase, "split": self.split,
                 "strip_accents": self.strip_accents, "longest_word": self.longest_word}
 
 
@@ -395,8 +394,8 @@ class ChineseTokenizer(WordPieceTokenizer):
         self.words, self.straight_quotes = CHINESE_WORDS, straight_quotes
         tokens = "\n".join(token or "" for token in self.tokens).encode("utf-8", "replace")
         if hashlib.sha256(tokens).hexdigest() != CHINESE_SHA256 and not any_vocab:
-            raise TokenizerError(f"{str(vocab)[:200]} is not the vocabulary of Chinese-CLIP (21,128 "
-                                 f"tokens, those of Google's bert-base-chinese): every id would be "
+            raise TokenizerError(f"{str(vocab)[:200]} is not the vocabulary of Chinese-CLIP "
+                                 f"(21,128 tokens, those of bert-base-chinese): every id would be "
                                  f"another word. For a model of your own, say any_vocab=True")
 
     def __call__(self, texts, context_length=52, truncate=True):
@@ -418,54 +417,94 @@ class ChineseTokenizer(WordPieceTokenizer):
                 words[-1] += c
         return [i for word in words for i in self._encode_word(word)]
 
-    def facts(self):
-        return {"kind": self.kind, "tokens": self.tokens, "any_vocab": True,
-                "straight_quotes": self.straight_quotes}
+    def _made_of(self):
+        return {"vocab": self.tokens, "straight_quotes": self.straight_quotes, "any_vocab": True}
 
 
 # ----------------------------------------------------------------------- vocabularies from files
 
 NEEDED = {"wordpiece": ("[PAD]", "[UNK]", "[CLS]", "[SEP]"),
           "bytebpe": ("<s>", "<pad>", "</s>", *byte_characters())}
-# What changes ids: settings of tokenizer.json and tokenizer_config.json, with the value known here.
+FAST = {  # model, normalizer and pre_tokenizer of a tokenizer.json
+    ("WordPiece", "BertNormalizer", "BertPreTokenizer"): "wordpiece",
+    ("BPE", None, "ByteLevel"): "bytebpe"}
+# Settings of Hugging Face's files that change ids, with the value that is known here.
 ALWAYS = {"clean_text": True, "do_basic_tokenize": True, "use_regex": True, "never_split": None,
           "add_prefix_space": False, "byte_fallback": False, "ignore_merges": False,
           "dropout": None, "continuing_subword_prefix": "##", "end_of_word_suffix": ""}
 CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "RobertaTokenizer",
            "BartTokenizer", "CLIPTokenizer", "PreTrainedTokenizer", "TokenizersBackend")
-TYPES = {"wordpiece": ["BertNormalizer", "BertPreTokenizer"], "bytebpe": [None, "ByteLevel"]}
 
 
-def _text(path):
+def _content(path):
+    """A .json file as a dict, another one as its list of lines."""
     try:
-        return path.read_text("utf-8")
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"cannot read {path} ({error}); expected a vocabulary in UTF-8, as "
-                             f"Hugging Face saves it") from None
-
-
-def _json(path):
-    try:
-        content = json.loads(_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise TokenizerError(f"{path} is not JSON ({error}); fetch it again") from None
-    if not isinstance(content, dict):
+        text = path.read_text("utf-8")
+        # Not splitlines(): the Chinese vocabulary has a row that is a line separator, U+2028.
+        lines = text.removesuffix("\n").split("\n")
+        content = json.loads(text) if path.suffix == ".json" else lines
+    except (OSError, ValueError, RecursionError) as error:
+        raise TokenizerError(f"cannot read {path} ({error}); expected a vocabulary as Hugging Face "
+                             f"saves it") from None
+    if path.suffix == ".json" and not isinstance(content, dict):
         raise TokenizerError(f"{path} holds a {type(content).__name__}; expected a JSON object")
     return content
 
 
-def _read(path, wanted=None, merges=None):
-    """-> kind, {token: id}, merges as pairs of tokens or None, config (transformers' names).
-
-    path: vocab.txt, vocab.json (with the file `merges`, or merges.txt beside it), tokenizer.json,
-    a folder with them, or the list of tokens itself (with the list of `merges`). The settings
-    beside it are obeyed; TokenizerError for those that change ids and are not known here.
-    """
-    if isinstance(path, (list, tuple)):
-        kind, config, ids = wanted, {}, {t: i for i, t in enumerate(path) if t is not None}
-        path = "this vocabulary"
+def _read_files(path, merges=None):
+    """-> the file read, kind, {token: id}, merges as listed, config by transformers' names."""
+    folder, config, added = path if path.is_dir() else path.parent, {}, []
+    if path.is_dir():
+        names = ["vocab.txt", *["vocab.json"] * (path / "merges.txt").is_file(), "tokenizer.json"]
+        path = next((path / name for name in names if (path / name).is_file()), path)
+    if path.suffix not in (".txt", ".json"):
+        raise TokenizerError(f"no tokenizer in {path}; expected vocab.txt, vocab.json and "
+                             f"merges.txt, or tokenizer.json, as Hugging Face saves them")
+    content = _content(path)
+    if path.suffix == ".txt":
+        kind, ids = "wordpiece", {line: i for i, line in enumerate(content)}
+    elif path.name != "tokenizer.json":
+        kind, ids = "bytebpe", content
+        lines = _content(pathlib.Path(merges or folder / "merges.txt"))
+        merges = [line for line in lines if line and not line.startswith("#version")]
     else:
-        path, kind, ids, merges, config = _read_files(pathlib.Path(path).expanduser(), merges)
+        parts = [content[name] if isinstance(content.get(name), dict) else {}
+                 for name in ("model", "normalizer", "pre_tokenizer")]
+        model, normalizer, cut = parts
+        kind, ids = FAST.get(tuple(part.get("type") for part in parts)), model.get("vocab")
+        merges, added = model.get("merges"), content.get("added_tokens") or []
+        config = {**model, **normalizer, **cut, "do_lower_case": normalizer.get("lowercase"),
+                  "tokenize_chinese_chars": normalizer.get("handle_chinese_chars")}
+    if isinstance(ids, dict) and "<|startoftext|>" in ids:
+        return path, "bpe", ids, None, {}  # its ids are compared with CLIP's
+    beside = [_content(folder / name) if (folder / name).is_file() else {}
+              for name in ("tokenizer_config.json", "added_tokens.json", "config.json")]
+    config |= beside[0]
+    odd = [f"{name} {config[name]}" for name, known in ALWAYS.items()
+           if config.get(name) not in (None, known, "", [])]
+    odd += [f"the added token {token}" for token in (*beside[1], *(
+        token.get("content") for token in added if not token.get("special"))) if token not in ids]
+    made_by = str(config.get("tokenizer_class", "BertTokenizer")).removesuffix("Fast")
+    odd += [f"tokenizer_class {made_by}"] * (made_by not in CLASSES)
+    if odd or kind is None:
+        raise TokenizerError(f"{path} is no tokenizer of CLIP, BERT or RoBERTa as they were "
+                             f"released{': ' if odd else ''}{', '.join(odd[:3])}")
+    if kind == "wordpiece" and beside[2].get("model_type") == "chinese_clip":
+        kind = "chinese"
+    return path, kind, ids, merges, config
+
+
+def _read(vocab, wanted=None, merges=None):
+    """-> kind, {token: id}, merges as pairs of tokens or None, config by transformers' names.
+
+    vocab: vocab.txt, vocab.json (with the file `merges`, or merges.txt beside it), tokenizer.json,
+    a folder with them, or the list of tokens (with the list of `merges`). Raises TokenizerError.
+    """
+    if isinstance(vocab, (list, tuple)):
+        path, kind, config = "this vocabulary", wanted, {}
+        ids = {token: i for i, token in enumerate(vocab) if token is not None}
+    else:
+        path, kind, ids, merges, config = _read_files(pathlib.Path(vocab).expanduser(), merges)
     if wanted and wanted != kind.replace("chinese", "wordpiece"):
         raise TokenizerError(f"{path} is a vocabulary of {kind}; expected {wanted}")
     values = list(ids.values()) if isinstance(ids, dict) else [None]
@@ -474,65 +513,18 @@ def _read(path, wanted=None, merges=None):
         raise TokenizerError(f"{path} is damaged: expected a different id of 0 or more for every "
                              f"token; fetch it again")
     missing = [token for token in NEEDED.get(kind, ()) if token not in ids]
-    if missing:
-        raise TokenizerError(f"{path} lacks the tokens {' '.join(missing[:5])} that a vocabulary of "
-                             f"{kind} needs")
+    if missing or kind == "bytebpe" and not isinstance(merges, (list, tuple)):
+        raise TokenizerError(f"{path} lacks {' '.join(missing[:5]) or 'its merges'}, which a "
+                             f"vocabulary of {kind} has")
     if kind != "bytebpe":
         return kind, ids, None, config
-    pairs = [tuple(pair.split(" ") if isinstance(pair, str) else map(str, pair)) for pair in merges]
+    pairs = [tuple(map(str, pair)) if isinstance(pair, list) else tuple(str(pair).split(" "))
+             for pair in merges]
     for pair in pairs:
         if len(pair) != 2 or not {*pair, "".join(pair)} <= ids.keys():
             raise TokenizerError(f"the merge {' '.join(pair)[:60]!r} does not fit {path}; expected "
                                  f"two tokens that join to a third")
     return kind, ids, pairs, config
-
-
-def _read_files(path, merges):
-    """-> path of the vocabulary, kind, {token: id}, merges, config; not checked yet."""
-    folder = path if path.is_dir() else path.parent
-    if path.is_dir():
-        names = ["vocab.txt", *["vocab.json"] * (path / "merges.txt").is_file(), "tokenizer.json"]
-        path = next((path / name for name in names if (path / name).is_file()), path)
-    if path.suffix not in (".txt", ".json"):
-        raise TokenizerError(f"no tokenizer in {path}; expected vocab.txt, vocab.json and "
-                             f"merges.txt, or tokenizer.json, as Hugging Face saves them")
-    beside = {name: _json(folder / name) if (folder / name).is_file() else {}
-              for name in ("tokenizer_config.json", "added_tokens.json", "config.json")}
-    kind, config, odd = "bytebpe", {}, []
-    if path.suffix == ".txt":
-        # Not splitlines(): the Chinese vocabulary has a row that is a line separator, U+2028.
-        lines = _text(path).removesuffix("\n").split("\n")
-        kind, ids = "wordpiece", {line: i for i, line in enumerate(lines)}
-    elif path.name != "tokenizer.json":
-        ids = _json(path)
-        lines = _text(pathlib.Path(merges or folder / "merges.txt")).split("\n")
-        merges = [line for line in lines if line and not line.startswith("#version")]
-    else:
-        content = _json(path)
-        model, normalizer, cut = (content[part] if isinstance(content.get(part), dict) else {}
-                                  for part in ("model", "normalizer", "pre_tokenizer"))
-        ids, merges, types = model.get("vocab"), model.get("merges"), [normalizer, cut]
-        config = {**model, **normalizer, **cut, "do_lower_case": normalizer.get("lowercase"),
-                  "tokenize_chinese_chars": normalizer.get("handle_chinese_chars")}
-        kind = {"WordPiece": "wordpiece", "BPE": "bytebpe"}.get(model.get("type"))
-        if "<|startoftext|>" not in (ids or ()) and (not kind or not isinstance(merges, (
-                list, type(None))) or TYPES[kind] != [part.get("type") for part in types]):
-            raise TokenizerError(f"{path} is no tokenizer of CLIP, BERT or RoBERTa")
-        odd = [token for token in content.get("added_tokens") or [] if not token.get("special")]
-    if "<|startoftext|>" in (ids or ()):
-        return path, "bpe", ids, None, {}  # whose ids are compared with CLIP's
-    if beside["config.json"].get("model_type") == "chinese_clip" and kind == "wordpiece":
-        kind = "chinese"
-    config |= beside["tokenizer_config.json"]
-    odd += [f"{name} {config[name]}" for name, usual in ALWAYS.items()
-            if config.get(name) not in (None, usual, "", [])]
-    odd += [f"the added token {token!r}" for token in beside["added_tokens.json"] if token not in ids]
-    made_by = str(config.get("tokenizer_class", "BertTokenizer")).removesuffix("Fast")
-    odd += [f"tokenizer_class {made_by}"] * (made_by not in CLASSES)
-    if odd:
-        raise TokenizerError(f"{path}: {odd[0]} changes ids and is not known here; expected a "
-                             f"tokenizer of CLIP, BERT or RoBERTa as released")
-    return path, kind, ids, merges, config
 
 
 # --------------------------------------------------------------------------- the right tokenizer
@@ -544,12 +536,10 @@ KINDS = {kind.kind: kind for kind in (BPETokenizer, WordPieceTokenizer, ChineseT
 def from_facts(facts):
     """A tokenizer again from its `facts()`. Raises TokenizerError."""
     facts = dict(facts)
-    make, tokens = KINDS.get(facts.pop("kind", None)), facts.pop("tokens", None)
     try:
-        return BPETokenizer() if make is BPETokenizer else make(tokens, **facts)
-    except (TypeError, AttributeError) as error:  # facts of a checkpoint that can hold anything
-        raise TokenizerError(f"a vocabulary of no known kind ({error}); expected bpe, wordpiece, "
-                             f"chinese or bytebpe, with its tokens") from None
+        return KINDS[facts.pop("kind")](**facts)
+    except (KeyError, TypeError) as error:  # a checkpoint can hold anything
+        raise TokenizerError(f"a checkpoint's vocabulary is of no known kind ({error})") from None
 
 
 def open_tokenizer(path):
@@ -557,20 +547,19 @@ def open_tokenizer(path):
 
     vocab.txt: WordPiece, or Chinese-CLIP's beside such a model; vocab.json and merges.txt:
     byte-level BPE, or CLIP's, which Hugging Face saves under the same names; tokenizer.json: any
-    of them; *.txt.gz: CLIP's merge list. `facts()` will do in the place of a path. Raises
-    TokenizerError when there is nothing of this or it cannot be read.
+    of them; *.txt.gz: CLIP's merge list; also `facts()`. Raises TokenizerError.
     """
     if isinstance(path, dict):
         return from_facts(path)
     if pathlib.Path(path).suffix == ".gz":
         return BPETokenizer(path)
-    kind, vocab, _, _ = _read(path)
+    kind, ids, _, _ = _read(path)
     if kind == "chinese":
         return ChineseTokenizer(path, any_vocab=True)
     if kind != "bpe":
         return KINDS[kind](path)
     tokenizer = BPETokenizer()
-    if tokenizer.ids != vocab:
+    if tokenizer.ids != ids:
         raise TokenizerError(f"{path} looks like CLIP's vocabulary and differs from it")
     return tokenizer
 
@@ -584,15 +573,13 @@ def for_model(model, path=None):
     """
     origin = model.origin or {}
     chinese = origin.get("layout") == "chinese_clip" or str(origin.get("name")).startswith("CN-")
-    place = path or model.vocabulary
-    if not place and model.text_kind == "bpe":
-        place = {"kind": "bpe"}
-    if not place and origin.get("path"):
+    place = path or model.vocabulary or ({"kind": "bpe"} if model.text_kind == "bpe" else None)
+    if place is None and origin.get("path"):
         home = pathlib.Path(origin["path"])
         home = home if home.is_dir() else home.parent
-        names = ("vocab.txt", "vocab.json", "tokenizer.json")
-        place = home if any((home / name).is_file() for name in names) else None
-    if not place:
+        files = [home / name for name in ("vocab.txt", "vocab.json", "tokenizer.json")]
+        place = home if any(file.is_file() for file in files) else None
+    if place is None:
         raise TokenizerError(f"the text tower of {origin.get('name') or 'this model'} needs its "
                              f"{model.text_kind} vocabulary; name its folder with --tokenizer" + (
                                  " (the package cn_clip has it in clip/)" if chinese else ""))
@@ -609,10 +596,3 @@ def for_model(model, path=None):
         raise TokenizerError(f"the tokenizer {path or ''} pads with id {tokenizer.pad_id} and the "
                              f"text tower takes {model.pad_id} for padding")
     return tokenizer
-
-
-if __name__ == "__main__":  # a worked example
-    example = BPETokenizer()
-    print(example.encode("A photo of a polka-dotted mug."))  # [320, 1125, 539, 320, 29476, ...
-    print(example.decode(example.encode("Hello  world!! don't &amp; naïve 123")))
-    # hello world !! don 't & naïve 1 2 3
