@@ -1,8 +1,8 @@
 """CLIPFit: few-shot training of a CLIP by its own norms and biases (Li et al., EMNLP 2024).
 
-Trainable are the bias of the second linear layer in every MLP of the text tower and every LayerNorm
-of the image tower: in ViT-B/16 64 tensors, 46,080 of 149.6 M numbers. All else is frozen, the
-logit scale too, and nothing is added. Per step, over a batch of images and one prompt per class:
+Trainable: the bias of the second linear layer in every MLP of the text tower, and every LayerNorm
+of the image tower; in ViT-B/16 64 tensors, 46,080 of 149.6 M numbers. All else is frozen, the logit
+scale too, and nothing is added. Per step, over a batch of images and one prompt per class:
 
     loss  = ce + reg_weight * drift
     ce    = cross-entropy(100 cos(image, prompts), label)
@@ -28,13 +28,12 @@ Different from the official code, with the reason:
 - fp32 weights, or autocast over them; the official run keeps fp16 biases, whose small updates
   round away, and its autocast branch forgets the drift term;
 - a missing list of images is an error, not a silent new split; seed 0 means seed 0;
-- a tower without LayerNorm (a ResNet): only the text biases train, and BatchNorm stays frozen (the
-  official code lets its statistics drift). In a BERT it is each layer's second MLP bias too;
-- a checkpoint holds the trainable tensors, their momentum, the place in the epoch and the random
-  state; resuming is exact to the bit, and the file can be the --weights of another run.
+- a ResNet has no LayerNorm: only the text biases train, and BatchNorm keeps its statistics (the
+  official code lets them drift). A BERT's text biases are each layer's second MLP bias, too.
 
-Logged: loss, ce, drift, lr, and batch_accuracy on augmented training crops, which is no test
-accuracy. Results: zero_shot_accuracy, accuracy, gain, macro_f1, all in %.
+A checkpoint holds the trainable tensors, their momentum, the place in the epoch and the random
+state: resuming is exact to the bit, and the file can be the --weights of another run. Logged: loss,
+ce, drift, lr, and batch_accuracy on augmented training crops, which is no test accuracy.
 """
 import argparse
 import csv
@@ -46,7 +45,6 @@ import math
 import re
 import statistics
 import sys
-from typing import NamedTuple
 
 from device import (add_run_flags, guard, number, Parser, run_folder, run_identity,  # before torch
                     start, UserError, whole)
@@ -55,8 +53,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from clip_model import text_pieces
-from data import (add_data_flags, class_prompts, few_shot, find_classes, halves, ImageSet,
-                  make_loader, normalise, open_dataset, Preprocess, require_words)
+from data import (add_data_flags, class_prompts, few_shot, find_classes, halves, make_loader,
+                  normalise, open_dataset, Preprocess, require_words)
 from scores import classify
 from tokenizer import for_model
 from weights import add_model_flags, card, check_layout, export, open_clip
@@ -131,32 +129,26 @@ def add_gradients(run, model, images, labels, batch, prompts, pretrained, args, 
 # -----------------------------------------------------------------------------
 # Evaluation and training
 
-class Test(NamedTuple):
-    """A test set, and its class prompts as `text_pieces` cuts them, on the device."""
-    images: ImageSet
-    prompts: tuple
-
-
 @torch.no_grad()
-def evaluate(run, model, tests, args):
-    """Classify every test set by its prompts -> {name: `scores.classification_scores`}."""
+def evaluate(run, task, args):
+    """Classify every test set by its prompts -> {name: what `scores.classify` gives}."""
     found = {}
-    for name, test in tests.items():
+    for name, images in task.tests.items():
         with run.autocast():
-            text_features = encode_prompts(model, test.prompts)               # (C, D)
-        found[name] = classify(run, model, test.images, text_features, args)
-        if found[name]["skipped"]:
-            run.say(f"note: {found[name]['skipped']} unreadable {name} images are left out")
+            text_features = encode_prompts(task.model, task.prompts[name])    # (C, D)
+        found[name] = score = classify(run, task.model, images, text_features, args)
+        if score["skipped"]:
+            lost = images.paths[score["labels"].tolist().index(-1)]
+            run.say(f"note: {score['skipped']} unreadable {name} images are left out, e.g. {lost}")
     return found
 
 
 def train(run, task, few, stored, args):
     """Train task.model in place, from the checkpoint `stored` on if there is one -> steps done."""
     model, trainable = task.model, task.trainable
-    prompts = next(iter(task.tests.values())).prompts
-    few = few.with_transform(Preprocess.of(model, train=True, seed=run.seed))
-    notes = len(few.notes)
-    for note in few.preload(IN_MEMORY).notes[notes:]:
+    prompts = next(iter(task.prompts.values()))
+    few = few.with_transform(Preprocess.of(model, train=True, seed=run.seed)).preload(IN_MEMORY)
+    for note in few.notes:
         run.say(note)
     loader = make_loader(few, args.batch_size, run.seed, rank=run.rank, world_size=run.world_size,
                          **run.loader_options(0 if few.images else args.workers))
@@ -185,7 +177,7 @@ def train(run, task, few, stored, args):
 
         if run.tick(at, losses, samples=batch, lr=lr,
                     describe=functools.partial(name_images, few, indices)):
-            run.save_training(at, trainable, optimizer, scaler, card=task.card)
+            run.save_training(at, trainable, optimizer, scaler, card=card(model, task.tokenizer))
     return at.step
 
 
@@ -201,10 +193,10 @@ class Task:
     """What the runs of one command share."""
     model: nn.Module
     tokenizer: object
-    tests: dict         # {name: Test}; the classes of the first are the ones to train on
+    tests: dict         # {name: test images}; the classes of the first are the ones to train on
+    prompts: dict       # {name: their class prompts as `text_pieces` cuts them}, on the device
     trainable: dict     # {name: Parameter}
-    pretrained: dict    # {name: tensor}, their values before training
-    card: dict          # what a checkpoint says of the model
+    pretrained: dict    # {name: tensor}: their values before training
     departures: list    # from the official recipe, in words
     zero_shot: dict     # {name: scores} before training, measured by the first run that needs it
 
@@ -214,19 +206,16 @@ def run_once(run, task, few, folder, args, identity):
     stored, results = run.begin(folder, args, identity)
     run.restore({"weights": task.pretrained, "buffers": {}}, task.trainable)
     if results is None:
-        if not task.zero_shot:
-            task.zero_shot = evaluate(run, task.model, task.tests, args)
-        if not stored:
-            log_scores(run, 0, "zero-shot", task.zero_shot)
+        task.zero_shot = task.zero_shot or evaluate(run, task, args)
+        log_scores(run, 0, "zero-shot", {} if stored else task.zero_shot)
         step = 0
         if args.eval_only and stored:
             run.restore(stored, task.trainable)
             step, identity = stored["step"], {**identity, **stored["identity"]}
         elif not args.eval_only and len(few):
             step = train(run, task, few, stored, args)
-        trained = evaluate(run, task.model, task.tests, args) if step else task.zero_shot
-        if step:
-            log_scores(run, step, "test", trained)
+        trained = evaluate(run, task, args) if step else task.zero_shot
+        log_scores(run, step, "test", trained if step else {})
         results = report(run, task, few, step, trained, args, identity)
     elif stored:
         run.restore(stored, task.trainable)
@@ -243,47 +232,40 @@ def log_scores(run, step, what, scores):
                 accuracy=score["accuracy"], macro_f1=score["macro_f1"])
 
 
-def harmonic_mean(base, new):
-    return 2 * base * new / (base + new) if base and new else 0.0
-
-
-def headline(scores, setting):
+def headline(accuracies, setting):
     """The one number of a run: H of base and new, otherwise the first test's accuracy."""
-    accuracies = [score["accuracy"] for score in scores.values()]
-    return harmonic_mean(*accuracies) if setting == "base2new" else accuracies[0]
+    return statistics.harmonic_mean(accuracies) if setting == "base2new" else accuracies[0]
 
 
 def report(run, task, few, step, trained, args, identity):
     """Print, write and return what one run found. identity: of the run that trained the weights."""
-    before, after = (headline(scores, args.setting) for scores in (task.zero_shot, trained))
+    before, after = (headline([score["accuracy"] for score in scores.values()], args.setting)
+                     for scores in (task.zero_shot, trained))
     results = {
         "method": "clipfit", "data": identity["data_name"], "model": identity["model"],
         "setting": args.setting, "shots": identity["shots"] if step else 0,
         "seed": identity["seed"], "zero_shot_accuracy": before, "accuracy": after,
-        "gain": after - before}
-    for name, old in task.zero_shot.items():
-        new, prefix = trained[name], f"{name}_" if len(trained) > 1 else ""
-        if prefix:
-            results |= {f"{prefix}accuracy": new["accuracy"],
-                        f"zero_shot_{prefix}accuracy": old["accuracy"]}
-        results[f"{prefix}macro_f1"] = new["macro_f1"]
-        write_tables(run, name, task.tests[name].images, old, new)
-    results |= {
+        "gain": after - before, "steps": step, "training_images": len(few) if step else 0,
         "trainable_parameters": sum(p.numel() for p in task.trainable.values()),
-        "trainable_tensors": len(task.trainable), "steps": step,
-        "training_images": len(few) if step else 0,
+        "trainable_tensors": len(task.trainable), "dry_run": args.dry_run,
         "images": {name: score["scored"] for name, score in trained.items()},
-        "unreadable_images": sum(score["skipped"] for score in trained.values()),
-        "dry_run": args.dry_run, "departures": task.departures, "identity": identity}
+        "unreadable_images": sum(score["skipped"] for score in trained.values())}
+    for name, new in trained.items():
+        old = task.zero_shot[name]
+        if len(trained) == 1:
+            results["macro_f1"] = new["macro_f1"]
+        else:
+            results |= {f"zero_shot_{name}_accuracy": old["accuracy"],
+                        f"{name}_accuracy": new["accuracy"], f"{name}_macro_f1": new["macro_f1"]}
+        write_tables(run, name, task.tests[name], old, new)
     run.write("shots.json", {"train": list(zip(few.paths, few.labels))})
-    what = {"fewshot": "accuracy", "base2new": "harmonic mean of base and new",
-            "dg": "accuracy on ImageNet"}[args.setting]
-    said = f"{what}: zero-shot {before:.2f} %"
+    said = "H of base and new" if args.setting == "base2new" else "accuracy"
+    said += f": zero-shot {before:.2f} %"
     if step:
-        said += (f", {results['shots']} shots per class (seed {results['seed']}) {after:.2f} %, "
+        said += (f", trained {after:.2f} % (shots {results['shots']}, seed {results['seed']}), "
                  f"gain {after - before:+.2f}")
     run.say(f"dry run, no result: {said}" if args.dry_run else said)
-    return run.finish(results)
+    return run.finish({**results, "departures": task.departures, "identity": identity})
 
 
 def csv_text(rows):
@@ -327,33 +309,30 @@ def spread(values):
 
 def tabulate(run, results, args):
     """table.md, table.csv and results.json of several runs, from unrounded numbers -> results."""
-    scores = [key for key in results[0] if key.endswith("accuracy") and "zero_shot" not in key]
-    scores.sort(key=lambda key: key == "accuracy")  # the headline comes last
-    head = ["shots", "score", "zero-shot", *(f"seed {seed}" for seed in args.seed),
-            "mean", "std", "95 % CI", "gain"]
-    rows, by_shots = [], {}
-    for shots in args.shots:
-        runs = [result for result in results if result["shots"] == shots]
-        for key in scores:
+    keys = [key for key in results[0] if key.endswith("_accuracy") and "zero_shot" not in key]
+    rows, by_shots = [["shots", "score", "zero-shot", *(f"seed {seed}" for seed in args.seed),
+                       "mean", "std", "95 % CI", "gain"]], {}
+    for place, shots in enumerate(args.shots):  # results come shots by shots, seed by seed
+        runs, means = results[place * len(args.seed):(place + 1) * len(args.seed)], []
+        for key in (*keys, "accuracy"):
             values, name = [result[key] for result in runs], key.removesuffix("_accuracy")
             mean, std, half = spread(values)
-            if key == "accuracy" and args.setting == "base2new":  # H of the averages, as published
-                name, mean = "H", harmonic_mean(*(statistics.fmean(
-                    result[f"{part}_accuracy"] for result in runs) for part in ("base", "new")))
-            base = runs[0][f"zero_shot_{key}"]
-            rows.append([shots, name, base, *values, mean, std, half, mean - base])
-        by_shots[shots] = dict(zip(head[2:], rows[-1][2:]))
+            if key == "accuracy" and args.setting == "base2new":  # H of the means, as published
+                name, mean = "H", headline(means, args.setting)
+            means.append(mean)
+            before = runs[0][f"zero_shot_{key}"]
+            rows.append([shots, name, before, *values, mean, std, half, mean - before])
+        by_shots[shots] = dict(zip(rows[0][2:], rows[-1][2:]))
     lines = [[str(x) if isinstance(x, (int, str)) else "" if math.isnan(x) else f"{x:.2f}"
-              for x in row] for row in (head, *rows)]
-    lines.insert(1, ["---:"] * len(head))
+              for x in row] for row in rows]
+    lines.insert(1, ["---:"] * len(lines[0]))
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     run.write("table.md", table + "\n")
-    run.write("table.csv", csv_text([head, *rows]))
+    run.write("table.csv", csv_text(rows))
     run.say(table)
-    last = by_shots[args.shots[-1]]
+    last = by_shots[args.shots[-1]]  # one number for the table: the mean at the last of --shots
     same = ("method", "data", "model", "setting", "trainable_parameters", "trainable_tensors",
             "zero_shot_accuracy")
-    # One number that stands for the table: the mean over seeds at the last number of shots.
     return run.finish({**{key: results[0][key] for key in same}, "shots": args.shots,
                        "seed": args.seed, "accuracy": last["mean"], "gain": last["gain"],
                        "accuracy_at_shots": args.shots[-1], "by_shots": by_shots, "runs": results})
@@ -364,39 +343,31 @@ def tabulate(run, results, args):
 
 SHIFTS = ("imagenetv2", "imagenet-sketch", "imagenet-a", "imagenet-r")
 IN_MEMORY = 2 << 30  # bytes of decoded training images to keep; more are read at every step
-OFFICIAL = {"lr": 0.002, "wd": 5e-4, "batch_size": 32, "warmup": 1}
-RECIPES = {  # data set -> epochs and reg_weight; base-to-new takes reg_weight 8 for all
-    "caltech101": (100, 2.0), "oxford_pets": (100, 2.0), "stanford_cars": (100, 2.0),
-    "oxford_flowers": (100, 2.0), "food101": (10, 2.0), "fgvc_aircraft": (100, 2.0),
-    "sun397": (100, 8.0), "dtd": (100, 8.0), "eurosat": (100, 2.0), "ucf101": (100, 2.0),
-    "imagenet": (10, 2.0)}
-# The bundled model's logit scale is 16, not 100, so its gradients are small: this rate gains 25
-# points on the demo where the official one gains 17 (mean of seeds 1-3).
-DEMO_LR = 0.05
+PAPER = ("caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft",
+         "sun397", "dtd", "eurosat", "ucf101", "imagenet")
 
 
 def fill_recipe(args, data, model):
-    """Put the recipe into the flags left open -> the list of departures from the official one."""
-    epochs, reg_weight = RECIPES.get(data, (100, 2.0))
-    official = {**OFFICIAL, "epochs": epochs,
-                "reg_weight": 8.0 if args.setting == "base2new" else reg_weight}
-    ours = {"lr": DEMO_LR} if (data, model) == ("demo", "tiny") else {}
-    for name, value in {**official, **ours}.items():
+    """Put the official README's recipe into the flags left open -> the departures, in words."""
+    eight = args.setting == "base2new" or data in ("dtd", "sun397")
+    official = {"lr": 0.002, "wd": 5e-4, "batch_size": 32, "warmup": 1,
+                "epochs": 10 if data in ("food101", "imagenet") else 100,
+                "reg_weight": 8.0 if eight else 2.0}
+    if args.lr is None and (data, model) == ("demo", "tiny"):
+        args.lr = 0.05  # its logit scale is 16, not 100: gains 25 points where 0.002 gains 17
+    for name, value in official.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     official |= {"grad_clip": 0.0, "split": "coop", "classes": None, "template": None}
+    official |= {"shots": [16]} if args.setting == "base2new" else {}
     notes = [f"--{name.replace('_', '-')} {getattr(args, name)} (official: {value or 'none'})"
              for name, value in official.items() if getattr(args, name) != value]
-    if model != "ViT-B/16":
-        notes.append(f"model {model} (official: ViT-B/16)")
-    if args.setting == "base2new" and args.shots != [16]:
-        notes.append(f"--shots {args.shots} (official: 16 for base-to-new)")
+    notes += [f"model {model} (official: ViT-B/16)"] * (model != "ViT-B/16")
     if args.epochs <= args.warmup:
         notes.append(f"--epochs {args.epochs}: all of them are warm-up, at a rate of 1e-5")
-    if args.setting == "dg" or data not in RECIPES:
-        what = "domain generalisation" if data in RECIPES else data
-        notes.append(f"no official recipe for {what}; taken: {args.epochs} epochs, reg_weight "
-                     f"{args.reg_weight:g}")
+    if args.setting == "dg" or data not in PAPER:
+        notes.append(f"no official recipe for --data {data} --setting {args.setting}; taken: "
+                     f"{args.epochs} epochs, reg_weight {args.reg_weight:g}")
     return notes
 
 
@@ -429,9 +400,7 @@ def open_data(run, args):
     if untaught:
         raise UserError(f"{train_set.name}: no training image of {', '.join(untaught[:10])}; add "
                         f"some, or leave them out with --classes")
-    for name, images in tests.items():
-        if not len(images):
-            raise UserError(f"{train_set.name}: the {name} part has no image to test on")
+    for images in tests.values():
         images.check_files()
     return train_set, labels, tests
 
@@ -443,39 +412,30 @@ def open_task(run, args, train_set, tests):
     model = open_clip(args)
     if args.export:
         check_layout(model.config, args.export, model.logit_bias is not None)
-    tokenizer = for_model(model, args.tokenizer)
+    tokenizer, prompts = for_model(model, args.tokenizer), {}
     model = run.move(model).fuse_attention(run.fused_attention).eval()
+    trainable = choose_trainable(model)
+    model.round_frozen(run.dtype)
     for name, images in tests.items():
-        prompts = class_prompts(images.classnames, args.template or images.template)
-        tokens = tokenizer(prompts, context_length=model.config.context_length)
+        sentences = class_prompts(images.classnames, args.template or images.template)
+        tokens = tokenizer(sentences, context_length=model.config.context_length)
         pieces, places = text_pieces(tokens, 128, model.text_pad)
+        prompts[name] = [run.move(*piece) for piece in pieces], run.move(places)
         if args.dry_run:
             images = images.subset(range(min(len(images), 200)))
-        tests[name] = Test(images.with_transform(Preprocess.of(model)),
-                           ([run.move(*piece) for piece in pieces], run.move(places)))
-    trainable = choose_trainable(model)
-    if not trainable:
-        raise UserError(f"{model.origin['name']} has no LayerNorm in its image tower and no MLP in "
-                        f"its text tower: nothing to train")
-    model.round_frozen(run.dtype)
-    return Task(model, tokenizer, tests, trainable,
-                {name: p.detach().clone() for name, p in trainable.items()},
-                card(model, tokenizer), fill_recipe(args, train_set.name, model.origin["name"]), {})
-
-
-def say_what_is_open(run, args, task, notes):
-    model, trainable = task.model, task.trainable
-    for note in dict.fromkeys([*notes, *model.origin["notes"]]):
-        run.say(note)
-    if task.tokenizer.truncated:
-        run.say(f"note: {task.tokenizer.truncated} class prompts are too long and were cut")
+        tests[name] = images.with_transform(Preprocess.of(model))
+    departures = fill_recipe(args, train_set.name, model.origin["name"])
     count, total = (sum(p.numel() for p in ps) for ps in (trainable.values(), model.parameters()))
-    run.say(f"{model.origin['name']}: {count:,} of {total:,} parameters are trainable, in "
-            f"{len(trainable)} tensors")
+    notes = [*model.origin["notes"], f"{model.origin['name']}: {count:,} of {total:,} parameters "
+             f"are trainable, in {len(trainable)} tensors"]
+    if tokenizer.truncated:
+        notes.append(f"note: {tokenizer.truncated} class prompts are too long and were cut")
     if not any(name.startswith("visual.") for name in trainable):
-        run.say("note: the image tower has no LayerNorm; only the biases of the text tower train")
-    for departure in task.departures:
-        run.say(f"departs from the official recipe: {departure}")
+        notes.append("note: the image tower has no LayerNorm; only the text tower's biases train")
+    for note in (*notes, *(f"departs from the official recipe: {note}" for note in departures)):
+        run.say(note)
+    return Task(model, tokenizer, tests, prompts, trainable,
+                {name: p.detach().clone() for name, p in trainable.items()}, departures, {})
 
 
 def main(args):
@@ -487,26 +447,21 @@ def main(args):
     facts = {"method": "clipfit", "data": train_set.fingerprint, "data_name": train_set.name,
              "model": name, "weights": task.model.origin["sha256"]}
     folder = run_folder(args, "train_clipfit", f"{train_set.name}_{name}_{args.setting}")
-    jobs, single = [], len(args.shots) * len(args.seed) == 1
+    single, jobs = len(args.shots) * len(args.seed) == 1, []
     for shots, seed in itertools.product(args.shots, args.seed):
         # Drawn from all classes and then narrowed, as the official code does: the base shots are
         # among the all-class shots of the same seed.
         few = few_shot(train_set, shots, seed).select(labels)
         few.check_files()
         mine = argparse.Namespace(**{**vars(args), "shots": [shots], "seed": [seed]})
-        identity = run_identity(mine, **facts, shots=shots, seed=seed,
-                                shots_sha256=few.digest())
+        identity = run_identity(mine, **facts, shots=shots, seed=seed, shots_sha256=few.digest())
         inside = folder / f"shots{shots}_seed{seed}"
         alone = single and args.output_dir and not inside.exists()
-        jobs.append((few, folder if alone else inside, mine, identity))
+        jobs.append((seed, few, folder if alone else inside, mine, identity))
     table = run.enter(args.seed[0])
     if not single and not args.eval_only:
-        table.begin(folder, args, run_identity(args, but=("shots", "seed"), **facts,
-                                               table=True))
-    notes = [*train_set.notes, *(note for few, *_ in jobs for note in few.notes)]
-    say_what_is_open(run, args, task, notes)
-    results = [run_once(run.enter(mine.seed[0]), task, few, place, mine, identity)
-               for few, place, mine, identity in jobs]
+        table.begin(folder, args, run_identity(args, ("shots", "seed"), **facts, table=True))
+    results = [run_once(run.enter(seed), task, *job) for seed, *job in jobs]
     return results[0] if single else tabulate(table, results, args)
 
 
@@ -521,11 +476,10 @@ ALIASES = {
     "--num-workers": "--workers", "--output": "--output-dir", "--out-dir": "--output-dir",
     "--max-grad-norm": "--grad-clip"}
 REFUSED = {
-    "--accum-steps": "use --micro-batch, the images in memory at a time",
-    "--accum-freq": "use --micro-batch, the images in memory at a time",
+    **dict.fromkeys(["--accum-steps", "--accum-freq"], "--micro-batch says how many images are in "
+                    "memory at a time"),
     "--text-memory": "all prompts are encoded at once; --precision bf16 halves their memory",
-    "--momentum": "it is 0.9, the paper's", "--download": "images are fetched when they are absent",
-    "--eval-batch-size": "it changes no number"}
+    "--momentum": "it is the paper's 0.9", "--download": "absent images are fetched by themselves"}
 
 
 def get_args(argv=None):
