@@ -1,24 +1,19 @@
 """The exact gradient of a batch of any size, on any number of processes, in the memory of a piece.
 
-A contrastive loss compares every image of a batch with every text, so the batch cannot be cut and
-the losses of its parts added up. Two things need memory, and each has its answer here:
+A contrastive loss compares every image of a batch with every text, so the losses of its parts do
+not add up to it. `TwoPass` saves the memory of activations: it encodes pieces without keeping them,
+and again once the gradient of their features is known (Gao et al. 2021, "Scaling Deep Contrastive
+Learning Batch Size under Memory Limited Setup"). `by_rows` saves that of the N x N similarities: a
+loss is its formula for some rows, and autograd does the rest. Nothing is approximate. One step:
 
-- activations: `TwoPass` encodes the batch in pieces without keeping them, and once more when the
-  gradient of the features is known (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size
-  under Memory Limited Setup");
-- the N x N similarities: `by_rows` takes some rows of them at a time.
-
-Nothing is approximate and no gradient is derived by hand: a loss is its formula for some rows, and
-autograd does the rest. One step, each process with its own pairs:
-
-    images = TwoPass(run, encode_image, image_pieces, seed)
+    images = TwoPass(run, encode_image, image_pieces, seed)       # this process's pairs
     texts = TwoPass(run, encode_text, text_pieces, seed + 1)
     loss = info_nce(run, images.features, run.gather(texts.features, counts), scale, at)
     loss.backward()                        # as far as the features, which are leaves
     images.backward(), texts.backward()    # from there into the towers
 
-A loss is this process's part; the sum over processes is the loss of the batch, and after
-`run.sum_gradients` the gradients are the batch's: there is nothing to divide.
+A loss is this process's part: the sum over processes is the loss of the batch, so that after
+`run.sum_gradients` there is nothing to divide.
 """
 import contextlib
 
@@ -29,14 +24,12 @@ BLOCK = 2 ** 21  # similarities held at a time: 8 MB in fp32, a few times over
 
 
 class TwoPass:
-    """Features of a batch in pieces: `.features` (n, D) is a leaf to compute a loss from, and
-    `.backward()` then sends its gradient into the tower.
+    """Features of a batch in pieces: `.features` (n, D), a leaf to compute a loss from.
 
     encode(piece) -> (m, D). The last piece keeps its graph, so k pieces cost k - 1 more forward
-    passes, and one piece none. Dropout is drawn from (seed, process, piece), alike in both passes:
-    give each step and tower another seed. BatchNorm of `model` counts a piece once; it normalises
-    by the piece, so only with frozen statistics is the gradient that of the whole batch. A frozen
-    tower is encoded once, and its features take no gradient."""
+    passes, and a frozen tower none. Dropout is drawn from (seed, process, piece), alike in both
+    passes: give each step and tower another seed. BatchNorm of `model` counts a piece once, but
+    normalises by it: only with frozen statistics is the gradient that of the whole batch."""
 
     def __init__(self, run, encode, pieces, seed, model=None):
         self.run, self.encode, self.pieces = run, encode, pieces
@@ -54,28 +47,27 @@ class TwoPass:
             return self.encode(self.pieces[number])
 
     def backward(self, also=None):
-        """Add the gradient of the loss to `.grad` of the tower's parameters. also: another loss, ()
-        on the graph of the last piece, such as one on what hooks caught inside the tower."""
+        """Send the gradient of `.features` into the tower. also: one more loss, (), on the graph of
+        the last piece, as of what hooks caught inside the tower."""
         if not self.last.requires_grad:
             return
-        gradient = self.features.grad
-        if gradient is None:
-            gradient = torch.zeros_like(self.features)
-        *shares, share = gradient.split(self.sizes)
-        more = [] if also is None else [also]
-        torch.autograd.backward([self.last, *more], [share, *(None for _ in more)])
-        for number, share in enumerate(shares):
+        if self.features.grad is None:
+            self.features.grad = torch.zeros_like(self.features)
+        shares = self.features.grad.split(self.sizes)
+        roots = [(self.last, shares[-1])] + ([] if also is None else [(also, None)])
+        torch.autograd.backward(*zip(*roots))
+        for number, share in enumerate(shares[:-1]):
             self._encode(number).backward(share)
 
 
 @contextlib.contextmanager
 def frozen_statistics(model):
     """BatchNorm's running statistics do not move in here, in training mode either."""
-    norms = [] if model is None else [m for m in model.modules() if isinstance(
+    norms = [m for m in (model.modules() if model is not None else ()) if isinstance(
         m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
     try:
+        for norm in norms:
+            norm.track_running_stats = False
         yield
     finally:
         for norm in norms:
@@ -85,10 +77,9 @@ def frozen_statistics(model):
 def by_rows(loss, own, others=(), chunk=None):
     """The sum of loss(*some rows of each of `own`, *others) -> () over chunks of rows.
 
-    own: tensors (n, ...) that are cut alike; others: tensors passed whole. Whatever wants a
-    gradient is among them: what `loss` closes over gets none. chunk: rows at a time, by default
-    blocks of 8 MB against the longest of `others`. A chunk's gradient is taken at once, so memory
-    is a chunk's and the gradients'. Use the result in any sum of terms, and differentiate once."""
+    own: tensors (n, ...) cut alike; others: tensors passed whole. What wants a gradient must be
+    among them. chunk: rows at a time; by default blocks of 8 MB against the longest of `others`.
+    Each chunk is differentiated at once. The result may go into a sum of terms, once."""
     longest = max((len(x) for x in others if x.ndim), default=1)
     chunk = chunk or max(128, BLOCK // longest)
     if len(own[0]) <= chunk:
@@ -97,26 +88,26 @@ def by_rows(loss, own, others=(), chunk=None):
 
 
 class _ByRows(torch.autograd.Function):
-    """The gradients are computed with the value; backward hands them out."""
+    """Takes the gradients with the value; backward hands them out."""
 
     @staticmethod
     def forward(ctx, loss, chunk, cut, *tensors):
-        wanted = ctx.needs_input_grad[3:]
-        others = [x.detach().requires_grad_(w) for x, w in zip(tensors[cut:], wanted[cut:])]
-        grads = [torch.zeros_like(x) if w else None for x, w in zip(tensors[:cut], wanted)]
-        total = 0.0
-        for start in range(0, len(tensors[0]), chunk):
+        def leaf(x, like):
+            return x.detach().requires_grad_(like.requires_grad)
+        own, others, total = tensors[:cut], [leaf(x, x) for x in tensors[cut:]], 0.0
+        grads = [torch.zeros_like(x) if x.requires_grad else None for x in own]
+        for start in range(0, len(own[0]), chunk):
             some = slice(start, start + chunk)
-            own = [x[some].detach().requires_grad_(w) for x, w in zip(tensors[:cut], wanted)]
-            with torch.set_grad_enabled(any(wanted)):
-                value = loss(*own, *others)
+            rows = [leaf(x[some], x) for x in own]
+            with torch.enable_grad():
+                value = loss(*rows, *others)
             if value.requires_grad:
                 value.backward()
-            for grad, rows in zip(grads, own):
-                if rows.grad is not None:
-                    grad[some] = rows.grad
+            for grad, part in zip(grads, rows):
+                if part.grad is not None:
+                    grad[some] = part.grad
             total = total + value.detach()
-        ctx.grads = [*grads, *(x.grad for x in others)]
+        ctx.grads = [*grads, *(x.grad for x in others)]  # these added up over the chunks
         return total
 
     @staticmethod
@@ -125,11 +116,9 @@ class _ByRows(torch.autograd.Function):
         return None, None, None, *(x if x is None else x.mul_(factor) for x in grads)
 
 
-def together(ids, at, diagonal=True):
-    """(m, N) bool: whether pair at[i] and pair j are equal in any column of ids (N, k).
-    diagonal=False: but are not the same pair."""
-    same = (ids[at][:, None] == ids).any(dim=2)
-    return same if diagonal else same.scatter(1, at[:, None], False)
+def together(ids, at):
+    """(m, N) bool: whether pair at[i] and pair j are equal in any column of ids (N, k)."""
+    return (ids[at][:, None] == ids).any(dim=2)
 
 
 def info_nce(run, image, texts, scale, at, ids=None, positives="mask", chunk=None):
@@ -139,39 +128,34 @@ def info_nce(run, image, texts, scale, at, ids=None, positives="mask", chunk=Non
         1/2N sum_i (logsumexp_j z_ij - z_ii)  +  1/2N sum_j (logsumexp_i z_ij - z_jj)
 
     image (n, D): this process's unit rows; texts (N, D): those of all processes; at (n,): the
-    places of this process's pairs among the N; ids (N, k): pairs equal in any column belong
-    together, and are, by `positives`, "diag": negatives like any other; "mask": left out of the
-    sums; "multi": positives too, z_ii being the mean over them (Khosla et al. 2020, eq. 2).
+    places of its pairs among the N. Pairs that are equal in any column of ids (N, k) are, by
+    `positives`, "diag": negatives; "mask": left out of the sums; "multi": positives too, z_ii
+    being the mean over them (Khosla et al. 2020, eq. 2).
 
-    8 N^2 D operations in two sweeps (the plain formula: 6, and several N x N matrices). The first
-    finds logsumexp_i z_ij of the columns, which takes the rows of all processes. To the second it
-    is a constant c_j: sum_ij exp(z_ij - c_j) has the same gradient as sum_j logsumexp_i z_ij.
-    """
+    8 N^2 D operations in two sweeps; the plain formula takes 6, and N x N memory. The first finds
+    c_j = logsumexp_i z_ij over the rows of all processes. In the second it is a constant, and
+    sum_ij exp(z_ij - c_j) has the gradient of sum_j logsumexp_i z_ij."""
     N = len(texts)
     chunk = chunk or max(128, BLOCK // N)
     mask, multi = (ids is not None and positives == kind for kind in ("mask", "multi"))
 
-    def logits(rows, at, texts, scale):
-        z = (scale * rows) @ texts.T                                           # (m, N)
-        return z.masked_fill(together(ids, at, diagonal=False), -torch.inf) if mask else z
+    def logits(rows, at, texts, scale):                                        # (m, N)
+        z = (scale * rows) @ texts.T
+        return z.masked_fill(together(ids, at).scatter(1, at[:, None], False),
+                             -torch.inf) if mask else z
+
+    def loss(rows, at, texts, scale):
+        z = logits(rows, at, texts, scale)
+        own = z.gather(1, at[:, None]) * 2 if not multi else (
+            (share[at, None] + share) * together(ids, at) * z)
+        return z.logsumexp(dim=1).sum() + (z - column).exp().sum() - own.sum()
 
     with torch.no_grad():
-        column = texts.new_full((N,), -torch.inf)                              # c_j
-        count = texts.new_zeros(N)                                             # positives of j
+        column, count = texts.new_full((N,), -torch.inf), texts.new_zeros(N)
         for rows, some in zip(image.split(chunk), at.split(chunk)):
             column = column.logaddexp(logits(rows, some, texts, scale).logsumexp(dim=0))
             if multi:
                 count += together(ids, some).sum(dim=0)
-        column = run.gather(column[None]).logsumexp(dim=0)
-        share = 1 / run.sum(count)
-
-    def loss(rows, at, texts, scale):
-        z = logits(rows, at, texts, scale)
-        if multi:
-            near = ((share[at, None] + share) * together(ids, at) * z).sum()
-        else:
-            near = 2 * z.gather(1, at[:, None]).sum()
-        return z.logsumexp(dim=1).sum() + (z - column).exp().sum() - near
-
+        column, share = run.gather(column[None]).logsumexp(dim=0), 1 / run.sum(count)
     both = by_rows(loss, (image, at), (texts, scale), chunk)
     return (both - len(at) + column[at].sum()) / (2 * N)

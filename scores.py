@@ -272,7 +272,8 @@ def zero_shot(run, model, images, tokenizer, templates, args):
 
 
 def classify(run, model, images, text_features, args):
-    """Labelled images by the nearest of (C, D) -> `classification_scores` with "predictions" (n,).
+    """Labelled images by the nearest of (C, D) -> `classification_scores` with
+    "predictions" (n,) and "labels" (n,), -1 where an image cannot be read.
     Images that cannot be read are not scored; DataError if they are too many."""
     features, labels = encode_images(run, model, images, workers=args.workers, what=images.name)
     if lost := (labels < 0).nonzero()[:, 0].tolist():
@@ -280,7 +281,7 @@ def classify(run, model, images, text_features, args):
     text = text_features.detach().float().cpu()
     predictions = torch.cat([(rows @ text.T).argmax(dim=1) for rows in features.split(4096)])
     return {**classification_scores(predictions, labels, len(images.classnames)),
-            "predictions": predictions}
+            "predictions": predictions, "labels": labels}
 
 
 def classification_scores(predictions, labels, classes):
