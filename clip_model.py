@@ -128,29 +128,20 @@ CONFIGS = {
     "CN-ViT-L/14@336px": chinese_clip("chinese-roberta-wwm-ext", 768, 336, 24, 1024, 14),
     "CN-ViT-H/14": chinese_clip("chinese-roberta-wwm-ext-large", 1024, 224, 32, 1280, 14),
 }
-# Chinese-CLIP's own names: key of CONFIGS -> its authors' name, and where they publish the weights
-CHINESE_CLIPS = {
-    "CN-RN50": ("RN50@RBT3-chinese", "chinese-clip-rn50"),
-    "CN-ViT-B/32": ("ViT-B-32@RoBERTa-wwm-ext-base-chinese", None),  # never released
-    "CN-ViT-B/16": ("ViT-B-16@RoBERTa-wwm-ext-base-chinese", "chinese-clip-vit-base-patch16"),
-    "CN-ViT-L/14": ("ViT-L-14@RoBERTa-wwm-ext-base-chinese", "chinese-clip-vit-large-patch14"),
-    "CN-ViT-L/14@336px": ("ViT-L-14-336@RoBERTa-wwm-ext-base-chinese",
-                          "chinese-clip-vit-large-patch14-336px"),
-    "CN-ViT-H/14": ("ViT-H-14@RoBERTa-wwm-ext-large-chinese", "chinese-clip-vit-huge-patch14"),
-}
 
 
 def canonical_name(name):
     """The key of CONFIGS that `name` spells ("ViT-B-16", "vit_b16", "rn50"), or None.
 
-    Chinese-CLIP's names for a size, a file and a folder are known too: "clip_cn_vit-b-16.pt"."""
+    Known are also Hugging Face's "openai/clip-vit-base-patch16", and what Chinese-CLIP calls a
+    size ("ViT-B-16@RoBERTa-wwm-ext-base-chinese"), a file and a folder."""
     def squeeze(text):
-        text = re.sub(r"[^a-z0-9]", "", text.lower().removesuffix(".pt")).removesuffix("px")
-        return re.sub(r"^(ofasys)?(chineseclip|clipcn)", "cn", text)
-    known = {squeeze(key): key for key in CONFIGS}
-    for key, spellings in CHINESE_CLIPS.items():
-        known |= {squeeze(spelling): key for spelling in spellings if spelling}
-    return known.get(squeeze(str(name)))
+        text = re.sub(r"(.*)@.*chinese$", r"cn\1", text.lower().removesuffix(".pt"))
+        text = re.sub(r"[^a-z0-9]", "", text).removesuffix("px")
+        text = re.sub(r"^(ofasys)?(chineseclip|clipcn)|^openaiclip", lambda m: m[2] and "cn" or "",
+                      text)
+        return re.sub(r"base|large|huge", lambda m: m[0][0], text.replace("patch", ""))
+    return {squeeze(key): key for key in CONFIGS}.get(squeeze(str(name)))
 
 
 # -----------------------------------------------------------------------------
@@ -365,10 +356,7 @@ class AttentionPool2d(nn.Module):
         self.c_proj = (nn.Linear(channels, embed_dim) if proj == "linear" else
                        ResidualHead(channels, embed_dim))
 
-    def forward(self, x):                                              # (B, C, side, side)
-        return self.c_proj(self.pooled(x))                             # (B, D)
-
-    def pooled(self, x):                                               # -> (B, C)
+    def forward(self, x):               # (B, C, side, side) -> (B, C), what c_proj projects to D
         x = x.flatten(2).transpose(1, 2)                               # (B, side^2, C)
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding
 
@@ -410,7 +398,7 @@ class ModifiedResNet(nn.Module):
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)           # (B, width, R/4, R/4)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))      # (B, 32 width, R/32, R/32)
-        return self.attnpool.pooled(x)
+        return self.attnpool(x)
 
 
 # -----------------------------------------------------------------------------
@@ -642,22 +630,21 @@ def unit(x):
 
 
 def check_config(config):
-    """ValueError for a CLIPConfig that no CLIP can have; what only torch can tell, it tells."""
-    if config.activation not in ACTIVATIONS:
-        raise ValueError(f"activation {config.activation!r} is not one of {list(ACTIVATIONS)}")
-    if config.proj not in ("linear", "mlp"):
-        raise ValueError(f"proj {config.proj!r} is not \"linear\" or \"mlp\"")
+    """ValueError for a config that no CLIP can have; what only torch can tell, it tells."""
+    for value, known in ((config.activation, ACTIVATIONS), (config.proj, ("linear", "mlp"))):
+        if value not in known:
+            raise ValueError(f"{value!r} is not one of {', '.join(known)}")
     bert = config.text
     if bert and not (bert.family in FAMILIES and bert.pool in ("pooler", "first", "mean")
                      and 0 <= bert.dropout < 1 and 0 <= bert.attention_dropout < 1
                      and bert.eps > 0 and isinstance(bert.pad_id, int)):
         raise ValueError(f"not a BERT: {bert}")
-    towers = [(bert.width, bert.width // bert.heads) if bert else
+    widths = [(bert.width, bert.width // bert.heads) if bert else
               (config.text_width, config.text_head)]
     if not config.backbone:
         resnet = config.vision_patch is None
-        towers.append((config.vision_width * (32 if resnet else 1), config.vision_head))
-    for width, head in towers:
+        widths.append((config.vision_width * (32 if resnet else 1), config.vision_head))
+    for width, head in widths:
         if head < 1 or width % head:
             raise ValueError(f"a width of {width} does not divide into heads of {head}")
 
