@@ -1,0 +1,455 @@
+"""tokenizer.py: ids equal to a literal twin of OpenAI's, to open_clip, transformers and cn_clip."""
+import gzip
+import html
+import json
+import pickle
+import random
+import re
+import unicodedata
+
+import ftfy
+import pytest
+import regex
+import torch
+from helpers import Payload, refused, ROOT
+
+from clip_model import bert_fields, BertConfig, CLIP, CONFIGS
+from tokenizer import (BPETokenizer, ByteBPETokenizer, ChineseTokenizer, for_model, from_facts,
+                       merge, MERGES, open_tokenizer, TokenizerError, WordPieceTokenizer)
+
+TINY = ROOT / "assets" / "tiny_vocab"
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return BPETokenizer()
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    return pytest.importorskip("transformers")
+
+
+def vocabulary(folder, tokens, **config):
+    """A BERT folder of these tokens -> the folder"""
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join([*tokens, ""]), "utf-8", newline="\n")
+    if config:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+class Twin:
+    """OpenAI's algorithm word for word from its description: uncached, no shortcut."""
+
+    def __init__(self):
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printable]
+        self.character = {byte: chr(byte) for byte in printable}
+        self.character |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+        lines = gzip.open(MERGES).read().decode("utf-8").split("\n")[1:48_895]
+        merges = [tuple(line.split()) for line in lines]
+        symbols = list(self.character.values())
+        symbols += [symbol + "</w>" for symbol in symbols] + ["".join(pair) for pair in merges]
+        symbols += ["<|startoftext|>", "<|endoftext|>"]
+        self.ids = {symbol: i for i, symbol in enumerate(symbols)}
+        self.ranks = {pair: i for i, pair in enumerate(merges)}
+        self.pattern = regex.compile(
+            r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
+            r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+
+    def merge(self, symbols):
+        while len(symbols) > 1:
+            best = min(set(zip(symbols, symbols[1:])), key=lambda p: self.ranks.get(p, 10 ** 9))
+            if best not in self.ranks:
+                break
+            joined, i = [], 0
+            while i < len(symbols):
+                both = tuple(symbols[i:i + 2]) == best
+                joined.append("".join(symbols[i:i + 1 + both]))
+                i += 1 + both
+            symbols = joined
+        return symbols
+
+    def encode(self, text):
+        text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+        ids = []
+        for piece in self.pattern.findall(regex.sub(r"\s+", " ", text).strip().lower()):
+            if piece in ("<|startoftext|>", "<|endoftext|>"):
+                ids.append(self.ids[piece])
+            else:
+                symbols = [self.character[byte] for byte in piece.encode()]
+                symbols[-1] += "</w>"
+                ids += [self.ids[symbol] for symbol in self.merge(symbols)]
+        return ids
+
+
+@pytest.fixture(scope="module")
+def twin():
+    return Twin()
+
+
+NASTY = [
+    "", " ", "\n", "\t \r\n", "!", "A", "0123456789", "DON'T I'LL we've they're he'd I'm it's", "''s",
+    "polka-dotted", "a/b\\c 3.14% #tag @user", "a\u00a0b\u2003c\u200bd\u2028e\x85f\x1cg\x0bh\x00i",
+    "naïve café nai\u0308ve", "straße STRASSE ẞ", "İstanbul ǅ", "Σίσυφος ΣΊΣΥΦΟΣ ΣΑΣ ς", "ﬁne ﬂow",
+    "ｆｕｌｌ ｗｉｄｔｈ １２３", "汉字 测试，黑色。", "日本語のテスト ｶﾞ", "한국어 \uac00\u302e", "العربية עברית हिन्दी ไทย",
+    "²³¹ ½ Ⅷ ٣", "😀👨‍👩‍👧‍👦🇩🇪👍🏽❤️", "😀" * 40, "&amp;amp;amp; &lt;b&gt; &eacute;&#233;&#xe9; & ; AT&T",
+    "<b> &amp;amp;lt; &amp;eacute;", "&#0;&#28;&#xD800;&#x110000;&nbsp;x&notit;", "donâ€™t Ã©tÃ© â€œqâ€\x9d",
+    "“curly” ‘quotes’ — dash… –", "\ufeffbom", "\ud800", "a\udfffb", "\ufffd\U0010ffff\ue000 \U0002b820龥",
+    "\x1b[31mred\x1b[0m", "a <|endoftext|> b<|EndOfText|>", "<|startoftext|><|startoftext", "</w> a</w>b",
+    "'ſ x K \u212b", "...!!!???-----__init__", "x" * 300, "aaaaab" * 50, "abcabc" * 60, "Ġhello ÿ¡¬®",
+    "hello\u0301 o\u0308\u0308\u0308 \u0301", "[MASK] a [CLS] b[SEP]c <mask> <s>x</s>", "##ing ##", "狗" * 150,
+    "x" * 100 + " " + "y" * 101 + " " + "z" * 201, "two  spaces   three", " leading", "trailing ", "x \n"]
+
+
+def random_strings(count, seed):
+    stream = random.Random(seed)
+    alphabets = ["etaoin shrdlu", "ABC abc 123", "'stremvld ", "!?.,-#@& ;", " \t\n\r\x0b\x1c\x85\u00a0",
+                 "áéíßñçøœ", "汉字テスト한국，。", "😀👍🏽❤️‍🔥", "αβγΣς", "İıſK", "â€™Ã©œ\x9d", "&amp;lt;#39x",
+                 "\u0301\u0308\u200d\ufeff", "".join(map(chr, range(32, 256)))]
+    for _ in range(count):
+        mixed = [stream.choice(alphabets) for _ in range(stream.randrange(1, 4))]
+        letters = "".join(mixed)
+        if stream.random() < 0.3:
+            letters = [chr(stream.choice([stream.randrange(0x3000), stream.randrange(0xe000, 0x110000)]))
+                       for _ in range(9)]
+        yield "".join(stream.choice(letters) for _ in range(stream.randrange(1, 30)))
+
+
+# ------------------------------------------------------------------------------------------ CLIP
+
+def test_golden_ids(bpe):
+    """Read off OpenAI's tokenizer."""
+    assert bpe.encode("A dog runs across the grass .") == [320, 1929, 5586, 2500, 518, 5922, 269]
+    assert bpe.encode("Hello  world!! don't &amp; naïve 123") == [
+        3306, 1002, 748, 847, 713, 261, 1097, 35689, 563, 272, 273, 274]
+    assert bpe("a diagram").tolist()[0][:5] == [49406, 320, 22697, 49407, 0]
+    assert (bpe.start_id, bpe.end_id, bpe.pad_id, bpe.vocab_size) == (49406, 49407, 0, 49408)
+
+
+def test_any_text_equals_the_twin(bpe, twin):
+    stream = random.Random(2)
+    pieces = ["".join(stream.choice(letters) for _ in range(length)) for letters in (
+        "a", "ab", "aab", "hello", "!?", "é汉") for length in (2, 3, 8, 17, 64, 65, 700)]
+    accents = ["é" + "".join(stream.choice("\u0301\u0323\u0345\u05b0") for _ in range(n)) + "x"
+               for n in (99, 100, 400)]
+    plain = [f"a{chr(c)}B C{chr(c)} {chr(c)}d" for c in range(128)]
+    for text in [*NASTY, *pieces, *accents, *plain, *random_strings(4000, seed=0)]:
+        assert bpe.encode(text) == twin.encode(text), ascii(text)
+        assert bpe.encode(text) == twin.encode(text), ascii(text)  # from the cache
+
+
+def test_captions_equal_open_clips(bpe):
+    theirs = pytest.importorskip("open_clip.tokenizer").SimpleTokenizer()
+    for text in [*NASTY, *random_strings(2000, seed=1)]:
+        shown = html.unescape(html.unescape(ftfy.fix_text(text)))
+        # It spells its special tokens otherwise, and takes U+001C to U+001F for white space.
+        if not re.search("[\x1c-\x1f]|oftext", shown, re.I):
+            assert bpe.encode(text) == theirs.encode(text), ascii(text)
+    assert torch.equal(bpe(["a dog", "naïve café"]), theirs(["a dog", "naïve café"]))
+
+
+def test_real_captions_equal_open_clips(bpe, shared):
+    theirs = pytest.importorskip("open_clip.tokenizer").SimpleTokenizer()
+    for name in ("Flickr8k.token.txt", "flickr8kzhc.caption.txt"):
+        lines = (shared / "flickr8k" / name).read_text("utf-8").splitlines()[::20]
+        assert len(lines) > 2000 and torch.equal(bpe(lines), theirs(lines))
+
+
+def test_a_batch_is_padded_and_a_long_text_keeps_its_end():
+    bpe, words = BPETokenizer(), "one two three four five six seven eight nine ten "
+    tokens = bpe(["a dog", "", words * 20], context_length=77)
+    assert tokens.shape == (3, 77) and tokens.dtype == torch.long and bpe.truncated == 1
+    assert tokens[0].tolist() == [49406, 320, 1929, 49407] + [0] * 73
+    assert tokens[1].tolist() == [49406, 49407] + [0] * 75
+    assert tokens[2].tolist() == [49406, *bpe.encode(words * 20)[:75], 49407]
+    assert bpe("a dog", context_length=3).tolist() == [[49406, 320, 49407]] and bpe.truncated == 2
+    assert bpe([]).shape == (0, 77) and bpe([], context_length=None).shape == (0, 2)
+    assert bpe(iter(["a dog runs", ""]), context_length=None).shape == (2, 5)
+    refused(lambda: bpe(["short", words * 20], truncate=False), "77")
+    refused(lambda: bpe("a", context_length=1), "context_length")
+    assert bpe.truncated == 2
+
+
+def test_decoding_gives_the_cleaned_text_back(bpe):
+    for text in ["a photo of a cat .", "naïve café", "汉字", "😀", "x" * 200]:
+        assert bpe.decode(bpe.encode(text)) == text
+    assert bpe.decode(bpe.encode("Hello  world!! don't &amp; naïve 123")) == (
+        "hello world !! don 't & naïve 1 2 3")
+    assert bpe.decode(bpe("a dog", context_length=9)[0]) == "a dog" and bpe.decode([]) == ""
+    assert bpe.decode(bpe.encode("é")[:1] + [127])  # half a character is replaced, not fatal
+    for bad in (-1, 49_408):
+        refused(lambda bad=bad: bpe.decode([bad]), bad)
+
+
+def test_a_megabyte_without_spaces_does_not_take_quadratic_time():
+    class Counting(dict):
+        asked = 0
+
+        def get(self, *pair):
+            self.asked += 1
+            return dict.get(self, *pair)
+    letters = "".join(random.Random(0).choices("etaoin", k=8000))
+    costs = []
+    for size in (2000, 8000):
+        ranks = Counting(BPETokenizer().ranks)
+        merge(list(letters[:size]), ranks)
+        costs.append(ranks.asked)
+    assert costs[1] < 5 * costs[0]  # four times the text; a quadratic loop asks 16 times as often
+
+
+@pytest.mark.parametrize("text", ["hello world " * 83_000, " " * 10 ** 6, "!" * 300_000, "狗" * 60_000,
+                                  "\u0301\u0323" * 250_000, "&amp;" * 200_000, "e\u0301" * 100_000],
+                         ids=lambda text: ascii(text[:2]))
+def test_huge_texts_end(bpe, text):
+    for tokenizer in (bpe, open_tokenizer(TINY / "bytebpe"), open_tokenizer(TINY / "wordpiece"),
+                      ChineseTokenizer(TINY / "wordpiece", any_vocab=True)):
+        assert tokenizer(text, context_length=77).shape == (1, 77)
+
+
+def test_a_bad_merge_list_is_refused(tmp_path):
+    good = MERGES.read_bytes()
+    lines = gzip.decompress(good).decode("utf-8").split("\n")
+    swapped = [*lines[:100], lines[101], lines[100], *lines[102:]]
+    middle = len(good) // 2
+    for name, content in {
+            "empty": b"", "plain": b"#version: 0.2\ni n\n", "cut": good[:middle],
+            "flipped": good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1:],
+            "bytes": gzip.compress(b"\xff\xfe" * 1000),
+            "short": gzip.compress("\n".join(lines[:40_000]).encode()),
+            "swapped": gzip.compress("\n".join(swapped).encode())}.items():
+        (tmp_path / f"{name}.gz").write_bytes(content)
+        refused(lambda name=name: open_tokenizer(tmp_path / f"{name}.gz"), f"{name}.gz")
+    refused(lambda: BPETokenizer(tmp_path / "missing.gz"), "missing.gz")
+    (tmp_path / "cut_to_clip.gz").write_bytes(gzip.compress("\n".join(lines[:48_895]).encode()))
+    assert BPETokenizer(tmp_path / "cut_to_clip.gz").encode("a mug") == BPETokenizer().encode("a mug")
+
+
+# ------------------------------------------------------------------- BERT, RoBERTa, Chinese-CLIP
+
+# Characters that transformers' older Unicode tables class otherwise: newer ones, and these four.
+def in_old_tables(text):
+    return not any(c in "\u166d\u1734\u1885\u1886" or
+                   unicodedata.ucd_3_2_0.category(c) in ("Cn", "Cs") for c in text)
+
+
+def their_ids(tokenizer, texts):
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]  # Rust has no surrogates
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def characters(folder, **config):
+    """A vocabulary of single characters shows what becomes of each, beside its neighbours."""
+    found = [c for c in map(chr, range(0x21, 0x30000)) if in_old_tables(c) and not c.isspace()]
+    return vocabulary(folder, [*WORDS, *found, *("##" + c for c in found)], **config)
+
+
+@pytest.mark.parametrize("config", [
+    {}, {"do_lower_case": False}, {"do_lower_case": True, "strip_accents": False},
+    {"do_lower_case": False, "strip_accents": True, "tokenize_chinese_chars": False}])
+def test_wordpiece_equals_transformers(config, transformers, tmp_path):
+    for folder in (characters(tmp_path / "c", **config), vocabulary(
+            tmp_path / "t", (TINY / "wordpiece/vocab.txt").read_text("utf-8").split(), **config)):
+        theirs = transformers.BertTokenizerFast.from_pretrained(folder)
+        ours = WordPieceTokenizer(folder, lowercase=None if config else True)
+        texts = [f"a{c}B" for c in map(chr, range(1, 0x30000, 11))]
+        texts = [text for text in [*texts, *NASTY, *random_strings(1500, 7)] if in_old_tables(text)]
+        for text, expected in zip(texts, their_ids(theirs, texts)):
+            assert ours.encode(text) == expected, ascii(text)
+        theirs.save_pretrained(tmp_path / "saved")  # as tokenizer.json
+        again = open_tokenizer(tmp_path / "saved")
+        assert type(again) is WordPieceTokenizer
+        assert all(again.encode(text) == ours.encode(text) for text in texts[::9])
+
+
+def test_byte_level_bpe_equals_transformers(transformers, tmp_path):
+    theirs = transformers.RobertaTokenizerFast.from_pretrained(TINY / "bytebpe")
+    theirs.save_pretrained(tmp_path)
+    texts = [*NASTY, *random_strings(3000, seed=8)]
+    for ours in (ByteBPETokenizer(TINY / "bytebpe"), open_tokenizer(tmp_path)):
+        for text, expected in zip(texts, their_ids(theirs, texts)):
+            assert ours.encode(text) == expected, ascii(text)
+            assert ours.decode(ours.encode(text)) == text.encode("utf-8", "replace").decode()
+    assert (ours.start_id, ours.pad_id, ours.end_id) == (0, 1, 2)
+
+
+def test_batches_equal_transformers_and_special_tokens_are_text(transformers):
+    texts = ["a dog runs", "", "two dogs run across the green grass", "一只狗"]
+    for name, kind in (("wordpiece", "BertTokenizerFast"), ("bytebpe", "RobertaTokenizerFast")):
+        ours, theirs = open_tokenizer(TINY / name), getattr(transformers, kind).from_pretrained(TINY / name)
+        for length in (77, 8):
+            expected = theirs(texts, padding="max_length", truncation=True, max_length=length,
+                              return_tensors="pt")["input_ids"]
+            assert torch.equal(ours(texts, context_length=length), expected)
+        assert not {ours.start_id, ours.end_id, ours.pad_id} & set(
+            ours.encode("[CLS][SEP] [PAD] <s></s> <pad>"))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_chinese_equals_cn_clip(full, tmp_path):
+    """Every kind of character and word, with single characters and with the released vocabulary."""
+    theirs = pytest.importorskip("cn_clip.clip.bert_tokenizer")
+    folder = ROOT.__class__(theirs.__file__).parent if full else characters(tmp_path / "c")
+    theirs = theirs.FullTokenizer(str(folder / "vocab.txt"))
+    ours = ChineseTokenizer(folder / "vocab.txt", straight_quotes=False, any_vocab=not full)
+    sweep = [*range(1, 0x3100), *range(0xD700, 0x11000, 3), *range(0x1D000, 0x1F800, 9),
+             *range(0x2B810, 0x2B930, 3)]
+    for text in [*(f"a{chr(code)}b" for code in sweep), *NASTY, *random_strings(3000, seed=9)]:
+        assert ours.encode(text) == theirs.convert_tokens_to_ids(theirs.tokenize(text)), ascii(text)
+
+
+def test_golden_ids_of_the_released_chinese_vocabulary(shared):
+    ours = ChineseTokenizer(shared / "vocab" / "bert_chinese_vocab.txt")
+    assert ours("杰尼龟").tolist() == [[101, 3345, 2225, 7991, 102] + [0] * 47]
+    assert ours.ids["的"] == 4638 and ours.ids["##😎"] == 21_127  # after the row that is U+2028
+    assert ours("狗" * 60)[0, -1] == 102 and ours.truncated == 1
+    assert ours.encode("“引号”") == ours.encode('"引号"') and 100 not in ours.encode("“引号”")
+    assert ours.decode(ours("A dog isn't 一只狗 naïve")[0]) == "a dog isn ' t 一 只 狗 naive"
+    tokens = ours.tokens[:200] + ours.tokens[201:]
+    refused(lambda: ChineseTokenizer(tokens), "Chinese-CLIP")
+    assert ChineseTokenizer(tokens, any_vocab=True).vocab_size == 21_127
+
+
+def test_case_is_what_is_given_or_the_folder_says_or_the_vocabulary_shows(tmp_path):
+    tokens = [*WORDS, "A", "a", "é", "e"]
+    assert WordPieceTokenizer(vocabulary(tmp_path / "a", tokens)).encode("A é") == [5, 7]
+    cased = vocabulary(tmp_path / "b", tokens, do_lower_case=False)
+    for path in (cased, cased / "vocab.txt"):
+        assert WordPieceTokenizer(path).encode("A é") == [4, 6]
+        assert WordPieceTokenizer(path, lowercase=True).encode("A é") == [5, 7]
+    names = [f"N{i}" for i in range(200)]  # a cased vocabulary whose folder does not say so
+    assert WordPieceTokenizer([*tokens, *names]).encode("A é") == [4, 6]
+
+
+def test_the_longest_token_is_found_and_a_long_word_is_unknown():
+    ours = WordPieceTokenizer([*WORDS, "a", "abcdefghijkl", "##ab", "##a"])
+    assert ours.encode("abcdefghijklab aab abcdefghijklx") == [5, 6, 4, 6, 1]
+    assert len(ours.encode("a" * 100)) > 1 and ours.encode("a" * 101) == [1]
+    assert len(WordPieceTokenizer(ours.tokens, longest_word=101).encode("a" * 101)) > 1
+
+
+# ------------------------------------------------------------------------------ files and models
+
+def all_kinds():
+    return [BPETokenizer(), WordPieceTokenizer(TINY / "wordpiece", lowercase=False),
+            ChineseTokenizer(TINY / "wordpiece", any_vocab=True, straight_quotes=False),
+            ByteBPETokenizer(TINY / "bytebpe" / "vocab.json", TINY / "bytebpe" / "merges.txt")]
+
+
+@pytest.mark.parametrize("ours", all_kinds(), ids=lambda ours: ours.kind)
+def test_a_tokenizer_comes_back_from_facts_files_and_pickle(ours, transformers, tmp_path):
+    torch.save({"vocabulary": ours.facts()}, tmp_path / "checkpoint.pt")
+    stored = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["vocabulary"]
+    ours.save(tmp_path)
+    if ours.kind == "chinese":
+        (tmp_path / "config.json").write_text('{"model_type": "chinese_clip"}')
+    texts = [*NASTY, "A photo of the 黑色森林"]
+    for again in (from_facts(json.loads(json.dumps(stored))), pickle.loads(pickle.dumps(ours))):
+        assert type(again) is type(ours)
+        assert [again.encode(text) for text in texts] == [ours.encode(text) for text in texts]
+    opened = open_tokenizer(tmp_path)
+    assert type(opened) is type(ours) and opened.encode("A photo") == ours.encode("A photo")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    sentence = "a photo of the forest, 黑色"
+    assert theirs(sentence)["input_ids"] == ours(sentence, context_length=None)[0].tolist()
+
+
+BYTES = json.loads((TINY / "bytebpe" / "vocab.json").read_text("utf-8"))
+PAIR = (TINY / "bytebpe" / "merges.txt").read_text("utf-8").split("\n")[1]
+FAST = {"model": {"type": "BPE", "vocab": BYTES, "merges": [PAIR.split()]}, "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}
+BERT = "\n".join(WORDS)
+BAD = {
+    "nothing": {}, "no merges": {"vocab.json": BYTES}, "no [SEP]": {"vocab.txt": "[PAD]\n[UNK]\n[CLS]\n"},
+    "not UTF-8": {"vocab.txt": b"\xff\xfe[PAD]"}, "a web page": {"vocab.txt": "<!DOCTYPE html>"},
+    "a damaged config": {"vocab.txt": BERT, "tokenizer_config.json": "{"},
+    "half a vocabulary": {"vocab.json": json.dumps(BYTES)[:500], "merges.txt": PAIR},
+    "a list": {"vocab.json": [1], "merges.txt": PAIR},
+    "deep": {"vocab.json": "[" * 100_000, "merges.txt": PAIR},
+    "an id of text": {"vocab.json": BYTES | {"er": "7"}, "merges.txt": PAIR},
+    "an id twice": {"vocab.json": BYTES | {"er": 7}, "merges.txt": PAIR},
+    "a byte missing": {"vocab.json": {k: i for k, i in BYTES.items() if k != "z"}, "merges.txt": PAIR},
+    "half a merge": {"vocab.json": BYTES, "merges.txt": PAIR + "\nc\n"},
+    "a merge without id": {"vocab.json": BYTES, "merges.txt": "q q\n"},
+    "a prefix space": {"vocab.json": BYTES, "merges.txt": PAIR,
+                       "tokenizer_config.json": {"add_prefix_space": True}},
+    "another class": {"vocab.txt": BERT, "tokenizer_config.json": {
+        "tokenizer_class": "BertJapaneseTokenizer"}},
+    "no basic cut": {"vocab.txt": BERT, "tokenizer_config.json": {"do_basic_tokenize": False}},
+    "added tokens": {"vocab.txt": BERT, "added_tokens.json": {"<new>": 4}},
+    "added inside": {"tokenizer.json": FAST | {"added_tokens": [{"content": "<new>", "special": False}]}},
+    "a number": {"tokenizer.json": 5}, "empty": {"tokenizer.json": {}},
+    "unigram": {"tokenizer.json": FAST | {"model": {"type": "Unigram", "vocab": []}}},
+    "merges of numbers": {"tokenizer.json": FAST | {"model": FAST["model"] | {"merges": [5, [1, 2]]}}},
+    "no merges inside": {"tokenizer.json": FAST | {"model": {"type": "BPE", "vocab": BYTES}}},
+    "a normalizer": {"tokenizer.json": FAST | {"normalizer": {"type": "NFC"}}},
+    "another splitter": {"tokenizer.json": FAST | {"pre_tokenizer": {"type": "Metaspace"}}},
+    "dropout": {"tokenizer.json": FAST | {"model": FAST["model"] | {"dropout": 0.1}}},
+    "changed CLIP": {"vocab.json": {"<|startoftext|>": 0}, "merges.txt": "a b"}}
+
+
+def test_a_vocabulary_that_cannot_be_read_right_is_refused(tmp_path):
+    for kind, files in BAD.items():
+        folder = tmp_path / kind
+        folder.mkdir()
+        for name, content in files.items():
+            text = content if isinstance(content, (str, bytes)) else json.dumps(content)
+            (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        refused(lambda folder=folder: open_tokenizer(folder), folder)
+    for make in (WordPieceTokenizer, ByteBPETokenizer, open_tokenizer):
+        for name in ("none", "vocab.txt", "vocab.json", "model.safetensors"):
+            refused(lambda make=make, name=name: make(tmp_path / name), name)
+    refused(lambda: WordPieceTokenizer(TINY / "bytebpe"), "bytebpe")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(FAST))  # the one they were made from is good
+    assert open_tokenizer(tmp_path).encode(PAIR.replace(" ", "") + " b") == [
+        BYTES[PAIR.replace(" ", "")], BYTES["Ġ"], BYTES["b"]]
+
+
+@pytest.mark.parametrize("facts", [{}, {"kind": "other", "vocab": []}, {"kind": "chinese", "vocab": [1, 2]},
+                                   {"kind": "wordpiece", "vocab": ["a", "a"]}, {"kind": "wordpiece"},
+                                   {"kind": "bytebpe", "vocab": list(BYTES), "merges": 5}, {"kind": []}])
+def test_facts_that_make_no_tokenizer_are_refused(facts):
+    refused(lambda: from_facts(facts))
+
+
+def test_no_code_of_a_file_runs(tmp_path):
+    (tmp_path / "vocab.json").write_bytes(pickle.dumps(Payload(tmp_path / "canary")))
+    refused(lambda: open_tokenizer(tmp_path / "vocab.json"), "vocab.json")
+    assert not (tmp_path / "canary").exists()
+
+
+def clip(family, vocab_size, **origin):
+    if family == "clip":
+        return CLIP(CONFIGS["tiny-vit"].__class__(**{**vars(CONFIGS["tiny-vit"]), "vocab_size": vocab_size}))
+    pad = 1 if family == "roberta" else 0
+    text = bert_fields(BertConfig(family, vocab_size, 32, 1, 1, 32, 40, pad_id=pad))
+    model = CLIP(CONFIGS["tiny-vit"].__class__(**{**vars(CONFIGS["tiny-vit"]), **text}))
+    model.origin.update(origin)
+    return model
+
+
+def test_a_model_gets_the_tokenizer_of_its_own_text_tower(tmp_path):
+    assert type(for_model(clip("clip", 49_408))) is BPETokenizer
+    refused(lambda: for_model(clip("clip", 1000)), "49,408", "1,000")  # ids beyond the embedding
+    bert, roberta = clip("bert", 300), clip("roberta", 500)
+    refused(lambda: for_model(bert), "--tokenizer")
+    assert type(for_model(bert, TINY / "wordpiece")) is WordPieceTokenizer
+    assert type(for_model(roberta, TINY / "bytebpe")) is ByteBPETokenizer
+    refused(lambda: for_model(bert, TINY / "bytebpe"), "bytebpe", "wordpiece")
+    refused(lambda: for_model(clip("bert", 200), TINY / "wordpiece"), "265", "200")
+    padded = clip("bert", 300)
+    padded.pad_id = 3
+    refused(lambda: for_model(padded, TINY / "wordpiece"), "pad")
+    bert.vocabulary = WordPieceTokenizer(TINY / "wordpiece", lowercase=False).facts()
+    assert for_model(bert).lowercase is False and for_model(bert, TINY / "wordpiece").lowercase is True
+    beside = clip("bert", 300, path=str(TINY / "wordpiece" / "weights.safetensors"))
+    assert type(for_model(beside)) is WordPieceTokenizer
+    chinese = clip("bert", 300, name="CN-ViT-B/16")
+    assert type(for_model(chinese, TINY / "wordpiece" / "vocab.txt")) is ChineseTokenizer
+    refused(lambda: for_model(clip("bert", 21_128, name="CN-ViT-B/16"), TINY / "wordpiece"), "Chinese-CLIP")
+
+
+def test_the_error_is_the_users_to_mend():
+    assert issubclass(TokenizerError, ValueError) and TokenizerError.exit_code == 2
