@@ -1,0 +1,433 @@
+"""train_clipfit.py: what trains, the loss and its gradient, the recipe, settings, tables, learning."""
+import csv
+import dataclasses
+import json
+import math
+import types
+
+import official
+import pytest
+import torch
+from helpers import (attempt, checkpoint, class_folder, images_for, metrics, perturb, refused, results,
+                     ROOT, run_main, tiny_clip)
+
+import train_clipfit
+import weights
+from clip_model import bert_fields, BertConfig, CLIP, CONFIGS, text_pieces, unit
+from data import class_prompts, few_shot, make_loader, normalise, open_dataset, Preprocess
+from device import start
+from tokenizer import BPETokenizer
+from train_clipfit import add_gradients, choose_trainable, encode_prompts, get_args, learning_rate
+
+FEW = ["--classes", "Forest", "River", "Pasture Land"]  # of the demo: 300 test images, not 1,000
+CLASSES = ["banded", "polka-dotted", "a rather long class name", "grid", "lacelike"]
+
+
+def clipfit(folder, *flags):
+    return run_main("train_clipfit", "--workers", 0, "--output-dir", folder, *flags)
+
+
+def refusal(folder, *flags, names=()):
+    return refused(attempt("train_clipfit", "--output-dir", folder, *flags), *names)
+
+
+def prompts_of(names):
+    tokens = BPETokenizer()([f"a photo of a {name}, a type of texture." for name in names])
+    return tokens, text_pieces(tokens, 2)  # in several pieces
+
+
+def gradient(model, images, labels, prompts, pretrained, reg_weight=8.0, micro_batch=0):
+    """(losses, {name: gradient}) of the script's own step."""
+    run = start("cpu", "fp32")
+    model.zero_grad(set_to_none=True)
+    args = types.SimpleNamespace(reg_weight=reg_weight, micro_batch=micro_batch)
+    losses = add_gradients(run, model, images, labels, len(images), prompts, pretrained, args,
+                           run.scaler())
+    return losses, {name: p.grad.clone() for name, p in model.named_parameters()
+                    if p.grad is not None}
+
+
+@pytest.fixture
+def twin():
+    """A model, a batch, and the features that a differently perturbed model gives the prompts: with
+    equal ones the drift would be 0 and prove nothing. float64."""
+    model, before = tiny_clip(dtype=torch.float64), tiny_clip(dtype=torch.float64, seed=7)
+    choose_trainable(model)
+    tokens, prompts = prompts_of(CLASSES)
+    labels = torch.arange(12) % len(CLASSES)
+    pretrained = unit(official.text_features(before, tokens)).detach()
+    return model, images_for(model, 12), labels, tokens, prompts, pretrained
+
+
+# -----------------------------------------------------------------------------
+# What trains
+
+@pytest.mark.parametrize("name, tensors, numbers", [
+    ("ViT-B/16", 64, 46_080), ("ViT-L/14", 12 + 100, 111_616), ("RN50", 12, 6_144)])
+def test_the_trainable_set_is_the_official_one(name, tensors, numbers):
+    with torch.device("meta"):
+        model = CLIP(CONFIGS[name])
+    trainable = choose_trainable(model)
+    # The official rule, literally: two substring tests on the parameter names.
+    wanted = {n for n, _ in model.named_parameters()
+              if (n.startswith("visual.") and "ln" in n.removeprefix("visual."))
+              or (not n.startswith("visual.") and "c_proj.bias" in n)}
+    assert set(trainable) == wanted == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert (len(trainable), sum(p.numel() for p in trainable.values())) == (tensors, numbers)
+
+
+@pytest.mark.parametrize("family, bias", [("bert", "output.dense.bias"), ("roberta", "output.dense.bias"),
+                                          ("distilbert", "bias")])
+def test_a_bert_trains_the_second_mlp_bias_of_each_layer(family, bias):
+    text = BertConfig(family, 265, 32, 3, 2, 48, 40)
+    model = CLIP(dataclasses.replace(CONFIGS["tiny-vit"], **bert_fields(text)))
+    trained = [name for name in choose_trainable(model) if not name.startswith("visual.")]
+    assert len(trained) == 3 and all(name.endswith(bias) for name in trained)
+    images, tokens = images_for(model, 2), torch.randint(4, 265, (2, 9))
+    image, found, _ = model(images, tokens)
+    (image * found).sum().backward()
+    assert all(model.get_parameter(name).grad.shape == (32,) for name in trained)
+    assert not any("attention" in name for name in trained)
+
+
+def test_training_changes_every_trainable_tensor_and_nothing_else(tmp_path):
+    clipfit(tmp_path, *FEW, "--epochs", 3, "--export", "safetensors")
+    before, after = weights.load("tiny"), weights.load(tmp_path / "export" / "clip.safetensors")
+    trainable = choose_trainable(before)
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(tensor, after.state_dict()[name]) != (name in trainable), name
+    assert set(checkpoint(tmp_path)["weights"]) == set(trainable)  # and no more is kept
+
+
+# -----------------------------------------------------------------------------
+# The loss
+
+@pytest.mark.parametrize("micro_batch", [0, 1, 5, 32])
+def test_loss_and_gradient_equal_the_official_two_pass_77_token_computation(twin, micro_batch):
+    model, images, labels, tokens, prompts, pretrained = twin
+    losses, ours = gradient(model, images, labels, prompts, pretrained, micro_batch=micro_batch)
+    model.zero_grad(set_to_none=True)
+    total, ce, drift = official.loss(model, images, labels, tokens, pretrained, 8.0)
+    total.backward()
+    assert drift > 0.01
+    for name, theirs in (("loss", total), ("ce", ce), ("drift", drift)):
+        assert abs(losses[name] - theirs) <= 1e-6 * max(1, abs(theirs)), name
+    theirs = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert set(ours) == set(theirs) == set(choose_trainable(model))
+    largest = max(g.abs().max() for g in theirs.values())
+    for name in theirs:
+        assert (ours[name] - theirs[name]).abs().max() <= 1e-12 * largest, name
+
+
+def test_the_first_loss_is_the_zero_shot_cross_entropy_and_drift_moves_text_biases_only(twin):
+    model, images, labels, tokens, prompts, pretrained = twin
+    with torch.no_grad():
+        own = encode_prompts(model, prompts)
+        image, text, scale = model(images, tokens)
+        zero_shot = torch.nn.functional.cross_entropy(scale * image @ text.T, labels)
+    losses, with_drift = gradient(model, images, labels, prompts, own)
+    _, without = gradient(model, images, labels, prompts, own, reg_weight=0.0)
+    assert abs(losses["drift"]) < 1e-6 and abs(losses["loss"] - zero_shot) < 1e-5
+    _, heavy = gradient(model, images, labels, prompts, pretrained, reg_weight=1e3)
+    for name in without:
+        assert torch.allclose(with_drift[name], without[name], atol=1e-9), name
+        moved = (heavy[name] - without[name]).abs().max()
+        assert (moved > 1e-3) == (not name.startswith("visual.")), name
+
+
+def test_an_unreadable_image_adds_nothing_to_the_gradient(twin):
+    model, images, labels, _, prompts, _ = twin
+    own = encode_prompts(model, prompts).detach()
+    _, clean = gradient(model, images[:3], labels[:3], prompts, own)
+    labels[3] = -1
+    _, marked = gradient(model, images[:4], labels[:4], prompts, own)
+    for name in clean:
+        assert torch.allclose(marked[name], clean[name] * 3 / 4, atol=1e-12), name
+
+
+def test_twenty_steps_equal_sgd_written_out(tmp_path):
+    """The script's weights against a plain loop: same images, same order, decay on every tensor."""
+    clipfit(tmp_path, "--epochs", 5, "--batch-size", 10, "--reg-weight", 8, "--lr", 0.01)
+    ours, model = checkpoint(tmp_path)["weights"], weights.load("tiny").eval()
+    trainable = choose_trainable(model)
+    few = few_shot(open_dataset("demo", "train"), 4, 1)
+    loader = make_loader(few.with_transform(Preprocess(64, True, 1)), 10, seed=1)
+    tokens = BPETokenizer()([few.template.format(name) for name in few.classnames])
+    before = unit(official.text_features(model, tokens)).detach()
+    momentum = {name: torch.zeros_like(p) for name, p in trainable.items()}
+    for epoch in range(5):
+        loader.batch_sampler.set_epoch(epoch)
+        lr = 1e-5 if epoch == 0 else 0.005 * (1 + math.cos(math.pi * (epoch - 1) / 5))
+        for images, labels, _ in loader:
+            model.zero_grad(set_to_none=True)
+            official.loss(model, normalise(images), labels, tokens, before, 8.0)[0].backward()
+            with torch.no_grad():
+                for name, p in trainable.items():
+                    momentum[name] = 0.9 * momentum[name] + p.grad + 5e-4 * p
+                    p -= lr * momentum[name]
+    for name, p in trainable.items():
+        assert torch.allclose(p, ours[name], atol=2e-5), name
+
+
+def test_clipping_scales_the_gradient_that_the_optimiser_sees(tmp_path):
+    """One step from the start, without momentum's past: the update's length is lr x the clip."""
+    clipfit(tmp_path, *FEW, "--epochs", 1, "--warmup", 0, "--wd", 0, "--lr", 0.1, "--batch-size", 12,
+            "--grad-clip", 0.01)
+    after, before = checkpoint(tmp_path)["weights"], choose_trainable(weights.load("tiny"))
+    moved = torch.cat([(after[n] - p.detach()).flatten() for n, p in before.items()]).norm()
+    assert float(moved) == pytest.approx(0.1 * 0.01, rel=1e-3)
+
+
+# -----------------------------------------------------------------------------
+# Recipe
+
+def test_learning_rates_are_the_published_ones():
+    table = [1e-5, 2.0e-3, 1.951057e-3, 1.809017e-3, 1.587785e-3, 1.309017e-3, 1.0e-3,
+             6.909830e-4, 4.122147e-4, 1.909830e-4]
+    assert [learning_rate(e, 10, 0.002, 1) for e in range(10)] == pytest.approx(table, rel=1e-6)
+    assert learning_rate(99, 100, 0.002, 1) == pytest.approx(1.973272e-6, rel=1e-6)
+    for epochs in (10, 50, 100):  # constant warm-up, then torch's cosine from its start
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=0.002)
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=0)
+        rates = [1e-5]
+        for _ in range(1, epochs):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            cosine.step()
+        assert [learning_rate(e, epochs, 0.002, 1) for e in range(epochs)] == pytest.approx(rates, abs=1e-12)
+
+
+RECIPE = {  # the official README, by hand
+    "caltech101": (100, 2), "oxford_pets": (100, 2), "stanford_cars": (100, 2),
+    "oxford_flowers": (100, 2), "food101": (10, 2), "fgvc_aircraft": (100, 2), "sun397": (100, 8),
+    "dtd": (100, 8), "eurosat": (100, 2), "ucf101": (100, 2), "imagenet": (10, 2)}
+
+
+def test_every_data_set_has_the_published_recipe_and_what_is_changed_is_said():
+    for data, (epochs, reg_weight) in RECIPE.items():
+        for setting in ("fewshot", "base2new"):
+            args = get_args(["--data", data, "--setting", setting])
+            assert train_clipfit.fill_recipe(args, data, "ViT-B/16") == []
+            assert (args.epochs, args.reg_weight) == (epochs, 8 if setting == "base2new" else reg_weight)
+            assert (args.lr, args.wd, args.batch_size, args.warmup) == (0.002, 5e-4, 32, 1)
+    flags = {"--lr": 0.01, "--reg-weight": 2, "--epochs": 50, "--batch-size": 8, "--wd": 0,
+             "--grad-clip": 1, "--warmup": 0, "--template": "{}", "--split": "official"}
+    args = get_args([str(x) for pair in flags.items() for x in ("--data", "dtd", *pair)])
+    notes = " ".join(train_clipfit.fill_recipe(args, "dtd", "RN50"))
+    assert all(f"{flag} " in notes for flag in (*flags, "RN50"))
+
+
+def test_the_prompts_and_the_steps_of_an_epoch_are_the_official_ones():
+    dtd = open_dataset("dtd", "train", download=False)  # the lists are bundled, no image is read
+    prompts = class_prompts(dtd.classnames, dtd.template)
+    assert prompts[0] == "a photo of a banded, a type of texture." and len(prompts) == 47
+    assert prompts[30] == "a photo of a polka-dotted, a type of texture."
+    assert prompts[19] == "a photo of a interlaced, a type of texture."  # grammar is not repaired
+    assert BPETokenizer()(prompts).argmax(dim=-1).max() + 1 == 15
+    for data, shots, steps, first in (("dtd", 4, 5, 32), ("dtd", 1, 1, 32), ("dtd", 16, 23, 32),
+                                      ("eurosat", 1, 1, 10), ("eurosat", 4, 1, 32)):
+        few = few_shot(open_dataset(data, "train", download=False), shots, 1)
+        loader = make_loader(few.with_transform(Preprocess(32)), 32)
+        assert len(loader) == steps and loader.batch_sampler.global_size(0) == first
+
+
+# -----------------------------------------------------------------------------
+# Settings, tables, models
+
+def test_several_shots_and_seeds_give_a_table_from_unrounded_numbers(tmp_path):
+    flags, shots = [*FEW, "--epochs", 2], ["--shots", 1, 2]
+    clipfit(tmp_path / "table", *flags, *shots, "--seeds", 1, 2)
+    found = clipfit(tmp_path / "table", *flags, *shots, "--seeds", 1, 2, 3)  # goes on with the finished ones
+    assert [(r["shots"], r["seed"]) for r in found["runs"]] == [(n, s) for n in (1, 2) for s in (1, 2, 3)]
+    for row in csv.DictReader(open(tmp_path / "table" / "table.csv", encoding="utf-8")):
+        values = [r["accuracy"] for r in found["runs"] if r["shots"] == int(row["shots"])]
+        mean = sum(values) / 3
+        std = math.sqrt(sum((v - mean) ** 2 for v in values) / 2)
+        for key, value in (("mean", mean), ("std", std), ("95 % CI", 4.303 * std / math.sqrt(3)),
+                           ("gain", mean - found["zero_shot_accuracy"])):
+            assert float(row[key]) == pytest.approx(value, abs=1e-9), key
+    assert found["accuracy"] == pytest.approx(mean) and found["accuracy_at_shots"] == 2
+    assert len((tmp_path / "table" / "table.md").read_text().splitlines()) == 4
+    alone = clipfit(tmp_path / "alone", *flags, "--shots", 1, "--seed", 2)  # seeds do not leak
+    both = checkpoint(tmp_path / "table" / "shots1_seed2")["weights"]
+    assert all(torch.equal(x, both[name]) for name, x in checkpoint(tmp_path / "alone")["weights"].items())
+    again = clipfit(tmp_path / "table", *flags, "--shots", 1, "--seed", 2, "--eval-only")
+    assert again["accuracy"] == alone["accuracy"] == found["runs"][1]["accuracy"]  # one of the table
+    refusal(tmp_path / "alone", *flags, *shots, "--seeds", 1, 2, names=("--output-dir",))
+
+
+def test_base_to_new_trains_on_half_of_the_classes(tmp_path):
+    found = clipfit(tmp_path, "--setting", "base2new", "--shots", 2, "--seeds", 1, 2, "--epochs", 2)
+    for one in found["runs"]:
+        base, new = one["base_accuracy"], one["new_accuracy"]
+        assert one["accuracy"] == pytest.approx(2 * base * new / (base + new))
+        assert one["images"] == {"base": 500, "new": 500}
+    base, new = (sum(r[f"{part}_accuracy"] for r in found["runs"]) / 2 for part in ("base", "new"))
+    assert found["accuracy"] == pytest.approx(2 * base * new / (base + new))  # H of the averages
+    shots = json.loads((tmp_path / "shots2_seed1" / "shots.json").read_text())["train"]
+    everything = few_shot(open_dataset("demo", "train"), 2, 1)
+    assert {label for _, label in shots} == set(range(5)) and len(shots) == 10
+    assert {tuple(pair) for pair in shots} <= set(zip(everything.paths, everything.labels))
+
+
+def fake_imagenet(folder, classes=4, train=3, test=2, words=True):
+    """ImageNet and its four shifts in miniature: the demo's tiles under ImageNet's layout."""
+    tiles = open_dataset("demo", "train")
+    names = [f"n{i:08d}" for i in range(classes)]
+    places = {"imagenet/images/train": names, "imagenet/images/val": names,
+              "imagenet-sketch/images": names, "imagenet-adversarial/imagenet-a": names[1:],
+              "imagenet-rendition/imagenet-r": names[:3],
+              "imagenetv2/imagenetv2-matched-frequency-format-val": [str(i) for i in range(classes)]}
+    for place, inside in places.items():
+        for name in inside:
+            label = names.index(name) if name in names else int(name)
+            mine = [i for i, other in enumerate(tiles.labels) if other == label]
+            path = folder / place / name
+            path.mkdir(parents=True)
+            for i in mine[:train if place.endswith("train") else test]:
+                tiles[i][0].save(path / f"{i}.png")
+        if words:
+            (folder / place.split("/")[0] / "classnames.txt").write_text(
+                "".join(f"{wnid} {tiles.classnames[i].lower()}\n" for i, wnid in enumerate(names)))
+    return folder
+
+
+def test_domain_generalisation_trains_on_imagenet_and_tests_on_its_four_shifts(tmp_path):
+    flags = ["--data", "imagenet", "--data-dir", fake_imagenet(tmp_path / "data"), "--no-download"]
+    found = clipfit(tmp_path / "run", *flags, "--setting", "dg", "--shots", 2, "--epochs", 2,
+                    "--model", "tiny")
+    assert found["images"] == {"imagenet": 8, "imagenetv2": 8, "imagenet-sketch": 8,
+                               "imagenet-a": 6, "imagenet-r": 6}
+    assert found["accuracy"] == found["imagenet_accuracy"]
+    assert any("--setting dg" in note for note in found["departures"])
+
+
+def test_wordnet_ids_are_no_class_names(tmp_path):
+    """"a photo of a n01440764." scores at chance, so folders of ids want their words."""
+    folder = fake_imagenet(tmp_path, words=False) / "imagenet" / "images"
+    refusal(tmp_path / "run", "--data", folder, "--model", "tiny", names=("n00000000", "classnames.txt"))
+
+
+def test_a_resnet_trains_the_text_biases_and_keeps_its_statistics(tmp_path):
+    torch.manual_seed(0)
+    model = CLIP(dataclasses.replace(CONFIGS["tiny-rn"], image_size=64, vocab_size=49_408)).eval()
+    path = weights.save(perturb(model), tmp_path / "rn.safetensors")
+    done = attempt("train_clipfit", *FEW, "--weights", path, "--epochs", 2, "--workers", 0, "--export",
+                   "openai", "--output-dir", tmp_path / "run").ok()
+    assert "no LayerNorm" in done.out
+    after = weights.load(tmp_path / "run" / "export" / "clip.pt").state_dict()
+    for name, tensor in model.state_dict().items():
+        trained = "c_proj.bias" in name and "attnpool" not in name
+        assert torch.equal(tensor, after[name]) != trained, name
+
+
+def test_a_clip_of_bert_and_a_torchvision_tower_trains(tmp_path):
+    """With the tokenizer and the pixel statistics of its own file."""
+    pytest.importorskip("torchvision")
+    model = CLIP(dataclasses.replace(
+        CONFIGS["tiny-vit"], backbone="squeezenet1_0", image_size=64,
+        **bert_fields(BertConfig("bert", 265, 32, 2, 2, 48, 40))))
+    path = weights.save(perturb(model.eval()), tmp_path / "two.safetensors")
+    vocab = ROOT / "assets" / "tiny_vocab" / "wordpiece"
+    refusal(tmp_path / "no", *FEW, "--weights", path, names=("--tokenizer",))
+    found = clipfit(tmp_path / "run", *FEW, "--weights", path, "--tokenizer", vocab, "--epochs", 2,
+                    "--export", "safetensors")
+    assert found["trainable_tensors"] == 2
+    again = clipfit(tmp_path / "again", *FEW, "--shots", 0, "--weights", tmp_path / "run")
+    assert again["zero_shot_accuracy"] == found["accuracy"]  # the vocabulary lies in the checkpoint
+
+
+def test_half_precision_trains_with_the_drift_term(tmp_path):
+    found = clipfit(tmp_path, *FEW, "--precision", "bf16", "--epochs", 6, "--reg-weight", 1000,
+                    "--log-every", 1)
+    for row in metrics(tmp_path, "train"):
+        assert row["loss"] == pytest.approx(row["ce"] + 1000 * row["drift"], rel=1e-4)
+    assert 1000 * row["drift"] > 0.002 * row["loss"]  # felt by the sum above
+    assert found["accuracy"] > 40
+    assert all(x.dtype == torch.float32 for x in checkpoint(tmp_path)["weights"].values())
+
+
+# -----------------------------------------------------------------------------
+# Results
+
+def test_the_tables_say_what_a_plain_loop_says(tmp_path):
+    found = clipfit(tmp_path, *FEW, "--shots", 8, "--epochs", 6)
+    rows = list(csv.DictReader(open(tmp_path / "predictions_test.csv", encoding="utf-8")))
+    test = open_dataset("demo", "test").with_transform(Preprocess(64))
+    place = {path: i for i, path in enumerate(test.paths)}
+    tokens = BPETokenizer()([test.template.format(name) for name in FEW[1:]])
+    images = normalise(torch.stack([test[place[row["path"]]][0] for row in rows]))
+    model, trained = weights.load("tiny"), checkpoint(tmp_path)["weights"]
+    for column, accuracy in (("zero_shot", "zero_shot_accuracy"), ("tuned", "accuracy")):
+        with torch.no_grad():
+            image, text, _ = model(images, tokens)
+            for name, p in model.named_parameters():
+                p.copy_(trained.get(name, p))
+        assert [row[column] for row in rows] == [FEW[1:][i] for i in (image @ text.T).argmax(dim=-1)]
+        right = sum(row["label"] == row[column] for row in rows)
+        assert 100 * right / len(rows) == pytest.approx(found[accuracy])
+    confusion = json.loads((tmp_path / "confusion_test.json").read_text())["tuned"]
+    assert sum(confusion[i][i] for i in range(3)) == right
+    classes = list(csv.DictReader(open(tmp_path / "per_class_test.csv", encoding="utf-8")))
+    assert sum(int(c["images"]) for c in classes) == len(rows) == 300
+    shots = json.loads((tmp_path / "shots.json").read_text())["train"]
+    assert len(shots) == 24 and not {path for path, _ in shots} & set(test.paths)
+
+
+def test_seed_zero_is_a_seed_and_a_template_changes_the_prompts(tmp_path):
+    paths, accuracies = [], []
+    for name, *flags in (("a", "--seed", 0), ("b", "--seed", 0, "--template", "{c}"), ("c", "--seed", 1)):
+        accuracies.append(clipfit(tmp_path / name, *FEW, *flags, "--shots", 1, "--epochs", 1)[
+            "zero_shot_accuracy"])
+        paths.append((tmp_path / name / "shots.json").read_text())
+    assert paths[0] == paths[1] != paths[2] and accuracies[0] != accuracies[1]
+
+
+def test_unreadable_images_are_counted_and_named_and_too_many_are_refused(tmp_path):
+    data = class_folder(tmp_path / "mine", train=8, test=40)
+    flags = ["--data", data, "--model", "tiny", "--epochs", 1, "--workers", 0, "--output-dir"]
+    (data / "test/red/3.png").write_bytes(b"no image")
+    (data / "train/blue/5.png").write_bytes((data / "train/blue/5.png").read_bytes()[:40])
+    done = attempt("train_clipfit", *flags, tmp_path / "one", "--shots", 8).ok()
+    found = results(tmp_path / "one")
+    assert found["unreadable_images"] == 1 and found["images"] == {"test": 119}
+    assert found["training_images"] in (23, 24) and "test/red/3.png" in done.out
+    assert "5.png" in done.out
+    for i in range(4):
+        (data / f"test/green/{i}.png").write_bytes(b"no image")
+    refusal(tmp_path / "two", *flags[:-1], names=("of 120",))
+
+
+def test_data_that_cannot_be_used_is_refused_before_any_work(tmp_path):
+    none = ["--data-dir", tmp_path, "--no-download"]
+    refusal(tmp_path / "a", "--data", "dtd", "--model", "tiny", *none, names=("dtd", "--no-download"))
+    refusal(tmp_path / "b", "--data", "dtdd", names=("dtd",))
+    refusal(tmp_path / "c", "--classes", "Forrest", "River", names=("Forrest", "forest"))
+    refusal(tmp_path / "d", "--classes", "Forest", names=("--classes",))
+    refusal(tmp_path / "e", "--setting", "dg", names=("imagenet",))
+    refusal(tmp_path / "f", "--template", "a photo", names=("a photo",))
+    refusal(tmp_path / "g", "--weights", ROOT / "assets/tiny_clip.safetensors", "--model", "RN50",
+            names=("RN50",))
+    assert not list(tmp_path.iterdir())
+
+
+# -----------------------------------------------------------------------------
+# It learns
+
+def test_the_demo_learns_ten_points_over_a_useful_zero_shot(tmp_path):
+    """On held-out images; chance is 10 %."""
+    found = clipfit(tmp_path)
+    assert found["zero_shot_accuracy"] >= 30
+    assert found["gain"] >= 10
+
+
+def test_six_classes_of_dtd_train_on_the_published_shots(shared, tmp_path):
+    six = "banded blotchy braided bubbly chequered cracked".split()
+    found = clipfit(tmp_path, "--data", "dtd", "--data-dir", shared, "--classes", *six, "--model", "tiny",
+                    "--epochs", 2, "--no-download")
+    assert found["images"]["test"] == 6 * 36
+    published = json.loads((shared / "dtd/fewshot_indices/shot_4-seed_1.json").read_text())
+    wanted = [item["impath"].split("/")[-1] for item in published["train"]["data"]
+              if item["classname"] in six]
+    shots = json.loads((tmp_path / "shots.json").read_text())["train"]
+    assert [path.split("/")[-1] for path, _ in shots] == wanted
