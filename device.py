@@ -1313,17 +1313,22 @@ def show(text, end="\n"):
     try:
         print(text, end=end, flush=True)
     except (OSError, ValueError, AttributeError):  # `| head` has seen enough, or no console at all
-        stdout_is_closed()                         # the run and its log go on
+        leave_stdout()                             # the run and its log go on
 
 
 def stdout_is_closed():
-    """Whether nobody reads stdout any more: then what is still to be written goes nowhere."""
+    """Whether nobody reads stdout any more, found out by an empty line."""
     try:
-        sys.stdout.flush()
+        print(flush=True)
         return False
     except (OSError, ValueError, AttributeError):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, sys.stdout.fileno())
-            os.close(null)
+        leave_stdout()
         return True
+
+
+def leave_stdout():
+    """Send the rest of stdout to nowhere, the interpreter's last flush too."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)

@@ -1,0 +1,624 @@
+"""device.py: choosing, the update of a step, the run's folder, checkpoints, signals, exits."""
+import copy
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import types
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+
+import device
+from device import guard, load_checkpoint, Parser, SafeStop, start, UserError
+from helpers import (at_call, Child, cli, damaged_files, die, differences, in_child, metrics,
+                     Payload, python, refused, results, same_run)
+
+
+# -----------------------------------------------------------------------------
+# A toy script with everything that a run has. BATCH + 1 is a batch that is not finite.
+
+def get_args(words=()):
+    parser = Parser(aliases={"--learning-rate": "--lr"}, refused={"--optim": "AdamW is all"})
+    device.add_run_flags(parser, log_every=1)
+    parser.add_argument("--lr", type=device.number(0, above=True), default=0.1)
+    parser.add_argument("--epochs", type=device.whole(1), default=3)
+    parser.add_argument("--template", default="a {}")
+    return parser.parse_args(list(map(str, words)))
+
+
+class Loader:
+    """4 batches of 8 a epoch, a function of epoch and number."""
+    def __init__(self):
+        self.batch_sampler = self
+
+    def set_epoch(self, epoch, first_batch=0):
+        self.epoch, self.first = epoch, first_batch
+
+    def __len__(self):
+        return 4
+
+    def __iter__(self):
+        for batch in range(self.first, 4):
+            generator = torch.Generator().manual_seed(100 * self.epoch + batch)
+            yield torch.randn(8, 3, generator=generator)
+
+
+def main(args, bad=(), every=lambda step: None):
+    run = start("cpu", args.precision, args.seed)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Dropout())
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, fused=run.fused_optimizer)
+    scaler, trainable = run.scaler(), dict(model.named_parameters())
+    identity = device.run_identity(args, method="toy", data="d41d", model="tiny", weights="c0de")
+    stored, finished = run.begin(device.run_folder(args, "toy", "a/b:c"), args, identity)
+    if finished:
+        return finished
+    buffers, best = dict(model.named_buffers()), stored["best"] if stored else math.inf
+    if args.eval_only:
+        run.restore(stored, trainable, buffers)
+        return {"weight": model[0].weight.tolist(), "step": stored["step"]}
+    at = run.load_training(stored, trainable, optimizer, scaler, buffers)
+    at.steps = 2 if args.dry_run else 4 * args.epochs
+    for batch in run.batches(Loader(), at):
+        optimizer.zero_grad(set_to_none=True)
+        with run.autocast():
+            loss = model(batch * (math.nan if at.step in bad else 1.0)).square().mean().float()
+        scaler.scale(loss).backward()
+        run.update(optimizer, trainable.values(), scaler, 1.0, loss=loss)
+        every(at.step)
+        due = run.tick(at, {"loss": loss}, samples=8, lr=args.lr,
+                       describe=lambda step=at.step: f"{step}.png")
+        if at.batch == 0:
+            run.log(at.step, "val", loss=float(loss))
+            if float(loss) < best:
+                best = float(loss)
+                run.save_training(at, trainable, None, None, buffers, "checkpoint_best.pt",
+                                  best=best)
+        if due:
+            run.save_training(at, trainable, optimizer, scaler, buffers, best=best)
+    return run.finish({"accuracy": torch.tensor(1.5)})
+
+
+def toy(folder, *flags, **options):
+    return main(get_args(["--output-dir", folder, *flags]), **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy") / "whole"
+    toy(folder)
+    return folder
+
+
+# -----------------------------------------------------------------------------
+# Choosing
+
+def test_the_device_asked_for_is_used_or_refused(monkeypatch, capsys):
+    for name in ("cuda", "npu", "mps"):
+        if device.KINDS[name].absent():
+            refused(lambda name=name: start(name), "--device", name, "cpu")
+    for nonsense in ("gpu", "auto:1", "cuda:x", "", "cpu:1"):
+        refused(lambda word=nonsense: start(word), "--device")
+    run = start()
+    assert capsys.readouterr().out.count("\n") == 1 and run.precision in ("fp32", "bf16", "fp16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    refused(lambda: start("cuda:7"), "cuda:7", "cuda:0 to cuda:1")
+
+    def busy(index):
+        raise RuntimeError(f"number {index}\nis busy")
+    monkeypatch.setattr(torch.cuda, "set_device", busy)
+    refused(lambda: start("cuda:1"), "cuda:1", "number 1 is busy")
+    for name, value in dict(WORLD_SIZE=3, RANK=1, LOCAL_RANK=1, MASTER_ADDR="localhost",
+                            MASTER_PORT=1).items():
+        monkeypatch.setenv(name, str(value))
+    refused(lambda: start("cuda:1"), "without a number")
+    refused(lambda: start("cuda"), "number 1 is busy")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as Slurm shows each its own
+    refused(lambda: start("cuda"), "number 0 is busy")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    refused(lambda: start("mps"), "mps", "torchrun")
+    monkeypatch.setenv("RANK", "zero")
+    refused(lambda: start("cpu"), "WORLD_SIZE", "torchrun")
+    monkeypatch.delenv("RANK")
+    refused(lambda: start("cpu"), "RANK", "torchrun")
+
+
+def test_a_broken_torch_npu_is_one_line(tmp_path):
+    """torch imports such a package by itself, as long as it is not told otherwise."""
+    (tmp_path / "torch_npu.py").write_text("raise OSError('libascendcl.so: cannot open')")
+    info = tmp_path / "torch_npu-2.6.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_npu\nVersion: 2.6\n")
+    (info / "entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:autoload\n")
+    code = ("import sys, device\n"
+            "sys.exit(device.guard(lambda name: device.start(name), lambda argv: sys.argv[1]))")
+    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}"}
+    refused(python(code, "npu", env=environment), "libascendcl.so", "torch_npu")
+    assert python(code, "cpu", env=environment).ok().out.startswith("device cpu")
+
+
+def test_the_precision_is_what_the_device_has(monkeypatch):
+    refused(lambda: start("cpu", "fp8"), "--precision", "fp8")
+    assert start("cpu").precision == "fp32"
+    gpu = torch.device("cuda", 0)  # an old GPU emulates bf16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True:
+                        including_emulation)
+    refused(lambda: device.pick_precision(gpu, "bf16"), "--precision", "cuda:0")
+    for capability, name in (((7, 5), "fp16"), ((6, 1), "fp32")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d, c=capability: c)
+        assert device.pick_precision(gpu, "auto")[0] == name
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert device.pick_precision(gpu, "auto")[0] == "bf16"
+    for version, has in (("2.7.1", False), ("2.8.0+cu128", True), ("2.10.0", True)):
+        monkeypatch.setattr(torch, "__version__", version)
+        assert ("fp16" in device.KINDS["mps"].precisions("cpu")) == has
+
+
+def test_autocast_attention_optimiser_and_workers_suit_device_and_precision(monkeypatch):
+    weight = torch.ones(4, 4)
+    for precision in ("fp32", "bf16", "fp16"):
+        run = start("cpu", precision)
+        with run.autocast():
+            assert F.linear(weight, weight).dtype == run.dtype == device.PRECISIONS[precision]
+        assert run.scaler().is_enabled() == (precision == "fp16")
+        assert run.fused_attention == (precision != "bf16") and run.fused_optimizer
+    assert run.loader_options(3)["workers"] == 3 and not run.loader_options()["pin_memory"]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    assert run.loader_options(-1)["workers"] == 1
+    mps = device.Run(torch.device("mps"), "fp32", 0, 1, 0)
+    assert not mps.fused_attention and mps.fused_optimizer is None
+    assert mps.loader_options(-1) == {"workers": 0, "pin_memory": False,
+                                      "multiprocessing_context": None}
+    assert mps.loader_options(1)["multiprocessing_context"] == "spawn"
+    assert torch.is_tensor(run.move(weight)) and len(run.move(weight, weight)) == 2
+    assert isinstance(run.move(torch.nn.Linear(2, 2)), torch.nn.Linear)
+
+
+def test_a_seed_repeats_all_generators():
+    def draws():
+        return random.random(), numpy.random.rand(), torch.rand(1).item()
+    run = start("cpu", seed=5)
+    first = draws()
+    assert draws() != first
+    run.enter(5)
+    assert draws() == first
+
+
+# -----------------------------------------------------------------------------
+# The update
+
+OPTIMIZERS = {
+    "adamw": lambda p, fused: torch.optim.AdamW(p, 0.1, weight_decay=0.1, fused=fused),
+    "sgd": lambda p, fused: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1, fused=fused)}
+
+
+@pytest.mark.parametrize("name, precision, fused", itertools.product(
+    OPTIMIZERS, ("fp32", "fp16"), (False, True)))
+def test_a_bad_step_changes_nothing(name, precision, fused):
+    """Weights, moments, decay, scale and buffers are those of a run without the bad steps."""
+    ends = {}
+    for bad in (False, True):
+        run = start("cpu", precision, seed=1)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+        optimizer, scaler = OPTIMIZERS[name](model.parameters(), fused), run.scaler()
+        run.load_training(None, {}, optimizer, scaler, dict(model.named_buffers()))
+        for step in range(6):
+            for how in ("loss", "gradient", "") if bad else ("",):
+                optimizer.zero_grad(set_to_none=True)
+                x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+                loss = model(x * (math.inf if how == "loss" else 1)).square().mean()
+                scaler.scale(loss).backward()
+                if how == "gradient":
+                    model[0].bias.grad[1] = math.nan
+                    loss = loss * math.nan if precision == "fp16" else None
+                moved = run.update(optimizer, model.parameters(), scaler, 0.5, loss=loss)
+                assert bool(moved) == (how == "")
+        ends[bad] = [model.state_dict(), optimizer.state_dict()["state"], scaler.state_dict()]
+    assert differences(*ends.values()) == []
+
+
+def test_the_update_unscales_and_clips_as_torch_does():
+    for clip in (0.0, 0.3):
+        ours, theirs = (torch.nn.Linear(3, 2) for _ in range(2))
+        theirs.load_state_dict(ours.state_dict())
+        run, x = start("cpu", "fp16"), torch.randn(4, 3)
+        scaler = run.scaler()
+        steps = [torch.optim.SGD(model.parameters(), 0.1) for model in (ours, theirs)]
+        scaler.scale(ours(x).square().mean()).backward()
+        run.update(steps[0], ours.parameters(), scaler, clip)
+        theirs(x).square().mean().backward()
+        if clip:
+            assert torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip) > clip
+        steps[1].step()
+        assert torch.allclose(ours.weight, theirs.weight, atol=1e-6)
+
+
+def test_the_loss_scale_is_that_of_torchs_scaler():
+    run, official = start("cpu", "fp16"), torch.amp.GradScaler("cpu")
+    scaler, p = run.scaler(), torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([p], 0.0)
+    stream, halved = random.Random(0), 0
+    for step in range(4500):
+        overflow = step < 3 or stream.random() < 0.0005
+        for ours in (scaler, official):
+            p.grad = torch.tensor(math.inf if overflow else 1.0)
+            if ours is scaler:
+                run.update(optimizer, [p], scaler, loss=torch.tensor(1.0))
+            else:
+                official.scale(torch.ones(()))
+                official.step(optimizer)
+                official.update()
+        halved += overflow
+        assert scaler.get_scale() == official.get_scale()
+    assert halved > 3 and official.get_scale() > 65536 / 2 ** halved, "and it grew"
+
+
+def test_bad_steps_are_named_and_the_third_in_a_row_stops(tmp_path, capsys):
+    toy(tmp_path / "a", bad=(1, 2, 4, 6))
+    said = capsys.readouterr().out
+    assert [f"{i}.png" in said for i in range(7)] == [i in (1, 2, 4, 6) for i in range(7)]
+    with pytest.raises(SafeStop, match=r"7\.png") as caught:
+        toy(tmp_path / "b", "--log-every", 100, bad=(1, 5, 6, 7))
+    assert caught.value.exit_code == 3
+    assert load_checkpoint(tmp_path / "b" / "checkpoint_last.pt")["step"] == 4
+    # The scale of fp16 is still falling: no failure until it can fall no more.
+    run, p = start("cpu", "fp16"), torch.nn.Parameter(torch.zeros(()))
+    optimizer, scaler, at = torch.optim.SGD([p], 0.1), run.scaler(), device.Place(steps=99)
+    with pytest.raises(SafeStop):
+        while True:
+            p.grad = torch.tensor(math.inf)
+            run.update(optimizer, [p], scaler, loss=torch.tensor(1.0))
+            run.tick(at, {}, 1)
+    assert at.step == 19  # 65536 = 2 ** 16 halvings, then three that count
+
+
+# -----------------------------------------------------------------------------
+# The folder
+
+def test_what_a_run_leaves(whole, monkeypatch):
+    names = sorted(path.name for path in whole.iterdir())
+    assert names == ["checkpoint_best.pt", "checkpoint_last.pt", "checkpoint_prev.pt",
+                     "command.txt", "config.json", "env.json", "log.txt", "metrics.jsonl",
+                     "results.json"]
+    config = json.loads((whole / "config.json").read_text())
+    assert config["epochs"] == 3 and config["identity"]["method"] == "toy"
+    assert json.loads((whole / "env.json").read_text())["torch"] == torch.__version__
+    assert sys.argv[0] in (whole / "command.txt").read_text()
+    assert {"seconds", "peak_memory_mb", "device", "precision", "processes", "git", "torch",
+            "samples_per_second"} < set(results(whole)) and results(whole)["accuracy"] == 1.5
+    log = (whole / "log.txt").read_text("utf-8").splitlines()
+    assert log[0].startswith("device cpu") and log[1].startswith(" 1/12  loss ")
+    for word in ("lr 0.1", "samples/s", "wait", "MB", "eta"):
+        assert word in log[1]
+    train, val = metrics(whole, "train"), metrics(whole, "val")
+    assert [row["step"] for row in val] == [4, 8, 12] and len(train) == 12
+    assert set(train[0]) == {"step", "epoch", "split", "loss", "lr", "samples_per_second",
+                             "data_wait", "memory_mb", "time"}
+    assert [row["epoch"] for row in train] == [1] * 4 + [2] * 4 + [3] * 4
+    assert load_checkpoint(whole / "checkpoint_last.pt")["format"] == "toy/2"
+
+
+def test_speed_wait_and_eta_are_of_training_alone(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    class Slow(Loader):
+        def __iter__(self):
+            for batch in super().__iter__():
+                now[0] += 1  # waiting for data
+                yield batch
+    run, args, p = start("cpu"), get_args(["--log-every", 2]), torch.nn.Parameter(torch.ones(1))
+    run.begin(tmp_path / "run", args, {"method": "toy"})
+    at, optimizer = device.Place(steps=8), torch.optim.SGD([p], 0.1)
+    for _ in run.batches(Slow(), at):
+        now[0] += 3
+        run.update(optimizer, [p], run.scaler())
+        run.tick(at, {"loss": 1.0}, samples=8)
+        now[0] += 1000  # validation and saving
+        run.log(at.step, "val", accuracy=1.0)
+    rows = metrics(tmp_path / "run", "train")
+    assert [row["samples_per_second"] for row in rows] == [2.0] * 4
+    assert [row["data_wait"] for row in rows] == [0.25] * 4
+    etas = [x.split("eta ")[1] for x in (tmp_path / "run/log.txt").read_text().splitlines()
+            if "eta " in x]
+    assert etas == ["0:00:24", "0:00:16", "0:00:08", "0:00:00"]
+    assert run.finish({})["samples_per_second"] == 2.0
+
+
+def test_a_folder_that_cannot_be_used_is_refused(whole, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(SystemExit):  # already the command line
+            toy(out)
+        assert "--output-dir" in capsys.readouterr().err
+    refused(lambda: toy(whole, "--resume", "none"), whole, "--overwrite", "--output-dir")
+    refused(lambda: toy(whole, "--lr", 0.5), "lr was 0.1, now 0.5", "--output-dir")
+    line = refused(lambda: toy(whole, "--epochs", 30), f"--weights {whole}", "--output-dir")
+    assert "lr" not in line
+    assert toy(whole, "--log-every", 7, "--device", "cpu")["seconds"] == results(whole)["seconds"]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"hidden_size": 4}')  # a downloaded model's
+    for more in ((), ("--overwrite",)):
+        refused(lambda more=more: toy(tmp_path / "model", *more), "config.json", "--output-dir")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o555)
+
+        def as_nobody():  # root may write anywhere
+            if os.geteuid() == 0:
+                os.setuid(65534)
+            refused(lambda: device.Run(torch.device("cpu"), "fp32", 0, 1, 0).begin(
+                folder, get_args(), {}), folder, "--output-dir")
+        assert in_child(as_nobody).code == 0
+
+
+def test_overwrite_and_a_dry_run_start_again(tmp_path):
+    toy(tmp_path / "run", "--epochs", 1)
+    (tmp_path / "run" / "mine.npy").write_text("kept")
+    toy(tmp_path / "run", "--epochs", 2, "--overwrite")
+    assert len(metrics(tmp_path / "run", "train")) == 8
+    assert (tmp_path / "run" / "mine.npy").exists()
+    for _ in range(2):
+        toy(tmp_path / "run", "--dry-run")
+    assert len(metrics(tmp_path / "run_dry_run", "train")) == 2
+    assert len(metrics(tmp_path / "run", "train")) == 8
+
+
+def test_eval_only_scores_the_best_and_claims_nothing(whole, tmp_path):
+    before = {path: path.read_bytes() for path in whole.iterdir()}
+    best = load_checkpoint(whole / "checkpoint_best.pt")
+    found = toy(whole, "--eval-only", "--lr", 0.7)  # a fair question
+    assert found["step"] == best["step"] and found["weight"] == best["weights"]["0.weight"].tolist()
+    path = whole / "checkpoint_last.pt"
+    assert toy(tmp_path / "none", "--eval-only", "--resume", path)["step"] == 12
+    assert before == {path: path.read_bytes() for path in whole.iterdir()}
+    assert not (tmp_path / "none").exists()
+    run = start("cpu")
+    identity = {"method": "toy", "model": "other", "weights": "c0de"}
+    refused(lambda: run.begin(whole, get_args(["--eval-only"]), identity), "model")
+    refused(lambda: run.begin(whole, get_args(["--eval-only"]), {**identity, "method": "x"}),
+            "--weights")
+    refused(lambda: run.restore(best, {"0.weight": torch.ones(3, 3)}), "--model")
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints
+
+KILLS = [(device.os, "replace", n) for n in (1, 4, 9, 10, 11, 12)] + [
+    (device.os, "fsync", n) for n in (2, 6, 7, 8)] + [(torch, "save", n) for n in (1, 3, 4)]
+
+
+@pytest.mark.parametrize("owner, name, number", KILLS)
+def test_a_kill_inside_any_write_resumes_to_the_same_bits(whole, tmp_path, owner, name, number):
+    def dying():
+        at_call(owner, name, number, die)
+        toy(tmp_path / "run", "--save-every", 3)
+    assert in_child(dying).code == 128 + signal.SIGKILL
+    toy(tmp_path / "run", "--save-every", 3)
+    same_run(whole, tmp_path / "run", ("checkpoint_last.pt", "checkpoint_best.pt"))
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("step", [0, 4, 7])
+def test_a_kill_between_writes_resumes_to_the_same_bits(whole, tmp_path, step):
+    assert in_child(lambda: toy(tmp_path, every=lambda at: die() if at == step else None)).code > 128
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')  # killed in the middle of a line
+    toy(tmp_path, "--workers", 3)
+    same_run(whole, tmp_path, ("checkpoint_last.pt", "checkpoint_best.pt"))
+
+
+def test_a_checkpoint_of_another_folder_goes_on_with_its_best(whole, tmp_path):
+    def stop(at):
+        if at == 9:
+            raise KeyError
+    with pytest.raises(KeyError):
+        toy(tmp_path / "a", every=stop)
+    last = tmp_path / "a" / "checkpoint_last.pt"
+    refused(lambda: toy(tmp_path / "b", "--resume", last, "--lr", 0.5), "lr", "--output-dir")
+    assert not (tmp_path / "b").exists()
+    toy(tmp_path / "b", "--resume", last)
+    for name in ("checkpoint_last.pt", "checkpoint_best.pt"):
+        ours, theirs = (load_checkpoint(folder / name) for folder in (tmp_path / "b", whole))
+        assert differences(ours["weights"], theirs["weights"]) == []
+    assert [row["step"] for row in metrics(tmp_path / "b", "train")] == [9, 10, 11, 12]
+    assert "eta" in (tmp_path / "b" / "log.txt").read_text().splitlines()[2]
+
+
+def test_each_kind_of_damage_is_named_and_the_previous_one_steps_in(tmp_path, capsys):
+    toy(tmp_path / "run", "--epochs", 2)
+    last, before = (tmp_path / "run" / f"checkpoint_{name}.pt" for name in ("last", "prev"))
+    good = last.read_bytes()
+    for kind, path in damaged_files(tmp_path / "bad", last).items():
+        assert refused(lambda path=path: load_checkpoint(path), path.name)
+        last.write_bytes(path.read_bytes())
+        run = start("cpu")
+        stored = run.load(last)
+        assert stored["step"] == 4 and last.name in capsys.readouterr().out, kind
+    last.unlink()  # the instant between the two renames
+    assert run.load(last)["step"] == 4
+    before.unlink()
+    assert run.load(last) is None
+    refused(lambda: load_checkpoint(tmp_path), tmp_path)
+    torch.save([1], last)
+    refused(lambda: load_checkpoint(last), last.name, "list")
+    last.write_bytes(good)
+    canary = tmp_path / "canary"
+    torch.save({"x": Payload(canary)}, before)
+    refused(lambda: load_checkpoint(before), before.name)
+    assert not canary.exists()
+
+
+def test_what_would_not_load_again_or_is_not_finite_is_not_saved(tmp_path):
+    run = start("cpu")
+    path = tmp_path / "a_last.pt"
+    run.save(path, {"good": 1})
+    for bad in (numpy.float64(1), numpy.ones(2), path, types.SimpleNamespace(), {numpy.int64(1): 1},
+                lambda: 0):
+        with pytest.raises(TypeError, match=r"state\['deep'\]\[0\]"):
+            run.save(path, {"deep": [bad]})
+    for bad in (math.nan, math.inf):
+        with pytest.raises(SafeStop, match=r"state\['model'\]\['w'\]"):
+            run.save(path, {"model": {"w": torch.tensor([1.0, bad])}})
+    assert load_checkpoint(path) == {"good": 1}
+    run.save(path, {"view": torch.ones(10 ** 6)[:2], "empty": torch.ones(0), "best": -math.inf})
+    assert path.stat().st_size < 10_000 and load_checkpoint(path)["best"] == -math.inf
+
+
+def test_a_full_disk_stops_safely_and_keeps_the_old_checkpoint(tmp_path):
+    result = python(
+        "import resource, sys, torch, pathlib; from device import guard, start\n"
+        "def main(path):\n"
+        "    run = start('cpu')\n"
+        "    run.save(path, {'n': 1})\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
+        "    run.save(path, {'w': torch.ones(1_000_000)})\n"
+        "sys.exit(guard(main, lambda argv: sys.argv[1]))", tmp_path / "a_last.pt")
+    assert result.code == 3 and result.err.count("\n") == 1 and "intact" in result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["a_last.pt"]
+    assert load_checkpoint(tmp_path / "a_last.pt") == {"n": 1}
+
+
+# -----------------------------------------------------------------------------
+# Signals and exits
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_a_second_exits_at_once(whole, tmp_path, number):
+    def one(at):
+        if at == 5:
+            os.kill(os.getpid(), number)
+
+    def two(at):
+        one(at)
+        one(at)
+
+    def run(folder, every):
+        return guard(lambda args: main(args, every=every), get_args, ["--output-dir", str(folder)])
+    stopped = in_child(run, tmp_path / "one", one)
+    assert stopped.code == 128 + number and "--resume auto" in stopped.out
+    assert load_checkpoint(tmp_path / "one" / "checkpoint_last.pt")["step"] == 6
+    toy(tmp_path / "one")
+    same_run(whole, tmp_path / "one")
+    assert in_child(run, tmp_path / "two", two).code == 128 + number
+    assert load_checkpoint(tmp_path / "two" / "checkpoint_last.pt")["step"] == 4
+
+
+def test_handlers_go_back_even_when_the_loop_is_left_early():
+    def handlers():
+        return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    run, before = start("cpu"), handlers()
+    for _ in run.batches(Loader(), device.Place(steps=9)):
+        assert handlers() != before
+        break
+    assert handlers() == before
+
+
+class OwnError(Exception):
+    exit_code = 2
+
+
+@pytest.mark.parametrize("error, code, said", [
+    (None, 0, ""), (UserError("wrong,\nexpected"), 2, "error: wrong, expected\n"),
+    (OwnError("mine"), 2, "error: mine\n"), (SafeStop("nan"), 3, "error: nan\n"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried"), 3, "--micro-batch"),
+    (RuntimeError("MPS backend out of memory (MPS allocated: 1)"), 3, "--micro-batch"),
+    (MemoryError(), 3, "out of memory"), (KeyboardInterrupt(), 130, "interrupted"),
+    (KeyboardInterrupt(signal.SIGTERM), 143, "SIGTERM"),
+    (BrokenPipeError("a worker's"), 3, "has ended"), (ZeroDivisionError("a bug"), 1, "Traceback")])
+def test_exit_codes_are_real(error, code, said, capsys):
+    def failing(args):
+        if error:
+            raise error
+    assert guard(failing, lambda argv: types.SimpleNamespace(debug=False), []) == code
+    text = capsys.readouterr().err
+    assert said in text if said else text == ""
+    assert ("Traceback" in text) == (code == 1)
+    guard(failing, lambda argv: None, ["--debug"])
+    assert ("Traceback" in capsys.readouterr().err) == (error is not None)
+
+
+TALKER = """
+import sys
+from device import guard, start
+def main(args):
+    print(chr(0x732b))
+    run = start("cpu")
+    say = run.say if sys.argv[1] == "run" else print
+    for n in range(3000):
+        say(f"{chr(0x732b)} {n} " + "x" * 50)
+    open(sys.argv[2], "w").write("done")
+sys.exit(guard(main, lambda argv: None))
+"""
+
+
+@pytest.mark.parametrize("who, code", [("run", 0), ("tool", 141)])
+def test_a_closed_pipe_ends_a_tool_and_not_a_run(tmp_path, who, code):
+    child = subprocess.Popen([sys.executable, "-c", TALKER, who, str(tmp_path / "end")],
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.readline()
+    child.stdout.close()  # as `| head -1` does
+    assert child.wait(timeout=60) == code and child.stderr.read() == b""
+    child.stderr.close()
+    assert (tmp_path / "end").exists() == (code == 0)
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
+                  "PYTHONIOENCODING": "ascii:strict"}
+    assert r"\u732b 2999" in python(TALKER, who, tmp_path / "end", env=ascii_only).ok().out
+
+
+def test_progress_is_for_terminals_only(capsys, monkeypatch):
+    run = start("cpu")
+    capsys.readouterr()
+    run.progress(1, 9, "encoding")
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    run.progress(1, 9, "encoding")
+    run.say("done")
+    assert capsys.readouterr().out == "\rencoding 1/9\r" + " " * 12 + "\rdone\n"
+
+
+# -----------------------------------------------------------------------------
+# The command line
+
+def test_the_command_line_takes_other_spellings_and_a_stored_run(whole):
+    assert get_args(["--output_dir=x", "--learning_rate", "2"]).lr == 2
+    args = get_args(["--config", whole / "config.json", "--epochs", 16, "--seed", 3])
+    assert (args.output_dir, args.epochs, args.seed) == (str(whole), 16, 3)
+    again = get_args(["--config", whole / "config.json"])
+    stored = json.loads((whole / "config.json").read_text())
+    assert {**vars(again), "config": None} == {
+        **{key: stored[key] for key in stored if key != "identity"}}
+    several = Parser()
+    device.add_run_flags(several, several_seeds=True)
+    assert several.parse_args(["--seed", "1", "2"]).seed == [1, 2]
+
+
+@pytest.mark.parametrize("words, names", [
+    (["--output-dri", "x"], ["--output-dir"]), (["--outp", "x"], ["--outp"]),
+    (["--optim", "sgd"], ["--optim", "AdamW"]), (["--config", "none.json"], ["--config"]),
+    (["--lr", "0"], ["--lr"]), (["--lr", "nan"], ["--lr"]), (["--lr", "x"], ["--lr"]),
+    (["--epochs", "1.5"], ["--epochs"]), (["--epochs", "0"], ["--epochs"]),
+    (["--seed", str(2 ** 32)], ["--seed"]), (["--workers", "-2"], ["--workers"]),
+    (["--resume", "true"], ["--resume"]), (["--precision", "fp8"], ["--precision"])])
+def test_a_wrong_command_line_gets_one_line(words, names, capsys):
+    with pytest.raises(SystemExit) as caught:
+        get_args(words)
+    text = capsys.readouterr().err
+    assert caught.value.code == 2 and text.count("\n") == 1 and all(x in text for x in names)
+
+
+def test_the_doctor_finds_this_cpu_right(tmp_path):
+    report = json.loads(cli("-m", "tools.doctor", "--device", "cpu", "--seconds", 0,
+                            "--json").ok().out)
+    cpu, = report["devices"]
+    assert len(cpu["rows"]) == 6 and not any(row["wrong"] for row in cpu["rows"])
+    assert all(row["error"] < 5e-4 for row in cpu["rows"] if row["precision"] == "fp32")
+    assert cpu["verdict"].endswith("--device cpu --precision fp32") and cpu["transfer"] is None
+    refused(cli("-m", "tools.doctor", "--device", "npu:99"), "--device")
