@@ -77,9 +77,9 @@ def main(args, bad=(), every=lambda step: None):
         due = run.tick(at, {"loss": loss}, samples=8, lr=args.lr,
                        describe=lambda step=at.step: f"{step}.png")
         if at.batch == 0:
-            run.log(at.step, "val", loss=float(loss))
-            if float(loss) < best:
-                best = float(loss)
+            run.log(at.step, "val", loss=loss.item())
+            if loss.item() < best:
+                best = loss.item()
                 run.save_training(at, trainable, None, None, buffers, "checkpoint_best.pt",
                                   best=best)
         if due:
@@ -201,8 +201,8 @@ OPTIMIZERS = {
     "sgd": lambda p, fused: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1, fused=fused)}
 
 
-@pytest.mark.parametrize("name, precision, fused", itertools.product(
-    OPTIMIZERS, ("fp32", "fp16"), (False, True)))
+@pytest.mark.parametrize("name, precision, fused", [*itertools.product(
+    OPTIMIZERS, ("fp32", "fp16"), (False, True))])
 def test_a_bad_step_changes_nothing(name, precision, fused):
     """Weights, moments, decay, scale and buffers are those of a run without the bad steps."""
     ends = {}
@@ -549,9 +549,8 @@ TALKER = """
 import sys
 from device import guard, start
 def main(args):
-    print(chr(0x732b))
-    run = start("cpu")
-    say = run.say if sys.argv[1] == "run" else print
+    print(chr(0x732b), flush=True)
+    say = start("cpu").say if sys.argv[1] == "run" else print
     for n in range(3000):
         say(f"{chr(0x732b)} {n} " + "x" * 50)
     open(sys.argv[2], "w").write("done")
