@@ -319,9 +319,9 @@ def read(name_or_path, activation=None):
             state = {name: t for name, t in state.items() if not name.startswith("bert.pooler.")}
         state = spread_embedding(state, known.get("vocab_size", 49_408))
         if not (activation or "activation" in known or kind == "TorchScript archive"
-                or layout == "chinese_clip") and "visual.class_embedding" in state:
-            notes.append("the file does not say its activation and QuickGELU, OpenAI's, was taken; "
-                         "models trained by LAION need --activation gelu")
+                or layout == "chinese_clip") and "logit_scale" in state:
+            notes.append("the file does not say its activation and heads: OpenAI's were taken, "
+                         "QuickGELU and 64 wide; models trained by LAION need --activation gelu")
         known["activation"] = activation or known.get("activation", "quick_gelu")
         vocabulary, name = card.get("vocabulary"), card.get("origin", {}).get("name")
         return Source(state, known, {
