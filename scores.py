@@ -19,30 +19,27 @@ from data import class_prompts, DataError, make_loader, normalise
 
 BATCH = 128            # images, or texts, encoded at a time; nothing is kept for a gradient
 BLOCK = 2 ** 24        # similarities held at a time, 64 MB in fp32
+NEVER = 10 ** 9        # the rank of what is not found
 
 
 # -----------------------------------------------------------------------------
 # Features of a set
 
 def image_features(run, model, images):
-    """Unit features (m, D) of pixels (m, 3, S, S), 0..255; or of what an image tower makes of them
-    before its head (m, F), as `frozen_features` keeps it. With gradient where it is enabled."""
+    """Unit features (m, D) of pixels (m, 3, S, S), 0..255, or of what `frozen_features` keeps of
+    them (m, F). With gradient where it is enabled."""
     images = run.move(images)
-    if images.ndim == 2:
-        return unit(project(images, image_head(model)))
+    if images.ndim == 2:  # a ModifiedResNet's head is a part of its pool
+        pool = getattr(model.visual, "attnpool", None)
+        return unit(project(images, pool.c_proj if pool else model.visual.proj))
     return model.encode_image(normalise(images, model.image_mean, model.image_std), normalize=True)
-
-
-def image_head(model):
-    """The projection of the image tower; a ModifiedResNet's is a part of its pool."""
-    return model.visual.attnpool.c_proj if hasattr(model.visual, "attnpool") else model.visual.proj
 
 
 @torch.no_grad()
 def encode_images(run, model, images, batch_size=BATCH, workers=-1, pooled=False, what="images"):
-    """Encode a data set of (image, label, index), an ImageSet or `pairs.image_items()` -> unit
-    features (n, D), labels (n,), in the order of the set. pooled: what the head would get instead,
-    (n, F). An image that cannot be read has label -1 and features that are not numbers."""
+    """Encode an ImageSet, or `pairs.image_items()` -> unit features (n, D), labels (n,), in the
+    order of the set. pooled: what the head would get instead, (n, F). An image that cannot be read
+    has label -1 and features of nan."""
     loader = make_loader(images, batch_size * run.world_size, shuffle=False, rank=run.rank,
                          world_size=run.world_size, **run.loader_options(workers))
     rows = []
@@ -80,31 +77,33 @@ def encode_texts(run, model, tokenizer, texts, max_text=None):
 
 def frozen_features(run, model, pairs, folder, tower, batch_size=BATCH, workers=-1):
     """What the image tower makes of every image before its head, (n, F), kept in `folder` for the
-    next run. tower: the digest of its weights; with the data's fingerprint and what makes pixels
-    it names the file. NaN where an image cannot be read; DataError if those are too many."""
+    next run under a name made of `tower`, the digest of its weights, of the data's fingerprint and
+    of what makes pixels. nan where an image cannot be read; DataError if those are too many."""
     look = {name: repr(value) for name, value in sorted(vars(pairs.transform).items())}
     identity = json.dumps([tower, pairs.fingerprint, pairs.split, pairs.paths, look, run.precision])
     key = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()[:24]
     path = pathlib.Path(folder) / f"{key}.features.pt"
-    stored = run.load(path)
-    if stored:
+    if stored := run.load(path):
         run.say(f"{pairs.split} features of the frozen image tower from {path}")
-        return stored["features"]
-    features, positions = encode_images(run, model, pairs.image_items(), batch_size, workers, True,
-                                        f"{pairs.split} images once")
-    pairs.refuse_losses((positions < 0).nonzero()[:, 0].tolist(), "they do not decode")
-    run.save(path, {"features": features})
-    return features
+    else:
+        features, positions = encode_images(run, model, pairs.image_items(), batch_size, workers,
+                                            True, f"{pairs.split} images once")
+        stored = {"features": features.nan_to_num(), "lost": positions < 0}
+        pairs.refuse_losses(stored["lost"].nonzero()[:, 0].tolist(), "they do not decode")
+        run.save(path, stored)
+    return stored["features"].masked_fill(stored["lost"][:, None], math.nan)
 
 
 # -----------------------------------------------------------------------------
 # Retrieval
 
-def embed(run, model, pairs, tokenizer, batch_size=BATCH, workers=-1, max_text=None, pooled=None):
+def embed(run, model, pairs, tokenizer, batch_size=BATCH, workers=-1, max_text=None, pooled=None,
+          texts=None):
     """A set of pairs as a search task (see PairSet.retrieval) -> unit features of its images (n, D)
     and texts (M, D), and relevant (R, 2): which text belongs to which image. Images that cannot be
-    read are left out with the texts that have no other; DataError if they are too many.
-    pooled: their `frozen_features`, which spare the image tower."""
+    read are left out with the texts that have no other; DataError if they are too many. What a
+    frozen tower gives need not be computed again: pooled, the `frozen_features` of the images;
+    texts, `encode_texts` of the task's texts."""
     task = pairs.retrieval()
     if pooled is None:
         image, positions = encode_images(run, model, task.images.image_items(), batch_size, workers,
@@ -115,24 +114,25 @@ def embed(run, model, pairs, tokenizer, batch_size=BATCH, workers=-1, max_text=N
             image = torch.cat([image_features(run, model, rows).float().cpu()
                                for rows in pooled.split(BATCH * 8)])
         readable = ~pooled.isnan().any(dim=1)
-    text = encode_texts(run, model, tokenizer, task.texts, max_text)
-    relevant = task.relevant
+    text, relevant = texts, task.relevant
+    if texts is None:
+        text = encode_texts(run, model, tokenizer, task.texts, max_text)
     if not readable.all():
         task.images.refuse_losses((~readable).nonzero()[:, 0].tolist(), "they do not decode")
         seen = readable[relevant[:, 1]]
         asks = torch.ones(len(text), dtype=torch.bool)
         asks[relevant[~seen, 0]] = False
         asks[relevant[seen, 0]] = True
-        relevant = torch.stack([(asks.cumsum(0) - 1)[relevant[seen, 0]],
-                                (readable.cumsum(0) - 1)[relevant[seen, 1]]], dim=1)
         image, text = image[readable], text[asks]
+        place = asks.cumsum(0) - 1, readable.cumsum(0) - 1   # among what is left
+        relevant = torch.stack([place[k][relevant[seen, k]] for k in (0, 1)], dim=1)
     return image, text, relevant
 
 
-def retrieval(run, model, pairs, tokenizer, args, pooled=None):
-    """`recall_at_k` of held-out pairs, and of how many "images" and "captions"."""
+def retrieval(run, model, pairs, tokenizer, args, **kept):
+    """`recall_at_k` of held-out pairs, and of how many "images" and "captions"; kept: see embed."""
     image, text, relevant = embed(run, model, pairs, tokenizer, workers=args.workers,
-                                  max_text=getattr(args, "max_text", None), pooled=pooled)
+                                  max_text=getattr(args, "max_text", None), **kept)
     return {**recall_at_k(image, text, relevant), "images": len(image), "captions": len(text)}
 
 
@@ -141,7 +141,7 @@ def recall_at_k(image_features, text_features, owner, ks=(1, 5, 10), chunk=1024)
     owner[j], or `owner` has (R, 2) pairs of a text and an image -> dict in % of queries: i2t_r1,
     ..., t2i_r10, mean_recall (of them), rsum (their sum), and i2t_median_rank, t2i_median_rank, 1
     being best. The rules are those of `retrieval_ranks`."""
-    ranks = retrieval_ranks(image_features, text_features, owner, chunk, max(ks))
+    ranks = retrieval_ranks(image_features, text_features, owner, chunk)
     return {**recalls(ranks, ks), **{f"{way}_median_rank": float(np.median(rank[rank >= 0] + 1))
                                      for way, rank in ranks.items()}}
 
@@ -158,32 +158,36 @@ def recalls(ranks, ks=(1, 5, 10), weights=None):
     return {**found, "mean_recall": total / len(found), "rsum": total}
 
 
-def retrieval_ranks(image_features, text_features, owner, chunk=1024, least_never=10):
+def retrieval_ranks(image_features, text_features, owner, chunk=1024):
     """The rank of the first right answer to each query, 0 being best, features and `owner` as for
-    recall_at_k -> {"i2t": (N,), "t2i": (M,)} numpy int64.
+    recall_at_k -> {"i2t": (N,), "t2i": (M,)} numpy int64. At most 64 MB of scores at a time.
 
     As in the papers, a query counts as found or not: an image if any of its texts is among the
     first k. Rank: the number of strictly higher scores and of equal ones with a smaller index; a
-    score that is not a number is never a hit. Scores are fp32, a block of at most `chunk` queries
-    and 64 MB at a time. An image without text is in the gallery but asks nothing (-1); a text
-    without image asks in vain. These are also the rules of Chinese-CLIP's evaluation programs.
-    """
+    score that is not a number is never a hit. An image without text is in the gallery but asks
+    nothing (-1); a text without image asks in vain. Chinese-CLIP's programs have the same rules."""
     images, texts = image_features.detach().float(), text_features.detach().float()
     owner = torch.as_tensor(owner, dtype=torch.long).cpu()
-    relevant = owner if owner.ndim == 2 else torch.stack((torch.arange(len(owner)), owner), dim=1)
+    relevant = text_image_pairs(owner)
     if not len(owner) or relevant.shape[1:] != (2,) or images.shape[1:] != texts.shape[1:] or (
             owner.ndim == 1 and len(owner) != len(texts)) or relevant.min() < 0 or (
             relevant.amax(dim=0) >= torch.tensor([len(texts), len(images)])).any():
         raise DataError(f"images {tuple(images.shape)}, texts {tuple(texts.shape)}, owner "
                         f"{tuple(owner.shape)}: expected (N, D), (M, D), and M numbers below N, or "
                         f"(R, 2) pairs of a text and an image")
-    found = {"i2t": first_ranks(images, texts, relevant.flip(1), chunk, least_never),
-             "t2i": first_ranks(texts, images, relevant, chunk, least_never)}
+    found = {"i2t": first_ranks(images, texts, relevant.flip(1), chunk),
+             "t2i": first_ranks(texts, images, relevant, chunk)}
     found["i2t"][np.bincount(relevant[:, 1], minlength=len(images)) == 0] = -1
     return found
 
 
-def first_ranks(queries, gallery, relevant, chunk, least_never):
+def text_image_pairs(owner):
+    """`owner` as recall_at_k takes it -> (R, 2)."""
+    owner = torch.as_tensor(owner)
+    return owner if owner.ndim == 2 else torch.stack((torch.arange(len(owner)), owner), dim=1)
+
+
+def first_ranks(queries, gallery, relevant, chunk):
     """(Q,) of `retrieval_ranks` one way; relevant (R, 2): a query and a row of the gallery."""
     places, ranks = torch.arange(len(gallery), device=gallery.device), []
     asking, wanted = relevant.unbind(dim=1)
@@ -196,8 +200,7 @@ def first_ranks(queries, gallery, relevant, chunk, least_never):
         best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
         first = torch.where(right & (scores == best), places, len(gallery)).amin(dim=1)
         ahead = (scores > best) | (scores == best) & (places < first[:, None])
-        never = max(len(gallery), least_never)
-        ranks.append(torch.where(first < len(gallery), ahead.sum(dim=1), never).cpu())
+        ranks.append(torch.where(first < len(gallery), ahead.sum(dim=1), NEVER).cpu())
     return torch.cat(ranks).numpy()
 
 
@@ -206,11 +209,9 @@ def bootstrap(ranks, owner, draws=1000, seed=0):
     1979), each with its texts -> {name: (draws,)}. A text counts with its first image, one without
     any by itself. Models on one test set are drawn alike, so that the difference of two arrays is
     that of two models on the same images."""
-    owner = torch.as_tensor(owner)
-    relevant = owner if owner.ndim == 2 else torch.stack((torch.arange(len(owner)), owner), dim=1)
     images, texts = len(ranks["i2t"]), len(ranks["t2i"])
     first = np.full(texts, images)
-    np.minimum.at(first, relevant[:, 0].numpy(), relevant[:, 1].numpy())
+    np.minimum.at(first, *text_image_pairs(owner).T.numpy())
     alone = first == images
     first[alone] += np.arange(alone.sum())
     size, stream, found = images + int(alone.sum()), np.random.RandomState(seed), []
@@ -221,9 +222,8 @@ def bootstrap(ranks, owner, draws=1000, seed=0):
 
 
 def top_k(queries, gallery, k=10, chunk=1024):
-    """The k best of `gallery` (N, D) for each of `queries` (Q, D), best first -> scores (Q, k) in
-    fp32 and places (Q, k), k at most N. Of equal scores the smaller place is first, as after a
-    stable sort; one that is not a number comes last. At most 64 MB of scores at a time."""
+    """The k (at most N) best of `gallery` (N, D) for each of `queries` (Q, D), best first -> scores
+    (Q, k) in fp32, places (Q, k). Of equal scores the smaller place is first; nan is last."""
     queries, gallery = queries.detach().float(), gallery.detach().float()
     if not len(gallery) or queries.shape[1:] != gallery.shape[1:] or k < 1:
         raise DataError(f"queries {tuple(queries.shape)}, gallery {tuple(gallery.shape)}, k {k}: "
@@ -247,18 +247,15 @@ def top_k(queries, gallery, k=10, chunk=1024):
 # Classification
 
 def zero_shot_weights(encode, prompts_per_class, chunk=256):
-    """encode(list of str) -> (n, D); one prompt or several per class -> (C, D), unit rows.
-
-    The mean of the unit vectors, made a unit vector again (Radford et al. 2021, section 3.1.4).
-    """
+    """encode(list of str) -> (n, D); one prompt or several per class -> (C, D): the mean of the
+    unit vectors of each class, made a unit vector again (Radford et al. 2021, section 3.1.4)."""
     groups = [[group] if isinstance(group, str) else list(group) for group in prompts_per_class]
     if not groups or not all(groups):
         raise DataError("each class needs at least one prompt")
     prompts = [prompt for group in groups for prompt in group]
     features = torch.cat([encode(prompts[i:i + chunk]) for i in range(0, len(prompts), chunk)])
-    features = features / features.norm(dim=-1, keepdim=True)
-    means = torch.stack([part.mean(dim=0) for part in features.split([len(g) for g in groups])])
-    return means / means.norm(dim=-1, keepdim=True)
+    parts = unit(features).split([len(group) for group in groups])
+    return unit(torch.stack([part.mean(dim=0) for part in parts]))
 
 
 def zero_shot(run, model, images, tokenizer, templates, args):
@@ -285,16 +282,13 @@ def classify(run, model, images, text_features, args):
 
 
 def classification_scores(predictions, labels, classes):
-    """predictions, labels: (N,) ints; label -1 (unreadable image) is left out -> dict of
+    """predictions, labels: (N,) ints; label -1 (an unreadable image) does not count -> dict of
 
-    accuracy    % right
-    macro_f1    %, mean F1 over the classes that occur in `labels`; one never predicted counts 0
-    per_class   % right of each class, None if it does not occur
-    confusion   (C, C) int64 array, rows = truth
-    scored, skipped    how many images counted, how many had label -1
-    """
-    predictions, labels = (np.asarray(values, dtype=np.int64).reshape(-1)
-                           for values in (predictions, labels))
+    accuracy, macro_f1 %, F1 over the classes that occur in `labels`; one never predicted counts 0
+    per_class          % right of each class, None if it does not occur
+    confusion          (C, C) int64 array, rows = truth
+    scored, skipped    how many images counted, how many did not"""
+    predictions, labels = (np.asarray(x, dtype=np.int64) for x in (predictions, labels))
     counted = labels >= 0
     predictions, truth = predictions[counted], labels[counted]
     if not len(truth):
@@ -305,7 +299,6 @@ def classification_scores(predictions, labels, classes):
     present = actual > 0
     f1 = 2 * right[present] / (actual + predicted)[present]
     return {"accuracy": 100 * float(right.sum()) / len(truth),
-            "macro_f1": 100 * float(f1.mean()),
+            "macro_f1": 100 * float(f1.mean()), "confusion": confusion,
             "per_class": [100 * int(r) / int(a) if a else None for r, a in zip(right, actual)],
-            "confusion": confusion,
             "scored": len(truth), "skipped": int((~counted).sum())}
