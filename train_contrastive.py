@@ -31,7 +31,8 @@ Losses (`--loss`) of N pairs, cos = image @ text.T of unit rows, z = scale * cos
 
 AdamW, weight decay on all but gains and biases, warm-up and cosine (`--schedule`); the scale is
 learned and stays in [1, 100]. After each epoch the held-out pairs are scored; checkpoint_best.pt
-has the weights of the best mean recall, checkpoint_last.pt everything to go on from.
+has the weights of the best mean recall, which are tested, and checkpoint_last.pt everything to go
+on from. Both, and what --export writes, can be the --weights of another run.
 
 Different from common practice, with the reason:
 - an epoch takes every image once, with one of its captions (`--captions all`: every caption), and
@@ -62,7 +63,8 @@ from clip_model import HEADS, text_pieces
 from data import open_dataset, Preprocess, require_words
 from device import guard, number, Parser, run_folder, run_identity, SafeStop, UserError, whole
 from large_batch import by_rows, info_nce, together, TwoPass
-from pairs import add_pair_flags, FeatureLoader, identities, make_pair_loader, open_pairs
+from pairs import (add_pair_flags, FeatureLoader, identities, make_pair_loader, open_pairs,
+                   PairBatches)
 from scores import embed, frozen_features, image_features, recall_at_k, zero_shot
 from tokenizer import for_model
 
@@ -107,7 +109,7 @@ def batch_loss(run, model, image, text, ids, counts, args):
     if args.positives == "diag":
         ids = places[:, None]  # each pair belongs to itself alone
     terms = {}
-    if "infonce" in args.loss:
+    if "infonce" in args.loss:  # 1/2N sum_i (logsumexp_j z_ij - z_ii), and the same of columns
         terms["infonce"] = info_nce(run, image, texts, scale, at, ids, args.positives)
     if args.loss == "siglip":
         rows = functools.partial(siglip, ids=ids, positives=args.positives)
@@ -165,7 +167,8 @@ def check_grad(run, model, batch, counts, args):
             f"{float(run.sum(losses['loss'])):.7g}, largest error of {len(errors)} tensors "
             f"{errors[worst]:.1e} in {worst}")
     if not errors[worst] <= (1e-4 if run.precision == "fp32" else 5e-2):
-        raise SafeStop("the gradients differ")
+        raise SafeStop("the gradients differ; where all features are alike, as of an untrained "
+                       "ResNet, rounding does that")
     return {"check_grad_error": errors[worst], "check_grad_worst": worst}
 
 
@@ -181,7 +184,7 @@ def side_of(name):
 
 def freeze(model, names):
     """Freeze the parameters that --freeze names: image, text, or how a name begins. The heads stay
-    trainable. UserError if a name matches none, or if nothing is left."""
+    trainable. UserError if a name matches none."""
     parameters = dict(model.named_parameters())
     for wanted in names:
         hit = [p for name, p in parameters.items() if side_of(name) != "head" and (
@@ -195,6 +198,7 @@ def freeze(model, names):
 
 
 def frozen(model, side):
+    """Whether nothing of the image or text tower trains, the head aside."""
     return not any(p.requires_grad for name, p in model.named_parameters() if side_of(name) == side)
 
 
@@ -245,12 +249,12 @@ def evaluate(run, model, pairs, pooled, tokenizer, args):
     scores = recall_at_k(image, text, relevant)
     first = torch.full((len(image),), len(text)).scatter_reduce_(
         0, relevant[:, 1], relevant[:, 0], "amin")           # one caption of each image
-    image, text = image[first < len(text)], text[first[first < len(text)]]
-    loss, scale = 0.0, float(model.logit_scale.detach().exp())
-    for some in torch.arange(len(image)).split(64):
-        z, at = scale * image[some] @ text[some].T, torch.arange(len(some))
-        loss += len(some) * float(F.cross_entropy(z, at) + F.cross_entropy(z.T, at)) / 2
-    return {**scores, "loss": loss / len(image), "images": len(image), "captions": len(text)}
+    asks = first < len(text)
+    loss, scale = 0.0, model.logit_scale.detach().exp().cpu()
+    for rows, columns in zip(image[asks].split(64), text[first[asks]].split(64)):
+        z, at = scale * rows @ columns.T, torch.arange(len(rows))
+        loss += len(rows) * float(F.cross_entropy(z, at) + F.cross_entropy(z.T, at)) / 2
+    return {**scores, "loss": loss / int(asks.sum()), "images": len(image), "captions": len(text)}
 
 
 def log_scores(run, step, split, scores):
@@ -334,12 +338,13 @@ def name_images(pairs, used):
 @dataclasses.dataclass
 class Data:
     """What a run reads: the training pairs, and the held-out ones with their features if kept."""
+    name: str
     tokenizer: object
-    loader: object = None
-    tokens: torch.Tensor | None = None   # (M, L) of all training captions
-    ids: torch.Tensor | None = None      # (M, 2), see pairs.identities
     val: tuple | None = None             # (PairSet, kept features or None)
     test: tuple | None = None
+    loader: object = None                # of the training pairs, if there is training
+    tokens: torch.Tensor | None = None   # (M, L) of all their captions
+    ids: torch.Tensor | None = None      # (M, 2), see pairs.identities
 
 
 def open_model(args):
@@ -388,65 +393,77 @@ def open_labelled(run, args, model):
 
 
 def prepare(run, model, sets, tokenizer, folder, args):
-    """Tokens, loader, caches -> Data. What was noticed about the data is said."""
-    train, data, cache = sets["train"], Data(tokenizer), folder / "cache"
-    data.tokens = tokenizer(train.captions, context_length=args.max_text)
-    data.ids = identities(train)
-    keep = frozen(model, "image") and not args.crop and not (args.check_grad or args.eval_only)
-    pooled, options = {}, run.loader_options(args.workers)
-    for split, pairs in sets.items():
-        if keep and pairs:
-            pooled[split] = frozen_features(run, model, pairs, cache,
-                                            weights.digest(model, "image"), workers=args.workers)
-        elif pairs and split != "test" and not (args.check_grad or args.eval_only):
-            pairs.cache(run, model.config.image_size * 8 // 7, cache,
-                        int(args.cache_gb * 2 ** 30), options["workers"])
-    for note in dict.fromkeys(note for pairs in sets.values() if pairs for note in pairs.notes):
+    """Loader, tokens, caches -> Data. What was noticed about the data is said."""
+    train, data = sets["train"], Data(sets["train"].name, tokenizer)
+    cache = (folder if args.output_dir else folder.parent) / "cache"  # runs share the latter
+    options, still, pooled = run.loader_options(args.workers), frozen(model, "image"), {}
+    training = not args.eval_only and not args.check_grad
+    keep = training and still and not args.crop
+    tower = weights.digest(model, "image") if keep else None
+    for split in filter(sets.get, sets):
+        if keep:
+            pooled[split] = frozen_features(run, model, sets[split], cache, tower,
+                                            workers=args.workers)
+        elif training and split != "test":
+            sets[split].cache(run, model.config.image_size * 8 // 7, cache,
+                              int(args.cache_gb * 2 ** 30), options["workers"])
+    data.val, data.test = ((sets[split], pooled.get(split)) if sets[split] else None
+                           for split in ("val", "test"))
+    notes = [note for pairs in sets.values() if pairs for note in pairs.notes]
+    notes += data.test[0].retrieval().notes if data.test else []
+    if data.val and (not data.test or data.test[0].paths == data.val[0].paths):
+        data.test = data.val
+        notes.append("NOTE: there are no test pairs, so the best epoch is chosen and reported on "
+                     "the same val images, and the score flatters")
+    if training and still and args.crop:
+        notes.append("with --crop 0 the frozen image tower would see each image only once")
+    for note in dict.fromkeys(notes):
         run.say(note)
-    if args.workers < 0 and train.pixels is not None:
-        options["workers"], options["multiprocessing_context"] = 0, None  # there is little to do
+    if args.eval_only:
+        return data
+    if args.workers < 0 and train.pixels is not None:  # decoded: little is left to do
+        options["workers"], options["multiprocessing_context"] = 0, None
     data.loader = make_pair_loader(train, args.batch_size, args.seed, args.captions, run.rank,
                                    run.world_size, **options)
     if keep:
         data.loader = FeatureLoader(data.loader, pooled["train"])
-    data.val, data.test = ((sets[split], pooled.get(split)) if sets[split] else None
-                           for split in ("val", "test"))
-    if data.val and not data.test:
-        data.test = data.val
-        run.say("NOTE: there are no test pairs, so the best epoch is chosen and scored on the same "
-                "val images: the score flatters")
+    data.tokens = tokenizer(train.captions, context_length=args.max_text)
+    data.ids = identities(train)
+    run.say(f"{len(data.loader)} steps an epoch of {args.batch_size} pairs, ln B "
+            f"{math.log(args.batch_size):.3f}, lr {args.lr:g}; {tokenizer.truncated} captions cut "
+            f"to {args.max_text} tokens, {len(data.ids) - len(data.ids[:, 1].unique())} repeat "
+            f"another")
     return data
 
 
 # -----------------------------------------------------------------------------
 # A run
 
-def report(run, model, data, labelled, folder, at, args):
-    """Score the model on the test pairs; export it; write and return what the run found."""
+def report(run, model, data, labelled, folder, at, tested, args):
+    """Score the weights of step `tested`, export them, write and return what the run found."""
     scores = evaluate(run, model, *data.test, data.tokenizer, args) if data.test else {}
     if labelled:
         scores["zero_shot_accuracy"] = zero_shot(run, model, labelled, data.tokenizer, None,
                                                  args)["accuracy"]
     if scores:
-        log_scores(run, at.step, "test", scores)
+        log_scores(run, tested, "test", scores)
     if args.export:
         export(run, model, data.tokenizer, folder, args)
     trainable = [p for p in model.parameters() if p.requires_grad]
     results = run.finish({
-        "method": "contrastive", "data": data.loader.dataset.name, "model": model.origin["name"],
-        **scores, "scale": float(model.logit_scale.detach().exp()), "steps": at.step,
+        "method": "contrastive", "data": data.name, "model": model.origin["name"], **scores,
+        "scale": float(model.logit_scale.detach().exp()), "steps": at.step, "tested_step": tested,
         "epochs": at.epoch, "batch_size": args.batch_size,
         "trainable_parameters": sum(p.numel() for p in trainable),
         "trainable_tensors": len(trainable), "dry_run": args.dry_run})
-    words = "dry run, no result: " * args.dry_run
+    words = ["dry run, no result"] * args.dry_run
     if data.test:
-        words += (f"{scores['images']} images, image to text R@1 {scores['i2t_r1']:.1f} R@5 "
-                  f"{scores['i2t_r5']:.1f} R@10 {scores['i2t_r10']:.1f}, text to image "
-                  f"{scores['t2i_r1']:.1f} {scores['t2i_r5']:.1f} {scores['t2i_r10']:.1f} %, loss "
-                  f"{scores['loss']:.4f}; ")
+        words.append("{images} images, image to text R@1 {i2t_r1:.1f} R@5 {i2t_r5:.1f} R@10 "
+                     "{i2t_r10:.1f}, text to image {t2i_r1:.1f} {t2i_r5:.1f} {t2i_r10:.1f} %, "
+                     "loss {loss:.4f}".format(**scores))
     if labelled:
-        words += f"zero-shot {scores['zero_shot_accuracy']:.1f} % of {labelled.name}; "
-    run.say(f"{words}{results['samples_per_second']:.4g} pairs/s")
+        words.append(f"zero-shot {scores['zero_shot_accuracy']:.1f} % of {labelled.name}")
+    run.say("; ".join([*words, f"{results['samples_per_second']:.4g} pairs/s"]))
     return results
 
 
@@ -465,33 +482,32 @@ def main(args):
     tokenizer = for_model(model, args.tokenizer)
     args.max_text = min(args.max_text, model.config.context_length)
     sets, labelled = open_splits(args, model), open_labelled(run, args, model)
-    words = hashlib.sha256(json.dumps(tokenizer.facts(), sort_keys=True).encode()).hexdigest()
-    identity = run_identity(args, but=("zero_shot", "tokenizer", "check_grad"), data=sets["train"]
-                            .fingerprint, method="contrastive", model=model.origin["name"],
-                            weights=model.origin["sha256"], vocabulary=words[:16])
+    if not args.eval_only:  # refuses a batch that is larger than the data
+        PairBatches(sets["train"], args.batch_size, captions=args.captions)
     folder = run_folder(args, "contrastive", f"{sets['train'].name}_{model.origin['name']}")
+    words = hashlib.sha256(json.dumps(tokenizer.facts(), sort_keys=True).encode()).hexdigest()
+    identity = run_identity(args, but=("preset", "zero_shot", "tokenizer", "check_grad"),
+                            method="contrastive", data=sets["train"].fingerprint,
+                            model=model.origin["name"], weights=model.origin["sha256"],
+                            vocabulary=words[:16])
     stored = finished = None
     if not args.check_grad:
         stored, finished = run.begin(folder, args, identity)
     if args.eval_only and not stored and not model.origin["sha256"]:
         raise UserError(f"--eval-only finds no checkpoint in {folder} and --weights gives no "
                         f"weights; name the run with --output-dir, or the weights")
-    kept, buffers = kept_state(model)
     if finished:
         if args.export:
-            run.restore(run.load("checkpoint_best.pt") or stored, kept, buffers)
+            run.restore(run.load("checkpoint_best.pt") or stored, *kept_state(model))
             export(run, model, tokenizer, folder, args)
         return finished
     model = run.move(model).fuse_attention(run.fused_attention)
+    free = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    run.say(f"{model.origin['name']}: {free:,} of {sum(p.numel() for p in model.parameters()):,} "
+            f"weights train")
     for note in model.origin["notes"]:
         run.say(note)
     data = prepare(run, model, sets, tokenizer, folder, args)
-    free = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    run.say(f"{model.origin['name']}: {free:,} of {sum(p.numel() for p in model.parameters()):,} "
-            f"weights train, {len(data.loader)} steps an epoch of {args.batch_size} pairs, ln B "
-            f"{math.log(args.batch_size):.3f}, lr {args.lr:g}; {tokenizer.truncated} captions cut "
-            f"to {args.max_text} tokens, {len(data.ids) - len(data.ids[:, 1].unique())} repeat "
-            f"another")
     if args.check_grad:
         images, used, _ = next(iter(data.loader))
         return check_grad(run, model, (images, data.tokens[used], data.ids[used]),
@@ -501,13 +517,13 @@ def main(args):
         if stored:
             run.restore(stored, *kept_state(model))
             at = device.Place(stored["epoch"], stored["batch"], stored["step"])
-        return report(run, model, data, labelled, folder, at, args)
-    at = train(run, model, data, stored, args)
+        return report(run, model, data, labelled, folder, at, at.step, args)
+    at, tested = train(run, model, data, stored, args), None
     if best := run.load("checkpoint_best.pt"):
         run.restore(best, *kept_state(model))
-        run.say(f"testing the weights of step {best['step']}, the best mean recall on val")
-        at = device.Place(best["epoch"], best["batch"], best["step"])
-    return report(run, model, data, labelled, folder, at, args)
+        tested = best["step"]
+        run.say(f"testing the weights of step {tested}, the best mean recall on val")
+    return report(run, model, data, labelled, folder, at, tested or at.step, args)
 
 
 # -----------------------------------------------------------------------------
@@ -607,8 +623,9 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     args.preset = args.preset or (
         "clip-scratch" if args.weights in (None, "none") else "clip-finetune")
-    demo = DEMO if args.data == "demo" and args.preset == "clip-scratch" else {}
-    for name, value in {**DEFAULTS, **demo, **PRESETS[args.preset]}.items():
+    plain = not (args.weights or args.image_tower or args.text_tower) and (
+        args.data, args.preset, args.model or "tiny") == ("demo", "clip-scratch", "tiny")
+    for name, value in {**DEFAULTS, **(DEMO if plain else PRESETS[args.preset])}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     if args.triplet_weight is None:

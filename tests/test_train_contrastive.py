@@ -1,0 +1,564 @@
+"""train_contrastive: its losses and its step against their definitions, the recipe, presets, what
+is refused before any work, kept features, best weights, learning."""
+import dataclasses
+import functools
+import math
+import shutil
+import types
+
+import helpers
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import attempt, checkpoint, metrics, refused, run_main
+
+import device
+import train_contrastive
+import weights
+from clip_model import BERTS, bert_fields, CLIP, CONFIGS
+from pairs import open_pairs
+from train_contrastive import add_gradient, batch_loss, get_args, parameter_groups, training_mode
+
+SCRIPT = "train_contrastive"
+POSITIVES = ("diag", "mask", "multi")
+LOSSES = [("infonce", "hardest"), ("siglip", "hardest"), ("triplet", "sum"),
+          ("triplet", "hardest"), ("triplet", "semi-hard"), ("infonce+triplet", "hardest")]
+
+
+@pytest.fixture(scope="module")
+def run():
+    return device.start("cpu", "fp32")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return helpers.scenes(tmp_path_factory.mktemp("scenes") / "pairs", 24, 12)
+
+
+def flags(folder, *more):
+    """A run of tiny towers with dropout in the text's: 24 images in batches of 8, two epochs."""
+    return helpers.with_defaults([
+        ("--data", folder), ("--image-tower", "tiny-vit:none"), ("--text-tower", "tiny-bert:none"),
+        ("--tokenizer", folder / "vocab.txt"), ("--embed-dim", 16), ("--batch-size", 8),
+        ("--micro-batch", 3), ("--crop", 0.9), ("--epochs", 2), ("--workers", 0),
+        ("--device", "cpu"), ("--log-every", 1)], more)
+
+
+def options(**changes):
+    """The method's flags, with plain defaults."""
+    return types.SimpleNamespace(**{"loss": "infonce", "positives": "mask", "triplet": "hardest",
+                                    "triplet_weight": 0.3, "margin": 0.2, "micro_batch": 0,
+                                    **changes})
+
+
+# -----------------------------------------------------------------------------
+# The losses against their definitions, in float64
+
+def pairs_of(n, dim=7, seed=0):
+    """Unit rows of images and of texts near them, and ids (n, 2) with partners in either column."""
+    generator = torch.Generator().manual_seed(seed)
+    image, text = (F.normalize(torch.randn(n, dim, dtype=torch.float64, generator=generator), dim=1)
+                   for _ in range(2))
+    ids = torch.stack([torch.arange(n) // 2, torch.arange(n) % 7], dim=1)
+    return image, F.normalize(text + 0.7 * image, dim=1), ids
+
+
+def defined(image, text, ids, scale, bias, args):
+    """The loss on the whole N x N matrix, as the papers write it."""
+    n = len(image)
+    eye = torch.eye(n, dtype=torch.bool)
+    same = eye if args.positives == "diag" else eye | (ids[:, None] == ids).any(dim=2)
+    total = 0.0
+    for cosine in (image @ text.T, text @ image.T):
+        if "infonce" in args.loss:
+            z = scale * cosine
+            if args.positives == "mask":
+                z = z.masked_fill(same & ~eye, -math.inf)
+            wanted = same if args.positives == "multi" else eye
+            mean = torch.where(wanted, z.log_softmax(dim=1), 0).sum(dim=1) / wanted.sum(dim=1)
+            total = total - mean.sum() / (2 * n)
+        if "triplet" in args.loss:
+            for i in range(n):
+                far = cosine[i][~same[i]]
+                if args.triplet == "semi-hard":
+                    far = far[far < cosine[i, i]]
+                if args.triplet != "sum":
+                    far = far.sort().values[-1:]
+                total = total + args.triplet_weight * (args.margin + far - cosine[i, i]).clamp(
+                    min=0).sum() / n
+    if args.loss == "siglip":
+        wanted = same if args.positives == "multi" else eye
+        counted = torch.ones_like(eye) if args.positives != "mask" else ~same | eye
+        z = torch.where(wanted, 1.0, -1.0) * (scale * image @ text.T + bias)
+        total = -F.logsigmoid(z)[counted].sum() / n
+    return total
+
+
+def gradients(loss, *tensors):
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    value = loss(*leaves)
+    found = torch.autograd.grad(value, leaves, allow_unused=True)
+    return [value.detach(), *(torch.zeros_like(x) if g is None else g
+                              for x, g in zip(leaves, found))]
+
+
+def largest(ones, others):
+    return max(float((a - b).abs().max()) for a, b in zip(ones, others, strict=True))
+
+
+def script_loss(run, image, text, ids, scale, bias, args):
+    model = types.SimpleNamespace(logit_scale=scale.log(), logit_bias=bias)
+    return batch_loss(run, model, image, text, ids, [len(image)], args)["loss"]
+
+
+@pytest.mark.parametrize("loss, kind", LOSSES)
+def test_losses_and_gradients_are_those_of_the_definition(run, loss, kind):
+    """150 pairs, more than are taken at once; and 6, where semi-hard finds none for some."""
+    for n in (150, 6):
+        image, text, ids = pairs_of(n)
+        scale, bias = (torch.tensor(x, dtype=torch.float64) for x in (9.0, -3.0))
+        values = {}
+        for positives in POSITIVES:
+            args = options(loss=loss, triplet=kind, positives=positives)
+            truth, ours = (gradients(lambda i, t, s, b, f=f, k=ids, a=args: f(i, t, k, s, b, a),
+                                     image, text, scale, bias)
+                           for f in (defined, functools.partial(script_loss, run)))
+            assert largest(ours, truth) < 1e-12, (n, positives)
+            values[positives] = round(float(truth[0]), 9)
+        if n == 150:
+            assert values["diag"] != values["mask"]
+            assert (values["mask"] != values["multi"]) == (loss != "triplet")
+
+
+def test_siglip_is_open_clips(run):
+    theirs = pytest.importorskip("open_clip.loss").SigLipLoss()
+    image, text, ids = pairs_of(150)
+    inputs = image, text, *(torch.tensor(x, dtype=torch.float64) for x in (14.0, -10.0))
+    args = options(loss="siglip", positives="diag")
+    ours = gradients(lambda i, t, s, b: script_loss(run, i, t, ids, s, b, args), *inputs)
+    assert largest(ours, gradients(theirs, *inputs)) < 1e-12
+
+
+# -----------------------------------------------------------------------------
+# The step
+
+def model_of(dtype=torch.float64, dropout=0.0, config="tiny-vit", **changes):
+    """A random CLIP with a BERT of 30 words, and a SigLIP bias."""
+    text = dataclasses.replace(BERTS["tiny-bert"], vocab_size=30, dropout=dropout,
+                               attention_dropout=dropout)
+    torch.manual_seed(0)
+    model = CLIP(dataclasses.replace(CONFIGS[config], **bert_fields(text), **changes))
+    model.logit_bias = torch.nn.Parameter(torch.tensor(-2.0))
+    return helpers.perturb(model.to(dtype), by=0.05, where=lambda *_: True).train()
+
+
+def batch_of(model, n=11, seed=2):
+    """uint8 images, tokens of 3 to 9 words with their padding, ids with partners."""
+    generator, size = torch.Generator().manual_seed(seed), model.config.image_size
+    images = torch.randint(0, 256, (n, 3, size, size), generator=generator, dtype=torch.uint8)
+    tokens = torch.randint(4, 30, (n, 12), generator=generator)
+    lengths = torch.randint(3, 10, (n,), generator=generator)
+    tokens[torch.arange(12) >= lengths[:, None]] = 0
+    return images, tokens, pairs_of(n)[2]
+
+
+def pixels(model, images):
+    mean, std = (torch.tensor(x)[:, None, None] for x in (model.image_mean, model.image_std))
+    return ((images.float() / 255 - mean) / std).to(model.logit_scale.dtype)
+
+
+def step(run, model, batch, args, counts=None, scaler=None):
+    model.zero_grad(set_to_none=True)
+    losses = add_gradient(run, model, *batch, counts or [len(batch[0])], args,
+                          scaler or run.scaler(), 5)
+    run.sum_gradients(list(model.parameters()))
+    return losses, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def whole(model, batch, args):
+    """Both towers on the whole batch in plain autograd, then the loss as defined."""
+    images, tokens, ids = batch
+    model.zero_grad(set_to_none=True)
+    image, text, scale = model(pixels(model, images), tokens)
+    loss = defined(image, text, ids, scale, model.logit_bias, args)
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()
+                           if p.grad is not None}
+
+
+def error(ours, theirs):
+    """The largest difference of two gradients, relative to the largest entry."""
+    assert set(ours) >= set(theirs)
+    return largest([ours[n] for n in theirs], list(theirs.values())) / max(
+        float(g.abs().max()) for g in theirs.values())
+
+
+@pytest.fixture
+def in_double(monkeypatch):
+    """Pixels in float64: the script's own are fp32, as are its weights."""
+    real = train_contrastive.image_features
+
+    def doubled(run, model, images):
+        return model.encode_image(pixels(model, images), normalize=True) if images.ndim == 4 else (
+            real(run, model, images))
+    monkeypatch.setattr(train_contrastive, "image_features", doubled)
+
+
+@pytest.mark.parametrize("loss", ["infonce", "siglip", "infonce+triplet"])
+def test_pieces_give_the_gradient_of_the_whole_batch(run, in_double, loss):
+    """11 pairs in pieces of 1, of 7 and 4, and in one; every parameter, scale and bias too."""
+    model = model_of()
+    batch, args = batch_of(model), options(loss=loss)
+    value, theirs = whole(model, batch, args)
+    assert theirs["logit_scale"].abs() > 1e-3 and ("logit_bias" in theirs) == (loss == "siglip")
+    for args.micro_batch in (1, 7, 0):
+        losses, ours = step(run, model, batch, args)
+        assert abs(losses["loss"] - value) < 1e-12 and error(ours, theirs) < 1e-12
+        terms = sum(x for name, x in losses.items() if name != "loss")
+        assert torch.isclose(terms, losses["loss"]) and len(losses) == 2 + ("+" in loss)
+
+
+def test_processes_give_the_gradient_of_one(in_double):
+    """Two processes and three, with partners across them, in pieces."""
+    model = model_of()
+    batch = batch_of(model)
+    truth = {loss: whole(model, batch, options(loss=loss, positives=p)) for loss, p in (
+        ("infonce+triplet", "multi"), ("siglip", "mask"))}
+
+    def work(rank):
+        run = device.start("cpu", "fp32")
+        mine = [torch.arange(r, 11, run.world_size) for r in range(run.world_size)]
+        for (loss, (value, theirs)), positives in zip(truth.items(), ("multi", "mask")):
+            args = options(loss=loss, positives=positives, micro_batch=2)
+            share = [x[mine[run.rank]] for x in batch]
+            losses, ours = step(run, model, share, args, [len(x) for x in mine])
+            assert abs(run.sum(losses["loss"]) - value) < 1e-12 and error(ours, theirs) < 1e-12
+    for count in (2, 3):
+        for result in helpers.processes(count, work):
+            result.ok()
+
+
+def test_dropout_is_the_same_in_both_passes_of_a_step(run, in_double):
+    """The finite slope of the loss along the gradient: another dropout would give another loss."""
+    model = model_of(dropout=0.3)
+    batch, args = batch_of(model), options(micro_batch=4)
+    found, ends = step(run, model, batch, args)[1], []
+    for h in (1e-6, -2e-6):
+        with torch.no_grad():
+            for name, gradient in found.items():
+                model.get_parameter(name).add_(gradient * h)
+        ends.append(step(run, model, batch, args)[0]["loss"])
+    slope = sum((g * g).sum() for g in found.values())
+    assert float((ends[0] - ends[1]) / 2e-6) == pytest.approx(float(slope), rel=1e-5)
+
+
+def test_a_loss_scale_scales_everything_alike(run):
+    model = model_of(torch.float32)
+    batch, args = batch_of(model), options(loss="siglip", micro_batch=3)
+    losses, plain = step(run, model, batch, args)
+    scaler = device.Scaler(run.device, True)
+    again, scaled = step(run, model, batch, args, scaler=scaler)
+    assert again["loss"] == losses["loss"]
+    for name, gradient in plain.items():
+        assert torch.allclose(scaled[name] / scaler.get_scale(), gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_kept_features_give_the_gradient_of_the_images(run):
+    model = model_of(torch.float32)
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.startswith("visual.") or name == "visual.proj")
+    images, *rest = batch = batch_of(model)
+    with torch.no_grad():
+        kept = model.pooled_image(pixels(model, images))
+    ours = step(run, model, (kept, *rest), options(micro_batch=4))[1]
+    assert "visual.proj" in ours
+    assert error(ours, step(run, model, batch, options(micro_batch=4))[1]) < 1e-5
+
+
+def test_batch_norm_moves_only_where_one_piece_is_the_batch(pairs, run, tmp_path):
+    model = model_of(torch.float32, config="tiny-rn", image_size=32)
+    assert not training_mode(model, True) and model.visual.bn1.training
+    assert training_mode(model, False) and not model.visual.bn1.training
+    args, batch = options(), batch_of(model)
+    theirs = step(run, model, batch, args)[1]
+    assert error(step(run, model, batch, options(micro_batch=4))[1], theirs) < 1e-5
+    for micro, moves in ((3, False), (0, True)):
+        folder = tmp_path / str(micro)
+        run_main(SCRIPT, *flags(pairs, "--image-tower", "tiny-rn:none", "--micro-batch", micro,
+                                "--output-dir", folder))
+        means = [x for n, x in checkpoint(folder)["buffers"].items() if "running_mean" in n]
+        assert means and all(bool(mean.any()) == moves for mean in means)
+    model.visual.requires_grad_(False)
+    training_mode(model, True)
+    assert not any(m.training for m in model.visual.modules()) and model.bert.training
+
+
+# -----------------------------------------------------------------------------
+# The recipe
+
+def test_all_decay_but_gains_and_biases_and_towers_have_their_rates():
+    model = model_of(torch.float32, proj="mlp")
+    args = types.SimpleNamespace(lr=1.0, image_lr=2.0, text_lr=3.0, wd=0.5, tower_wd=0.25)
+    found = {id(p): (group["lr"], group["weight_decay"])
+             for group in parameter_groups(model, args) for p in group["params"]}
+    assert len(found) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        head = name.startswith(("visual.proj.", "text_projection.", "logit_"))
+        lr = 1.0 if head else 2.0 if name.startswith("visual.") else 3.0
+        wd = 0.0 if p.ndim < 2 else 0.5 if head else 0.25
+        assert found[id(p)] == (lr, wd), name
+    tables = ("visual.positional_embedding", "bert.embeddings.word_embeddings.weight")
+    assert all(found[id(model.get_parameter(name))][1] for name in tables)  # as in the paper
+
+
+@pytest.mark.parametrize("schedule, factors", [
+    ("cosine", [0.5 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]),
+    ("linear", [1, 0.75, 0.5, 0.25]), ("constant", [1] * 4)])
+def test_rates_and_scale_of_a_run(pairs, tmp_path, schedule, factors):
+    """Six steps, 40 % of which, 2.4, are a warm-up of two. The scale meets its ends at this lr."""
+    result = run_main(SCRIPT, *flags(pairs, "--warmup", 0.4, "--lr", 0.9, "--schedule", schedule,
+                                     "--output-dir", tmp_path))
+    rows = metrics(tmp_path, "train")
+    assert [row["lr"] for row in rows] == pytest.approx([0.9 * x for x in (0.5, 1, *factors)])
+    assert all(1 <= row["scale"] < 100.001 for row in rows) and 1 <= result["scale"] < 100.001
+    assert [row["ln_batch"] for row in rows] == pytest.approx([math.log(8)] * 6)
+
+
+@pytest.mark.parametrize("names, held", [
+    (["image"], lambda n: n.startswith("visual.") and n != "visual.proj"),
+    (["text"], lambda n: n.startswith("bert.")),
+    (["visual.ln_p", "bert.embeddings"],
+     lambda n: n.startswith(("visual.ln_pre.", "visual.ln_post.", "bert.embeddings")))])
+def test_what_is_frozen_does_not_move_and_all_else_does(pairs, tmp_path, names, held):
+    run_main(SCRIPT, *flags(pairs, "--freeze", *names, "--warmup", 0, "--epochs", 1,
+                            "--export", "safetensors", "--output-dir", tmp_path))
+    torch.manual_seed(1)
+    before = weights.load(None, "tiny-vit:none", "tiny-bert:none", embed_dim=16).state_dict()
+    after = weights.load(tmp_path / "export" / "clip.safetensors").state_dict()
+    for name, tensor in before.items():  # keys' biases do not change a softmax
+        assert torch.equal(tensor, after[name]) == held(name) or "key.bias" in name, name
+
+
+def test_batches_of_any_size_train(pairs, tmp_path):
+    """Odd, and the whole data set at once."""
+    for size in (7, 24):
+        result = run_main(SCRIPT, *flags(pairs, "--batch-size", size, "--output-dir",
+                                         tmp_path / str(size)))
+        assert result["steps"] == 2 * (24 // size) and math.isfinite(result["loss"])
+
+
+# -----------------------------------------------------------------------------
+# Command lines
+
+PRESETS = [
+    ([], dict(preset="clip-scratch", model="tiny", weights="auto", zero_shot="demo")),
+    (["--data", "x"], dict(lr=5e-4, wd=0.2, batch_size=256, beta2=0.98, seed=1, captions="one",
+                           weights="none", crop=0.6, embed_dim=512, triplet_weight=0.1)),
+    (["--data", "x", "--weights", "ViT-B/32"], dict(preset="clip-finetune", lr=1e-5, warmup=0.1)),
+    (["--preset", "clip-finetune"], dict(lr=1e-5, wd=0.1, weights="auto", grad_clip=1.0)),
+    (["--preset", "clip-roberta", "--lr", "2e-5"],
+     dict(lr=2e-5, schedule="linear", batch_size=64, seed=42, captions="all", crop=0.0)),
+    (["--preset", "simple-clip", "--positives", "diag"],
+     dict(loss="infonce+triplet", image_lr=1e-4, text_lr=1e-5, lr=1e-3, wd=1e-3, tower_wd=0.0,
+          proj="mlp", embed_dim=256, squash=True, positives="diag")),
+    (["--loss", "triplet"], dict(triplet_weight=1.0)),
+    (["--model_name_or_path", "w", "--num-train-epochs=3", "--max_seq_length", "32"],
+     dict(weights="w", epochs=3, max_text=32))]
+
+
+@pytest.mark.parametrize("words, wanted", PRESETS)
+def test_what_a_command_line_means(words, wanted):
+    args = get_args(words)
+    wanted.pop("model", None)
+    assert {name: getattr(args, name) for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("words, name", [
+    (["--do-train"], "--eval-only"), (["--fp16"], "--precision"), (["--optim", "adamw"], "AdamW"),
+    (["--per_device_train_batch_size", "8"], "--batch-size"),
+    (["--accum-steps", "2"], "--micro-batch"),
+    (["--batch-size", "1"], "--batch-size"), (["--lr", "0"], "--lr"), (["--crop", "2"], "--crop"),
+    (["--loss", "moein"], "--loss"), (["--local-negatives"], "--local-negatives")])
+def test_flags_that_are_refused(words, name):
+    refused(attempt(SCRIPT, *words), name)
+
+
+def test_what_is_refused_before_any_work(pairs, tmp_path):
+    """Nothing is left behind by any of them."""
+    folder = tmp_path / "no"
+    for more, name in (
+            (["--eval-only"], "--eval-only"), (["--export", "openai"], "openai"),
+            (["--freeze", "vision"], "vision"), (["--zero-shot", "nowhere"], "nowhere"),
+            (["--tokenizer", helpers.ROOT / "assets/tiny_vocab/bytebpe"], "--tokenizer"),
+            (["--resume", tmp_path / "x.pt"], "x.pt"),
+            (["--image-tower", "no-such-net"], "no-such-net"), (["--batch-size", 25], "24")):
+        refused(attempt(SCRIPT, *flags(pairs, *more, "--output-dir", folder)), name)
+        assert not folder.exists(), more
+
+
+@pytest.mark.parametrize("more", [
+    ["--loss", "siglip", "--positives", "multi"], ["--loss", "triplet", "--triplet", "semi-hard"],
+    ["--loss", "infonce+triplet", "--captions", "all"], ["--micro-batch", 0],
+    ["--precision", "bf16"]])
+def test_check_grad_holds(pairs, tmp_path, more):
+    result = attempt(SCRIPT, *flags(pairs, "--check-grad", *more, "--output-dir", tmp_path / "no"))
+    assert "8 pairs in pieces of" in result.ok().out and "pieces of 8" not in result.out
+    assert not (tmp_path / "no").exists()
+
+
+def test_check_grad_finds_a_wrong_gradient(pairs, monkeypatch):
+    real = train_contrastive.text_pieces
+
+    def mixed(tokens, size, pad):
+        pieces, places = real(tokens, size, pad)
+        return pieces, places.flip(0) if len(pieces) > 1 else places
+    monkeypatch.setattr(train_contrastive, "text_pieces", mixed)
+    assert attempt(SCRIPT, *flags(pairs, "--check-grad")).code == 3
+
+
+def test_the_clip_roberta_preset_from_end_to_end(pairs, tmp_path):
+    """Every caption, a linear schedule, no crop."""
+    words = flags(pairs, "--preset", "clip-roberta", "--epochs", 1, "--output-dir", tmp_path)
+    del words[words.index("--crop"):words.index("--crop") + 2]
+    result = run_main(SCRIPT, *words)
+    assert result["steps"] == 6 and result["captions"] == 24  # 48 captions, 8 a step
+    assert [row["lr"] for row in metrics(tmp_path, "train")] == pytest.approx(
+        [5e-5 * (1 - i / 6) for i in range(6)])
+
+
+def test_the_simple_clip_preset_from_end_to_end(pairs, tmp_path):
+    """A torchvision backbone, squashed pixels, MLP heads: all of it comes back from the file."""
+    result = run_main(SCRIPT, *flags(
+        pairs, "--preset", "simple-clip", "--image-tower", "squeezenet1_0:none", "--max-steps", 2,
+        "--export", "safetensors", "--output-dir", tmp_path))
+    assert result["steps"] == 2
+    for row in metrics(tmp_path, "train"):
+        assert row["triplet"] > 0 and row["loss"] == pytest.approx(
+            row["infonce"] + row["triplet"], rel=1e-5)
+    for name in ("export/clip.safetensors", "checkpoint_best.pt"):
+        model = weights.load(tmp_path / name)
+        assert (model.config.proj, model.config.backbone) == ("mlp", "squeezenet1_0")
+        assert model.image_resize == "squash"
+
+
+# -----------------------------------------------------------------------------
+# Runs
+
+@pytest.fixture(scope="module")
+def finished(pairs, tmp_path_factory):
+    """A SigLIP run whose best epoch is the first: afterwards the rate is far too high."""
+    folder = tmp_path_factory.mktemp("finished")
+    words = flags(pairs, "--loss", "siglip", "--export", "safetensors")
+    return words, folder, run_main(SCRIPT, *words, "--output-dir", folder)
+
+
+def test_the_best_weights_are_what_is_tested_and_exported(pairs, finished):
+    words, folder, results = finished
+    scores = [row["mean_recall"] for row in metrics(folder, "val")]
+    assert results["mean_recall"] == max(scores) and len(scores) == 2
+    best = checkpoint(folder, "checkpoint_best.pt")
+    model = weights.load(folder / "export" / "clip.safetensors")
+    for name, tensor in best["weights"].items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert model.logit_bias.item() != -10  # SigLIP's, trained and kept
+    again = run_main(SCRIPT, *words, "--eval-only", "--output-dir", folder)
+    loaded = run_main(SCRIPT, *flags(pairs, "--loss", "siglip", "--image-tower", folder,
+                                     "--text-tower", folder, "--eval-only"))
+    for key in ("mean_recall", "loss"):
+        assert again[key] == pytest.approx(results[key]), key
+        assert loaded["mean_recall"] == results["mean_recall"]
+    assert again["steps"] == results["tested_step"] == best["step"] and results["steps"] == 6
+
+
+def test_any_file_of_a_run_is_weights_for_the_next(pairs, finished, tmp_path):
+    _, folder, results = finished
+    for name in ("checkpoint_best.pt", "export/clip.safetensors", "."):
+        scores = run_main(SCRIPT, "--data", pairs, "--weights", folder / name, "--eval-only",
+                          "--device", "cpu", "--workers", 0, "--output-dir", tmp_path)
+        assert scores["mean_recall"] == results["mean_recall"]
+
+
+def test_best_weights_come_along_when_a_checkpoint_is_named(pairs, tmp_path, monkeypatch):
+    """The best is of the first epoch; the run goes on in another folder and does not lose it."""
+    values = iter([50.0, 10.0, 10.0])
+    real = train_contrastive.evaluate
+    monkeypatch.setattr(train_contrastive, "evaluate", lambda *args: {
+        **real(*args), "mean_recall": next(values)})
+    words = flags(pairs, "--save-every", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_contrastive, "report", lambda *args: {})
+        run_main(SCRIPT, *words, "--output-dir", tmp_path / "one")
+    middle = shutil.copy(tmp_path / "one" / "checkpoint_prev.pt", tmp_path / "one" / "middle.pt")
+    assert checkpoint(tmp_path / "one", "middle.pt")["step"] == 5
+    values = iter([20.0, 50.0])
+    result = run_main(SCRIPT, *words, "--resume", middle, "--output-dir", tmp_path / "two")
+    assert result["tested_step"] == 3 < result["steps"] == 6
+    assert checkpoint(tmp_path / "two", "checkpoint_best.pt")["step"] == 3
+
+
+def test_kept_features_train_and_score_as_images_do(pairs, tmp_path):
+    """A frozen image tower sees each image once, damaged ones too; afterwards --eval-only, which
+    keeps nothing, finds the same scores."""
+    folder = shutil.copytree(pairs, tmp_path / "pairs")
+    (folder / open_pairs(folder, "val").paths[1]).write_bytes(b"no picture")
+    words = flags(folder, "--freeze", "image", "--crop", 0, "--output-dir", tmp_path / "run")
+    result = attempt(SCRIPT, *words).ok()
+    assert "1 of 12 val images" in result.out
+    kept, plain = helpers.results(tmp_path / "run"), run_main(SCRIPT, *words, "--eval-only")
+    assert kept["images"] == plain["images"] == 11
+    assert kept["mean_recall"] == plain["mean_recall"]
+    assert kept["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    again = attempt(SCRIPT, *words, "--overwrite").ok()
+    assert "features of the frozen image tower from" in again.out
+
+
+def test_data_without_test_pairs_or_without_any_held_out(pairs, tmp_path):
+    """val alone is scored twice, which is said; train alone may be scored by --zero-shot."""
+    assert "NOTE" in attempt(SCRIPT, *flags(pairs, "--output-dir", tmp_path / "val")).ok().out
+    table = (pairs / "pairs.csv").read_text().replace(",val", ",train")
+    folder = shutil.copytree(pairs, tmp_path / "pairs")
+    (folder / "pairs.csv").write_text(table)
+    result = run_main(SCRIPT, *flags(folder, "--zero-shot", helpers.class_folder(tmp_path / "shot"),
+                                     "--output-dir", tmp_path / "train"))
+    assert "zero_shot_accuracy" in result and "mean_recall" not in result and result["steps"] == 8
+
+
+def test_images_that_cannot_be_read_are_counted(tmp_path):
+    """One in a hundred is borne, with a cache of decoded images and without."""
+    folder = helpers.scenes(tmp_path / "pairs", 100, 4)
+    (folder / "5.png").write_bytes(b"no image")
+    for cache, said in ((0, "1 images could not be read"), (1, "1 of 100 train images")):
+        result = attempt(SCRIPT, *flags(folder, "--batch-size", 50, "--cache-gb", cache,
+                                        "--output-dir", tmp_path / str(cache)))
+        assert said in result.ok().out
+
+
+# -----------------------------------------------------------------------------
+# It learns
+
+def test_the_demo_learns_and_leaves_little(tmp_path):
+    """Two epochs of the bundled demo. The tiny CLIP begins with 44 % of ten classes; by chance one
+    caption in a hundred finds its image among the first ten of 1,000."""
+    result = run_main(SCRIPT, "--epochs", 2, "--device", "cpu", "--output-dir", tmp_path)
+    assert result["model"] == "tiny" and result["zero_shot_accuracy"] > 50
+    assert result["t2i_r10"] > 15 and result["mean_recall"] > 12
+    assert sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file()) < 100e6
+
+
+@pytest.mark.slow
+def test_drawn_scenes_are_learned_from_nothing(tmp_path):
+    """256 steps on 512 scenes of 96 kinds; 64 of different kinds are held out: chance is 1 in 64.
+    Pieces of 8 follow the loss curve of the whole batch."""
+    folder = helpers.scenes(tmp_path / "pairs", 512, 64)
+    words = ["--data", folder, "--image-tower", "tiny-vit:none", "--text-tower", "tiny:none",
+             "--embed-dim", 64, "--batch-size", 64, "--lr", "2e-3", "--wd", 0.05, "--crop", 0,
+             "--device", "cpu", "--log-every", 1, "--workers", 0]
+    result = run_main(SCRIPT, *words, "--epochs", 32, "--micro-batch", 0, "--output-dir",
+                      tmp_path / "whole")
+    assert result["t2i_r1"] > 85 and result["i2t_r1"] > 85
+    losses = [row["loss"] for row in metrics(tmp_path / "whole", "train")]
+    assert losses[0] > 0.95 * math.log(64) and sum(losses[-8:]) / 8 < 0.2 * math.log(64)
+    run_main(SCRIPT, *words, "--epochs", 32, "--max-steps", 26, "--micro-batch", 8, "--warmup",
+             25.6, "--output-dir", tmp_path / "pieces")
+    assert [row["loss"] for row in metrics(tmp_path / "pieces", "train")][:20] == pytest.approx(
+        losses[:20], abs=1e-3)
