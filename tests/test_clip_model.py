@@ -1,0 +1,424 @@
+"""clip_model.py: published names and counts, and its shortcuts against naive twins in float64."""
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import images_for, python, tiny_clip
+from torch import nn
+
+from clip_model import (
+    CLIP, CONFIGS, Attention, BertConfig, QuickGELU, bert_fields, canonical_name, evaluating,
+    project, text_pieces, trim, unit)
+from weights import RELEASED, config_from_state_dict
+
+VOCAB, EXACT = 64, {"rtol": 0, "atol": 1e-12}
+BERTS = {
+    "bert": BertConfig("bert", VOCAB, 32, 3, 2, 48, 24),
+    "mean": BertConfig("bert", VOCAB, 32, 3, 2, 48, 24, pool="mean"),
+    "roberta": BertConfig("roberta", VOCAB, 32, 3, 2, 48, 24, type_vocab=1, pad_id=1, eps=1e-5),
+    "distilbert": BertConfig("distilbert", VOCAB, 32, 3, 2, 48, 24, type_vocab=0, pool="first"),
+}
+
+
+def make(name="tiny-vit", bert="", **changes):
+    """A small float64 model with every tensor moved away from its start (zeros prove nothing)."""
+    fields = bert_fields(BERTS[bert]) if bert else {"vocab_size": VOCAB}
+    model = tiny_clip(config=name, dtype=torch.float64, **{**fields, **changes})
+    generator = torch.Generator().manual_seed(7)
+    for key, tensor in model.state_dict().items():
+        if key.endswith("running_var"):
+            tensor.uniform_(0.5, 2, generator=generator)
+    return model
+
+
+def some_texts(lengths, seed=0, context=77):
+    """Start of text, random ids, end of text, zeros; lengths count both ends."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.zeros(len(lengths), context, dtype=torch.long)
+    for row, length in zip(tokens, lengths):
+        row[:length] = torch.randint(1, VOCAB - 2, (length,), generator=generator)
+        row[0], row[length - 1] = VOCAB - 2, VOCAB - 1
+    return tokens
+
+
+def padded_texts(pad_id, lengths=(3, 9, 22, 1), width=22):
+    """Texts of a BERT."""
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.full((len(lengths), width), pad_id)
+    for row, length in zip(tokens, lengths):
+        row[:length] = torch.randint(2, VOCAB, (length,), generator=generator)
+    return tokens
+
+
+# -----------------------------------------------------------------------------
+# Published names, shapes and counts
+
+COUNTS = {  # total, image tower
+    "RN50": (102_007_137, 38_316_896), "RN101": (119_688_033, 56_259_936),
+    "RN50x4": (178_300_601, 87_137_080), "RN50x16": (290_979_217, 167_328_912),
+    "RN50x64": (623_258_305, 420_380_352), "ViT-B/32": (151_277_313, 87_849_216),
+    "ViT-B/16": (149_620_737, 86_192_640), "ViT-L/14": (427_616_513, 303_966_208),
+    "ViT-L/14@336px": (427_944_193, 304_293_888), "CN-ViT-B/16": (188_262_913, 86_192_640),
+    "CN-RN50": (76_989_537, 38_316_896), "CN-ViT-H/14": (957_598_209, 632_076_800),
+}
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_every_size_has_the_published_counts_and_is_told_from_shapes_alone(name):
+    with torch.device("meta"):
+        model = CLIP(CONFIGS[name])
+    assert config_from_state_dict(model.state_dict()) == CONFIGS[name]
+    assert all(p.requires_grad for p in model.parameters())
+    if name in COUNTS:
+        assert COUNTS[name] == tuple(sum(p.numel() for p in part.parameters())
+                                     for part in (model, model.visual))
+
+
+def test_names_of_tensors_are_the_published_ones():
+    names = set(make().state_dict()) | set(make("tiny-rn").state_dict()) | set(
+        make(bert="bert").state_dict())
+    for name in ("visual.class_embedding visual.conv1.weight visual.proj visual.ln_pre.bias "
+                 "visual.transformer.resblocks.1.attn.in_proj_weight text_projection logit_scale "
+                 "transformer.resblocks.0.mlp.c_fc.bias transformer.resblocks.0.attn.out_proj.bias "
+                 "visual.attnpool.c_proj.weight visual.attnpool.positional_embedding ln_final.bias "
+                 "visual.layer2.0.downsample.0.weight visual.layer2.0.downsample.1.running_mean "
+                 "bert.encoder.layer.2.attention.self.query.bias token_embedding.weight").split():
+        assert name in names
+
+
+def test_names_are_found_however_they_are_spelt():
+    assert len(RELEASED) == 9 and all(len(digest) == 64 for digest in RELEASED.values())
+    for spelling, name in [
+            ("ViT-B-16", "ViT-B/16"), ("vit_b16", "ViT-B/16"), ("rn50", "RN50"), ("Tiny", "tiny"),
+            ("RN50X4", "RN50x4"), ("ViT-L-14-336", "ViT-L/14@336px"), ("ViT-B-32.pt", "ViT-B/32"),
+            ("openai/clip-vit-large-patch14-336", "ViT-L/14@336px"),
+            ("clip_cn_vit-b-16.pt", "CN-ViT-B/16"), ("clip_cn_rn50.pt", "CN-RN50"),
+            ("RN50@RBT3-chinese", "CN-RN50"),
+            ("ViT-L-14-336@RoBERTa-wwm-ext-base-chinese", "CN-ViT-L/14@336px"),
+            ("OFA-Sys/chinese-clip-vit-huge-patch14", "CN-ViT-H/14"),
+            ("ViT-B/8", None), ("resnet50", None), ("", None)]:
+        assert canonical_name(spelling) == name
+
+
+# -----------------------------------------------------------------------------
+# Twins
+
+def test_attention_is_torchs_multihead_attention_fused_or_not():
+    torch.manual_seed(0)
+    ours = Attention(48, 4).double()
+    theirs = nn.MultiheadAttention(48, 4, batch_first=True).double()
+    nn.init.normal_(ours.in_proj_bias)
+    nn.init.normal_(ours.out_proj.bias)
+    theirs.load_state_dict(ours.state_dict())  # strict: the names are the same
+    x = torch.randn(3, 7, 48, dtype=torch.float64)
+    mask = torch.full((7, 7), -math.inf, dtype=torch.float64).triu(1)
+    rows = torch.tensor([0, 6, 3])
+    for ours.fused in (True, False):
+        for causal in (False, True):
+            expected = theirs(x, x, x, attn_mask=mask if causal else None, need_weights=False)[0]
+            torch.testing.assert_close(ours(x, causal), expected, **EXACT)
+            torch.testing.assert_close(ours(x, causal, rows), expected[range(3), rows], **EXACT)
+        torch.testing.assert_close(ours(x, rows=0), theirs(x, x, x)[0][:, 0], **EXACT)
+
+
+def test_attention_pool_is_torchs_functional_form():
+    pool = make("tiny-rn").visual.attnpool
+    x = torch.randn(2, 256, 2, 2, dtype=torch.float64)
+    sequence = x.flatten(2).permute(2, 0, 1)
+    sequence = torch.cat([sequence.mean(0, keepdim=True), sequence])
+    sequence = sequence + pool.positional_embedding[:, None]
+    expected = F.multi_head_attention_forward(
+        sequence[:1], sequence, sequence, 256, 4, None,
+        torch.cat([pool.q_proj.bias, pool.k_proj.bias, pool.v_proj.bias]), None, None, False, 0,
+        pool.c_proj.weight, pool.c_proj.bias, training=False, need_weights=False,
+        use_separate_proj_weight=True, q_proj_weight=pool.q_proj.weight,
+        k_proj_weight=pool.k_proj.weight, v_proj_weight=pool.v_proj.weight)[0][0]
+    torch.testing.assert_close(pool.c_proj(pool(x)), expected, **EXACT)
+
+
+def twin_norm(x, state, name):
+    mean = x.mean(-1, keepdim=True)
+    variance = ((x - mean) ** 2).mean(-1, keepdim=True)
+    return (x - mean) / (variance + 1e-5).sqrt() * state[name + ".weight"] + state[name + ".bias"]
+
+
+def twin_blocks(x, state, prefix, layers, heads, causal, activation):
+    """All rows of all blocks, one sample and one head at a time: (L, W) -> (L, W)."""
+    length, width = x.shape
+    size = width // heads
+    for i in range(layers):
+        block = f"{prefix}transformer.resblocks.{i}"
+        y = twin_norm(x, state, f"{block}.ln_1")
+        y = y @ state[f"{block}.attn.in_proj_weight"].t() + state[f"{block}.attn.in_proj_bias"]
+        q, k, v = y.split(width, -1)
+        out = []
+        for part in (slice(h * size, (h + 1) * size) for h in range(heads)):
+            scores = q[:, part] @ k[:, part].t() / size ** 0.5
+            for row in range(length if causal else 0):
+                scores[row, row + 1:] = -math.inf
+            out.append(scores.softmax(-1) @ v[:, part])
+        x = x + torch.cat(out, -1) @ state[f"{block}.attn.out_proj.weight"].t() + state[
+            f"{block}.attn.out_proj.bias"]
+        y = twin_norm(x, state, f"{block}.ln_2")
+        y = y @ state[f"{block}.mlp.c_fc.weight"].t() + state[f"{block}.mlp.c_fc.bias"]
+        y = y / (1 + (-1.702 * y).exp()) if activation == "quick_gelu" else (
+            y * 0.5 * (1 + torch.erf(y / 2 ** 0.5)))
+        x = x + y @ state[f"{block}.mlp.c_proj.weight"].t() + state[f"{block}.mlp.c_proj.bias"]
+    return x
+
+
+def twin_text(config, state, tokens):
+    """OpenAI's text tower as described: 77 positions, full mask, every row of every block."""
+    out = []
+    for ids in tokens:
+        x = state["token_embedding.weight"][ids] + state["positional_embedding"]
+        x = twin_blocks(x, state, "", config.text_layers, config.text_width // config.text_head,
+                        True, config.activation)
+        end = next(i for i, token in enumerate(ids) if token == config.vocab_size - 1)
+        out.append(twin_norm(x, state, "ln_final")[end] @ state["text_projection"])
+    return torch.stack(out)
+
+
+def twin_vit(config, state, images):
+    patch, grid, out = config.vision_patch, config.image_size // config.vision_patch, []
+    for image in images:
+        rows = [state["visual.class_embedding"]]
+        for i in range(grid):
+            for j in range(grid):
+                pixels = image[:, i * patch:(i + 1) * patch, j * patch:(j + 1) * patch]
+                rows.append((state["visual.conv1.weight"] * pixels).sum((1, 2, 3)))
+        x = torch.stack(rows) + state["visual.positional_embedding"]
+        x = twin_blocks(twin_norm(x, state, "visual.ln_pre"), state, "visual.",
+                        config.vision_layers, config.vision_width // config.vision_head, False,
+                        config.activation)
+        out.append(twin_norm(x[0], state, "visual.ln_post") @ state["visual.proj"])
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_towers_and_their_gradients_equal_their_naive_twins(activation, fused):
+    model = make(activation=activation, vision_head=16, text_head=32).fuse_attention(fused)
+    tokens, images = some_texts([2, 9, 77, 30]), images_for(model, 3)
+    state = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    ours = torch.cat([model.encode_text(tokens), model.encode_image(images)])
+    twin = torch.cat([twin_text(model.config, state, tokens), twin_vit(model.config, state, images)])
+    torch.testing.assert_close(ours, twin, **EXACT)
+    weight = torch.randn(7, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    (ours * weight).sum().backward()
+    (twin * weight).sum().backward()
+    for name, p in model.named_parameters():
+        if name != "logit_scale":
+            torch.testing.assert_close(p.grad, state[name].grad, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("bert", ["", "bert"])
+@pytest.mark.parametrize("name", ["tiny-vit", "tiny-rn"])
+def test_plain_attention_and_recomputed_blocks_give_the_same_gradients(name, bert):
+    model = make(name, bert)
+    images, results = images_for(model, 2), []
+    tokens = padded_texts(0, (3, 9)) if bert else some_texts([5, 9])
+    for fused, recompute in ((True, False), (False, False), (True, True)):
+        model.fuse_attention(fused).recompute_blocks(recompute).zero_grad()
+        image, text, scale = model(images, tokens)
+        (scale * image @ text.t()).square().sum().backward()
+        results.append([image, text, *(p.grad.clone() for p in model.parameters())])
+    for other in results[1:]:
+        for found, expected in zip(other, results[0]):
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    kernels = []
+    real = F.scaled_dot_product_attention
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention",
+                      lambda *a, **k: kernels.append(1) or real(*a, **k))
+        model.fuse_attention(False).recompute_blocks(False)(images, tokens)
+        assert not kernels  # the ResNet's pool honours it too
+        model.fuse_attention(True)(images, tokens)
+        assert kernels
+
+
+def test_quick_gelu_and_the_residual_head_are_their_formulas():
+    x = torch.linspace(-8, 8, 1001, dtype=torch.float64)
+    torch.testing.assert_close(QuickGELU()(x), x / (1 + torch.exp(-1.702 * x)), **EXACT)
+    head = make(proj="mlp").text_projection
+    x = torch.randn(5, 64, dtype=torch.float64)
+    p = x @ head.projection.weight.t() + head.projection.bias
+    y = p * 0.5 * (1 + torch.erf(p / 2 ** 0.5)) @ head.fc.weight.t() + head.fc.bias + p
+    y = (y - y.mean(1, keepdim=True)) / (y.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    expected = y * head.layer_norm.weight + head.layer_norm.bias
+    torch.testing.assert_close(head(x), expected, **EXACT)
+    assert not torch.equal(head.train()(x), head(x))  # dropout
+
+
+def test_initial_weights_have_the_papers_statistics():
+    torch.manual_seed(0)
+    W, layers = 256, 3
+    model = CLIP(dataclasses.replace(CONFIGS["tiny-vit"], text_width=W, text_layers=layers,
+                                     vocab_size=4000, embed_dim=128, vision_width=192))
+
+    def spread(tensor, expected):
+        assert tensor.std().item() == pytest.approx(expected, rel=0.05)
+        assert abs(tensor.mean().item()) < 5 * expected / tensor.numel() ** 0.5
+    spread(model.token_embedding.weight, 0.02)
+    spread(model.positional_embedding, 0.01)
+    spread(model.text_projection, W ** -0.5)
+    for block in model.transformer.resblocks:
+        spread(block.attn.in_proj_weight, W ** -0.5)
+        spread(block.attn.out_proj.weight, W ** -0.5 * (2 * layers) ** -0.5)
+        spread(block.mlp.c_proj.weight, W ** -0.5 * (2 * layers) ** -0.5)
+        spread(block.mlp.c_fc.weight, (2 * W) ** -0.5)
+        assert not block.attn.in_proj_bias.any() and not block.attn.out_proj.bias.any()
+    spread(model.visual.proj, 192 ** -0.5)
+    spread(model.visual.positional_embedding, 192 ** -0.5)
+    spread(model.visual.transformer.resblocks[0].mlp.c_fc.weight, 192 ** -0.5 / 3 ** 0.5)
+    assert model.logit_scale.item() == pytest.approx(2.6593, abs=1e-4)
+    model = CLIP(dataclasses.replace(CONFIGS["tiny-rn"], vision_layers=(2, 1, 1, 1)))
+    for letter in "qkvc":
+        spread(getattr(model.visual.attnpool, letter + "_proj").weight, 256 ** -0.5)
+    gains = {n: p for n, p in model.visual.named_parameters() if n.endswith("bn3.weight")}
+    assert len(gains) == 6 and (gains.pop("bn3.weight") == 1).all()  # the stem's is not a branch
+    assert not any(gain.any() for gain in gains.values())
+
+
+# -----------------------------------------------------------------------------
+# Lengths of texts
+
+@pytest.mark.parametrize("bert", ["", *BERTS])
+def test_features_do_not_depend_on_the_batch_the_padding_or_the_pieces(bert):
+    model = make(bert=bert)
+    lengths = (3, 9, 22, 4, 12)
+    tokens = padded_texts(model.pad_id, lengths) if bert else some_texts(lengths)
+    features = model.encode_text(tokens)
+    for row, length in enumerate(lengths):
+        alone = model.encode_text(tokens[row:row + 1, :length])
+        torch.testing.assert_close(features[row:row + 1], alone, **EXACT)
+    longer = F.pad(tokens, (0, 10), value=model.pad_id)
+    torch.testing.assert_close(model.encode_text(longer), features, **EXACT)
+    cut, ends = trim(longer, model.text_pad)
+    assert cut.shape == (5, 22) and ends.tolist() == [2, 8, 21, 3, 11]
+    torch.testing.assert_close(model.encode_text(cut, ends=ends), features, **EXACT)
+    for size in (1, 2, 100):
+        pieces, places = text_pieces(longer, size, model.text_pad)
+        assert [part.shape[1] for part, _ in pieces] == {
+            1: [3, 4, 9, 12, 22], 2: [4, 12, 22], 100: [22]}[size]
+        parts = torch.cat([model.encode_text(part, ends=at) for part, at in pieces])[places]
+        torch.testing.assert_close(parts, features, **EXACT)
+    nothing = torch.zeros(0, 22, dtype=torch.long)
+    assert model.encode_text(nothing).shape == (0, 32) == model.encode_image(
+        torch.zeros(0, 3, 32, 32, dtype=torch.float64)).shape
+    pieces, places = text_pieces(nothing, 2, model.text_pad)
+    assert len(pieces) == 1 and len(places) == 0
+    if bert:
+        with pytest.raises(ValueError, match="positions"):
+            model.encode_text(torch.full((1, 25), 5))
+        assert model.encode_text(torch.full((2, 5), model.pad_id)).isfinite().all()
+
+
+def test_what_stands_after_the_end_of_text_changes_nothing():
+    model, tokens = make(), some_texts([4, 15, 9])
+    changed = tokens.clone()
+    for row, end in zip(changed, (3, 14, 8)):
+        row[end + 1:] = torch.randint(1, VOCAB, (76 - end,))  # a second end may be among it
+        row[-1] = VOCAB - 1
+    torch.testing.assert_close(model.encode_text(changed), model.encode_text(tokens), **EXACT)
+    changed[:, 1] = 7  # but what stands before it does
+    assert (model.encode_text(changed) - model.encode_text(tokens)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("rates", [(0.0, 0.0), (0.3, 0.0), (0.0, 0.3)])
+def test_a_berts_dropout_acts_in_training_alone_and_evaluating_ends_it(rates):
+    text = dataclasses.replace(BERTS["bert"], dropout=rates[0], attention_dropout=rates[1])
+    model, tokens = make(**bert_fields(text)), padded_texts(0)
+    still = model.encode_text(tokens)
+    model.train().visual.eval()
+    with evaluating(model):
+        assert torch.equal(model.encode_text(tokens), still)
+    assert model.bert.training and not model.visual.training
+    for fused in (True, False):
+        model.fuse_attention(fused)
+        torch.manual_seed(5)
+        once = model.encode_text(tokens)
+        torch.manual_seed(5)
+        assert torch.equal(model.encode_text(tokens), once)
+        assert torch.allclose(model.encode_text(tokens), once) == (not any(rates))
+
+
+# -----------------------------------------------------------------------------
+# The whole
+
+@pytest.mark.parametrize("name", ["tiny-vit", "tiny-rn"])
+def test_forward_gives_unit_fp32_rows_also_under_autocast(name):
+    model = make(name).float()
+    images, tokens = images_for(model, 2), some_texts([5, 9, 3])
+    exact = model(images, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model(images, tokens)
+    for image, text, scale in (exact, rough):
+        assert image.shape == (2, 32) and text.shape == (3, 32) and scale.shape == ()
+        assert image.dtype == text.dtype == scale.dtype == torch.float32
+        torch.testing.assert_close(image.norm(dim=1), torch.ones(2), rtol=0, atol=1e-6)
+        torch.testing.assert_close(text.norm(dim=1), torch.ones(3), rtol=0, atol=1e-6)
+    assert 0 < (exact[0] - rough[0]).abs().max() < 0.1
+    head = model.visual.proj if name == "tiny-vit" else model.visual.attnpool.c_proj
+    torch.testing.assert_close(unit(project(model.pooled_image(images), head)), exact[0])
+    torch.testing.assert_close(unit(model.pooled_text(tokens) @ model.text_projection), exact[1])
+    for wrong in (torch.zeros(1, 3, 40, model.config.image_size), torch.zeros(1, 3, 24, 24)):
+        with pytest.raises(ValueError, match="pixels"):
+            model.encode_image(wrong)
+
+
+@pytest.mark.parametrize("bert", ["", "roberta"])
+def test_rounding_frozen_weights_gives_autocasts_own_numbers_and_keeps_the_masters(bert):
+    model = make(bert=bert).float().requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    block = model.bert.encoder["layer"][0] if bert else model.transformer.resblocks[0]
+    linear = block.output["dense"] if bert else block.mlp.c_proj
+    linear.bias.requires_grad_(True)
+    tokens, images, results = padded_texts(model.pad_id), images_for(model, 2), []
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        model.round_frozen(dtype).zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            image, text, _ = model(images, tokens)
+        text.sum().backward()
+        results.append([image, text, linear.bias.grad])
+    for ours in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(ours, results[0]))
+    model.round_frozen(torch.bfloat16)
+    assert linear.rounded[1] is linear.bias and linear.rounded[0].dtype == torch.bfloat16
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("proj", ["linear", "mlp"])
+@pytest.mark.parametrize("changes", [
+    {}, {"name": "tiny-rn"}, {"bert": "mean"},
+    {"bert": "bert", "backbone": "squeezenet1_0", "image_size": 64, "vision_width": 512}])
+def test_gradients_reach_every_tensor(changes, proj):
+    if "backbone" in changes:
+        pytest.importorskip("torchvision", exc_type=(ImportError, RuntimeError))
+    model = make(**changes, proj=proj).train()
+    tokens = padded_texts(0) if model.config.text else some_texts([5, 9, 3, 4])
+    image, text, scale = model(images_for(model, 4), tokens)
+    F.cross_entropy(scale * image @ text.t(), torch.arange(4)).backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None]
+    assert model.logit_bias is None and "logit_bias" not in model.state_dict()
+
+
+@pytest.mark.parametrize("changes", [
+    {"text_head": 48}, {"vision_head": 0}, {"activation": "relu"}, {"proj": "conv"},
+    bert_fields(dataclasses.replace(BERTS["bert"], pool="max")),
+    bert_fields(dataclasses.replace(BERTS["bert"], family="ernie")),
+    bert_fields(dataclasses.replace(BERTS["bert"], heads=5))])
+def test_what_makes_no_clip_is_refused(changes):
+    with pytest.raises(ValueError):
+        CLIP(dataclasses.replace(CONFIGS["tiny-vit"], **changes))
+
+
+def test_the_modules_read_and_draw_nothing_at_import():
+    python("""import sys, torch
+before, opened = torch.random.get_rng_state(), []
+sys.addaudithook(lambda event, args: event == "open" and opened.append(str(args[0])))
+import clip_model, weights
+assert torch.equal(before, torch.random.get_rng_state())
+assert not [path for path in opened if "assets" in path or ".cache/clip" in path]""").ok()
