@@ -1,5 +1,4 @@
 """device.py: choosing, the update of a step, the run's folder, checkpoints, signals, exits."""
-import copy
 import itertools
 import json
 import math
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 
 import device
 from device import guard, load_checkpoint, Parser, SafeStop, start, UserError
-from helpers import (at_call, Child, cli, damaged_files, die, differences, in_child, metrics,
+from helpers import (at_call, cli, damaged_files, die, differences, in_child, metrics,
                      Payload, python, refused, results, same_run)
 
 
@@ -120,7 +119,7 @@ def test_the_device_asked_for_is_used_or_refused(monkeypatch, capsys):
     for name, value in dict(WORLD_SIZE=3, RANK=1, LOCAL_RANK=1, MASTER_ADDR="localhost",
                             MASTER_PORT=1).items():
         monkeypatch.setenv(name, str(value))
-    refused(lambda: start("cuda:1"), "without a number")
+    refused(lambda: start("cuda:1"), "3 processes")
     refused(lambda: start("cuda"), "number 1 is busy")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as Slurm shows each its own
     refused(lambda: start("cuda"), "number 0 is busy")
@@ -242,26 +241,6 @@ def test_the_update_unscales_and_clips_as_torch_does():
         assert torch.allclose(ours.weight, theirs.weight, atol=1e-6)
 
 
-def test_the_loss_scale_is_that_of_torchs_scaler():
-    run, official = start("cpu", "fp16"), torch.amp.GradScaler("cpu")
-    scaler, p = run.scaler(), torch.nn.Parameter(torch.zeros(()))
-    optimizer = torch.optim.SGD([p], 0.0)
-    stream, halved = random.Random(0), 0
-    for step in range(4500):
-        overflow = step < 3 or stream.random() < 0.0005
-        for ours in (scaler, official):
-            p.grad = torch.tensor(math.inf if overflow else 1.0)
-            if ours is scaler:
-                run.update(optimizer, [p], scaler, loss=torch.tensor(1.0))
-            else:
-                official.scale(torch.ones(()))
-                official.step(optimizer)
-                official.update()
-        halved += overflow
-        assert scaler.get_scale() == official.get_scale()
-    assert halved > 3 and official.get_scale() > 65536 / 2 ** halved, "and it grew"
-
-
 def test_bad_steps_are_named_and_the_third_in_a_row_stops(tmp_path, capsys):
     toy(tmp_path / "a", bad=(1, 2, 4, 6))
     said = capsys.readouterr().out
@@ -275,8 +254,9 @@ def test_bad_steps_are_named_and_the_third_in_a_row_stops(tmp_path, capsys):
     optimizer, scaler, at = torch.optim.SGD([p], 0.1), run.scaler(), device.Place(steps=99)
     with pytest.raises(SafeStop):
         while True:
-            p.grad = torch.tensor(math.inf)
+            scaler.scale(p * math.inf).backward()
             run.update(optimizer, [p], scaler, loss=torch.tensor(1.0))
+            optimizer.zero_grad()
             run.tick(at, {}, 1)
     assert at.step == 19  # 65536 = 2 ** 16 halvings, then three that count
 
@@ -409,7 +389,9 @@ def test_a_kill_inside_any_write_resumes_to_the_same_bits(whole, tmp_path, owner
 
 @pytest.mark.parametrize("step", [0, 4, 7])
 def test_a_kill_between_writes_resumes_to_the_same_bits(whole, tmp_path, step):
-    assert in_child(lambda: toy(tmp_path, every=lambda at: die() if at == step else None)).code > 128
+    def dying():
+        toy(tmp_path, every=lambda at: die() if at == step else None)
+    assert in_child(dying).code == 128 + signal.SIGKILL
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')  # killed in the middle of a line
     toy(tmp_path, "--workers", 3)
@@ -461,12 +443,12 @@ def test_what_would_not_load_again_or_is_not_finite_is_not_saved(tmp_path):
     run = start("cpu")
     path = tmp_path / "a_last.pt"
     run.save(path, {"good": 1})
-    for bad in (numpy.float64(1), numpy.ones(2), path, types.SimpleNamespace(), {numpy.int64(1): 1},
+    for bad in (numpy.float64(1), numpy.ones(2), path, types.SimpleNamespace(), torch.float32,
                 lambda: 0):
-        with pytest.raises(TypeError, match=r"state\['deep'\]\[0\]"):
+        with pytest.raises(TypeError, match="cannot hold"):
             run.save(path, {"deep": [bad]})
     for bad in (math.nan, math.inf):
-        with pytest.raises(SafeStop, match=r"state\['model'\]\['w'\]"):
+        with pytest.raises(SafeStop, match="a_last.pt"):
             run.save(path, {"model": {"w": torch.tensor([1.0, bad])}})
     assert load_checkpoint(path) == {"good": 1}
     run.save(path, {"view": torch.ones(10 ** 6)[:2], "empty": torch.ones(0), "best": -math.inf})
