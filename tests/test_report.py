@@ -70,7 +70,7 @@ def test_a_run_is_drawn_and_what_it_lacks_is_noted(tmp_path, capsys):
     assert "dog &lt;b&gt;" in page and "<script" not in page and 'src="http' not in page
     assert "--lr 1 (official 0.002)" in page
     assert "<td>cat</td><td>dog &lt;b&gt;</td><td>4</td><td>40</td>" in page  # 4 of 10 cats
-    assert "1 logged values are not finite" in page and "1 broken lines" in page
+    assert "1 logged values are not finite" in page and "has a broken line" in page
     for name in ("curves", "per_class_test", "confusion_test"):
         assert (run / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
     assert "example images are left out" in page  # its data is not here

@@ -81,74 +81,55 @@ class Run:
 
     def __init__(self, folder):
         self.folder, self.name, self.notes = folder, folder.resolve().name, []
-        self.config = self.json("config.json") or {}
-        self.results = self.json("results.json") or {}
-        self.records = self.metrics()
+        self.config = self.read("config.json", json.loads) or {}
+        self.results = self.read("results.json", json.loads) or {}
+        self.records = []
+        for line in (self.read("metrics.jsonl", str.splitlines) or []):
+            try:
+                record = json.loads(line)
+                self.records.append((record["step"], record))
+            except (ValueError, KeyError, TypeError):  # a line that a kill cut off
+                self.notes.append("metrics.jsonl has a broken line, which is left out")
         if not self.results:
             self.notes.append("the run is not finished (no results.json)")
-        known = {**self.config, **(self.config.get("identity") or {}), **self.results}
-        self.facts = {}
-        for key in ("method", "data", "model", "setting", "shots", "seed"):
-            value = known.get(key)
-            value = value[0] if isinstance(value, list) and len(value) == 1 else value
-            if isinstance(value, (str, int, float)):
-                self.facts[key] = value
 
-    def json(self, name):
-        """The object in a JSON file; None where there is none, or it cannot be read (noted)."""
+    def read(self, name, parse):
+        """parse(text of a file); None where there is no such file, or a broken one (noted)."""
         try:
-            value = json.loads((self.folder / name).read_text("utf-8"))
-            if not isinstance(value, dict):
-                raise ValueError("not an object")
-            return value
+            return parse((self.folder / name).read_text("utf-8"))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             self.notes.append(f"{name} cannot be read ({error}) and is left out")
 
-    def metrics(self):
-        """The records of metrics.jsonl by step; broken lines are counted."""
-        path, records, broken = self.folder / "metrics.jsonl", [], 0
-        for line in path.read_bytes().splitlines() if path.is_file() else ():
-            try:
-                record = json.loads(line)
-                if not number(record["step"]):
-                    raise ValueError
-                records.append(record)
-            except (ValueError, KeyError, TypeError):
-                broken += 1
-        if broken:
-            self.notes.append(f"metrics.jsonl: {broken} broken lines are left out")
-        return sorted(records, key=lambda record: record["step"])
+    def rows(self, name):
+        """A CSV file as a list of dicts."""
+        return self.read(name, lambda text: list(csv.DictReader(io.StringIO(text)))) or []
+
+    def fact(self, key):
+        """What the results or the flags say, such as the number of shots; None if nothing."""
+        value = self.results.get(key, self.config.get(key))
+        return value[0] if isinstance(value, list) and len(value) == 1 else value
 
     def curves(self):
         """{scalar: {split: (steps, values)}}. A value that is not finite leaves a gap."""
-        found = {}
-        for record in self.records:
+        found, gaps = {}, 0
+        for step, record in self.records:
             for name, value in record.items():
                 if name in NOT_DRAWN or not (number(value) or value in ("nan", "inf", "-inf")):
                     continue
-                split = str(record.get("split", "train"))
-                steps, values = found.setdefault(name, {}).setdefault(split, ([], []))
-                steps.append(record["step"])
+                splits = found.setdefault(name, {})
+                steps, values = splits.setdefault(record.get("split", "train"), ([], []))
+                steps.append(step)
                 values.append(value if number(value) else math.nan)
-        bad = sum(math.isnan(v) for splits in found.values() for _, y in splits.values() for v in y)
-        if bad:
-            self.notes.append(f"{bad} logged values are not finite: the curves have gaps there")
+                gaps += not number(value)
+        if gaps:
+            self.notes.append(f"{gaps} logged values are not finite: the curves have gaps there")
         return found
 
     def test_sets(self):
         return sorted(path.stem.removeprefix("per_class_")
                       for path in self.folder.glob("per_class_*.csv"))
-
-    def rows(self, name):
-        """A CSV file that the run wrote, as dicts; [] with a note where it cannot be read."""
-        try:
-            with open(self.folder / name, encoding="utf-8", newline="") as file:
-                return list(csv.DictReader(file))
-        except (OSError, ValueError, csv.Error) as error:
-            self.notes.append(f"{name} cannot be read ({error}) and is left out")
-            return []
 
 
 def find_runs(paths):
@@ -230,8 +211,7 @@ class Page:
 def add_results(page, runs):
     """One run: its numbers in two columns; several: a line each, of what differs."""
     found = [{key: value for key, value in run.results.items()
-              if isinstance(value, (str, int, float)) and key != "git"} or run.facts
-             for run in runs]
+              if isinstance(value, (str, int, float)) and key != "git"} for run in runs]
     if len(runs) == 1:
         page.add("Results", page.table(["", ""], found[0].items()))
         return
@@ -274,21 +254,20 @@ def add_curves(page, runs, title="Curves", file="curves.png"):
 
 def add_shots(page, runs):
     """Accuracy over training images per class: mean and standard deviation over seeds."""
-    runs = [run for run in runs if number(run.facts.get("shots"))
-            and number(run.results.get("accuracy"))]
-    shots = sorted({run.facts["shots"] for run in runs})
+    runs = [run for run in runs if number(run.fact("shots")) and number(run.fact("accuracy"))]
+    shots = sorted({run.fact("shots") for run in runs})
     if len(shots) < 2:
         return
     mean, std, rows = [], [], []
     for count in shots:
-        values = [run.results["accuracy"] for run in runs if run.facts["shots"] == count]
+        values = [run.results["accuracy"] for run in runs if run.fact("shots") == count]
         mean.append(statistics.fmean(values))
         std.append(statistics.stdev(values) if len(values) > 1 else 0.0)
         rows.append([count, len(values), mean[-1], std[-1]])
     figure, axis = page.plot.subplots(figsize=(6, 3.6), layout="constrained")
     axis.errorbar(shots, mean, yerr=std, fmt="o-", color=BLUE, capsize=3, label="tuned")
     for run in runs:
-        axis.plot(run.facts["shots"], run.results["accuracy"], ".", color=BLUE, alpha=0.4)
+        axis.plot(run.fact("shots"), run.results["accuracy"], ".", color=BLUE, alpha=0.4)
     zero = [run.results["zero_shot_accuracy"] for run in runs
             if number(run.results.get("zero_shot_accuracy"))]
     if zero:
@@ -317,7 +296,7 @@ def add_classes(page, run, name, data_dir):
         axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
         page.add(f"Accuracy per class: {name}", page.figure(
             f"per_class_{name}.png", figure, "accuracy per class, zero-shot and tuned"))
-    confusion = run.json(f"confusion_{name}.json")
+    confusion = run.read(f"confusion_{name}.json", json.loads)
     if not confusion:
         return
     classes, counts = confusion["classes"], np.asarray(confusion["tuned"], dtype=float)
@@ -378,7 +357,7 @@ def image_reader(page, run, name, data_dir):
         from data import open_dataset  # torch comes with it: only when images are wanted
         data = run.config["data"] if name in ("test", "base", "new") else name
         images = open_dataset(data, "test", data_dir=data_dir or run.config.get("data_dir", "data"),
-                              layout=run.config.get("split") or "coop", download=False)
+                              download=False)
     except Exception as error:  # whatever it is, a report without photographs is still a report
         page.notes.append(f"example images are left out: {error}")
         return None
@@ -418,7 +397,7 @@ def add_matrix(page, run):
     page.add("Learned and forgotten", page.figure("matrix.png", figure, "R@1 of weights on sets"),
              "<p class='soft'>R@1, mean of both directions (%), with its 95 % interval. Bold: the "
              "set that the row's stage was trained on.</p>")
-    plan = run.json("plan.json") or {}
+    plan = run.read("plan.json", json.loads) or {}
     for stage in plan.get("stages", []):
         part = Run(run.folder / stage["name"])
         if part.records:
@@ -528,7 +507,7 @@ def build(runs, out, plot, notes, data_dir=None):
     for name in last.test_sets():
         add_classes(page, last, name, data_dir)
     notes += [f"{run.name}: {note}" for run in runs for note in run.notes]
-    words = [str(last.facts[key]) for key in ("method", "data", "model") if key in last.facts]
+    words = [str(last.fact(key)) for key in ("method", "data", "model") if last.fact(key)]
     return page.write(" · ".join(words) or last.name)
 
 
