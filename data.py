@@ -6,14 +6,12 @@
     for images, labels, indices in loader:                       # uint8 (B, 3, 224, 224), (B,) (B,)
         images = normalise(images)                               # float32, on any device
 
-What pixels, transforms and batches are stands in images.py; its names can be imported from here.
-A source that is not understood is refused: no class name, label or row is guessed.
+Pixels, transforms and batches stand in images.py; its names can be imported from here. A source
+that is not understood is refused: no class name, label or row is guessed.
 """
 import collections
-import contextlib
 import copy
 import csv
-import dataclasses
 import difflib
 import hashlib
 import io
@@ -26,6 +24,7 @@ import random
 import re
 import sys
 import unicodedata
+from typing import NamedTuple
 
 from PIL import Image
 from torch.utils.data import Dataset
@@ -35,18 +34,14 @@ from images import (Batches, CLIP_MEAN, CLIP_STD, DataError, EXTRAS, ImageStore,
                     normalise, one_line, Preprocess, read_image, sample_seed, UnreadableImage)
 
 ASSETS = pathlib.Path(__file__).resolve().parent / "assets"
-ANY_TEMPLATE = "a photo of a {}."
-KNOWN = json.loads((ASSETS / "datasets.json").read_text("utf-8"))["sets"]  # "about" explains them
-TEMPLATES = {"demo": "a centered satellite photo of {}.",
-             **{name: KNOWN[name].get("template", ANY_TEMPLATE) for name in KNOWN}}
 
 
 # -----------------------------------------------------------------------------
 # Text files and tables
 
-NO_TEXT = {b"PK": "a zip or an Excel workbook; export the sheet as CSV",
-           b"\x1f\x8b": "gzipped; unpack it first", b"PAR1": "Parquet; write it as CSV or JSONL",
-           b"\xff\xfe": "UTF-16; save it as UTF-8", b"\xfe\xff": "UTF-16; save it as UTF-8"}
+NO_TEXT = {b"PK": "is a zip or an Excel workbook; export the sheet as CSV",
+           b"\x1f\x8b": "is gzipped; unpack it first",
+           b"PAR1": "is Parquet; write it as CSV or JSONL"}
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 QUOTED_CELL = re.compile(r'(?:^|(?<=\t))"(?:[^"]|"")*"(?=\t|\r?$)', re.MULTILINE)
 # In a cell of several lines, one that looks like the row of another image: a quote never closed.
@@ -58,18 +53,15 @@ def read_text(path, content=None):
     """A text file (or its bytes), with or without a byte-order mark. Raises DataError."""
     try:
         content = pathlib.Path(path).read_bytes() if content is None else content
-        text = content.decode("utf-8-sig")
-        bad = text.find("\0")
+        text, bad = content.decode("utf-8-sig"), content.find(b"\0")
     except OSError as error:
         raise DataError(f"cannot read {path} ({error.strerror}); a file was expected") from None
     except UnicodeDecodeError as error:
-        text, bad = content[:error.start].decode("utf-8"), error.start
-    kind = next((kind for magic, kind in NO_TEXT.items() if content.startswith(magic)), None)
-    if kind:
-        raise DataError(f"{path} is no text but {kind}")
+        bad = error.start
     if bad >= 0:
-        raise DataError(f"{path}, line {text.count(chr(10), 0, bad) + 1}: not UTF-8 text; open it "
-                        f"in an editor and save it as UTF-8")
+        kind = [kind for magic, kind in NO_TEXT.items() if content.startswith(magic)] or [
+            "is not UTF-8 text; save it as UTF-8"]
+        raise DataError(f"{path}, line {content.count(10, 0, bad) + 1}: the file {kind[0]}")
     return text
 
 
@@ -90,9 +82,8 @@ def read_table(path, content=None, join=()):
     except ValueError as error:
         raise DataError(f"{path}, {error}") from None
     columns = [name.strip().lower() for name in header[1]]
-    twice = [name for name in columns if name and columns.count(name) > 1]
-    if twice:
-        raise DataError(f"{path}, line {header[0]}: two columns are named {twice[0]!r}")
+    if len(set(columns)) < len(columns):
+        raise DataError(f"{path}, line {header[0]}: two columns of one name among {columns}")
     return columns, [(line, dict(zip(columns, cells, strict=True))) for line, cells in rows]
 
 
@@ -104,14 +95,11 @@ def json_rows(text):
         entries = json.loads(text) if listed else text.split("\n")  # U+2028 does not end a line
         for number, row in enumerate(entries, 1):
             place = f"{'entry' if listed else 'line'} {number}"
-            if not listed and not row.strip():
-                continue
-            row = row if listed else json.loads(row)
-            if not isinstance(row, dict):
-                raise TypeError(f"a {type(row).__name__}, where an object {{...}} was expected")
-            yield number, {str(key).strip().lower(): value for key, value in row.items()}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{place}: {one_line(error)}") from None
+            if listed or row.strip():
+                row = row if listed else json.loads(row)
+                yield number, {str(key).strip().lower(): value for key, value in row.items()}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{place}: {one_line(error)}; expected an object {{...}}") from None
 
 
 def delimited_rows(text, join):
@@ -146,33 +134,20 @@ def delimited_rows(text, join):
 
 
 # -----------------------------------------------------------------------------
-# The dataset object
+# The data set
 
-@dataclasses.dataclass
-class Listing:
-    """What a source says, before a split is chosen. rows: {"train": [(path, label), ...], "val",
+class Source(NamedTuple):
+    """What lies somewhere, before a split is chosen. rows: {"train": [(path, label), ...], "val",
     "test"}, the paths relative to `store`."""
     name: str
     root: str
     store: ImageStore
     rows: dict
     classnames: list
-    notes: list = dataclasses.field(default_factory=list)
+    notes: list = []
 
-    @property
     def paths(self):
         return [path for rows in self.rows.values() for path, _ in rows]
-
-    def open(self, split):
-        """One split as an ImageSet. Raises DataError if there is nothing to learn or to score."""
-        if len(self.classnames) < 2:
-            raise DataError(f"{self.root}: only the class {str(self.classnames)[:80]}; two or more "
-                            f"are needed (a folder must be the one that holds the class folders)")
-        if not self.rows[split]:
-            having = ", ".join(key for key, rows in self.rows.items() if rows)
-            raise DataError(f"{self.name} has no {split} split, only {having}; add one, or give "
-                            f"class folders or a table without splits to have them cut")
-        return ImageSet(self, split)
 
 
 class ImageSet(Dataset):
@@ -191,19 +166,24 @@ class ImageSet(Dataset):
     reading = None  # in a loader's worker: the cell of shared memory for what it is reading
     transform = images = None
 
-    def __init__(self, listing, split):
-        self.name, self.root, self.split = listing.name, listing.root, split
-        self.store, self.classnames = listing.store, list(listing.classnames)
+    def __init__(self, source, split):
+        if len(source.classnames) < 2 or not source.rows[split]:
+            having = [key for key, rows in source.rows.items() if rows]
+            raise DataError(f"{source.root}: {len(source.classnames)} classes with the splits "
+                            f"{having}; expected two classes or more and {split} images (class "
+                            f"folders, or a table, without any splits are cut)")
+        self.name, self.root, self.split = source.name, source.root, split
+        self.store, self.classnames = source.store, list(source.classnames)
         self.template = TEMPLATES.get(self.name, ANY_TEMPLATE)
         self.templates = [self.template]
-        self.paths = [path for path, _ in listing.rows[split]]
-        self.labels = [label for _, label in listing.rows[split]]
-        self.counts = {key: len(rows) for key, rows in listing.rows.items()}
-        lists = json.dumps([self.classnames, listing.rows], sort_keys=True)
+        self.paths = [path for path, _ in source.rows[split]]
+        self.labels = [label for _, label in source.rows[split]]
+        self.counts = {key: len(rows) for key, rows in source.rows.items()}
+        lists = json.dumps([self.classnames, source.rows], sort_keys=True)
         self.fingerprint = hashlib.sha256(lists.encode()).hexdigest()
         sizes = " / ".join(f"{count:,} {key}" for key, count in self.counts.items())
         said = f"{self.name}: {sizes} images in {len(self.classnames)} classes, split "
-        self.notes = [*listing.notes, said + self.fingerprint[:12]]
+        self.notes = [*source.notes, said + self.fingerprint[:12]]
 
     def __len__(self):
         return len(self.paths)
@@ -245,33 +225,28 @@ class ImageSet(Dataset):
     def check_files(self):
         """Raise DataError unless the images are there, as refuse_losses says. Opens none."""
         lost = [i for i, path in enumerate(self.paths) if not self.store.has(path)]
-        if lost:
-            self.refuse_losses(lost, f"{self.paths[lost[0]]}: there is no such file")
-            self.notes.append(f"{len(lost)} of {len(self):,} {self.split} images are missing, e.g. "
-                              f"{self.paths[lost[0]]}: they count as unreadable")
+        self.refuse_losses(lost, "there is no such file")
 
     def preload(self, limit=1 << 62):
         """Decode every image into memory once (4 bytes per pixel) and return the set itself.
-        Unreadable ones are dropped and noted, or refused as refuse_losses says (DataError). Beyond
-        `limit` bytes it gives up, notes that, and images go on being read when asked for."""
-        images, reasons, held = {}, {}, 0
+        Unreadable ones are dropped, or refused as refuse_losses says (DataError). Beyond `limit`
+        bytes it gives up, notes that, and images go on being read when asked for."""
+        images, lost, held = {}, {}, 0
         for index, path in enumerate([] if self.images else self.paths):
             try:
                 images[index] = self.store.image(path)
                 held += 4 * images[index].width * images[index].height
             except UnreadableImage as error:
-                reasons[index] = error
+                lost[index] = error
             if held > limit:
                 self.notes.append(f"{len(self):,} {self.split} images take over {limit >> 20:,} MB "
                                   f"decoded: they are read again at every use")
                 return self
-        if reasons:
-            first = next(iter(reasons.values()))
-            self.refuse_losses(reasons, first)
+        self.refuse_losses(lost, "; ".join(map(str, [*lost.values()][:1])))
+        if images:
             self.paths = [self.paths[i] for i in images]
             self.labels = [self.labels[i] for i in images]
-            self.notes.append(f"{len(reasons)} unreadable {self.split} images left out: {first}")
-        self.images = self.images or list(images.values())
+            self.images = list(images.values())
         return self
 
     def digest(self):
@@ -287,21 +262,22 @@ class ImageSet(Dataset):
         return total.hexdigest()
 
     def refuse_losses(self, lost, reason):
-        """Raise if the images at positions `lost` are a whole class or more than max(1, 1 %)."""
+        """Raise DataError if the images at positions `lost` are a whole class or more than
+        max(1, 1 %); else note them."""
+        if not len(lost):
+            return
         left = {self.labels[i] for i in set(range(len(self))) - set(lost)}
         empty = [self.classnames[label] for label in sorted(set(self.labels) - left)]
-        said = f"{len(self):,} {self.split} images cannot be read"
+        said = (f"{self.name}: {len(lost):,} of {len(self):,} {self.split} images cannot be read, "
+                f"e.g. {self.paths[next(iter(lost))]} ({reason})")
         if not left:
-            fix = ("leave out --no-download to fetch them" if "fetch" in KNOWN.get(self.name, ())
-                   else "put them there, or name the right folder")
-            raise DataError(f"{self.name}: all {said} under {self.store} ({reason}); {fix}")
-        if empty:
-            raise DataError(f"{self.name}: {len(empty)} of {len(set(self.labels))} classes have no "
-                            f"image under {self.store}: {', '.join(empty)} ({reason}); use "
-                            f"--classes to train on the rest")
-        if len(lost) > max(1, len(self) // 100):
-            raise DataError(f"{self.name}: {len(lost)} of {said}, more than 1 % ({reason}); "
-                            f"restore them or list the rest")
+            raise DataError(f"{said}, all under {self.store}: put them there, name the right "
+                            f"folder, or leave out --no-download where a set can be fetched")
+        if empty or len(lost) > max(1, len(self) // 100):
+            raise DataError(f"{said}, more than 1 % or whole classes under {self.store}: restore "
+                            f"them, or take the rest with --classes; {len(empty)} of "
+                            f"{len(set(self.labels))} classes are empty: {', '.join(empty)}")
+        self.notes.append(f"{said}: they are left out")
 
 
 def few_shot(dataset, shots, seed, val=None):
@@ -313,9 +289,8 @@ def few_shot(dataset, shots, seed, val=None):
     The stream is private, so nothing drawn before matters, and seed 0 is a seed. ImageNet's val is
     its test set and comes back whole, as there. Raises DataError.
     """
-    for what, value in (("shots", shots), ("seed", seed)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise DataError(f"{what} {value!r}: expected a whole number, 0 or more")
+    if shots < 0 or seed < 0:
+        raise DataError(f"shots {shots}, seed {seed}: expected whole numbers, 0 or more")
     stream = random.Random(seed)
 
     def draw(part, count):
@@ -344,7 +319,7 @@ def make_loader(dataset, batch_size, seed=0, shuffle=True, drop_last=None, rank=
 
     `batch_size` is global. Batches depend neither on `workers` nor on how they are started. The
     options go to DataLoader; those that only concern workers are ignored when there are none. A
-    worker that dies, or gives nothing for `timeout` seconds, raises LostWorker.
+    worker that dies, or gives nothing for `timeout` seconds (600), raises LostWorker.
     """
     batches = Batches(len(dataset), batch_size, seed, rank, world_size, shuffle, drop_last)
     return load_batches(dataset, batches, workers, options)
@@ -353,6 +328,7 @@ def make_loader(dataset, batch_size, seed=0, shuffle=True, drop_last=None, rank=
 # -----------------------------------------------------------------------------
 # Class names and prompts
 
+ANY_TEMPLATE = "a photo of a {}."
 WORDS = "classnames.txt"       # CoOp's: lines of wnid and name
 WNID = re.compile(r"n\d{8}")   # how ImageNet names its folders
 
@@ -383,9 +359,9 @@ def nearest(name, known):
 
 def find_classes(classnames, wanted):
     """Names (raw or cleaned, any case) -> their labels, in the order wanted. Raises DataError."""
-    known = {}
+    known = collections.defaultdict(list)
     for label, name in enumerate(classnames):
-        known.setdefault(cleaned(name), []).append(label)  # ImageNet has two "missile"
+        known[cleaned(name)].append(label)  # ImageNet has two "missile"
     for name in wanted:
         if cleaned(name) not in known:
             raise DataError(f"no class {name!r} among the {len(classnames)}{nearest(name, known)}")
@@ -411,31 +387,26 @@ def read_words(home):
 
 def readable_names(names, home):
     """Folder names -> what a prompt can say of them, notes. 001.Black_footed_Albatross loses its
-    number; n01440764, and the line numbers of ImageNetV2, become words if classnames.txt is near.
-    """
+    number; n01440764, and numbers, become words if classnames.txt is near."""
     codes = all(map(WNID.fullmatch, names)) or all(map(str.isdecimal, names))
     words = read_words(home) if codes else {}
-    if "imagenetv2" in str(home).lower():
+    if "imagenetv2" in str(home).lower():  # its folders are line numbers
         words = {str(line): name for line, name in enumerate(words.values())}
     if words and set(names) <= set(words):
         return [words[name] for name in names], [f"class names are those of {WORDS}"]
-    if all(map(str.isdecimal, names)):
-        return names, [f"class names are numbers, of which a prompt says little; put words into "
-                       f"{WORDS} (lines of number and name)"]
     bare = [re.sub(r"^\d+[._]\s*", "", name) for name in names]
     numbered = all(re.match(r"\d+[._]", name) for name in names)
     if numbered and all(bare) and len(set(map(cleaned, bare))) == len(names):
         return bare, [f"the numbers before the class names are left out: {names[0]} -> {bare[0]}"]
-    return names, []
+    return names, [f"class names are codes such as {names[0]}"] * codes
 
 
 def require_words(images):
     """Raise DataError if the classes of an ImageSet are named by WordNet ids, as the folders of
     ImageNet are: prompts like "a photo of a n01440764." score at chance."""
     if all(map(WNID.fullmatch, images.classnames)):
-        raise DataError(f"{images.root}: {len(images.classnames)} classes are named like "
-                        f"{images.classnames[0]!r}, of which no prompt can be made; put CoOp's "
-                        f"{WORDS} (lines of wnid and name) there")
+        raise DataError(f"{images.root}: no prompt can be made of classes named like "
+                        f"{images.classnames[0]!r}; put CoOp's {WORDS} (wnid and name) there")
 
 
 # -----------------------------------------------------------------------------
@@ -447,7 +418,6 @@ PATH_COLUMNS = ("image", "path", "filepath", "filename", "file_name", "file", "i
 LABEL_COLUMNS = ("classname", "class", "category", "label")
 NO_CLASS = re.compile(r"(.+[ _-])?(train|val|valid|test|pred|image|img|photo|picture|jpe?g|caption|"
                       r"annotation|label)(s|ing|idation|images)?([ _-].+|\d+)?", re.IGNORECASE)
-NO_SPLITS = "no splits were given: each class is cut 50/20/30 by a fixed permutation"
 
 
 def split_word(name):
@@ -474,32 +444,27 @@ def read_coop_split(path, content=None):
 
 
 def read_labels(path, content=None):
-    """A table of images and class names -> {split or "all": [(path, class name)]}, notes. `content`
-    is that of a table in a zip, whose paths must stay there. Raises DataError."""
+    """A table of images and class names -> {split or "all": [(path, class name)]}. `content` is
+    that of a table in a zip, whose paths must stay there. Raises DataError."""
     columns, table = read_table(path, content)
     keys = [next((key for key in known if key in columns), None)
             for known in (PATH_COLUMNS, LABEL_COLUMNS, ("split",))]
-    if None in keys[:2]:
-        raise DataError(f"{path} has the columns {columns}; expected one of {list(PATH_COLUMNS)} "
-                        f"and one of {list(LABEL_COLUMNS)}, separated by comma, tab or semicolon")
-    rows, incomplete = {}, 0
+    if None in keys[:2] or not table:
+        raise DataError(f"{path} has {len(table)} rows of {columns}; expected one of "
+                        f"{list(PATH_COLUMNS)} and one of {list(LABEL_COLUMNS)}, between commas, "
+                        f"tabs or semicolons")
+    rows = {}
     for line, record in table:
         cells = [record.get(key) for key in keys]
         image, label, word = ("" if cell is None else str(cell).strip() for cell in cells)
         image, split = image.replace("\\", "/"), split_word(word) if keys[2] else "all"
-        if not (image and label):
-            incomplete += 1
-            continue
-        if any(isinstance(cell, (list, dict, bool)) for cell in cells) or split is None:
-            raise DataError(f"{path}, line {line}: {cells}; expected an image, a class name and, "
-                            f"as split, train, val or test")
-        if ".." in image.split("/") or content and leaves_folder(image):
-            raise DataError(f"{path}, line {line}: {image} points outside its folder; write paths "
-                            f"relative to it")
+        outside = ".." in image.split("/") or content and leaves_folder(image)
+        if not image or not label or not split or outside or any(
+                isinstance(cell, (list, dict, bool)) for cell in cells):
+            raise DataError(f"{path}, line {line}: {cells}; expected an image under its folder, a "
+                            f"class name and, as split, train, val or test")
         rows.setdefault(split, []).append((image, label))
-    if not rows:
-        raise DataError(f"{path} has no row with {keys[0]} and {keys[1]}")
-    return rows, [f"{incomplete} rows without path or label left out"] if incomplete else []
+    return rows
 
 
 def read_class_folders(store):
@@ -513,7 +478,7 @@ def read_class_folders(store):
         names = [parts[1:] for parts in names if parts[1:] != [""]]
     level = int(any(split_word(parts[0]) == "train" and parts[2:] not in ([], [""])
                     for parts in names))
-    rows, inside, unread = {}, {}, []
+    rows, inside, unread = {}, {}, []  # inside: of a class, the folders of its images, "" its own
     for parts in names:
         split = split_word(parts[0]) if level else "all"
         in_class = split is not None and len(parts) > level + 1
@@ -521,30 +486,18 @@ def read_class_folders(store):
         if in_class and is_image(parts[-1]):
             held.add(parts[level + 1] if len(parts) > level + 2 else "")
             rows.setdefault(split, []).append(("/".join(parts), parts[level]))
-        elif parts[-1] and (in_class or is_image(parts[-1])):
+        elif parts[-1]:
             unread.append("/".join(parts))
-    tables = ["/".join(parts) for parts in names if parts[-1].endswith(TABLE_SUFFIXES)]
-    hint = f"; to read the table {tables[0]}, give its path" if tables else ""
-    check_class_folders(store, inside, hint)
-    return rows, [f"{len(unread):,} files are not read for their suffix or place, e.g. {unread[0]}"
-                  f"{hint}"] if unread else []
-
-
-def check_class_folders(store, inside, hint):
-    """Refuse what are no classes. inside: {class folder: what its images lie in, "" for itself}."""
     full = sorted(name for name, held in inside.items() if held)
-    if all(map(NO_CLASS.fullmatch, full)):
-        raise DataError(f"{store} has no class folders with images, only {full[:3]}; expected "
-                        f"<class>/<image> or train/<class>/<image>{hint}")
-    if len(full) < len(inside):
-        empty = ", ".join(sorted(set(inside) - set(full)))
-        raise DataError(f"{store}: no image in the class folder {empty}; add some or remove it"
-                        f"{hint}")
-    same = set.intersection(*inside.values())
-    if len(full) > 1 and same and "" not in set.union(*inside.values()):
-        raise DataError(f"{store}: {', '.join(full[:3])} all hold a folder {min(same)}, so which "
-                        f"are the classes? Name the outer folders train, val and test, or write a "
-                        f"table of image and label{hint}")
+    empty = sorted(set(inside) - set(full))
+    folders = set.union(set(), *inside.values())
+    if all(map(NO_CLASS.fullmatch, full)) or empty or (
+            "" not in folders and len(folders) < sum(map(len, inside.values()))):
+        raise DataError(f"{store}: expected <class>/<image> or train/<class>/<image>, each class "
+                        f"with images; found {empty[:3]} without, {full[:3]} with images or with "
+                        f"folders of them, and {unread[:2]}, which could be read by its own path")
+    return rows, [f"{len(unread):,} files are not read for their suffix or place, e.g. {unread[0]}"
+                  ] if unread else []
 
 
 def number_classes(rows):
@@ -553,33 +506,28 @@ def number_classes(rows):
     names = {name for entries in rows.values() for _, name in entries}
     numeric = all(name.isdecimal() for name in names)
     names = sorted(names, key=lambda name: (int(name) if numeric else 0, name))
-    seen = {}
-    for name in names:
-        if seen.setdefault(cleaned(name), name) != name:
-            raise DataError(f"class names {seen[cleaned(name)]!r} and {name!r} read the same; "
-                            f"rename or merge them")
+    if len(set(map(cleaned, names))) < len(names):
+        same = [name for name in names if [*map(cleaned, names)].count(cleaned(name)) > 1]
+        raise DataError(f"class names {same[:4]} read the same; rename or merge them")
     label = {name: position for position, name in enumerate(names)}
     return {split: [(path, label[name]) for path, name in entries]
             for split, entries in rows.items()}, names
 
 
 def complete_splits(rows, whole=None):
-    """Give user data its three splits. Rows without any go to the split `whole`, or are cut
-    50/20/30 per class by a fixed permutation; a val without a test is used as the test."""
+    """Give user data its three splits, and notes. Rows without any go to the split `whole`, or are
+    cut 50/20/30 per class by a fixed permutation; a val without a test is used as the test."""
     rows = {split: list(dict.fromkeys(entries)) for split, entries in rows.items()}
     uses = collections.Counter(path for entries in rows.values() for path, _ in entries)
     twice = [path for path, count in uses.items() if count > 1]
     if twice:
         raise DataError(f"{len(twice)} images are in two splits or classes, e.g. {twice[0]}; list "
                         f"each once, or the score counts what was trained on")
-    cut = {split: rows.get(split, []) for split in ("train", "val", "test")}
-    if "all" not in rows:
-        if cut["val"] and not cut["test"]:
-            return {**cut, "val": [], "test": cut["val"]}, ["no test split: val is used as test"]
-        return cut, []
-    if whole:
-        return {**cut, whole: sorted(rows["all"])}, []
-    groups = {}
+    cut, groups = {split: rows.get(split, []) for split in ("train", "val", "test")}, {}
+    if cut["val"] and not cut["test"]:
+        return {**cut, "val": [], "test": cut["val"]}, ["no test split: val is used as test"]
+    if "all" not in rows or whole:
+        return {**cut, **({whole: sorted(rows["all"])} if "all" in rows else {})}, []
     for path, label in sorted(rows["all"]):
         groups.setdefault(label, []).append(path)
     for label, paths in sorted(groups.items()):
@@ -588,44 +536,47 @@ def complete_splits(rows, whole=None):
         val = train + max(0, min(round(0.2 * len(paths)), len(paths) - train - 1))  # test first
         for split, part in zip(cut, (paths[:train], paths[train:val], paths[val:]), strict=True):
             cut[split] += [(path, label) for path in part]
-    return cut, [NO_SPLITS]
+    return cut, ["no splits were given: each class is cut 50/20/30 by a fixed permutation"]
 
 
 def list_path(path, whole=None):
-    """A folder, table, zip or split file of the user's own -> Listing."""
-    store, suffix, lists = ImageStore(path), path.suffix.lower(), list(path.glob("split_zhou_*"))
-    if suffix == ".json" or len(lists) == 1:
-        return list_split_file(lists[0] if lists else path)
+    """A folder, table, zip or split file of the user's own -> Source."""
+    store, suffix, notes = ImageStore(path), path.suffix.lower(), []
+    lists = [path] if suffix == ".json" else list(path.glob("split_zhou_*.json"))
+    if len(lists) == 1:
+        home, rows = lists[0].parent, read_coop_split(lists[0])
+        name = next((n for n in KNOWN if KNOWN[n]["split"] == lists[0].name), lists[0].stem)
+        source = Source(name, str(home), store, *rows)
+        return find_images(source, [home], KNOWN[name]["images"] if name in KNOWN else "")
     inner = [name for name in store.names() if name.endswith(TABLE_SUFFIXES) and "/" not in name
              ] if suffix == ".zip" else []
-    if suffix in TABLE_SUFFIXES and store.zipped:
-        store = ImageStore(path.parent)
-        rows, notes = read_labels(path)
+    if suffix in TABLE_SUFFIXES:
+        store, rows = ImageStore(path.parent), read_labels(path)
     elif inner:
-        rows, notes = read_labels(inner[0], store.read(inner[0]))
+        rows = read_labels(inner[0], store.read(inner[0]))
     elif path.is_dir() or suffix == ".zip":
         rows, notes = read_class_folders(store)
     else:
         raise DataError(f"{path}: expected a folder, .csv, .tsv, .jsonl, .zip or a split .json")
-    rows, classnames = number_classes(rows)
+    try:
+        rows, classnames = number_classes(rows)
+        rows, more = complete_splits(rows, whole)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
     classnames, said = readable_names(classnames, path)
-    rows, more = complete_splits(rows, whole)
-    return Listing(path.stem, str(path), store, rows, classnames, notes + said + more)
-
-
-def list_split_file(path):
-    name = next((name for name in KNOWN if KNOWN[name].get("split") == path.name), path.stem)
-    listing = Listing(name, str(path.parent), None, *read_coop_split(path))
-    folder = KNOWN[name]["images"] if name in KNOWN else ""
-    listing.store = find_images([path.parent], folder, listing)
-    return listing
+    return Source(path.stem, str(path), store, rows, classnames, notes + said + more)
 
 
 # -----------------------------------------------------------------------------
-# The published datasets
+# The published data sets
+
+KNOWN = json.loads((ASSETS / "datasets.json").read_text("utf-8"))["sets"]  # "about" explains them
+TEMPLATES = {"demo": "a centered satellite photo of {}.",
+             **{name: KNOWN[name].get("template", ANY_TEMPLATE) for name in KNOWN}}
+
 
 def dataset_name(text):
-    """Any usual spelling of a published dataset -> our name, or None, as for any path."""
+    """Any usual spelling of a published data set -> our name, or None, as for any path."""
     text = os.fspath(text)
     plain = re.sub(r"[^a-z0-9]", "", text.lower())
     names = {re.sub(r"[^a-z0-9]", "", spelling): name for name in KNOWN
@@ -633,91 +584,72 @@ def dataset_name(text):
     return None if "/" in text or os.sep in text else names.get(plain)
 
 
-def find_images(homes, folder, listing):
-    """The ImageStore that holds the paths of a listing: `folder` under the first of `homes` where
-    some lie, else a zip in the first home, else whichever folder exists, for messages to name."""
-    places = sorted((ImageStore(home / folder) for home in homes),
-                    key=lambda place: not os.path.isdir(place.path))
+def find_images(source, homes, folder):
+    """A Source with the ImageStore that holds its paths: `folder` under the first of `homes` where
+    some lie, else a zip in the first home, else the first folder, for messages to name."""
+    places = [ImageStore(home / folder) for home in homes]
     for archive in sorted(homes[0].glob("*.zip")):
         places += [ImageStore(archive, prefix) for prefix in (f"{folder}/", "")]
-    return next((place for place in places if place.has_some(listing.paths)), places[0])
+    found = (place for place in places if place.has_some(source.paths()))
+    return source._replace(store=next(found, places[0]))
 
 
-def read_official(name, home):
-    """The split its authors published -> rows, classnames."""
-    def lines(file):
-        return [line.strip() for line in read_text(home / file).splitlines() if line.strip()]
-    rows = {"train": [], "val": [], "test": []}
-    if name == "food101":
-        for split in ("train", "test"):
-            images = json.loads(read_text(home / f"meta/{split}.json"))
-            rows[split] = [(f"{image}.jpg", food) for food in images for image in images[food]]
-        return number_classes(rows)
-    order = lines("variants.txt")  # FGVC-Aircraft: a label is a line number
-    for split in rows:
+def read_aircraft(home):
+    """FGVC-Aircraft's own lists, which CoOp takes -> rows, classnames: a label is a line number."""
+    def lines(name):
+        return [line.strip() for line in read_text(home / name).splitlines() if line.strip()]
+    order, rows = lines("variants.txt"), {}
+    for split in ("train", "val", "test"):
         pairs = [line.split(" ", 1) for line in lines(f"images_variant_{split}.txt")]
         rows[split] = [(f"{image}.jpg", order.index(variant)) for image, variant in pairs]
     return rows, order
 
 
-def list_known(name, data_dir, layout="coop"):
-    """One of the published datasets -> Listing. Needs the split only, and most of CoOp's are
-    bundled in assets/coop_splits; images may be absent."""
-    known, content = KNOWN[name], None
-    homes = [data_dir / folder for folder in known["folders"]]
-    official = layout == "official" or "split" not in known
-    if official and "official" not in known:
-        having = ", ".join(other for other in KNOWN if "official" in KNOWN[other])
-        raise DataError(f"{name} has no official lists here, only {having}; use --split coop")
-    file = known["official" if official else "split"]
-    if file == WORDS and read_words(homes[0]):
-        return list_imagenet(name, homes[0] / known["images"])
-    home = next((home for home in homes if (home / file).is_file()), None)
+def list_known(name, data_dir):
+    """One of the published data sets -> Source. Needs its lists only, and most of CoOp's are
+    bundled in assets/coop_splits; images may be absent. ImageNet's val doubles as test, as in CoOp,
+    and its four shifts are test only; their files are sorted, unlike CoOp's, so that a seed means
+    the same shots on every machine."""
+    known = KNOWN[name]
+    homes, file = [data_dir / folder for folder in known["folders"]], known["split"]
+    home = next((home for home in homes if (home / file).is_file()), homes[0])
     bundled = ASSETS / "coop_splits" / f"{file}.xz"
-    if home is None and bundled.is_file():
-        home, content = homes[0], lzma.decompress(bundled.read_bytes())
-    if home is None:
-        source = known.get("link", "the authors' archive")
-        other = "" if official or "official" not in known else "; or try --split official"
-        raise DataError(f"{name}: {homes[0] / file} is missing, and nothing is put in its place; "
-                        f"get {source}, and the images into {homes[0] / known['images']}{other}")
-    listing = Listing(name, str(home), None, *(
-        read_official(name, home) if official else read_coop_split(home / file, content)))
-    listing.store = find_images(homes, known["images"], listing)
-    return listing
+    if file == WORDS and read_words(home):
+        source = list_path(home / known["images"], whole="test")
+        test = {"val": source.rows["test"]} if name == "imagenet" else {}
+        return source._replace(name=name, rows={**source.rows, **test})
+    if name == "fgvc_aircraft" and (home / file).is_file():
+        lists = read_aircraft(home)
+    elif (home / file).is_file():
+        lists = read_coop_split(home / file)
+    elif bundled.is_file():
+        lists = read_coop_split(bundled, lzma.decompress(bundled.read_bytes()))
+    else:
+        raise DataError(f"{name}: {home / file} is missing, and nothing is put in its place; get "
+                        f"{known['link']}, and the images into {home / known['images']}")
+    return find_images(Source(name, str(home), None, *lists), homes, known["images"])
 
 
-def list_imagenet(name, folder):
-    """ImageNet, whose val doubles as test, as in CoOp, or one of its four shifts, which are test
-    only. Files are sorted, unlike CoOp's: a seed means the same shots on every machine."""
-    listing = list_path(folder, whole="test")
-    listing.name = name
-    if name == "imagenet":
-        listing.rows["val"] = listing.rows["test"]
-    return listing
-
-
-def fetch_images(name, data_dir, layout="coop"):
-    """Let torchvision download a published dataset, md5 checked, into its own folder under
+def fetch_images(name, data_dir):
+    """Let torchvision download a published data set, md5 checked, into its own folder under
     data_dir, unless some of its images are there. Says what it does. Raises DataError."""
     known = KNOWN[name]
-
-    def there(lists_too=False):
-        with contextlib.suppress(DataError if lists_too else ()):
-            listing = list_known(name, data_dir, layout)
-            return listing.store.has_some(listing.paths)
-        return False
-    if there(lists_too="fetch" in known and (layout == "official" or "split" not in known)) or (
-            "fetch" not in known):
-        return
+    try:
+        source = list_known(name, data_dir)
+        if "fetch" not in known or source.store.has_some(source.paths()):
+            return
+    except DataError:
+        if name != "fgvc_aircraft":  # whose lists come with its images
+            raise
     print(f"{name}: no images under {data_dir}; fetching {known['size']} to there, once",
           file=sys.stderr, flush=True)
     try:
         getattr(import_torchvision("datasets"), known["fetch"])(str(data_dir), download=True)
+    except ImportError:
+        pass  # scipy, which torchvision wants for labels that are not needed here
     except Exception as error:
-        if not there(lists_too=True):  # else it only lacked scipy, for labels not needed here
-            raise DataError(f"{name}: the download failed ({one_line(error)}); try again, or put "
-                            f"the files under {data_dir} by hand") from error
+        raise DataError(f"{name}: the download failed ({one_line(error)}); try again, or put the "
+                        f"files under {data_dir} by hand") from error
 
 
 # -----------------------------------------------------------------------------
@@ -738,31 +670,27 @@ def find_path(text, data_dir):
     return found[0]
 
 
-def list_dataset(name_or_path, data_dir="data", layout="coop", whole=None):
-    """All splits of what open_dataset takes -> Listing. Raises DataError."""
+def list_dataset(name_or_path, data_dir="data", whole=None):
+    """All splits of what open_dataset takes -> Source. Raises DataError."""
     if name := dataset_name(name_or_path):
-        return list_known(name, expanded(data_dir), layout)
-    if layout == "official":
-        raise DataError(f"{name_or_path}: --split official needs the name of a dataset")
+        return list_known(name, expanded(data_dir))
     return list_path(find_path(name_or_path, data_dir), whole)
 
 
-def open_dataset(name_or_path, split, data_dir="data", layout="coop", classes=None, download=True,
-                 whole=False):
-    """A dataset by name, or one's own folder, CSV/TSV/JSONL, zip or CoOp split file -> ImageSet.
+def open_dataset(name_or_path, split, data_dir="data", classes=None, download=True, whole=False):
+    """A data set by name, or one's own folder, CSV/TSV/JSONL, zip or CoOp split file -> ImageSet.
 
-    split "train", "val" or "test". `classes` (names) narrows and renumbers. layout "official" takes
-    the authors' lists instead of CoOp's. No image is touched, but with `download` a published set
-    of which no image is there is fetched first: with several processes, on one of them only.
-    `whole` gives all of one's own data without splits to the split asked for. A published name wins
-    over a folder of that name; write ./dtd for the folder. Raises DataError.
+    split "train", "val" or "test". `classes` (names) narrows and renumbers. No image is touched,
+    but with `download` a published set of which no image is there is fetched first: with several
+    processes, on one of them only. `whole` gives all of one's own data without splits to the split
+    asked for. A published name wins over a folder of that name; write ./dtd for the folder. Raises
+    DataError.
     """
-    if split not in ("train", "val", "test") or layout not in ("coop", "official"):
-        raise DataError(f"split {split!r}, layout {layout!r}: expected train, val or test, and "
-                        f"coop or official")
+    if split not in ("train", "val", "test"):
+        raise DataError(f"split {split!r}: expected train, val or test")
     if download and (name := dataset_name(name_or_path)):
-        fetch_images(name, expanded(data_dir), layout)
-    images = list_dataset(name_or_path, data_dir, layout, split if whole else None).open(split)
+        fetch_images(name, expanded(data_dir))
+    images = ImageSet(list_dataset(name_or_path, data_dir, split if whole else None), split)
     return images.select(find_classes(images.classnames, classes)) if classes else images
 
 
@@ -775,8 +703,6 @@ def add_data_flags(parser):
                        "(default: data)")
     group.add_argument("--no-download", action="store_true",
                        help="refuse rather than fetch images that are not there")
-    group.add_argument("--split", choices=("coop", "official"), default="coop",
-                       help="CoOp's lists of images, or those of the authors (default: coop)")
     group.add_argument("--classes", nargs="+", metavar="NAME", help="train and test on these only")
     group.add_argument("--template", help="prompt with {} for the class; default: the paper's")
     return group

@@ -45,7 +45,7 @@ def one_line(error):
 
 
 # -----------------------------------------------------------------------------
-# Images: from any file to RGB, from RGB to what the image tower takes
+# Pixels: from any file to RGB, from RGB to what the image tower takes
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -70,31 +70,26 @@ def to_rgb(image):
 
 def read_image(source, name=None, look=None):
     """Path or binary file -> upright RGB image. Raises UnreadableImage, whatever is wrong with it.
-    `look` is shown the opened image before its pixels are read. The EXIF orientation is applied
-    (CoOp ignores it, so the few photos that carry one differ). An animation gives its first frame.
+
+    The EXIF orientation is applied (CoOp ignores it, so the few photos that carry one differ). An
+    animation gives its first frame. `look` is shown the image before its pixels are decoded.
     """
-    name = name or getattr(source, "name", source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd tags and near bombs: the checks here decide
             with Image.open(source) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise UnreadableImage(f"{name}: {image.width}x{image.height} pixels, more than "
-                                          f"the {MAX_PIXELS:,} that are read; scale it down")
+                    raise ValueError(f"{image.width}x{image.height} pixels are too many")
                 if image.format in RUNS_A_PROGRAM:
-                    raise UnreadableImage(f"{name}: {image.format} is not read; save it as PNG")
+                    raise ValueError(f"{image.format} is not read; save it as PNG")
                 if look:
                     look(image)
                 image.load()
                 with contextlib.suppress(Exception):  # damaged tags around sound pixels
                     ImageOps.exif_transpose(image, in_place=True)
                 return to_rgb(image)
-    except UnreadableImage:
-        raise
-    except FileNotFoundError:
-        raise UnreadableImage(f"{name}: there is no such file") from None
     except Exception as error:  # Pillow's readers raise ten kinds of exception on damaged files
-        raise UnreadableImage(f"{name}: not a readable image ({one_line(error)})") from error
+        raise UnreadableImage(f"{name or source}: no readable image ({one_line(error)})") from error
 
 
 def sample_seed(seed, epoch, index):
@@ -140,14 +135,11 @@ class Preprocess:
 
     def __init__(self, size, train=False, seed=0, scale=(0.08, 1.0), flip=True, resize="shortest",
                  interpolation="bicubic", augment=()):
-        if resize not in ("shortest", "squash") or interpolation not in ("bicubic", "bilinear"):
-            raise DataError(f"resize {resize!r}, interpolation {interpolation!r}: expected "
-                            f"shortest or squash, and bicubic or bilinear")
+        self.size, self.train, self.seed, self.scale, self.flip = size, train, seed, scale, flip
+        self.squash = {"shortest": False, "squash": True}[resize]
+        self.filter = getattr(Image.Resampling, interpolation.upper())
         if not set(augment) <= set(EXTRAS):
             raise DataError(f"augment {list(augment)}: expected some of {', '.join(EXTRAS)}")
-        self.size, self.train, self.seed, self.scale, self.flip = size, train, seed, scale, flip
-        self.squash = resize == "squash"
-        self.filter = getattr(Image.Resampling, interpolation.upper())
         self.extras = [EXTRAS[name](import_torchvision("transforms")) for name in augment if train]
 
     @classmethod
@@ -214,11 +206,10 @@ def normalise(images, mean=CLIP_MEAN, std=CLIP_STD):
 # -----------------------------------------------------------------------------
 # Where images lie: a folder or a zip
 
-IMAGE_SUFFIXES = (  # of all that Pillow reads by itself
+IMAGE_SUFFIXES = (  # of what Pillow reads by itself
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".gif", ".webp",
-    ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".avifs", ".jp2", ".j2k", ".jpf",
-    ".jpx", ".j2c", ".jpc", ".tga", ".icb", ".vda", ".vst", ".pcx", ".dds", ".qoi", ".sgi", ".rgb",
-    ".rgba", ".bw", ".xbm", ".xpm", ".ico", ".icns", ".psd", ".msp")
+    ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".jpx", ".tga",
+    ".pcx", ".dds", ".qoi", ".sgi", ".xbm", ".xpm", ".ico", ".icns", ".psd")
 
 
 def leaves_folder(name):
@@ -234,26 +225,21 @@ def is_image(name):
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def walk(folder, base="", seen=None):
-    """Every posix path below `folder`, sorted; directories end in "/". A directory reached twice
-    through links is entered once, so a loop of links ends."""
-    seen = set() if seen is None else seen
-    if os.path.realpath(folder) in seen:
-        return
-    seen.add(os.path.realpath(folder))
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise DataError(f"cannot list {folder} ({error.strerror}); make it readable") from None
-    for entry in entries:
-        try:
-            is_folder = entry.is_dir()
-        except OSError:  # a link to itself
-            is_folder = False
-        if not is_litter(entry.name):
-            yield base + entry.name + "/" * is_folder
-            if is_folder:
-                yield from walk(entry.path, f"{base}{entry.name}/", seen)
+def walk(folder):
+    """Every posix path below `folder`; directories end in "/". A directory reached twice through
+    links is entered once, so a loop of links ends. Raises DataError."""
+    def refuse(error):
+        raise DataError(f"cannot list {error.filename} ({error.strerror}); make it readable")
+    seen = set()
+    for at, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        base = "" if at == os.fspath(folder) else f"{os.path.relpath(at, folder)}/"
+        if os.path.realpath(at) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(at))
+        folders[:] = [name for name in folders if not is_litter(name)]
+        yield from (f"{base}{name}/".replace(os.sep, "/") for name in folders)
+        yield from (f"{base}{name}".replace(os.sep, "/") for name in files if not is_litter(name))
 
 
 class ImageStore:
@@ -278,19 +264,19 @@ class ImageStore:
         if self._pid != os.getpid():
             try:
                 self._zip = zipfile.ZipFile(self.path)
+                bad = [name for name in self._zip.namelist() if leaves_folder(name)]
+                if bad:
+                    raise zipfile.BadZipFile(f"its member {bad[0]!r} lies outside of it")
             except (OSError, zipfile.BadZipFile) as error:
-                raise DataError(f"{self.path} is not a zip ({error}); fetch it again") from None
-            bad = [name for name in self._zip.namelist() if leaves_folder(name)]
-            if bad:
-                raise DataError(f"{self.path} is refused: its member {bad[0]!r} lies outside the "
-                                f"archive; zip the folder again with relative names")
+                raise DataError(f"{self.path} is no sound zip ({error}); fetch it again, or zip "
+                                f"the folder with relative names") from None
             self._pid = os.getpid()
         return self._zip
 
     def names(self):
         """Sorted paths of everything inside, the prefix included; directories end in "/"."""
         if not self.zipped:
-            return list(walk(self.path))
+            return sorted(walk(self.path))
         return sorted(name for name in self.archive().namelist()
                       if not any(map(is_litter, name.rstrip("/").split("/"))))
 
@@ -303,26 +289,20 @@ class ImageStore:
         """Whether any of about 200 of these is there: a set may lie there in part."""
         return any(map(self.has, paths[::max(1, len(paths) // 200)]))
 
-    def full_name(self, path):
-        return f"{self.path}{':' if self.zipped else os.sep}{self.prefix}{path}"
-
     def read(self, path):
         """The bytes of one file, of a zip's with its CRC checked. Raises UnreadableImage."""
-        name = self.full_name(path)
         file = pathlib.Path(self.path, self.prefix, path)
         try:
             info = self.archive().getinfo(self.prefix + path) if self.zipped else file.stat()
             size = info.file_size if self.zipped else info.st_size
-            if size <= MAX_FILE_BYTES:
-                return self.archive().read(info) if self.zipped else file.read_bytes()
-        except (KeyError, FileNotFoundError):
-            raise UnreadableImage(f"{name}: there is no such file") from None
+            if size > MAX_FILE_BYTES:
+                raise ValueError(f"{size:,} bytes are too many")
+            return self.archive().read(info) if self.zipped else file.read_bytes()
         except Exception as error:  # zlib.error, BadZipFile, an encrypted member, a disk fault ...
-            raise UnreadableImage(f"{name}: cannot be read ({one_line(error)})") from error
-        raise UnreadableImage(f"{name}: {size:,} bytes are too many for one file")
+            raise UnreadableImage(f"{self}/{path}: cannot be read ({one_line(error)})") from error
 
     def image(self, path):
-        return read_image(io.BytesIO(self.read(path)), self.full_name(path))
+        return read_image(io.BytesIO(self.read(path)), f"{self}/{path}")
 
 
 # -----------------------------------------------------------------------------
@@ -338,9 +318,8 @@ class Batches(Sampler):
     """
 
     def __init__(self, n, batch_size, seed=0, rank=0, world_size=1, shuffle=True, drop_last=None):
-        if batch_size < 1 or not 0 <= rank < world_size:
-            raise DataError(f"batch size {batch_size}, rank {rank} of {world_size}: expected at "
-                            f"least 1 image, and 0 <= rank < world size")
+        if batch_size < 1:
+            raise DataError(f"batch size {batch_size}: expected 1 or more")
         self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
         self.rank, self.world_size = rank, world_size
         self.drop_last = shuffle and n >= batch_size if drop_last is None else drop_last
@@ -377,9 +356,6 @@ def collate(items, size):
     return default_collate(items)
 
 
-WORKER_TIMEOUT = 600  # seconds without a batch after which workers are taken to hang
-
-
 class Loader(DataLoader):
     """A DataLoader that names what its workers were reading when one of them dies or hangs."""
 
@@ -390,8 +366,7 @@ class Loader(DataLoader):
             if not str(error).startswith(("DataLoader worker", "DataLoader timed out")):
                 raise
             places = self.worker_init_fn.args[0].tolist()
-            reading = ", ".join(f"worker {worker} {self.dataset.paths[index]}"
-                                for worker, index in enumerate(places) if index >= 0)
+            reading = ", ".join(self.dataset.paths[index] for index in places if index >= 0)
             raise LostWorker(f"{one_line(error).split('. ')[0]} while reading {reading or '?'}: "
                              f"look at these files and at the memory that is free, or read with "
                              f"--workers 0; the last checkpoint is intact") from error
@@ -406,7 +381,7 @@ def load_batches(dataset, batches, workers, options):
     """A Loader over any data set with .transform, .paths and .reading, as `batches` order it."""
     if workers:
         places = torch.full((workers,), -1).share_memory_()
-        options = {"persistent_workers": True, "timeout": WORKER_TIMEOUT,
+        options = {"persistent_workers": True, "timeout": 600,
                    "worker_init_fn": functools.partial(tell_reading, places), **options}
     else:
         for key in ("persistent_workers", "multiprocessing_context", "prefetch_factor", "timeout"):

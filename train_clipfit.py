@@ -373,10 +373,9 @@ def fill_recipe(args, data, model):
 
 def open_images(run, args, name, split):
     """A data set; the first process fetches it if it has to be."""
-    where = {"data_dir": args.data_dir, "layout": args.split}
     if not args.no_download:
-        run.on_first(lambda: open_dataset(name, split, **where).name)
-    images = open_dataset(name, split, download=False, **where)
+        run.on_first(lambda: open_dataset(name, split, args.data_dir).name)
+    images = open_dataset(name, split, args.data_dir, download=False)
     require_words(images)
     return images
 

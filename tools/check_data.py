@@ -20,7 +20,7 @@ from device import guard, Parser  # before torch
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from data import DataError, dataset_name, list_dataset, read_image, UnreadableImage
+from data import DataError, dataset_name, ImageSet, list_dataset, read_image, UnreadableImage
 from images import MAX_PIXELS
 from pairs import open_pairs
 
@@ -80,12 +80,12 @@ class Findings(dict):
         entry["examples"] += [example] if entry["count"] <= 5 else []
 
 
-def open_parts(data, data_dir, layout):
+def open_parts(data, data_dir):
     """-> class names, the parts {split: ImageSet or PairSet} and [(path, caption)]. What is both
     is examined as classes, with its captions. DataError if it is neither."""
-    listing, parts, captions, reasons = None, {}, {}, []
+    source, parts, captions, reasons = None, {}, {}, []
     try:
-        listing = list_dataset(data, data_dir, layout)
+        source = list_dataset(data, data_dir)
     except DataError as error:
         reasons.append(error)
     if not dataset_name(data):
@@ -99,13 +99,13 @@ def open_parts(data, data_dir, layout):
                     parts[split] = pairs
                     captions.update(dict.fromkeys(
                         (pairs.paths[i], text) for i, text in zip(pairs.owner, pairs.captions)))
-    if listing is None and not parts:
+    if source is None and not parts:
         raise reasons[0] if len({str(reason) for reason in reasons}) == 1 else DataError(
             f"neither classes ({reasons[0]}) nor captions ({reasons[1]})")
-    if listing:
-        parts = {split: listing.open(split) for split, rows in listing.rows.items()
-                 if rows and (split != "val" or rows is not listing.rows["test"])}
-    return listing.classnames if listing else [], parts, list(captions)
+    if source:
+        parts = {split: ImageSet(source, split) for split, rows in source.rows.items()
+                 if rows and (split != "val" or rows is not source.rows["test"])}
+    return source.classnames if source else [], parts, list(captions)
 
 
 def check_lists(classnames, parts, captions, findings):
@@ -160,9 +160,10 @@ def examine(store, path):
         content = store.read(path)
         image = read_image(io.BytesIO(content), path, look)
     except UnreadableImage as error:
-        cause = error.__cause__  # none where a limit on pixels was met
+        cause = error.__cause__
         return ["empty" if content == b"" else
-                "bomb" if cause is None or isinstance(cause, Image.DecompressionBombError) else
+                "bomb" if "are too many" in str(cause) or isinstance(
+                    cause, Image.DecompressionBombError) else
                 "not_image" if isinstance(cause, UnidentifiedImageError) else "damaged"], None
     small = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR, reducing_gap=2))
     waves = COSINES @ small.mean(axis=2, dtype=np.float32) @ COSINES.T  # (8, 8), first the mean
@@ -250,12 +251,12 @@ def near_pairs(hashes, colours):
             yield from zip(a[close].tolist(), b[close].tolist())
 
 
-def check_data(data, data_dir="data", layout="coop", limit=None):
+def check_data(data, data_dir="data", limit=None):
     """All that is worth knowing before training, as a dict for JSON; "usable" is False if training
     would refuse the data. Keeps half a kilobyte per image; `limit` decodes that many, drawn by a
     fixed permutation. Raises DataError if nothing can be listed."""
     start, findings = time.monotonic(), Findings()
-    classnames, parts, captions = open_parts(data, data_dir, layout)
+    classnames, parts, captions = open_parts(data, data_dir)
     check_lists(classnames, parts, captions, findings)
     paths = sorted({path for part in parts.values() for path in part.paths})
     chosen = paths if limit is None else random.Random(0).sample(paths, min(limit, len(paths)))
@@ -295,7 +296,7 @@ def main(args):
     if args.limit is not None and args.limit < 1:
         raise DataError(f"--limit {args.limit}: expected 1 image or more")
     try:
-        report = check_data(args.data, args.data_dir, args.split, args.limit)
+        report = check_data(args.data, args.data_dir, args.limit)
     except DataError as error:
         if not args.json:
             raise
@@ -312,8 +313,6 @@ def get_args(argv=None):
     parser.add_argument("data", metavar="DATA", help="as --data of the training scripts")
     parser.add_argument("--data-dir", default="data", help="where the named data sets lie "
                         "(default: data)")
-    parser.add_argument("--split", choices=("coop", "official"), default="coop",
-                        help="CoOp's lists, or those of the authors (default: coop)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--limit", type=int, metavar="N",
                         help="decode only N images, a fixed sample (default: all)")

@@ -9,13 +9,13 @@ import json
 import sys
 
 from device import guard, Parser  # before torch
-from data import few_shot, list_dataset
+from data import few_shot, ImageSet, list_dataset
 
 
 def main(args):
-    listing = list_dataset(args.data, args.data_dir, args.split)
-    train = listing.open("train")
-    val = listing.open("val") if listing.rows["val"] else train.subset([])
+    source = list_dataset(args.data, args.data_dir)
+    train = ImageSet(source, "train")
+    val = ImageSet(source, "val") if source.rows["val"] else train.subset([])
     drawn = few_shot(train, args.shots, args.seed, val)
     for part in drawn:
         for note in part.notes[len(train.notes):]:
@@ -33,8 +33,6 @@ def get_args(argv=None):
     parser.add_argument("--seed", type=int, default=1, help="seed of the draw (default: 1)")
     parser.add_argument("--data-dir", default="data", help="where the named data sets lie "
                         "(default: data)")
-    parser.add_argument("--split", choices=("coop", "official"), default="coop",
-                        help="CoOp's lists, or those of the authors (default: coop)")
     return parser.parse_args(argv)
 
 

@@ -1,0 +1,648 @@
+"""images.py, data.py: pixels, tables, data sets, few-shot lists, batches; twins and real data."""
+import csv
+from functools import partial
+import hashlib
+import io
+import itertools
+import json
+import lzma
+import os
+import pathlib
+import pickle
+import random
+import re
+import shutil
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import (Batches, class_prompts, DataError, few_shot, find_classes, halves, ImageSet,
+                  ImageStore, make_loader, normalise, open_dataset, Preprocess, read_image,
+                  read_table, require_words, sample_seed, UnreadableImage)
+from helpers import class_folder, noise, python, refused, save_picture
+
+
+def pairs(images):
+    return list(zip(images.paths, images.labels))
+
+
+def bare_set(labels, split="train", name="bare"):
+    """An ImageSet of paths without files."""
+    rows = {"train": [], "val": [], "test": [],
+            split: [(f"{i}.jpg", label) for i, label in enumerate(labels)]}
+    names = [f"class {label}" for label in range(max(labels) + 1)]
+    return ImageSet(data.Source(name, ".", ImageStore("."), rows, names), split)
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+# -----------------------------------------------------------------------------
+# Pixels
+
+SIZES = [(224, 224), (225, 224), (300, 451), (451, 300), (17, 640), (640, 17), (1, 1), (223, 223),
+         (1, 50), (333, 335), (500, 375), (227, 224), (224, 227)]  # 1.5 rounds to 2
+
+
+@pytest.mark.parametrize("size,kind", [(224, "bicubic"), (97, "bicubic"), (97, "bilinear")])
+def test_evaluation_pixels_equal_torchvision_bit_for_bit(size, kind):
+    transforms = pytest.importorskip("torchvision.transforms", exc_type=Exception)
+    mode = transforms.InterpolationMode(kind)
+    end = [transforms.ToTensor(), transforms.Normalize(data.CLIP_MEAN, data.CLIP_STD)]
+    theirs = transforms.Compose([transforms.Resize(size, mode), transforms.CenterCrop(size), *end])
+    squashed = transforms.Compose([transforms.Resize((size, size), mode), *end])
+    ours = Preprocess(size, interpolation=kind)
+    squash = Preprocess(size, resize="squash", interpolation=kind)
+    images = [noise(wide, high, seed=wide) for wide, high in SIZES]
+    images += [noise(40, 61, "L"), noise(61, 40, "RGBA"), noise(61, 40).quantize(16)]
+    for image in images:
+        pixels = ours(image)
+        assert pixels.dtype == torch.uint8 and pixels.is_contiguous()
+        assert torch.equal(normalise(pixels[None])[0], theirs(image.convert("RGB"))), image
+        assert torch.equal(normalise(squash(image)[None])[0], squashed(image.convert("RGB")))
+    assert torch.equal(ours(np.asarray(images[3])), ours(images[3]))
+    half = torch.rand(2, 3, 4, 4) * 255   # pixels may be mixed before
+    before = half.clone()
+    expected = (half.double() / 255 - 0.5) / 0.25
+    assert torch.allclose(normalise(half, (0.5,) * 3, (0.25,) * 3).double(), expected, atol=1e-6)
+    assert torch.equal(half, before)
+
+
+@pytest.mark.parametrize("scale,flip", [((0.08, 1.0), True), ((0.9, 1.0), False)])
+def test_training_crops_and_flips_equal_torchvision_for_the_same_seed(scale, flip):
+    transforms = pytest.importorskip("torchvision.transforms", exc_type=Exception)
+    theirs = transforms.Compose([
+        transforms.RandomResizedCrop(32, scale, interpolation=transforms.InterpolationMode.BICUBIC),
+        *[transforms.RandomHorizontalFlip()] * flip, transforms.PILToTensor()])
+    ours = Preprocess(32, train=True, seed=5, scale=scale, flip=flip)
+    for wide, high in [(64, 64), (90, 31), (400, 20), (20, 400), (3, 2), (1, 1)]:
+        for index in range(8):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(sample_seed(5, 2, index))
+                expected = theirs(noise(wide, high))
+            assert torch.equal(ours(noise(wide, high), 2, index), expected), (wide, high, index)
+
+
+def test_a_view_is_a_function_of_seed_epoch_and_index_only():
+    image, crop = noise(50, 40), Preprocess(16, train=True, seed=1, augment=("colour",))
+    first = crop(image, 3, 7)
+    torch.rand(5)
+    state = torch.get_rng_state()
+    assert torch.equal(crop(image, 3, 7), first) and torch.equal(torch.get_rng_state(), state)
+    others = [crop(image, 3, 8), crop(image, 4, 7), Preprocess(16, True, 1)(image, 3, 7)]
+    assert not any(torch.equal(first, other) for other in others)
+    keys = itertools.product(range(9), range(9), range(99))
+    seeds = {sample_seed(*key) & 0xFFFFFFFF for key in keys}
+    assert len(seeds) > 0.999 * 9 * 9 * 99  # no structure in the bits torch keeps
+    refused(lambda: Preprocess(16, True, augment=("cutout",)), "cutout")
+    for size in ((1, 5000), (5000, 1), (30000, 2)):  # a strip costs no gigabyte
+        assert Preprocess(224)(noise(*size)).shape == (3, 224, 224)
+
+
+def test_a_larger_view_shows_the_same_crop_flip_and_distortion():
+    """What a teacher of another image size sees."""
+    smooth = noise(5, 4).resize((160, 120), Image.Resampling.BICUBIC)
+    for options in ({}, {"augment": ("randaugment",)}, {"scale": None, "augment": ("colour",)}):
+        small, large = (Preprocess(size, train=True, seed=3, **options) for size in (32, 64))
+        for index in range(12):
+            one = small(smooth, 1, index).float()
+            other = torch.nn.functional.avg_pool2d(large(smooth, 1, index).float(), 2)
+            assert (one - other).abs().mean() < 12, (options, index)
+        spread = torch.stack([small(smooth, 1, i).float() for i in range(12)]).std(0).mean()
+        assert spread > 15
+
+
+def test_every_colour_mode_orientation_and_animation_gives_the_right_rgb(tmp_path):
+    def same(name, wanted):
+        assert np.array_equal(np.asarray(read_image(tmp_path / name)), np.asarray(wanted)), name
+    ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)  # 0 .. 65535 in 256 steps
+    Image.fromarray(ramp).save(tmp_path / "16.png")
+    same("16.png", np.repeat((ramp // 257).astype(np.uint8)[..., None], 3, axis=2))
+    for mode, suffix in (("L", "png"), ("1", "png"), ("CMYK", "tif"), ("YCbCr", "jpg"),
+                         ("RGBA", "png"), ("LA", "png"), ("RGB", "tga"), ("RGB", "jp2")):
+        path = save_picture(tmp_path / f"{mode}.{suffix}", noise(20, 10).convert(mode))
+        same(path.name, Image.open(path).convert("RGB"))
+    palette, tagged = noise(20, 10).quantize(8), Image.Exif()
+    palette.save(tmp_path / "p.png", transparency=bytes([0, 128] + [255] * 6))
+    same("p.png", np.asarray(palette.convert("RGBA"))[..., :3])
+    tagged[0x0112] = 6
+    noise(20, 10).save(tmp_path / "turned.png", exif=tagged)
+    same("turned.png", noise(20, 10).transpose(Image.Transpose.ROTATE_270))
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    same("moving.gif", frames[0])
+
+
+def test_damaged_files_bombs_and_programs_are_refused_by_name(tmp_path, monkeypatch):
+    photo, dot = io.BytesIO(), io.BytesIO()
+    noise(200, 200).save(photo, "JPEG")
+    Image.new("L", (1, 1)).save(dot, "PNG")
+    bomb = bytearray(dot.getvalue())
+    bomb[16:24] = (60000).to_bytes(4, "big") * 2  # width and height; the checksum follows
+    bomb[29:33] = zlib.crc32(bytes(bomb[12:29])).to_bytes(4, "big")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # others switch Pillow's own guard off
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    for name, content in {"empty": b"", "text": b"not an image", "cut": photo.getvalue()[:9000],
+                          "header": photo.getvalue()[:30], "zeros": bytes(5000), "eps": eps,
+                          "bomb": bytes(bomb), "png cut": dot.getvalue()[:40]}.items():
+        refused(partial(read_image, write(tmp_path / f"{name}.jpg", content)), f"{name}.jpg")
+        with pytest.raises(UnreadableImage):
+            read_image(tmp_path / f"{name}.jpg")
+    refused(partial(read_image, tmp_path / "absent.jpg"), "absent.jpg")
+
+
+# -----------------------------------------------------------------------------
+# Tables
+
+def test_tables_of_every_dialect_say_the_same():
+    rows = [{"image": "a.png", "caption": 'a "b", c\td'}, {"image": "é 2.png", "caption": "x\ny"}]
+    tables = {
+        "csv": 'image,caption\na.png,"a ""b"", c\td"\né 2.png,"x\ny"\n',
+        "bom, crlf": '\ufeff Image ; CAPTION\r\na.png;"a ""b"", c\td"\r\n\r\né 2.png;"x\ny"\r\n',
+        "tsv of a csv writer": 'image\tcaption\na.png\t"a ""b"", c\td"\né 2.png\t"x\ny"\n',
+        "jsonl": "\n".join(map(json.dumps, rows)) + "\n\n", "json": json.dumps(rows, indent=1)}
+    for name, text in tables.items():
+        columns, found = read_table("any.txt", text.encode())
+        assert columns == ["image", "caption"] and [row for _, row in found] == rows, name
+    assert [line for line, _ in read_table("t", tables["csv"].encode())[1]] == [2, 3]
+    plain = b'image\tcaption\na.png\t"best view, says nobody\nb.png\tthe 5" one\n'
+    assert [row["caption"] for _, row in read_table("t.tsv", plain)[1]] == [
+        '"best view, says nobody', 'the 5" one']
+    commas = b"image,caption\na.png,one, two, three\nb.png,four\n"
+    _, joined = read_table("t.csv", commas, join=("caption",))
+    assert [row["caption"] for _, row in joined] == ["one, two, three", "four"]
+
+
+@pytest.mark.parametrize("text", [
+    "image,caption\na,b\nc,d,e\n", "image,caption\na,b\nc\n", "image\tcaption\na\tb\nc\td\te\n",
+    "title,path\na,b\nwet, dark,p.jpg\n", 'image,caption\na,b\nc,"open\nd,e\n',
+    'image,caption\na,b\nc,"x" y\n', 'image,caption\na,b\nc,"begins\nd.jpg,e\nf.jpg,ends"\n',
+    '{"a": 1}\n{"a": 2}\n[3]\n', '{"a": 1}\n\n{"a": \n', "image,caption\na,b\nc,\0\n",
+    "image,caption\na,b\nc,é".encode("cp1252"), "图像,文字\na,b\n".encode("gbk"),
+    "image,caption\n".encode("utf-16"), "a,b,A\n1,2,3\n", b"PAR1\0.", b"\x1f\x8b..", b"PK\3\4\0"])
+def test_a_table_that_does_not_fit_is_refused_with_its_line(text):
+    text = text if isinstance(text, bytes) else text.encode()
+    line = refused(lambda: read_table("t.csv", text, join=("caption",)[:text.startswith(b"ti")]),
+                   "t.csv")
+    if b"a,b\nc" in text or b"a\tb\nc" in text or b'1}\n' in text:
+        assert "line 3" in line
+
+
+def test_random_tables_are_read_as_a_strict_reader_reads_them_or_refused_with_a_line():
+    stream, accepted = random.Random(0), 0
+    pieces = [*'ab ,;\t"\n', "猫", '""', "\r\n", "x" * 5000, "\ufeff", "'", "\\", "\u2028"]
+    for trial in range(600):
+        mark, width = stream.choice(",;\t"), stream.randint(2, 4)
+        cells = [["".join(stream.choices(pieces, k=stream.randint(0, 6))) for _ in range(width)]
+                 for _ in range(stream.randint(1, 6))]
+        out = io.StringIO()
+        style = stream.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+        csv.writer(out, delimiter=mark, quoting=style).writerows(
+            [[f"column {i}" for i in range(width)], *cells])
+        text, sound = out.getvalue(), trial % 3 > 0
+        if not sound:  # put in or take out a character
+            at = stream.randrange(len(text))
+            text = text[:at] + stream.choice(["", mark, '"', "\n", "\0", "x"]) + text[at + 1:]
+        try:
+            columns, rows = read_table("t.csv", text.encode())
+        except DataError as error:
+            assert not sound and re.search(r"t\.csv, line \d+: ", str(error)), text
+            continue
+        found = [list(row.values()) for _, row in rows]
+        if sound:
+            assert found == [row for row in cells if "".join(row).strip()], text
+        elif not (mark == "\t" and '"' in text):  # where a quote may be content
+            strict = list(csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True))
+            strict = [row for row in strict if "".join(row).strip()]
+            assert found == strict[1:] and {len(row) for row in strict} == {len(columns)}
+        accepted += not sound
+    assert accepted > 40
+
+
+# -----------------------------------------------------------------------------
+# Few-shot lists
+
+def naive_few_shot(items, shots, stream):
+    """Dassl's generate_fewshot_dataset; items are (path, label)."""
+    groups, chosen = {}, []
+    for item in items:
+        groups.setdefault(item[1], []).append(item)
+    for group in groups.values():
+        chosen.extend(stream.sample(group, shots) if len(group) >= shots else group)
+    return chosen
+
+
+def test_dtd_shots_equal_the_published_ones():
+    train, val = (open_dataset("dtd", split, download=False) for split in ("train", "val"))
+    drawn = few_shot(train, 4, 1, val)
+    for part, numbers in zip(drawn, (["0117", "0142", "0147", "0102"], ["0008", "0114", "0132"])):
+        assert part.paths[:len(numbers)] == [f"banded/banded_{n}.jpg" for n in numbers]
+    assert few_shot(train, 4, 3).paths[:2] == ["banded/banded_0082.jpg", "banded/banded_0090.jpg"]
+
+
+def test_dtd_shots_equal_all_published_lists(shared):
+    train, val = (open_dataset("dtd", split, shared) for split in ("train", "val"))
+    state = random.getstate()
+    for shots, seed in itertools.product((1, 2, 4, 8, 16), (1, 2)):
+        file = shared / f"dtd/fewshot_indices/shot_{shots}-seed_{seed}.json"
+        published = json.loads(file.read_text())
+        for part, key in zip(few_shot(train, shots, seed, val), ("train", "val")):
+            assert [(f"./data/dtd/images/{path}", label, part.classnames[label])
+                    for path, label in pairs(part)] == [
+                (item["impath"], item["label"], item["classname"])
+                for item in published[key]["data"]]
+    assert random.getstate() == state
+
+
+BUNDLED = {"caltech101": "52ce8320", "dtd": "f26ebecc", "eurosat": "541503a7",
+           "oxford_flowers": "2f50c42f", "oxford_pets": "d7f3ffe6", "stanford_cars": "40acee7a",
+           "ucf101": "d78cb834"}
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_splits_are_the_published_files_in_their_order(name, tmp_path):
+    file = data.ASSETS / "coop_splits" / (data.KNOWN[name]["split"] + ".xz")
+    content = lzma.decompress(file.read_bytes())
+    assert hashlib.sha256(content).hexdigest().startswith(BUNDLED[name])
+    train, val = (open_dataset(name, part, tmp_path, download=False) for part in ("train", "val"))
+    listed = json.loads(content)
+    assert pairs(train) == [(path, label) for path, label, _ in listed["train"]]
+    assert not any(tmp_path.iterdir())
+    for shots, seed in ((16, 1), (1, 0)):
+        stream = random.Random(seed)
+        drawn = few_shot(train, shots, seed, val)
+        assert pairs(drawn[0]) == naive_few_shot(pairs(train), shots, stream)
+        assert pairs(drawn[1]) == naive_few_shot(pairs(val), min(shots, 4), stream)
+
+
+def test_short_classes_are_taken_whole_and_nonsense_is_refused():
+    labels = [2] * 3 + [0] * 9 + [2] * 2 + [1] * 4
+    drawn = few_shot(bare_set(labels), 5, seed=7)
+    assert pairs(drawn) == naive_few_shot(pairs(bare_set(labels)), 5, random.Random(7))
+    assert any("class 1 (4)" in note and "class 2" not in note for note in drawn.notes)
+    assert len(few_shot(bare_set([0, 1]), 0, seed=1)) == 0
+    refused(partial(few_shot, bare_set([0, 1]), -1, 1), "shots")
+    train, val = bare_set([0, 1] * 9, name="imagenet"), bare_set([0, 1] * 9, "val", "imagenet")
+    assert len(few_shot(train, 2, 1, val)[1]) == 18
+
+
+def test_base_and_new_classes_names_and_prompts():
+    assert halves([3, 1, 0, 2, 4, 1]) == ([0, 1, 2], [3, 4])
+    train = open_dataset("dtd", "train", download=False)
+    shots, (base, new) = few_shot(train, 4, 1), halves(train.labels)
+    assert (len(base), len(new)) == (24, 23)
+    assert pairs(shots.select(base)) == [pair for pair in pairs(shots) if pair[1] < 24]
+    assert set(shots.select(new).labels) == set(range(23))
+    some = open_dataset("dtd", "train", classes=["Polka-Dotted", "banded"], download=False)
+    assert some.classnames == ["polka-dotted", "banded"] and len(some) == 120
+    assert {label for path, label in pairs(some) if path.startswith("banded/")} == {1}
+    assert find_classes(["ice_skating_rink", "Sea or Lake"], ["ICE skating  rink"]) == [0]
+    refused(lambda: open_dataset("dtd", "train", classes=["bandd"], download=False), "'banded'")
+    assert class_prompts(train.classnames, train.template)[0] == (
+        "a photo of a banded, a type of texture.")
+    assert class_prompts(["a_b", "{c}"], "x {} y {c}") == ["x a b y a b", "x {c} y {c}"]
+    for template in ("a photo", "a {name} {}", "{0}", "{c!r}", "{}}{name}"):
+        refused(partial(class_prompts, ["a"], template), repr(template))
+
+
+# -----------------------------------------------------------------------------
+# Published sets
+
+def test_what_is_missing_is_said_at_once_and_nothing_is_written(tmp_path):
+    for name in ("food101", "sun397", "imagenet", "imagenet-r"):
+        known = data.KNOWN[name]
+        target = tmp_path / known["folders"][0]
+        refused(partial(open_dataset, name, "test", tmp_path), target / known["split"],
+                known["link"], target / known["images"])
+    refused(lambda: open_dataset("aircraft", "test", tmp_path, download=False), "variants.txt")
+    refused(lambda: open_dataset("eurosta", "train", tmp_path), "'eurosat'")
+    test = open_dataset("cars", "test", tmp_path)  # has no downloader
+    refused(test.check_files, tmp_path / "stanford_cars")
+    refused(lambda: open_dataset("dtd", "dev"), "'dev'")
+    assert not any(tmp_path.iterdir())
+    for text, name in {"DescribableTextures": "dtd", "oxford-pets": "oxford_pets",
+                       "ImageNetA": "imagenet-a", "SUN397": "sun397", "./dtd": None}.items():
+        assert data.dataset_name(text) == name, text
+
+
+def test_images_are_fetched_once_if_none_is_there_and_not_against_the_users_will(
+        tmp_path, monkeypatch, capfd):
+    tv, calls = pytest.importorskip("torchvision.datasets", exc_type=Exception), []
+    listed = open_dataset("dtd", "test", tmp_path, classes=["banded", "woven"], download=False)
+
+    def fetch(root, download):  # what the real one leaves behind
+        calls.append(root)
+        for path in listed.paths:
+            save_picture(pathlib.Path(root) / "dtd/dtd/images" / path)
+
+    def fails(root, download):
+        raise RuntimeError("the server is asleep\nand snores")
+    monkeypatch.setattr(tv, "DTD", fails)
+    refused(lambda: open_dataset("dtd", "test", tmp_path), "dtd", "asleep")
+    refused(open_dataset("dtd", "test", tmp_path, download=False).check_files, "--no-download")
+    monkeypatch.setattr(tv, "DTD", fetch)
+    capfd.readouterr()
+    open_dataset("dtd", "test", tmp_path)
+    said = capfd.readouterr().err
+    assert "600 MB" in said and str(tmp_path) in said and said.count("\n") == 1
+    test = open_dataset("dtd", "test", tmp_path, classes=["banded", "woven"])
+    assert len(calls) == 1 and len(test.preload()) == len(listed)
+    refused(open_dataset("dtd", "test", tmp_path).check_files, "--classes", "bubbly")
+
+
+def test_aircraft_has_lists_of_its_own_that_come_with_its_images(tmp_path, monkeypatch):
+    tv = pytest.importorskip("torchvision.datasets", exc_type=Exception)
+
+    def fetch(root, download):
+        home = pathlib.Path(root) / "fgvc-aircraft-2013b/data"
+        write(home / "variants.txt", "Boeing 707-320\nA300\n")
+        for split in ("train", "val", "test"):
+            lines = f"{split}1 Boeing 707-320\n{split}2 A300\n"
+            write(home / f"images_variant_{split}.txt", lines)
+            save_picture(home / f"images/{split}1.jpg")
+    monkeypatch.setattr(tv, "FGVCAircraft", fetch)
+    test = open_dataset("aircraft", "test", tmp_path)
+    assert pairs(test) == [("test1.jpg", 0), ("test2.jpg", 1)] and test[0][0].size == (32, 32)
+
+
+def test_imagenet_and_its_shifts_follow_coop_labels_and_words(tmp_path):
+    wnids = [f"n0000000{i}" for i in range(1, 5)]
+    names = ["tench", "missile", "sea lion", "missile"]
+    write(tmp_path / "imagenet/classnames.txt", "\n".join(map(" ".join, zip(wnids, names))))
+    for wnid, split in itertools.product(wnids, ("train", "val")):
+        save_picture(tmp_path / f"imagenet/images/{split}/{wnid}/x.JPEG")
+    for wnid in wnids[1::2]:
+        save_picture(tmp_path / f"imagenet-adversarial/imagenet-a/{wnid}/y.jpg")
+    write(tmp_path / "imagenet-adversarial/imagenet-a/README.txt", "read me")
+    for number in (0, 3):
+        folder = tmp_path / "imagenetv2/imagenetv2-matched-frequency-format-val"
+        save_picture(folder / f"{number}/z.jpeg")
+    train, val, test = (open_dataset("imagenet", s, tmp_path) for s in ("train", "val", "test"))
+    assert pairs(train) == [(f"train/{wnid}/x.JPEG", i) for i, wnid in enumerate(wnids)]
+    assert val.paths == test.paths == [f"val/{wnid}/x.JPEG" for wnid in wnids]
+    assert train.classnames == names
+    shift = open_dataset("imagenet-a", "test", tmp_path)
+    assert shift.classnames == ["missile", "missile"] and shift.labels == [0, 1]
+    v2 = open_dataset("imagenetv2", "test", tmp_path)
+    assert v2.classnames == ["tench", "missile"] and v2.paths == ["0/z.jpeg", "3/z.jpeg"]
+    refused(lambda: open_dataset("imagenet-a", "train", tmp_path), "train")
+    by_path = open_dataset(tmp_path / "imagenet/images", "test")  # words are near by
+    assert by_path.classnames == train.classnames
+    shutil.copytree(tmp_path / "imagenet/images", tmp_path / "alone/a/b/c/images")
+    require_words(by_path)
+    refused(lambda: require_words(open_dataset(tmp_path / "alone/a/b/c/images", "test")),
+            "n00000001", "classnames.txt")
+
+
+# -----------------------------------------------------------------------------
+# The user's own files
+
+def test_class_folders_get_a_fixed_announced_split(tmp_path):
+    folder = class_folder(tmp_path / "pics.v2", ("sea_lion", "Ünï", "猫"), all=10)
+    parts = [open_dataset("pics.v2", split, tmp_path) for split in ("train", "val", "test")]
+    assert [len(part) for part in parts] == [15, 6, 9] == [len(part.preload()) for part in parts]
+    assert len({path for part in parts for path in part.paths}) == 30
+    assert parts[0].classnames == sorted(["sea_lion", "Ünï", "猫"])
+    assert parts[0].paths == open_dataset(folder, "train").paths
+    assert any("50/20/30" in note for note in parts[0].notes)
+    assert len(open_dataset(folder, "test", whole=True)) == 30
+    save_picture(folder / "猫/new.png")
+    assert open_dataset(folder, "train").fingerprint != parts[0].fingerprint
+    tiny = class_folder(tmp_path / "tiny", ("a", "b"), all=2)  # a training, then a test image
+    assert open_dataset(tiny, "train").counts == {"train": 2, "val": 0, "test": 2}
+
+
+def test_split_folders_litter_and_link_loops_are_understood(tmp_path):
+    folder = class_folder(tmp_path / "set", ("a/deep", "b"), Training=3, Valid=3, test_set=3)
+    for junk in ("__MACOSX/a/x.png", "Training/a/.hidden.png", "Training/.cache/x.png"):
+        save_picture(folder / junk)
+    write(folder / "Training/a/Thumbs.db", "junk")
+    os.symlink(folder, folder / "Training/a/loop")
+    train = open_dataset(folder, "train")
+    assert train.classnames == ["a", "b"] and len(train) == 6 and len(train.notes) == 1
+    assert len(open_dataset(folder, "val")) == len(open_dataset(folder, "test")) == 6
+    shutil.rmtree(folder / "test_set")
+    assert len(open_dataset(folder, "test")) == 6  # val, and said so
+    assert any("val is used as test" in note for note in open_dataset(folder, "test").notes)
+    shutil.rmtree(folder / "Valid")  # a lone train folder is not cut: no image is lost
+    assert len(open_dataset(folder, "train")) == 6
+    refused(lambda: open_dataset(folder, "test"), "test", "train")
+    assert open_dataset(class_folder(tmp_path / "v", ("bus", "train"), all=4), "train").counts[
+        "train"] == 4  # a class may be called so
+
+
+def test_files_that_are_not_read_are_counted_and_named(tmp_path):
+    folder = class_folder(tmp_path / "set", ("a", "b"), all=4)
+    save_picture(folder / "a/x.tga")
+    save_picture(folder / "b/x.jp2")
+    assert sum(open_dataset(folder, "train").counts.values()) == 10
+    write(folder / "a/photo.heic", "x")
+    save_picture(folder / "loose.png")
+    notes = open_dataset(folder, "train").notes
+    assert any("2 files" in note and "photo.heic" in note for note in notes)
+
+
+def test_folders_that_hold_something_else_are_refused_by_name(tmp_path):
+    (tmp_path / "empty").mkdir()
+    class_folder(tmp_path / "lone", ("cat",), all=4)
+    class_folder(tmp_path / "flat", ("images",), all=4)
+    write(tmp_path / "flat/captions.csv", "image,caption\nimages/0.png,a\n")
+    class_folder(tmp_path / "coco", ("train2017", "val2017"), all=4)
+    class_folder(tmp_path / "kaggle", ("seg_train/a", "seg_test/a", "seg_pred"), all=4)
+    class_folder(tmp_path / "nested", ("one/cat", "one/dog", "two/cat", "two/dog"), all=2)
+    class_folder(tmp_path / "twice", ("Sea_Lion", "sea lion"), all=2)
+    class_folder(tmp_path / "hole", ("a", "b"), all=2)
+    (tmp_path / "hole/nothing").mkdir()
+    write(tmp_path / "set.xyz", "")
+    write(tmp_path / "bad.zip", "<html>")
+    for name, words in {"empty": [], "lone": [], "flat": ["images", "captions.csv"],
+                        "coco": ["train2017"], "kaggle": ["seg_pred"], "nested": ["one"],
+                        "twice": ["'Sea_Lion'", "'sea lion'"], "hole": ["nothing"], "set.xyz": [],
+                        "bad.zip": [], "gone": []}.items():
+        refused(partial(open_dataset, tmp_path / name, "train"), name, *words)
+
+
+def test_class_names_lose_their_numbers_and_say_so(tmp_path):
+    birds = ("001.Black_footed_Albatross", "002.Laysan_Albatross", "010.Crow")
+    train = open_dataset(class_folder(tmp_path / "cub", birds, all=4), "train")
+    assert train.classnames == ["Black_footed_Albatross", "Laysan_Albatross", "Crow"]
+    assert any("001.Black_footed" in note for note in train.notes)
+    doors = ("2_door_car", "4_door_car")
+    assert open_dataset(class_folder(tmp_path / "d", doors, all=4), "train").classnames == [*doors]
+    digits = open_dataset(class_folder(tmp_path / "n", ("10", "9", "2"), all=4), "train")
+    assert digits.classnames == ["2", "9", "10"] and any("codes" in n for n in digits.notes)
+    write(tmp_path / "n/classnames.txt", "2 two\n9 nine\n10 ten\n")
+    assert open_dataset(tmp_path / "n", "train").classnames == ["two", "nine", "ten"]
+
+
+def test_tables_of_labels_are_read_or_refused(tmp_path):
+    rows = "\n".join(f"{i}.png,{label},{split}" for i, (label, split) in enumerate(
+        itertools.product((10, 9, 2), ("Train", "validation", "test"))))
+    test = open_dataset(write(tmp_path / "t.csv", "path,label,Split\n" + rows), "test")
+    assert test.classnames == ["2", "9", "10"] and test.labels == [2, 1, 0]
+    for path in ("a/0.png", "a/1.png", "b/2 ü.png"):
+        save_picture(tmp_path / path)
+    windows = "\ufeffNr;Image;Class\n1;a\\0.png;cat\n2;a\\1.png;dog\n3;b\\2 ü.png;cat\n;;\n"
+    train = open_dataset(write(tmp_path / "w.csv", windows.replace("\n", "\r\n")), "train")
+    assert train.classnames == ["cat", "dog"] and len(train.preload()) == 2
+    absolute = f"path,label\n{tmp_path}/a/0.png,x\n{tmp_path}/a/1.png,y\n"
+    assert len(open_dataset(write(tmp_path / "abs.csv", absolute), "train").preload()) == 2
+    for text in ("picture,label\na,b\n", "filepath\ttitle\na\tb\n", "path|label\na|b\n", "",
+                 "path,label\n../a.png,x\nb.png,y\n", "path,label,split\na.png,x,trian\n",
+                 "path,label\n", "path,label\na.png,dry, wet\n", "path,label\na.png,x\nb.png,\n",
+                 "path,label,split\na.png,x,train\nb.png,y,train\na.png,x,test\n",
+                 "path,label\na.png,x\nb.png,y\na.png,y\n", '{"path": "a", "label": ["x"]}\n'):
+        refused(partial(open_dataset, write(tmp_path / "bad.csv", text), "train"), "bad")
+
+
+def test_zips_are_read_in_place_and_hostile_ones_refused(tmp_path):
+    folder, path = class_folder(tmp_path / "outer", ("cat", "dog"), all=10), tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*.png")):
+            archive.write(file, file.relative_to(tmp_path))
+    train = open_dataset(path, "train")  # through the lone outer folder
+    assert train.paths[0].startswith("cat/") and len(train.subset(range(10)).preload()) == 10
+    again = pickle.loads(pickle.dumps(train))
+    assert again[3][0].tobytes() == train[3][0].tobytes()
+    for name in ("../evil.jpg", "/etc/evil.jpg", "a/..\\..\\x.jpg"):
+        with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
+            archive.writestr(name, b"x")
+        refused(partial(open_dataset, tmp_path / "evil.zip", "train"), "evil.zip")
+    content = bytearray(path.read_bytes())
+    content[content.index((folder / "cat/3.png").read_bytes()) + 60] ^= 1
+    path.write_bytes(bytes(content))
+    refused(lambda: ImageStore(path).read("outer/cat/3.png"), "cat/3.png", "CRC")
+    demo = open_dataset("demo", "test").subset(range(0, 1000, 60)).with_transform(Preprocess(32))
+    assert demo.template == "a centered satellite photo of {}."
+    loader = make_loader(demo, 5, shuffle=False, workers=2, multiprocessing_context="fork")
+    assert torch.equal(torch.cat([images for images, _, _ in loader]),
+                       torch.stack([demo[i][0] for i in range(len(demo))]))
+
+
+def test_a_split_file_of_ones_own_opens_and_bad_ones_are_refused(tmp_path, monkeypatch):
+    class_folder(tmp_path, ("a", "b"), all=3)
+    monkeypatch.setenv("MY_SET", str(tmp_path))
+    entries = [["a/0.png", 0, "a"], ["b/0.png", 1, "b"]]
+    for content in ({"train": entries, "test": entries}, [], {"train": [["a.png", 0]]},
+                    {"train": [["../a.png", 0, "a"]]}, {"train": [["a.png", 1, "a"]]},
+                    {"train": [["a", 0, "a"], ["b", 0, "b"]]}):
+        write(tmp_path / "my.json", json.dumps(content))
+        if "test" in content:
+            assert len(open_dataset("$MY_SET/my.json", "test").preload()) == 2
+        else:
+            refused(lambda: open_dataset("$MY_SET/my.json", "train"), "my.json")
+
+
+def test_unreadable_images_are_skipped_dropped_or_refused(tmp_path):
+    folder = class_folder(tmp_path / "s", ("cat", "dog"), train=60, test=1)
+    write(folder / "train/cat/3.png", b"")
+    train = open_dataset(folder, "train").with_transform(Preprocess(8))
+    bad = train.paths.index("train/cat/3.png")
+    image, label, index = train[(4, bad)]
+    assert (label, index) == (-1, bad) and not image.any() and image.shape == (3, 8, 8)
+    kept = train.subset(range(len(train))).preload()
+    assert len(kept) == 119 and "train/cat/3.png" not in kept.paths
+    assert any("1 of 120" in note and "3.png" in note for note in kept.notes)
+    assert torch.equal(kept[bad][0], train[bad + 1][0]) and len(train) == 120
+    assert train.subset(range(9)).preload(limit=4 * 32 * 32).images is None
+    digest = train.digest()
+    (folder / "train/cat/3.png").unlink()
+    train.check_files()
+    assert train.digest() != digest and any("1 of 120" in note for note in train.notes)
+    (folder / "train/cat/4.png").unlink()
+    refused(train.check_files, "1 %", "3.png")
+    for file in (folder / "train/dog").iterdir():
+        write(file, "junk")
+    refused(train.preload, "--classes", "dog")
+
+
+# -----------------------------------------------------------------------------
+# Batches and loaders
+
+def test_batches_are_a_permutation_of_seed_and_epoch_shared_out_to_ranks():
+    def batches(seed=3, epoch=2, rank=0, world=1, first=0, **options):
+        sampler = pickle.loads(pickle.dumps(Batches(23, 5, seed, rank, world, **options)))
+        sampler.set_epoch(epoch, first_batch=first)
+        return list(sampler)
+    whole = batches(drop_last=False)
+    assert sorted(i for batch in whole for _, i in batch) == list(range(23))
+    assert {epoch for batch in whole for epoch, _ in batch} == {2}
+    assert whole != batches(epoch=1, drop_last=False) and whole != batches(2, drop_last=False)
+    assert batches() == whole[:4] and batches(first=3, drop_last=False) == whole[3:]
+    for world in (2, 3, 7):
+        shares = zip(*(batches(rank=r, world=world, drop_last=False) for r in range(world)))
+        for number, parts in enumerate(shares):  # every rank has as many batches
+            merged = [key for group in itertools.zip_longest(*parts) for key in group if key]
+            assert merged == whole[number]
+    assert [len(batch) for batch in Batches(10, 32)] == [10]
+    assert [len(batch) for batch in Batches(10, 4, shuffle=False)] == [4, 4, 2]
+    assert [Batches(23, 5).global_size(batch) for batch in (0, 4, 5)] == [5, 3, 0]
+    refused(lambda: Batches(4, 0), "batch size 0")
+
+
+def test_batches_do_not_depend_on_workers_nor_on_how_they_start(tmp_path):
+    def two_epochs(images, first_batch=0, **options):
+        loader, found = make_loader(images, 5, seed=9, **options), []
+        for epoch in (0, 1):
+            loader.batch_sampler.set_epoch(epoch, first_batch)
+            found += [part.clone() for batch in loader for part in batch]
+        return found
+
+    def same(left, right):
+        return len(left) == len(right) and all(map(torch.equal, left, right))
+    folder = class_folder(tmp_path, ("cat", "dog"), all=24)
+    train = open_dataset(folder, "train").with_transform(Preprocess(8, train=True, seed=3))
+    alone, state = two_epochs(train), torch.get_rng_state()
+    held = train.subset(range(24)).preload()  # decoded images travel to a spawned worker
+    assert len(alone) == 24 and not torch.equal(alone[0], alone[12])
+    assert same(alone, two_epochs(held))
+    assert torch.equal(state, torch.get_rng_state())  # loading leaves the global stream alone
+    assert same(alone, two_epochs(train, workers=2, multiprocessing_context="fork"))
+    assert same(alone, two_epochs(held, workers=1, multiprocessing_context="spawn"))
+    later = two_epochs(train, first_batch=2, workers=2, multiprocessing_context="fork")
+    assert same(alone[6:12] + alone[18:], later)
+    last = list(make_loader(train.subset(range(4)), 4, rank=2, world_size=5, shuffle=False))[-1]
+    none = list(make_loader(train.subset(range(4)), 4, rank=4, world_size=5))[-1]
+    assert last[2].tolist() == [2] and [tuple(x.shape) for x in none] == [(0, 3, 8, 8), (0,), (0,)]
+
+
+FAULTY = """
+import os, sys, time
+import torch.utils.data
+import data
+import pathlib
+from helpers import class_folder
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
+read = data.ImageSet.__getitem__
+
+def faulty(self, key):
+    item = read(self, key)
+    if self.paths[key[1]] == "train/green/1.png":
+        os._exit(7) if sys.argv[1] == "exit" else time.sleep(60)
+    return item
+
+data.ImageSet.__getitem__ = faulty
+images = data.open_dataset(class_folder(pathlib.Path(sys.argv[2])), "train")
+images = images.with_transform(data.Preprocess(8))
+try:
+    list(data.make_loader(images, 6, workers=2, timeout=3, multiprocessing_context="fork"))
+except data.LostWorker as error:
+    print(error.exit_code, error)
+"""
+
+
+@pytest.mark.parametrize("fault", ["exit", "hang"])
+def test_a_worker_that_dies_or_hangs_is_named_with_what_it_was_reading(fault, tmp_path):
+    tests = str(pathlib.Path(__file__).parent)
+    path = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
+    said = python(FAULTY, fault, tmp_path / "set", env={"PYTHONPATH": path}, timeout=60).ok().out
+    assert said.startswith("3 ") and said.count("\n") == 1
+    assert "train/green/1.png" in said and "--workers 0" in said
