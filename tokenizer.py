@@ -49,7 +49,6 @@ MERGES_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4
 CHINESE_SHA256 = "8550a78ca2dd304e6a4b45baa9780db8a93cfacc564b4d1c319905db0122f1e4"  # of the tokens
 CACHED_LENGTH, CACHED_CHUNKS = 64, 1_000_000  # a longer run is no word that comes again
 LONGEST_PIECE = 1_000  # symbols merged together: the loop is quadratic, and no word is so long
-
 # Step 1 above: the printable character of each byte, and back.
 _printable, _borrowed = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
 CHARACTERS = tuple(chr(b if b in _printable else next(_borrowed)) for b in range(256))
