@@ -20,6 +20,7 @@ import lzma
 import math
 import os
 import pathlib
+import posixpath
 import random
 import re
 import sys
@@ -463,7 +464,7 @@ def read_labels(path, content=None):
                 isinstance(cell, (list, dict, bool)) for cell in cells):
             raise DataError(f"{path}, line {line}: {cells}; expected an image under its folder, a "
                             f"class name and, as split, train, val or test")
-        rows.setdefault(split, []).append((image, label))
+        rows.setdefault(split, []).append((posixpath.normpath(image), label))
     return rows
 
 
@@ -484,14 +485,17 @@ def read_class_folders(store):
         in_class = split is not None and len(parts) > level + 1
         held = inside.setdefault(parts[level], set()) if in_class else None
         if in_class and is_image(parts[-1]):
-            held.add(parts[level + 1] if len(parts) > level + 2 else "")
+            inner = parts[level + 1] if len(parts) > level + 2 else ""
+            held.add("" if NO_CLASS.fullmatch(inner) else inner)
             rows.setdefault(split, []).append(("/".join(parts), parts[level]))
         elif parts[-1]:
             unread.append("/".join(parts))
     full = sorted(name for name, held in inside.items() if held)
     empty = sorted(set(inside) - set(full))
+    taught = {name for _, name in rows.get("train", [])}
+    odd = [name for name in full if NO_CLASS.fullmatch(name) and name not in taught]
     folders = set.union(set(), *inside.values())
-    if all(map(NO_CLASS.fullmatch, full)) or empty or (
+    if empty or len(odd) >= (1 if taught else len(full)) or (
             "" not in folders and len(folders) < sum(map(len, inside.values()))):
         raise DataError(f"{store}: expected <class>/<image> or train/<class>/<image>, each class "
                         f"with images; found {empty[:3]} without, {full[:3]} with images or with "

@@ -59,8 +59,11 @@ EXTRAS = {"colour": lambda transforms: transforms.ColorJitter(0.2, 0.2, 0.2),
 
 def to_rgb(image):
     """PIL image of any mode -> RGB, 8 bits. Alpha is dropped, as CoOp's loader does. A palette goes
-    through RGBA, where its transparency is understood."""
-    if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow's own conversion gives white
+    through RGBA, where its transparency is understood. 16-bit grey is scaled, where Pillow would
+    give white; ValueError for pixels whose white is not known."""
+    if image.mode == "F" or image.mode == "I" and image.getextrema()[1] > 65535:
+        raise ValueError("pixels of 32 bits have no defined white; save 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
         grey = (np.asarray(image).clip(0, 65535).astype(np.uint32) + 128) // 257  # rounded
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode in ("P", "PA", "La", "RGBa"):

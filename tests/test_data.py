@@ -139,6 +139,9 @@ def test_every_colour_mode_orientation_and_animation_gives_the_right_rgb(tmp_pat
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     same("moving.gif", frames[0])
+    for kind in (np.float32, np.int32):  # no one knows what is white
+        Image.fromarray(ramp.astype(kind) * 9).save(tmp_path / "deep.tif")
+        refused(lambda: read_image(tmp_path / "deep.tif"), "deep.tif")
 
 
 def test_damaged_files_bombs_and_programs_are_refused_by_name(tmp_path, monkeypatch):
@@ -457,6 +460,8 @@ def test_folders_that_hold_something_else_are_refused_by_name(tmp_path):
     write(tmp_path / "flat/captions.csv", "image,caption\nimages/0.png,a\n")
     class_folder(tmp_path / "coco", ("train2017", "val2017"), all=4)
     class_folder(tmp_path / "kaggle", ("seg_train/a", "seg_test/a", "seg_pred"), all=4)
+    class_folder(tmp_path / "tiny_imagenet", ("dog/images", "cat/images"), train=2)
+    class_folder(tmp_path / "tiny_imagenet", ("images",), val=2)
     class_folder(tmp_path / "nested", ("one/cat", "one/dog", "two/cat", "two/dog"), all=2)
     class_folder(tmp_path / "twice", ("Sea_Lion", "sea lion"), all=2)
     class_folder(tmp_path / "hole", ("a", "b"), all=2)
@@ -466,8 +471,10 @@ def test_folders_that_hold_something_else_are_refused_by_name(tmp_path):
     for name, words in {"empty": [], "lone": [], "flat": ["images", "captions.csv"],
                         "coco": ["train2017"], "kaggle": ["seg_pred"], "nested": ["one"],
                         "twice": ["'Sea_Lion'", "'sea lion'"], "hole": ["nothing"], "set.xyz": [],
-                        "bad.zip": [], "gone": []}.items():
+                        "tiny_imagenet": ["images"], "bad.zip": [], "gone": []}.items():
         refused(partial(open_dataset, tmp_path / name, "train"), name, *words)
+    shutil.rmtree(tmp_path / "tiny_imagenet/val")
+    assert len(open_dataset(tmp_path / "tiny_imagenet", "train")) == 4
 
 
 def test_class_names_lose_their_numbers_and_say_so(tmp_path):
@@ -493,13 +500,13 @@ def test_tables_of_labels_are_read_or_refused(tmp_path):
     windows = "\ufeffNr;Image;Class\n1;a\\0.png;cat\n2;a\\1.png;dog\n3;b\\2 ü.png;cat\n;;\n"
     train = open_dataset(write(tmp_path / "w.csv", windows.replace("\n", "\r\n")), "train")
     assert train.classnames == ["cat", "dog"] and len(train.preload()) == 2
-    absolute = f"path,label\n{tmp_path}/a/0.png,x\n{tmp_path}/a/1.png,y\n"
+    absolute = f"path,label\n{tmp_path}/a/0.png,x\n./a//1.png,y\n"
     assert len(open_dataset(write(tmp_path / "abs.csv", absolute), "train").preload()) == 2
     for text in ("picture,label\na,b\n", "filepath\ttitle\na\tb\n", "path|label\na|b\n", "",
                  "path,label\n../a.png,x\nb.png,y\n", "path,label,split\na.png,x,trian\n",
                  "path,label\n", "path,label\na.png,dry, wet\n", "path,label\na.png,x\nb.png,\n",
                  "path,label,split\na.png,x,train\nb.png,y,train\na.png,x,test\n",
-                 "path,label\na.png,x\nb.png,y\na.png,y\n", '{"path": "a", "label": ["x"]}\n'):
+                 "path,label\na.png,x\nb.png,y\n./a.png,y\n", '{"path": "a", "label": ["x"]}\n'):
         refused(partial(open_dataset, write(tmp_path / "bad.csv", text), "train"), "bad")
 
 
