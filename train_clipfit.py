@@ -13,18 +13,15 @@ scale too, and nothing is added. Per step, over a batch of images and one prompt
     python train_clipfit.py --data dtd --shots 1 2 4 8 16 --seeds 1 2 3    a table with mean +- std
     python train_clipfit.py --data food101 --setting base2new     train on half of the classes
     python train_clipfit.py --data imagenet --setting dg          test on ImageNet-V2/-Sketch/-A/-R
-    python train_clipfit.py --data dtd --micro-batch 8            the same numbers in less memory
     torchrun --nproc-per-node 2 train_clipfit.py --data dtd       two processes, the same numbers
 
 Recipe (the official README): SGD with momentum 0.9, batch 32, lr 0.002 with one epoch at 1e-5 and
 then a cosine, weight decay 5e-4 on all trainable tensors, 100 epochs (Food101 and ImageNet 10),
-reg_weight 8 for DTD, SUN397 and every base-to-new run and 2 elsewhere. What you change is listed as
-a departure. The last epoch's weights are the result: no image of val or test chooses anything.
-
-Different from the official code, with the reason:
+reg_weight 8 for DTD, SUN397 and every base-to-new run and 2 elsewhere. The last epoch's weights are
+the result: no image of val or test chooses anything. Different from the official code:
 - the prompts pass the text tower once per step instead of twice, cut to the longest (equal result);
-- `--micro-batch` gives the gradient of the whole batch in less memory;
-- zero-shot accuracy is measured first, with the same prompts, and stands beside the result;
+- `--micro-batch 8` gives the gradient of the whole batch in less memory;
+- zero-shot accuracy, with the same prompts, stands beside the result;
 - fp32 weights, or autocast over them; the official run keeps fp16 biases, whose small updates
   round away, and its autocast branch forgets the drift term;
 - a missing list of images is an error, not a silent new split; seed 0 means seed 0;
@@ -38,7 +35,6 @@ ce, drift, lr, and batch_accuracy on augmented training crops, which is no test 
 import argparse
 import csv
 import dataclasses
-import functools
 import io
 import itertools
 import math
@@ -85,14 +81,9 @@ def encode_prompts(model, prompts):
                       for tokens, ends in pieces])[places]
 
 
-def drift_of(texts, pretrained):
-    """How far the class prompts have turned: 1 - mean cosine. Both (C, D) with unit rows."""
-    return 1 - (texts * pretrained).sum(dim=-1).mean()
-
-
 def learning_rate(epoch, epochs, lr, warmup):
-    """Of an epoch, counted from 0: 1e-5 for `warmup` epochs, then a cosine that starts anew. As in
-    the official code its period is all of `epochs`, so it ends a little above zero."""
+    """Of an epoch, counted from 0: 1e-5 for `warmup` epochs, then a cosine from its start, with a
+    period of all `epochs` as in the official code, so that it ends a little above zero."""
     if epoch < warmup:
         return 1e-5
     return 0.5 * lr * (1 + math.cos(math.pi * (epoch - warmup) / epochs))
@@ -117,7 +108,7 @@ def add_gradients(run, model, images, labels, batch, prompts, pretrained, args, 
         logits = model.logit_scale.exp() * features @ texts.T                 # (b, C), in fp32
         share = len(truth) / batch  # of the batch; all shares of all processes add up to 1
         ce = F.cross_entropy(logits, truth, reduction="sum", ignore_index=-1) / batch
-        drift = share * drift_of(texts, pretrained)                           # 0 at the first step
+        drift = share * (1 - (texts * pretrained).sum(dim=-1).mean())         # 0 at the first step
         loss = ce + args.reg_weight * drift
         scaler.scale(loss).backward()
         right = 100 * (logits.argmax(dim=-1) == truth).sum() / batch
@@ -125,9 +116,6 @@ def add_gradients(run, model, images, labels, batch, prompts, pretrained, args, 
     text_features.backward(texts.grad)
     return dict(zip(("loss", "ce", "drift", "batch_accuracy"), sums))
 
-
-# -----------------------------------------------------------------------------
-# Evaluation and training
 
 @torch.no_grad()
 def evaluate(run, task, args):
@@ -147,9 +135,6 @@ def train(run, task, few, stored, args):
     """Train task.model in place, from the checkpoint `stored` on if there is one -> steps done."""
     model, trainable = task.model, task.trainable
     prompts = next(iter(task.prompts.values()))
-    few = few.with_transform(Preprocess.of(model, train=True, seed=run.seed)).preload(IN_MEMORY)
-    for note in few.notes:
-        run.say(note)
     loader = make_loader(few, args.batch_size, run.seed, rank=run.rank, world_size=run.world_size,
                          **run.loader_options(0 if few.images else args.workers))
     with torch.no_grad(), run.autocast():
@@ -176,13 +161,9 @@ def train(run, task, few, stored, args):
         # ---------------------------------------------------------------------
 
         if run.tick(at, losses, samples=batch, lr=lr,
-                    describe=functools.partial(name_images, few, indices)):
+                    describe=lambda some=indices: ", ".join(few.paths[i] for i in some.tolist())):
             run.save_training(at, trainable, optimizer, scaler, card=card(model, task.tokenizer))
     return at.step
-
-
-def name_images(images, indices):
-    return "the batch of " + ", ".join(images.paths[i] for i in indices.tolist()[:8])
 
 
 # -----------------------------------------------------------------------------
@@ -198,7 +179,7 @@ class Task:
     trainable: dict     # {name: Parameter}
     pretrained: dict    # {name: tensor}: their values before training
     departures: list    # from the official recipe, in words
-    zero_shot: dict     # {name: scores} before training, measured by the first run that needs it
+    zero_shot: dict     # {name: scores} before training, of the first run that needs them
 
 
 def run_once(run, task, few, folder, args, identity):
@@ -207,15 +188,20 @@ def run_once(run, task, few, folder, args, identity):
     run.restore({"weights": task.pretrained, "buffers": {}}, task.trainable)
     if results is None:
         task.zero_shot = task.zero_shot or evaluate(run, task, args)
-        log_scores(run, 0, "zero-shot", {} if stored else task.zero_shot)
-        step = 0
+        step, trained = 0, task.zero_shot
+        if not stored:
+            log_scores(run, 0, "zero-shot", task.zero_shot)
         if args.eval_only and stored:
             run.restore(stored, task.trainable)
             step, identity = stored["step"], {**identity, **stored["identity"]}
         elif not args.eval_only and len(few):
+            few = few.with_transform(Preprocess.of(task.model, train=True, seed=run.seed))
+            for note in few.preload(IN_MEMORY).notes:
+                run.say(note)
             step = train(run, task, few, stored, args)
-        trained = evaluate(run, task, args) if step else task.zero_shot
-        log_scores(run, step, "test", trained if step else {})
+        if step:
+            trained = evaluate(run, task, args)
+            log_scores(run, step, "test", trained)
         results = report(run, task, few, step, trained, args, identity)
     elif stored:
         run.restore(stored, task.trainable)
@@ -251,24 +237,19 @@ def report(run, task, few, step, trained, args, identity):
         "images": {name: score["scored"] for name, score in trained.items()},
         "unreadable_images": sum(score["skipped"] for score in trained.values())}
     for name, new in trained.items():
-        old = task.zero_shot[name]
-        if len(trained) == 1:
-            results["macro_f1"] = new["macro_f1"]
-        else:
-            results |= {f"zero_shot_{name}_accuracy": old["accuracy"],
-                        f"{name}_accuracy": new["accuracy"], f"{name}_macro_f1": new["macro_f1"]}
+        old, prefix = task.zero_shot[name], f"{name}_" if len(trained) > 1 else ""
+        results |= {f"zero_shot_{prefix}accuracy": old["accuracy"],
+                    f"{prefix}accuracy": new["accuracy"], f"{prefix}macro_f1": new["macro_f1"]}
         write_tables(run, name, task.tests[name], old, new)
     run.write("shots.json", {"train": list(zip(few.paths, few.labels))})
-    said = "H of base and new" if args.setting == "base2new" else "accuracy"
-    said += f": zero-shot {before:.2f} %"
-    if step:
-        said += (f", trained {after:.2f} % (shots {results['shots']}, seed {results['seed']}), "
-                 f"gain {after - before:+.2f}")
-    run.say(f"dry run, no result: {said}" if args.dry_run else said)
+    what = "H of base and new" if args.setting == "base2new" else "accuracy"
+    run.say(f"{'dry run, no result: ' if args.dry_run else ''}{what}: zero-shot {before:.2f} %" + (
+        f", trained {after:.2f} % (shots {results['shots']}, seed {results['seed']}), gain "
+        f"{after - before:+.2f}" if step else ""))
     return run.finish({**results, "departures": task.departures, "identity": identity})
 
 
-def csv_text(rows):
+def csv_text(*rows):
     out = io.StringIO()
     csv.writer(out).writerows(rows)
     return out.getvalue()
@@ -276,26 +257,20 @@ def csv_text(rows):
 
 def write_tables(run, name, images, before, after):
     """predictions_*.csv, per_class_*.csv and confusion_*.json of one test set, to look into."""
-    classes = images.classnames
-    rows = [(path, classes[label] if label >= 0 else "unreadable", classes[old], classes[new])
-            for path, label, old, new in zip(images.paths, after["labels"].tolist(),
-                                             before["predictions"], after["predictions"])]
-    run.write(f"predictions_{name}.csv", csv_text([("path", "label", "zero_shot", "tuned"), *rows]))
+    names, columns = images.classnames, ("zero_shot", "tuned")
+    truth = [names[i] if i >= 0 else "unreadable" for i in after["labels"].tolist()]
+    guesses = ([names[i] for i in score["predictions"].tolist()] for score in (before, after))
+    run.write(f"predictions_{name}.csv", csv_text(("path", "label", *columns),
+                                                  *zip(images.paths, truth, *guesses)))
     counts = after["confusion"].sum(axis=1).tolist()
-    rows = zip(classes, counts, before["per_class"], after["per_class"])
-    run.write(f"per_class_{name}.csv", csv_text([("class", "images", "zero_shot", "tuned"), *rows]))
-    run.write(f"confusion_{name}.json", {"classes": classes, **{
-        key: score["confusion"].tolist() for key, score in (("zero_shot", before),
-                                                            ("tuned", after))}})
+    run.write(f"per_class_{name}.csv", csv_text(("class", "images", *columns), *zip(
+        names, counts, before["per_class"], after["per_class"])))
+    confusion = zip(columns, (score["confusion"].tolist() for score in (before, after)))
+    run.write(f"confusion_{name}.json", {"classes": names, **dict(confusion)})
 
 
-# -----------------------------------------------------------------------------
-# Several runs
-
-# Student's t for a two-sided 95 % interval by degrees of freedom, the last for more: with three
-# seeds the usual 1.96 would promise far too much.
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-        2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
+# Student's t for a two-sided 95 % interval by degrees of freedom, the last for more.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
 
 
 def spread(values):
@@ -328,7 +303,7 @@ def tabulate(run, results, args):
     lines.insert(1, ["---:"] * len(lines[0]))
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     run.write("table.md", table + "\n")
-    run.write("table.csv", csv_text(rows))
+    run.write("table.csv", csv_text(*rows))
     run.say(table)
     last = by_shots[args.shots[-1]]  # one number for the table: the mean at the last of --shots
     same = ("method", "data", "model", "setting", "trainable_parameters", "trainable_tensors",
@@ -339,7 +314,7 @@ def tabulate(run, results, args):
 
 
 # -----------------------------------------------------------------------------
-# Data, model, recipe
+# Recipe, data, model
 
 SHIFTS = ("imagenetv2", "imagenet-sketch", "imagenet-a", "imagenet-r")
 IN_MEMORY = 2 << 30  # bytes of decoded training images to keep; more are read at every step
@@ -358,7 +333,7 @@ def fill_recipe(args, data, model):
     for name, value in official.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    official |= {"grad_clip": 0.0, "split": "coop", "classes": None, "template": None}
+    official |= {"grad_clip": 0.0, "classes": None, "template": None}
     official |= {"shots": [16]} if args.setting == "base2new" else {}
     notes = [f"--{name.replace('_', '-')} {getattr(args, name)} (official: {value or 'none'})"
              for name, value in official.items() if getattr(args, name) != value]
@@ -366,8 +341,7 @@ def fill_recipe(args, data, model):
     if args.epochs <= args.warmup:
         notes.append(f"--epochs {args.epochs}: all of them are warm-up, at a rate of 1e-5")
     if args.setting == "dg" or data not in PAPER:
-        notes.append(f"no official recipe for --data {data} --setting {args.setting}; taken: "
-                     f"{args.epochs} epochs, reg_weight {args.reg_weight:g}")
+        notes.append(f"--data {data} --setting {args.setting} has no official recipe")
     return notes
 
 
@@ -375,15 +349,14 @@ def open_images(run, args, name, split):
     """A data set; the first process fetches it if it has to be."""
     if not args.no_download:
         run.on_first(lambda: open_dataset(name, split, args.data_dir).name)
-    images = open_dataset(name, split, args.data_dir, download=False)
-    require_words(images)
-    return images
+    return open_dataset(name, split, args.data_dir, download=False)
 
 
 def open_data(run, args):
     """-> all training images, the labels to train on, {name: test images}."""
     train_set = open_images(run, args, args.data, "train")
     test = open_images(run, args, args.data, "test")
+    require_words(train_set)  # an id makes no prompt
     names = train_set.classnames
     labels = find_classes(names, args.classes) if args.classes else list(range(len(names)))
     if len(labels) < (4 if args.setting == "base2new" else 2):
@@ -397,15 +370,15 @@ def open_data(run, args):
                  **{name: open_images(run, args, name, "test") for name in SHIFTS}}
     untaught = [names[label] for label in labels if label not in set(train_set.labels)]
     if untaught:
-        raise UserError(f"{train_set.name}: no training image of {', '.join(untaught[:10])}; add "
-                        f"some, or leave them out with --classes")
+        raise UserError(f"{train_set.name}: no training image of {', '.join(untaught[:10])}; name "
+                        f"the other --classes")
     for images in tests.values():
         images.check_files()
     return train_set, labels, tests
 
 
 def open_task(run, args, train_set, tests):
-    """The model on the device, frozen but for what trains, and the tests with their prompts."""
+    """The model on the device, frozen but for what trains, and the tests with prompts -> Task."""
     if args.weights in ("auto", "none") and not args.model:
         args.model = "tiny" if train_set.name == "demo" else "ViT-B/16"
     model = open_clip(args)
@@ -425,14 +398,16 @@ def open_task(run, args, train_set, tests):
         tests[name] = images.with_transform(Preprocess.of(model))
     departures = fill_recipe(args, train_set.name, model.origin["name"])
     count, total = (sum(p.numel() for p in ps) for ps in (trainable.values(), model.parameters()))
-    notes = [*model.origin["notes"], f"{model.origin['name']}: {count:,} of {total:,} parameters "
-             f"are trainable, in {len(trainable)} tensors"]
-    if tokenizer.truncated:
-        notes.append(f"note: {tokenizer.truncated} class prompts are too long and were cut")
-    if not any(name.startswith("visual.") for name in trainable):
-        notes.append("note: the image tower has no LayerNorm; only the text tower's biases train")
-    for note in (*notes, *(f"departs from the official recipe: {note}" for note in departures)):
+    for note in model.origin["notes"]:
         run.say(note)
+    run.say(f"{model.origin['name']}: {count:,} of {total:,} parameters are trainable, in "
+            f"{len(trainable)} tensors")
+    if not any(name.startswith("visual.") for name in trainable):
+        run.say("note: the image tower has no LayerNorm; only the text tower's biases train")
+    if tokenizer.truncated:
+        run.say(f"note: {tokenizer.truncated} class prompts are too long and were cut")
+    for departure in departures:
+        run.say(f"departs from the official recipe: {departure}")
     return Task(model, tokenizer, tests, prompts, trainable,
                 {name: p.detach().clone() for name, p in trainable.items()}, departures, {})
 
@@ -472,21 +447,17 @@ ALIASES = {
     "--backbone": "--model", "--arch": "--model", "--pretrained": "--weights",
     "--checkpoint": "--weights", "--lambda": "--reg-weight", "--seeds": "--seed",
     "--max-epochs": "--epochs", "--learning-rate": "--lr", "--weight-decay": "--wd",
-    "--num-workers": "--workers", "--output": "--output-dir", "--out-dir": "--output-dir",
-    "--max-grad-norm": "--grad-clip"}
+    "--num-workers": "--workers", "--output": "--output-dir", "--max-grad-norm": "--grad-clip"}
 REFUSED = {
-    **dict.fromkeys(["--accum-steps", "--accum-freq"], "--micro-batch says how many images are in "
-                    "memory at a time"),
+    "--accum-steps": "--micro-batch says how many images are in memory at a time",
     "--text-memory": "all prompts are encoded at once; --precision bf16 halves their memory",
     "--momentum": "it is the paper's 0.9", "--download": "absent images are fetched by themselves"}
 
 
 def get_args(argv=None):
     """The command line as a namespace. Exits with code 2 and one line on a wrong one."""
-    parser = Parser(
-        description="Few-shot training of a CLIP by its norms and biases (CLIPFit, EMNLP 2024).",
-        epilog="example: python train_clipfit.py --data dtd --shots 4 --device mps",
-        aliases=ALIASES, refused=REFUSED)
+    parser = Parser(description="CLIPFit: few-shot training of a CLIP by its norms and biases.",
+                    aliases=ALIASES, refused=REFUSED)
     add_data_flags(parser).add_argument(
         "--shots", nargs="+", type=whole(), metavar="N", help="training images per class; several "
         "give a table (default: 4; 16 for base2new and dg)")
@@ -494,12 +465,10 @@ def get_args(argv=None):
     add = parser.add_argument_group("method").add_argument
     add("--setting", choices=("fewshot", "base2new", "dg"), default="fewshot",
         help="few-shot; base-to-new classes; domain generalisation from ImageNet")
-    add("--reg-weight", type=number(), metavar="LAMBDA", help="weight of the drift term (default: "
-        "the recipe's, 2 or 8)")
+    add("--reg-weight", type=number(), help="of the drift term (default: the recipe's, 2 or 8)")
     add("--epochs", type=whole(1), help="default: the recipe's, 100 or 10")
     add("--batch-size", type=whole(1), help="images per step over all processes (default: 32)")
-    add("--micro-batch", type=whole(), default=0, help="images in memory at a time; the gradient "
-        "stays that of the batch (default: 0, the whole batch)")
+    add("--micro-batch", type=whole(), default=0, help="images in memory at a time (default: all)")
     add("--lr", type=number(0, 1e3, above=True), help="default: 0.002; the demo's is larger")
     add("--wd", type=number(), help="weight decay (default: 5e-4)")
     add("--warmup", type=whole(), help="first epochs, at a rate of 1e-5 (default: 1)")

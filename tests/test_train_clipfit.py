@@ -211,7 +211,7 @@ def test_every_data_set_has_the_published_recipe_and_what_is_changed_is_said():
             assert (args.epochs, args.reg_weight) == (epochs, 8 if setting == "base2new" else reg_weight)
             assert (args.lr, args.wd, args.batch_size, args.warmup) == (0.002, 5e-4, 32, 1)
     flags = {"--lr": 0.01, "--reg-weight": 2, "--epochs": 50, "--batch-size": 8, "--wd": 0,
-             "--grad-clip": 1, "--warmup": 0, "--template": "{}", "--split": "official"}
+             "--grad-clip": 1, "--warmup": 0, "--template": "{}"}
     args = get_args([str(x) for pair in flags.items() for x in ("--data", "dtd", *pair)])
     notes = " ".join(train_clipfit.fill_recipe(args, "dtd", "RN50"))
     assert all(f"{flag} " in notes for flag in (*flags, "RN50"))
