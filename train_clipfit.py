@@ -29,8 +29,7 @@ the result: no image of val or test chooses anything. Different from the officia
   official code lets them drift). A BERT's text biases are each layer's second MLP bias, too.
 
 A checkpoint holds the trainable tensors, their momentum, the place in the epoch and the random
-state: resuming is exact to the bit, and the file can be the --weights of another run. Logged: loss,
-ce, drift, lr, and batch_accuracy on augmented training crops, which is no test accuracy.
+state: resuming is exact to the bit, and the file can be another run's --weights.
 """
 import argparse
 import csv
@@ -114,7 +113,7 @@ def add_gradients(run, model, images, labels, batch, prompts, pretrained, args, 
         right = 100 * (logits.argmax(dim=-1) == truth).sum() / batch
         sums += torch.stack([loss, ce, drift, right]).detach()
     text_features.backward(texts.grad)
-    return dict(zip(("loss", "ce", "drift", "batch_accuracy"), sums))
+    return dict(zip(("loss", "ce", "drift", "batch_accuracy"), sums))  # the last on augmented crops
 
 
 @torch.no_grad()
