@@ -114,19 +114,19 @@ def delimited_rows(text, join):
     plain = mark == "\t" and '"' in QUOTED_CELL.sub("", text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True,
                         quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL)
-    swallowed, rows, line = re.compile(SWALLOWED.format(mark), re.IGNORECASE), [], 1
+    swallowed, rows, line, width = re.compile(SWALLOWED.format(mark), re.IGNORECASE), [], 1, 0
     try:
         for cells in reader:
-            header, raw = rows[0][1] if rows else cells, lines[line - 1]
-            if len(cells) > len(header) == 2 and '"' not in raw and mark != "\t" and (
-                    header[1].strip().lower() in join):
-                cells = raw.split(mark, 1)
-            if any(map(str.strip, cells)):
-                if len(cells) != len(header):
-                    raise csv.Error(f"{len(cells)} fields where the header has {len(header)}")
-                if any("\n" in cell and swallowed.search(cell + "\n") for cell in cells):
-                    raise csv.Error("a quote opens here and closes only after other rows")
+            if not width and any(map(str.strip, cells)):
+                width, joins = len(cells), mark != "\t" and cells[-1].strip().lower() in join
+            if len(cells) > width == 2 and joins and '"' not in lines[line - 1]:
+                cells = lines[line - 1].split(mark, 1)
+            if len(cells) == width and "".join(cells).strip():
                 rows.append((line, cells))
+            elif any(map(str.strip, cells)):
+                raise csv.Error(f"{len(cells)} fields where the header has {width}")
+            if reader.line_num > line and any(swallowed.search(cell + "\n") for cell in cells):
+                raise csv.Error("a quote opens here and closes only after other rows")
             line = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"line {line}: {error}; a cell with a delimiter, a line break or a quote "
