@@ -124,7 +124,7 @@ def test_the_device_asked_for_is_used_or_refused(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as Slurm shows each its own
     refused(lambda: start("cuda"), "number 0 is busy")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    refused(lambda: start("mps"), "mps", "torchrun")
+    refused(lambda: start("mps"), "mps", "one process")
     monkeypatch.setenv("RANK", "zero")
     refused(lambda: start("cpu"), "WORLD_SIZE", "torchrun")
     monkeypatch.delenv("RANK")

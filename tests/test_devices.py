@@ -1,0 +1,305 @@
+"""The scripts from end to end on an npu and an mps, both simulated (see simulated_device.py).
+
+A process can simulate one device, and starting one is what costs: so one process per device does
+all the work (`drive`, at the end) and leaves its findings, and the tests read them.
+"""
+import json
+import pathlib
+import runpy
+import signal
+import subprocess
+import sys
+import traceback
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils import backend_registration
+
+from helpers import checkpoint, metrics, results, run_main, same_run, scenes, tiny_clip
+
+HERE = pathlib.Path(__file__).resolve()
+ROOT = HERE.parent.parent
+FEW = ["--data", "demo", "--workers", "0"]
+PAIRS = ["--data", "scenes", "--text-tower", "tiny-bert:none", "--tokenizer", "scenes/vocab.txt",
+         "--embed-dim", "16", "--batch-size", "8", "--micro-batch", "3", "--epochs", "2",
+         "--workers", "0"]
+FLAGS = {  # six steps each, every third one ends an epoch, logs and saves
+    "clipfit": [*FEW, "--classes", "river", "forest", "pasture land", "--shots", "4", "--epochs",
+                "2", "--batch-size", "4", "--log-every", "3"],
+    "contrastive": [*PAIRS, "--image-tower", "tiny-vit:none", "--log-every", "3"],
+    "distill": [*PAIRS, "--model", "tiny-vit", "--teacher", "start.safetensors", "--log-every",
+                "3"],
+    "staged": ["--data", "scenes", "--weights", "start.safetensors", "--batch-size", "8",
+               "--micro-batch", "3", "--epochs", "2", "--workers", "0", "--log-every", "3"]}
+RUNS = {  # name -> more flags; the name begins with the script's. None: on npu alone, for time
+    "clipfit": ["--grad-clip", "0.5"],
+    "clipfit micro": ["--micro-batch", "2"],
+    "clipfit bf16": ["--precision", "bf16"],
+    "clipfit fp16": ["--precision", "fp16"],
+    "contrastive": [],
+    "contrastive siglip": ["--loss", "siglip", "--positives", "multi"],
+    "contrastive triplet": ["--loss", "infonce+triplet", "--grad-clip", "0.5"],
+    "contrastive fp16": ["--precision", "fp16"],
+    "distill": ["--mixup", "0.4", "--ema", "0.9"],
+    "staged": []}
+ON_MPS = ("clipfit", "clipfit fp16", "contrastive", "distill", "staged")
+EXACT = [name for name in RUNS if name[-2:] != "16"]
+# What a program written for cuda does: what the script says -> what it says instead -> the error.
+FAULTS = {
+    "cuda": ("model = run.move(model)", "model = run.move(model).cuda()",
+             "AssertionError: Torch not compiled with CUDA enabled"),
+    "labels": ("images, labels = run.move(images, labels)", "images = run.move(images)",
+               "RuntimeError: Expected all tensors to be on the same device, but found at least "
+               "two devices, DEVICE:0 and cpu!")}
+
+
+def of_kind(kind):
+    return [name for name in RUNS if kind == "npu" or name in ON_MPS]
+
+
+def flags_of(name, *more):
+    return [*FLAGS[name.split()[0]], *RUNS[name], *map(str, more)]
+
+
+def inside(folder):
+    """Where a run's checkpoints lie: those of a run of stages in the stage's folder."""
+    return next(folder.rglob("checkpoint_last.pt")).parent
+
+
+def prepare(folder):
+    """The data of all runs, beside which they start."""
+    import weights
+    scenes(folder / "scenes", 24, 12)
+    weights.save(tiny_clip(), folder / "start.safetensors", "safetensors")
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory):
+    """name -> the folder of that run on the CPU, the measure of the others."""
+    folder = tmp_path_factory.mktemp("cpu")
+    prepare(folder)
+
+    def run(name):
+        if not (folder / name).exists():
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                run_main(f"train_{name.split()[0]}",
+                         *flags_of(name, "--device", "cpu", "--output-dir", folder / name))
+        return folder / name
+    return run
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    """Both simulated devices at work, each in its own process: {name: (folder, process)}."""
+    at_work = {}
+    for name in ("npu", "mps"):
+        folder = tmp_path_factory.mktemp(name)
+        prepare(folder)
+        with open(folder / "output.txt", "w") as output:
+            at_work[name] = folder, subprocess.Popen(
+                [sys.executable, HERE.parent / "simulated_device.py", name, HERE, name],
+                stdout=output, stderr=output, cwd=folder)
+    yield at_work
+    for _, process in at_work.values():
+        process.kill()
+
+
+@pytest.fixture(scope="module", params=["npu", "mps"])
+def device(request, simulated):
+    """The name of a simulated device, the folder of its runs, and what happened in them."""
+    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip(f"torch {torch.__version__} cannot take a device written in Python (2.9 can)")
+    folder, process = simulated[request.param]
+    code = process.wait(timeout=500)
+    assert code == 0, (folder / "output.txt").read_text()[-6000:]
+    return request.param, folder, json.loads((folder / "happened.json").read_text())
+
+
+def test_the_simulation_behaves_as_the_device(device):
+    assert device[2]["facts"]["error"] == ""
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_script_gives_there_the_numbers_of_the_cpu(device, on_cpu, name):
+    kind, folder, happened = device
+    if name not in of_kind(kind):
+        pytest.skip("run on the npu")
+    assert happened[name]["error"] == ""
+    assert results(folder / name)["device"].split(":")[0] == kind
+    stored = checkpoint(inside(folder / name))
+    assert stored["step"] == 6 and bool(stored["scaler"]) == (name[-4:] == "fp16")
+    assert {x.dtype for x in stored["weights"].values()} == {torch.float32}
+    if name not in EXACT:
+        return
+    ours, theirs = metrics(inside(folder / name)), metrics(inside(on_cpu(name)))
+    assert len(ours) == len(theirs) >= 4
+    for mine, yours in zip(ours, theirs):
+        for key in set(yours) & {"loss", "ce", "scale", "mean_recall", "accuracy", "r1"}:
+            assert mine[key] == pytest.approx(yours[key], rel=1e-4, abs=1e-4), key
+
+
+@pytest.mark.parametrize("name", ["clipfit", "clipfit micro", "contrastive triplet", "distill",
+                                  "staged"])
+def test_a_step_that_does_not_log_waits_for_one_flag_alone(device, name):
+    """Whether the step was fine: where the optimiser is fused (cuda), not even for that."""
+    if name not in of_kind(device[0]):
+        pytest.skip("run on the npu")
+    stretches = device[2][name]["stretches"]  # each up to the end of a step
+    for step in (1, 2, 4, 5):
+        waits = stretches[step]["waits"]
+        assert [place.split(":")[0] for place in waits] == ["device.py"], (step, waits)
+    assert len(stretches[3]["waits"]) > 3, "the third step logged and saved: the count counts"
+
+
+def test_a_run_that_was_stopped_resumes_to_the_same_bits(device):
+    kind, folder, happened = device
+    assert happened["stopped"]["exit_code"] == 128 + signal.SIGTERM
+    same_run(folder / "clipfit", folder / "stopped")
+    state = checkpoint(folder / "stopped")["rng"][0]
+    assert state["device_type"] == kind and state["device"].dtype == torch.uint8
+
+
+def test_a_checkpoint_is_evaluated_there_and_on_the_cpu(device, monkeypatch):
+    _, folder, happened = device
+    monkeypatch.chdir(folder)
+    for name, key in (("clipfit", "accuracy"), ("contrastive", "mean_recall")):
+        trained = results(folder / name)[key]
+        assert happened[f"{name} evaluated"][key] == trained
+        path = folder / name / ("checkpoint_best.pt" if name == "contrastive" else
+                                "checkpoint_last.pt")
+        here = run_main(f"train_{name}", *flags_of(name, "--device", "cpu", "--eval-only",
+                                                   "--resume", path))
+        assert here[key] == trained
+
+
+def test_the_doctor_finds_the_device_right(device):
+    kind, _, happened = device
+    assert happened["doctor"]["error"] == ""
+    rows = [row for row in happened["doctor"]["rows"] if row["used"]]
+    assert {row["precision"] for row in rows} == {"fp32", "fp16", "bf16"}
+    assert {row["attention"] for row in rows} == {"plain" if kind == "mps" else "fused"}
+    assert all(row["error"] < 5e-4 for row in rows if row["precision"] == "fp32")
+    assert happened["doctor"]["verdict"].endswith(f"use --device {kind} --precision fp32")
+    assert len(happened["doctor"]["transfer"]) == 2
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_program_written_for_cuda_is_caught(device, name):
+    kind, _, happened = device
+    assert FAULTS[name][2].replace("DEVICE", kind) in happened[f"fault {name}"]["error"]
+
+
+# -----------------------------------------------------------------------------
+# In the process with the device
+
+def facts(kind):
+    """What a device of this kind does and refuses, asserted."""
+    ones = torch.ones(2, 3, device=kind)
+    assert str(ones.device) == f"{kind}:0" and torch.zeros(2).to(kind).device == ones.device
+
+    def refused(error, words, call):
+        with pytest.raises(error, match=words):
+            call()
+    # places
+    both = f"Expected all tensors to be on the same device.* {kind}:0 and cpu!"
+    refused(RuntimeError, both, lambda: ones + torch.ones(3))
+    refused(RuntimeError, both, lambda: F.linear(torch.ones(2, 3), ones))
+    refused(RuntimeError, both, lambda: torch.where(ones > 0, torch.ones(3), ones))
+    assert (ones + torch.tensor(1.0)).sum().item() == 12 and (2 * ones).device == ones.device
+    rows = torch.tensor([1, 0])
+    assert ones[rows].device == ones.device
+    refused(RuntimeError, "indices should be", lambda: torch.ones(2, 3)[rows.to(kind)])
+    for call in (ones.cuda, lambda: torch.ones(1).to(0), lambda: torch.nn.Linear(1, 1).to(0),
+                 lambda: torch.zeros(1, device=0), lambda: torch.zeros(1, device="cuda")):
+        refused(AssertionError, "not compiled with CUDA", call)
+    refused(TypeError, f"can't convert {kind}:0 device type tensor to numpy", ones.numpy)
+    # what is not for mps
+    if kind == "mps":
+        words = "the MPS framework doesn't support float64"
+        for call in (ones.double, lambda: torch.ones(1, dtype=torch.float64).to(kind),
+                     lambda: torch.zeros(1, device=kind, dtype=torch.float64)):
+            refused(TypeError, words, call)
+        refused(RuntimeError, "pin memory", torch.ones(1).pin_memory)
+        refused(RuntimeError, "loses data", lambda: torch.ones(1).to(kind, non_blocking=True))
+    else:
+        assert ones.double().dtype == torch.float64 and torch.ones(1).pin_memory().is_pinned()
+    for low in (torch.float16, torch.bfloat16):
+        with torch.autocast(kind, dtype=low):
+            product, heads = F.linear(ones, ones), ones[None, None]
+            assert product.dtype == F.conv2d(heads, heads).dtype == low
+            assert F.scaled_dot_product_attention(heads, heads, heads).dtype == low
+            for exact in (F.layer_norm(product, (2,)), product.softmax(-1), product.exp(),
+                          product.sum(), F.cross_entropy(product, rows.to(kind)),
+                          torch.cat([product, ones], dim=1), product + ones[:, :2]):
+                assert exact.dtype == torch.float32
+            assert torch.cat([product, product]).dtype == low
+        assert F.linear(ones, ones).dtype == torch.float32
+    # random numbers of its own
+    torch.manual_seed(3)
+    first, host = torch.rand(4, device=kind).cpu(), torch.rand(4)
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(4), host)
+    assert torch.equal(torch.rand(4, device=kind).cpu(), first)
+
+
+def attempt(work):
+    """-> {"error": a traceback or "", ...}: what came of it, and where it waited meanwhile."""
+    import simulated_device
+    simulated_device.stretches[:] = []
+    simulated_device.next_stretch()
+    found = {"error": ""}
+    try:
+        found |= work() or {}
+    except Exception as error:
+        found |= {"error": traceback.format_exc(), "exit_code": getattr(error, "exit_code", 1)}
+    return {**found, "stretches": list(simulated_device.stretches)}
+
+
+def run_script(path, *flags, stop_after=0):
+    """main() of the script at `path`; a SIGTERM comes in the optimiser's step `stop_after`."""
+    script, steps = runpy.run_path(str(path)), []
+
+    def count(*_):
+        steps.append(1)
+        if len(steps) == stop_after:
+            signal.raise_signal(signal.SIGTERM)
+    hook = register_optimizer_step_post_hook(count)
+    try:
+        found = script["main"](script["get_args"](list(map(str, flags))))
+        return {key: found[key] for key in ("accuracy", "mean_recall") if key in found}
+    finally:
+        hook.remove()
+
+
+def drive(kind):
+    """Everything that is to happen on the simulated device; writes happened.json."""
+    from tools.doctor import examine
+    folder, happened = pathlib.Path.cwd(), {"facts": attempt(lambda: facts(kind))}
+    happened["doctor"] = attempt(lambda: examine(kind, seconds=0))
+
+    def train(name, *more, path=None, **options):
+        script = path or ROOT / f"train_{name.split()[0]}.py"
+        return attempt(lambda: run_script(script, *flags_of(name, "--device", kind, *more),
+                                          **options))
+    for name in of_kind(kind):
+        happened[name] = train(name, "--output-dir", folder / name)
+    stopped = "--output-dir", folder / "stopped"
+    exit_code = train("clipfit", *stopped, "--save-every", 2, stop_after=4).get("exit_code")
+    happened["stopped"] = {**train("clipfit", *stopped), "exit_code": exit_code}
+    for name in ("clipfit", "contrastive"):
+        happened[f"{name} evaluated"] = train(name, "--eval-only", "--output-dir", folder / name)
+    source = (ROOT / "train_clipfit.py").read_text("utf-8")
+    for name, (right, wrong, _) in FAULTS.items():
+        assert source.count(right) == 1, name
+        copy = folder / f"wrong_{name}.py"
+        copy.write_text(source.replace(right, wrong), "utf-8")
+        happened[f"fault {name}"] = train("clipfit", "--dry-run", path=copy)
+    (folder / "happened.json").write_text(json.dumps(happened))
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(HERE.parent)]
+    drive(sys.argv[1])
