@@ -2,9 +2,8 @@
 
 A contrastive loss compares every image of a batch with every text, so the losses of its parts do
 not add up to it. `TwoPass` saves the memory of activations: it encodes pieces without keeping them,
-and again once the gradient of their features is known (Gao et al. 2021, "Scaling Deep Contrastive
-Learning Batch Size under Memory Limited Setup"). `by_rows` saves that of the N x N similarities: a
-loss is its formula for some rows, and autograd does the rest. Nothing is approximate. One step:
+and again once the gradient of their features is known (Gao et al. 2021). `by_rows` saves that of
+the N x N similarities: a loss is its formula for some rows, and autograd does the rest. One step:
 
     images = TwoPass(run, encode_image, image_pieces, seed)       # this process's pairs
     texts = TwoPass(run, encode_text, text_pieces, seed + 1)
@@ -12,13 +11,11 @@ loss is its formula for some rows, and autograd does the rest. Nothing is approx
     loss.backward()                        # as far as the features, which are leaves
     images.backward(), texts.backward()    # from there into the towers
 
-A loss is this process's part: the sum over processes is the loss of the batch, so that after
-`run.sum_gradients` there is nothing to divide.
-"""
+A loss is this process's part: their sum is that of the batch, so there is nothing to divide."""
 import contextlib
 
 import torch
-from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 BLOCK = 2 ** 21  # similarities held at a time: 8 MB in fp32, a few times over
 
@@ -26,10 +23,10 @@ BLOCK = 2 ** 21  # similarities held at a time: 8 MB in fp32, a few times over
 class TwoPass:
     """Features of a batch in pieces: `.features` (n, D), a leaf to compute a loss from.
 
-    encode(piece) -> (m, D). The last piece keeps its graph, so k pieces cost k - 1 more forward
-    passes, and a frozen tower none. Dropout is drawn from (seed, process, piece), alike in both
-    passes: give each step and tower another seed. BatchNorm of `model` counts a piece once, but
-    normalises by it: only with frozen statistics is the gradient that of the whole batch."""
+    encode(piece) -> (m, D). The last piece keeps its graph: k pieces cost k - 1 more forward
+    passes, a frozen tower none. Dropout is drawn from (seed, process, piece) in both passes: give
+    each step and tower another seed. BatchNorm of `model` counts a piece once, but normalises by
+    it: the gradient is that of the whole batch only where its statistics are frozen."""
 
     def __init__(self, run, encode, pieces, seed, model=None):
         self.run, self.encode, self.pieces = run, encode, pieces
@@ -38,8 +35,8 @@ class TwoPass:
             first = [self._encode(number) for number in range(len(pieces) - 1)]
         self.last = self._encode(len(pieces) - 1)
         self.sizes = [len(x) for x in (*first, self.last)]
-        self.features = torch.cat([*first, self.last.detach()])
-        self.features.requires_grad_(self.last.requires_grad)
+        features = torch.cat([*first, self.last.detach()])
+        self.features = features.requires_grad_(self.last.requires_grad)
 
     def _encode(self, number):
         torch.manual_seed((self.seed * 65_537 + number) % 2 ** 63)
@@ -47,8 +44,7 @@ class TwoPass:
             return self.encode(self.pieces[number])
 
     def backward(self, also=None):
-        """Send the gradient of `.features` into the tower. also: one more loss, (), on the graph of
-        the last piece, as of what hooks caught inside the tower."""
+        """Send on the gradient of `.features`, and of `also`, () on the last piece's graph."""
         if not self.last.requires_grad:
             return
         if self.features.grad is None:
@@ -63,8 +59,8 @@ class TwoPass:
 @contextlib.contextmanager
 def frozen_statistics(model):
     """BatchNorm's running statistics do not move in here, in training mode either."""
-    norms = [m for m in (model.modules() if model is not None else ()) if isinstance(
-        m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    modules = model.modules() if model is not None else ()
+    norms = [m for m in modules if isinstance(m, _BatchNorm) and m.track_running_stats]
     try:
         for norm in norms:
             norm.track_running_stats = False
@@ -77,19 +73,15 @@ def frozen_statistics(model):
 def by_rows(loss, own, others=(), chunk=None):
     """The sum of loss(*some rows of each of `own`, *others) -> () over chunks of rows.
 
-    own: tensors (n, ...) cut alike; others: tensors passed whole. What wants a gradient must be
-    among them. chunk: rows at a time; by default blocks of 8 MB against the longest of `others`.
-    Each chunk is differentiated at once. The result may go into a sum of terms, once."""
-    longest = max((len(x) for x in others if x.ndim), default=1)
-    chunk = chunk or max(128, BLOCK // longest)
+    own: tensors (n, ...) cut alike; others: passed whole. Gradients reach these alone, and once.
+    chunk: rows at a time; by default blocks of 8 MB against the longest of `others`."""
+    chunk = chunk or max(128, BLOCK // max((len(x) for x in others if x.ndim), default=1))
     if len(own[0]) <= chunk:
         return loss(*own, *others)
     return _ByRows.apply(loss, chunk, len(own), *own, *others)
 
 
 class _ByRows(torch.autograd.Function):
-    """Takes the gradients with the value; backward hands them out."""
-
     @staticmethod
     def forward(ctx, loss, chunk, cut, *tensors):
         def leaf(x, like):
@@ -127,14 +119,12 @@ def info_nce(run, image, texts, scale, at, ids=None, positives="mask", chunk=Non
 
         1/2N sum_i (logsumexp_j z_ij - z_ii)  +  1/2N sum_j (logsumexp_i z_ij - z_jj)
 
-    image (n, D): this process's unit rows; texts (N, D): those of all processes; at (n,): the
-    places of its pairs among the N. Pairs that are equal in any column of ids (N, k) are, by
-    `positives`, "diag": negatives; "mask": left out of the sums; "multi": positives too, z_ii
-    being the mean over them (Khosla et al. 2020, eq. 2).
-
-    8 N^2 D operations in two sweeps; the plain formula takes 6, and N x N memory. The first finds
-    c_j = logsumexp_i z_ij over the rows of all processes. In the second it is a constant, and
-    sum_ij exp(z_ij - c_j) has the gradient of sum_j logsumexp_i z_ij."""
+    image (n, D): this process's unit rows; texts (N, D): those of all; at (n,): the places of its
+    pairs among the N. Pairs equal in any column of ids (N, k) are, by `positives`, "diag":
+    negatives; "mask": left out; "multi": positives too, z_ii being the mean over them (Khosla et
+    al. 2020, eq. 2). Two sweeps, 8 N^2 D operations: the first finds c_j = logsumexp_i z_ij over
+    all processes. It is a constant in the second, where sum_ij exp(z_ij - c_j) has the gradient of
+    sum_j logsumexp_i z_ij."""
     N = len(texts)
     chunk = chunk or max(128, BLOCK // N)
     mask, multi = (ids is not None and positives == kind for kind in ("mask", "multi"))
@@ -148,7 +138,7 @@ def info_nce(run, image, texts, scale, at, ids=None, positives="mask", chunk=Non
         z = logits(rows, at, texts, scale)
         own = z.gather(1, at[:, None]) * 2 if not multi else (
             (share[at, None] + share) * together(ids, at) * z)
-        return z.logsumexp(dim=1).sum() + (z - column).exp().sum() - own.sum()
+        return z.logsumexp(dim=1).sum() + (z - column).exp_().sum() - own.sum()
 
     with torch.no_grad():
         column, count = texts.new_full((N,), -torch.inf), texts.new_zeros(N)
@@ -157,5 +147,5 @@ def info_nce(run, image, texts, scale, at, ids=None, positives="mask", chunk=Non
             if multi:
                 count += together(ids, some).sum(dim=0)
         column, share = run.gather(column[None]).logsumexp(dim=0), 1 / run.sum(count)
-    both = by_rows(loss, (image, at), (texts, scale), chunk)
-    return (both - len(at) + column[at].sum()) / (2 * N)
+    total = by_rows(loss, (image, at), (texts, scale), chunk)
+    return (total - len(at) + column[at].sum()) / (2 * N)

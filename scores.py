@@ -4,8 +4,7 @@
     recall_at_k(images, texts, relevant)["i2t_r1"]
 
 Every score is a percentage. What encodes a set is called by all processes at the same point; each
-takes its share, and all get the same features, on the CPU in fp32.
-"""
+takes its share, and all get the same features, on the CPU in fp32."""
 import hashlib
 import json
 import math
