@@ -17,7 +17,7 @@ import contextlib
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-BLOCK = 2 ** 21  # similarities held at a time: 8 MB in fp32, a few times over
+BLOCK = 2 ** 20  # similarities held at a time: 4 MB in fp32, a few times over
 
 
 class TwoPass:
@@ -74,8 +74,8 @@ def by_rows(loss, own, others=(), chunk=None):
     """The sum of loss(*some rows of each of `own`, *others) -> () over chunks of rows.
 
     own: tensors (n, ...) cut alike; others: passed whole. Gradients reach these alone, and once.
-    chunk: rows at a time; by default blocks of 8 MB against the longest of `others`."""
-    chunk = chunk or max(128, BLOCK // max((len(x) for x in others if x.ndim), default=1))
+    chunk: rows at a time; by default blocks of 4 MB against the longest of `others`."""
+    chunk = chunk or max(96, BLOCK // max((len(x) for x in others if x.ndim), default=1))
     if len(own[0]) <= chunk:
         return loss(*own, *others)
     return _ByRows.apply(loss, chunk, len(own), *own, *others)
@@ -126,7 +126,7 @@ def info_nce(run, image, texts, scale, at, ids=None, positives="mask", chunk=Non
     all processes. It is a constant in the second, where sum_ij exp(z_ij - c_j) has the gradient of
     sum_j logsumexp_i z_ij."""
     N = len(texts)
-    chunk = chunk or max(128, BLOCK // N)
+    chunk = chunk or max(96, BLOCK // N)
     mask, multi = (ids is not None and positives == kind for kind in ("mask", "multi"))
 
     def logits(rows, at, texts, scale):                                        # (m, N)
