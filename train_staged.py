@@ -377,7 +377,7 @@ def average(run, model, stage, begun, judges, tokenizer, args):
         mean = sum(scores) / max(1, len(scores))
         if mean > max(means.values(), default=-1.0):
             kept = {n: x.clone() for n, x in model.state_dict().items() if n in stage.kept}
-        means[f"{share:g}"] = round(mean, 3)
+        means[f"{share:g}"] = mean
     run.say(f"stage {stage.name}: mean recall of wise by its share: {means}")
     run.save(FILES["wise"], {"weights": kept, "card": card(model)})
     return means

@@ -1,0 +1,739 @@
+"""train_staged: its step against the definition, plans and what is refused, chains of stages,
+resuming, forgetting and what holds it, frozen towers."""
+import colorsys
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from helpers import attempt, checkpoint, metrics, refused, results, run_main
+from PIL import Image
+
+import device
+import tokenizer
+import train_staged
+import weights
+from clip_model import bert_fields, BertConfig, CLIP, CONFIGS, unit
+from data import normalise
+from pairs import open_pairs
+from train_staged import add_gradient, freeze, optimizer_groups, rate, Stage
+
+SCRIPT, ROOT = "train_staged", pathlib.Path(__file__).resolve().parent.parent
+
+
+def weights_file(folder, dropout=0.1, words=None):
+    """A CLIP of 0.1 M weights whose text tower is a BERT, as a file."""
+    words = words or len(helpers.WORDS)
+    text = BertConfig("bert", words, 32, 2, 2, 64, 64, dropout=dropout, attention_dropout=dropout)
+    torch.manual_seed(0)
+    model = CLIP(dataclasses.replace(CONFIGS["tiny-vit"], embed_dim=16, **bert_fields(text)))
+    return weights.save(model, folder / "start.safetensors")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """48 drawn pictures and 24 held out, with two captions each, a vocabulary, and a tiny CLIP."""
+    folder = helpers.scenes(tmp_path_factory.mktemp("staged") / "pairs", 48, 24)
+    weights_file(folder)
+    return folder
+
+
+WARM = {"name": "warm", "matching": "red|yellow|white", "epochs": 2}
+COLD = {"name": "cold", "matching": "green|blue|black", "epochs": 3}
+
+
+def plan_file(path, *stages, **more):
+    """A plan as a file, its two stages of 6 steps of 8 pairs by default."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"stages": stages or [WARM, COLD], **more}), "utf-8")
+    return path
+
+
+def flags(world, out, *more, plan=None):
+    """The flags of a run with a plan; one in `more` takes the place of its default."""
+    return helpers.with_defaults([
+        ("--plan", plan or plan_file(out.parent / "plan.json")), ("--data", world),
+        ("--weights", world / "start.safetensors"), ("--tokenizer", world / "vocab.txt"),
+        ("--batch-size", 8), ("--micro-batch", 3), ("--captions", "one"), ("--lr", 1e-3),
+        ("--workers", 0), ("--device", "cpu"), ("--log-every", 1), ("--output-dir", out)], more)
+
+
+@pytest.fixture(scope="module")
+def two_stages(world, tmp_path_factory):
+    """The folder of the plain run of both stages."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    run_main(SCRIPT, *flags(world, out))
+    return out
+
+
+def state_of(path):
+    return weights.load(path).state_dict()
+
+
+def same_stages(one, other, names=("warm", "cold")):
+    """Two runs of a plan hold the same bits, logs and matrix."""
+    for name in names:
+        files = [file.name for file in sorted((one / name).glob("*.pt"))]
+        helpers.same_run(one / name, other / name, files)
+    ours, theirs = (results(folder) for folder in (one, other))
+    for row in (*ours["rows"], *theirs["rows"]):
+        row["weights"] = pathlib.Path(row["weights"]).name
+    for key in ("rows", "forgetting", "backward_transfer"):
+        assert ours[key] == theirs[key], key
+
+
+# -----------------------------------------------------------------------------
+# The step
+
+def batch_of(n, dtype):
+    """n images, texts of 4 to 9 words, and ids with partners in either column."""
+    generator = torch.Generator().manual_seed(7)
+    images = torch.randint(0, 256, (n, 3, 32, 32), generator=generator).to(dtype)
+    tokens = torch.zeros(n, 12, dtype=torch.long)
+    for i in range(n):
+        tokens[i, :4 + i % 6] = torch.randint(4, 20, (4 + i % 6,), generator=generator)
+    return images, tokens, torch.stack([torch.arange(n) // 2, torch.arange(n) % 7], dim=1)
+
+
+@pytest.fixture
+def in_double(monkeypatch):
+    """Pixels in float64: the script's own are fp32, as are its weights."""
+    def doubled(run, model, images):
+        if images.ndim == 2:
+            return unit(images @ model.visual.proj)
+        pixels = normalise(images, model.image_mean, model.image_std).double()
+        return model.encode_image(pixels, normalize=True)
+    monkeypatch.setattr(train_staged, "image_features", doubled)
+
+
+def model_of(tmp_path, dropout):
+    model = weights.load(weights_file(tmp_path, dropout)).double()
+    return helpers.perturb(model).train()
+
+
+def gradient_of(model, batch, stage, scaler=None, seed=5):
+    """(loss, {name: gradient}) of the script's own step."""
+    run = device.start("cpu", "fp32")
+    model.zero_grad(set_to_none=True)
+    found = add_gradient(run, model, *batch, [len(batch[0])], stage, scaler or run.scaler(), seed)
+    return found["loss"].item(), {n: p.grad.clone() for n, p in model.named_parameters()
+                                  if p.grad is not None}
+
+
+def far(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[n] - theirs[n]).norm() / (theirs[n].norm() + 1e-6)) for n in theirs)
+
+
+def defined_loss(image, text, ids, scale, positives):
+    """The formula of the docstring, pair by pair."""
+    z, n, total = scale * image @ text.T, len(image), 0.0
+    alike = [[i == j or bool((ids[i] == ids[j]).any()) for j in range(n)] for i in range(n)]
+    for side in (z, z.T):
+        for i in range(n):
+            kept = [j for j in range(n) if positives != "mask" or j == i or not alike[i][j]]
+            near = [j for j in kept if j == i or positives == "multi" and alike[i][j]]
+            log_p = side[i, kept].log_softmax(dim=0)
+            total -= sum(log_p[kept.index(j)] for j in near) / len(near)
+    return total / (2 * n)
+
+
+@pytest.mark.parametrize("positives", ["multi", "mask", "diag"])
+def test_the_step_is_the_gradient_of_the_definition(tmp_path, in_double, positives):
+    model, (images, tokens, ids) = model_of(tmp_path, 0.0), batch_of(11, torch.float64)
+    pixels = normalise(images, model.image_mean, model.image_std).double()
+    loss = defined_loss(*model(pixels, tokens)[:2], ids, model.logit_scale.exp(), positives)
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    theirs = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    for micro in (0, 1, 4):
+        value, ours = gradient_of(model, (images, tokens, ids),
+                                  Stage(micro_batch=micro, positives=positives))
+        assert value == pytest.approx(loss.item(), abs=1e-12) and far(ours, theirs) < 1e-10
+
+
+def test_dropout_is_the_same_in_both_passes(tmp_path, in_double):
+    """The gradient agrees with finite differences of the loss along it, all with one seed."""
+    model, batch = model_of(tmp_path, 0.3), batch_of(9, torch.float64)
+    stage = Stage(micro_batch=4)
+    _, gradient = gradient_of(model, batch, stage)
+    assert far(gradient_of(model, batch, stage, seed=6)[1], gradient) > 1e-3
+    losses, step = [], 1e-6
+    for sign in (1, -2):
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name in gradient:
+                    p.add_(sign * step * gradient[name])
+        losses.append(gradient_of(model, batch, stage)[0])
+    squared = sum(float(g.square().sum()) for g in gradient.values())
+    assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(squared, rel=1e-3)
+
+
+def test_what_frozen_towers_make_of_a_batch_trains_as_the_batch(tmp_path, in_double):
+    model, (images, tokens, ids) = model_of(tmp_path, 0.0), batch_of(9, torch.float64)
+    stage = Stage(micro_batch=4, freeze=["visual", "text", "!visual.proj", "!text_projection"])
+    assert set(freeze(model, stage)) == {"visual.proj", "text_projection", "logit_scale"}
+    whole, theirs = gradient_of(model, (images, tokens, ids), stage)
+    with torch.no_grad():
+        kept = (model.pooled_image(normalise(images, model.image_mean, model.image_std).double()),
+                model.pooled_text(tokens), ids)
+    value, ours = gradient_of(model, kept, stage)
+    assert value == pytest.approx(whole, abs=1e-12) and far(ours, theirs) < 1e-10
+
+
+def test_class_names_are_learned_as_positives_and_have_a_floor_as_negatives():
+    """20 pairs of 10 captions. As negatives they cannot go below ln 2; as positives they give up
+    no more than the entropy of their targets, ln 2 too; left out, nothing."""
+    torch.manual_seed(0)
+    label, found, run = torch.arange(20) % 10, {}, device.start("cpu", "fp32")
+    ids = torch.stack([torch.arange(20), label], dim=1)
+    for positives in ("multi", "mask", "diag"):
+        image, text = torch.randn(20, 16, requires_grad=True), torch.randn(10, 16,
+                                                                           requires_grad=True)
+        optimizer = torch.optim.Adam([image, text], lr=0.2)
+        for _ in range(40):
+            rows = torch.nn.functional.normalize(image, dim=1)
+            other = torch.nn.functional.normalize(text, dim=1)[label]
+            loss = sum(train_staged.row_losses(one, torch.arange(20), two, torch.tensor(30.0), ids,
+                                               positives) for one, two in (
+                (rows, other), (other, rows))) / 40
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        found[positives] = loss.item()
+    assert found["diag"] > math.log(2) - 0.01 and run.rank == 0
+    assert found["mask"] < 0.1 and found["multi"] - math.log(2) < 0.1
+
+
+# -----------------------------------------------------------------------------
+# The recipe
+
+@pytest.mark.parametrize("warmup, total", [(3, 20), (0, 7)])
+def test_rates_equal_chinese_clips_cosine(warmup, total):
+    for step in range(total):
+        wanted = (step + 1) / warmup if step < warmup else 0.5 * (1 + np.cos(
+            np.pi * (step - warmup) / (total - warmup)))
+        assert rate(step, total, warmup) == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.fixture(scope="module")
+def chinese():
+    """Chinese-CLIP's B/16 without memory."""
+    with torch.device("meta"):
+        return CLIP(CONFIGS["CN-ViT-B/16"])
+
+
+def test_every_group_keeps_its_share_of_the_rate(chinese):
+    trainable = freeze(chinese, Stage())
+    rates = {}
+    for group in optimizer_groups(trainable, Stage(lr=1.0, layer_decay=0.65, wd=0.3)):
+        for p in group["params"]:
+            rates[id(p)] = group["full_lr"], group["weight_decay"]
+    assert len(rates) == len(trainable) == 351
+    for name, power in (("visual.proj", 0), ("text_projection", 0), ("visual.ln_post.weight", 0),
+                        ("visual.transformer.resblocks.11.mlp.c_fc.weight", 1),
+                        ("bert.encoder.layer.11.output.dense.weight", 1),
+                        ("visual.transformer.resblocks.0.ln_1.weight", 12),
+                        ("visual.conv1.weight", 13),
+                        ("bert.embeddings.word_embeddings.weight", 13)):
+        lr, wd = rates[id(trainable[name])]
+        assert lr == pytest.approx(0.65 ** power), name
+        assert wd == (0.3 if trainable[name].ndim > 1 else 0.0), name
+
+
+@pytest.mark.parametrize("rules, count", [
+    ([], 351), (["logit_scale"], 350), (["visual"], 351 - 152), (["text"], 153),
+    (["all_but_proj"], 3 - 1), (["*", "!bert.encoder.layer.1.*"], 16),
+    (["visual", "!visual.proj"], 351 - 151)])
+def test_rules_of_freeze_are_read_in_order(chinese, rules, count):
+    trainable = freeze(chinese, Stage(freeze=rules))
+    assert len(trainable) == count
+    assert all(p.requires_grad == (n in trainable) for n, p in chinese.named_parameters())
+
+
+# -----------------------------------------------------------------------------
+# Plans
+
+@pytest.mark.parametrize("change, names", [
+    ({"epochs": 0}, ["cold", "epochs"]), ({"warmup": 6}, ["cold", "warmup"]),
+    ({"batch_size": 200}, ["cold", "batch_size"]), ({"freeze": ["visul.*"]}, ["visul"]),
+    ({"freeze": ["visual", "text"]}, ["cold", "freeze"]), ({"freeze": "visual"}, ["freeze"]),
+    ({"from": "cold"}, ["cold", "warm"]), ({"from": "warm:bst"}, ["warm:bst"]),
+    ({"from": "warm:wise"}, ["wise"]), ({"from": "wram"}, ["wram", "warm"]),
+    ({"replay": {"wrm": 0.1}}, ["wrm"]), ({"replay": {"warm": 0.95}}, ["replay"]),
+    ({"replay": 0.1}, ["replay"]), ({"wise": [2]}, ["wise"]), ({"matching": "purple"}, ["purple"]),
+    ({"matching": "("}, ["matching"]), ({"positives": "all"}, ["positives", "multi"]),
+    ({"lr": 0}, ["lr"]), ({"lr": "fast"}, ["lr"]), ({"lr": None}, ["lr"]), ({"lr": [1]}, ["lr"]),
+    ({"epochs": 2.5}, ["epochs"]), ({"epochs": True}, ["epochs"]), ({"epoch": 2}, ["epochs"]),
+    ({"augment": ["crop", "spin"]}, ["augment", "spin"]), ({"val": "no/val.csv"}, ["no/val.csv"]),
+    ({"data": "no/such"}, ["no/such"]), ({"name": "warm"}, ["warm"]), ({"name": "a/b"}, ["a/b"]),
+    ({"name": "export"}, ["export"])])
+def test_a_stage_that_cannot_be_meant_is_refused_before_any_work(world, tmp_path, change, names):
+    plan = plan_file(tmp_path / "plan.json", WARM, {**COLD, **change})
+    refused(attempt(SCRIPT, *flags(world, tmp_path / "run", plan=plan)), *names)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content, name", [
+    ('{"stages": [\n {"name": "a",, "epochs": 1}]}', "line 2"), ('{"stages": []}', "stages"),
+    ("[1]", "stages"), ("", "plan.json"), ('{"stage": [{"name": "a"}]}', "stages"),
+    ('{"stages": [{"name": "a"}], "weigths": "x"}', "weights"), ('{"stages": [{}]}', "stage 1"),
+    ('{"stages": [{"name": "a"}], "defaults": {"wdd": 1}}', "defaults"),
+    ('{"stages": [{"name": "a"}], "eval_sets": ["b"]}', "eval_sets"),
+    ('{"stages": [{"name": "a"}], "eval_sets": {"a": "b"}}', "eval_sets"),
+    ('{"stages": [{"name": "a"}], "seed": -1}', "--seed"), ('{"stages": "a"}', "stages")])
+def test_a_wrong_plan_file_is_refused(world, tmp_path, content, name):
+    (tmp_path / "plan.json").write_text(content, "utf-8")
+    refused(attempt(SCRIPT, *flags(world, tmp_path / "run", plan=tmp_path / "plan.json")), name)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", sorted(train_staged.DROPPED))
+def test_a_dropped_key_is_refused_with_what_to_use(world, tmp_path, key):
+    plan = plan_file(tmp_path / "plan.json", {**WARM, key: 1})
+    line = refused(attempt(SCRIPT, *flags(world, tmp_path / "run", plan=plan)), key, "warm")
+    assert train_staged.DROPPED[key] in line
+
+
+@pytest.mark.parametrize("more, name", [
+    (["--from-stage", "hot"], "--from-stage"), (["--batch-size", 1], "--batch-size"),
+    (["--text-data", "x"], "--caption-file"), (["--seed", 2 ** 32], "--seed"),
+    (["--weights", "no.pt"], "no.pt"), (["--tokenizer", "no.txt"], "no.txt"),
+    (["--export", "openai"], "openai"), (["--plan", "no.json"], "no.json"),
+    (["--epoch", 2], "--epochs"), (["--model", "ViT-B/32"], "--model")])
+def test_a_wrong_flag_is_refused(world, tmp_path, more, name):
+    refused(attempt(SCRIPT, *flags(world, tmp_path / "run", *more)), name)
+    assert not (tmp_path / "run").exists()
+
+
+def test_keys_win_over_flags_and_flags_over_defaults(tmp_path):
+    plan = plan_file(tmp_path / "plan.json", {"name": "a", "data": "x", "lr": 1e-3},
+                     {"name": "b", "data": "x", "batch_size": 512}, weights="w.pt", max_text=20,
+                     seed=7, defaults={"lr": 1e-4, "wd": 0.3, "epochs": 2, "freeze": ["text"]})
+    args = train_staged.get_args(["--plan", str(plan), "--wd", "0.1", "--epochs", "9",
+                                  "--seed", "8"])
+    a, b = train_staged.read_stages(train_staged.read_plan(args), args)
+    assert (a.lr, a.wd, a.epochs, a.batch_size, a.from_) == (1e-3, 0.1, 9, 128, "init")
+    assert (b.lr, b.freeze, b.batch_size, b.from_) == (1e-4, ["text"], 512, "a")
+    assert (args.weights, args.max_text, args.seed) == ("w.pt", 20, 8)
+    args = train_staged.get_args("--train-data x.csv --val-data y.csv --context-length 52 --logs o "
+                                 "--checkpoint c.pt --batch_size 256 --freeze visual text".split())
+    one, = train_staged.read_stages(train_staged.read_plan(args), args)
+    assert (one.name, one.data, one.val, one.lr) == ("tuned", "x.csv", "y.csv", 5e-5 / 4)
+    assert (args.max_text, args.output_dir, args.weights) == (52, "o", "c.pt")
+    assert one.freeze == ["visual", "text"]
+
+
+def chinese_data(world, folder):
+    """MUGE, Flickr30k-CN and a table of one's own, tiny, as their own layouts."""
+    import base64
+    rows = open_pairs(world, "train")
+    for name in ("MUGE", "Flickr30k-CN"):
+        (folder / name).mkdir(parents=True)
+        for split, first in (("train", 0), ("valid", 20), ("test", 28)):
+            images, texts, some = [], [], range(first, first + 20)
+            for i in some:
+                picture = base64.b64encode((world / rows.paths[i]).read_bytes()).decode()
+                images.append(f"{i}\t{picture}")
+                texts.append(json.dumps({"text_id": i, "text": rows.texts_of(i)[0],
+                                         "image_ids": [i]}))
+            (folder / name / f"{split}_imgs.tsv").write_text("\n".join(images) + "\n")
+            (folder / name / f"{split}_texts.jsonl").write_text("\n".join(texts) + "\n")
+    shutil.copytree(world, folder / "private")
+    return folder
+
+
+def test_the_recipes_can_be_run(world, tmp_path, monkeypatch):
+    """--check-plan says each stage in a line and reads no image; demo.json is the script's."""
+    demo = json.loads((ROOT / "docs" / "recipes" / "demo.json").read_text("utf-8"))
+    assert demo == train_staged.DEMO
+    data = chinese_data(world, tmp_path / "data")
+    plan = json.loads((ROOT / "docs" / "recipes" / "chinese_clip.json").read_text("utf-8"))
+    for stage in plan["stages"]:
+        stage |= {"batch_size": min(stage["batch_size"], 18), "warmup": 0.1}
+    monkeypatch.setattr(Image, "open", None)
+    result = run_main(
+        SCRIPT, "--plan", plan_file(tmp_path / "plan.json", *plan.pop("stages"), **{
+            **plan, "weights": str(world / "start.safetensors")}), "--check-plan",
+        "--tokenizer", world / "vocab.txt", "--data-dir", data, "--output-dir", tmp_path / "run")
+    assert [stage["name"] for stage in result["stages"]] == ["muge", "flickr", "private"]
+    assert all(stage["steps"] > stage["warmup"] for stage in result["stages"])
+    demo = run_main(SCRIPT, "--check-plan", "--output-dir", tmp_path / "run")
+    assert [stage["name"] for stage in demo["stages"]] == ["land", "towns", "water"]
+    assert not (tmp_path / "run").exists()
+
+
+# -----------------------------------------------------------------------------
+# Data
+
+def test_named_held_out_data_leaves_all_else_to_training(world, tmp_path, capsys):
+    """A table without splits is cut 80/10/10, but not where its val is named."""
+    rows = ["image,caption", *(f"{world}/{i}.png,a red circle {i}" for i in range(72))]
+    (tmp_path / "bare.csv").write_text("\n".join(rows))
+    for name, more, wanted in (("cut", {}, False), ("named", {"val": str(world)}, True)):
+        plan = plan_file(tmp_path / "plan.json", {"name": name, "data": str(tmp_path / "bare.csv"),
+                                                  "epochs": 2, **more})
+        run_main(SCRIPT, *flags(world, tmp_path / "run", "--check-plan", plan=plan))
+        assert ("72 images" in capsys.readouterr().out) == wanted
+    plan_file(tmp_path / "plan.json", {"name": "x", "test": str(world)})
+    assert run_main(SCRIPT, *flags(world, tmp_path / "run", "--check-plan", "--data",
+                                   tmp_path / "bare.csv"))["stages"]
+
+
+def test_a_lost_image_is_borne_and_many_are_refused(tmp_path):
+    folder = helpers.scenes(tmp_path / "pairs", 110, 12)
+    weights_file(folder)
+    plan = plan_file(tmp_path / "plan.json", {"name": "all", "epochs": 1})
+    (folder / "7.png").write_bytes((folder / "7.png").read_bytes()[:60])
+    out = tmp_path / "run"
+    run_main(SCRIPT, *flags(folder, out, "--batch-size", 55, plan=plan))
+    assert all(row["loss"] > 0 for row in metrics(out / "all", "train"))
+    for i in (8, 9):
+        (folder / f"{i}.png").unlink()
+    refused(attempt(SCRIPT, *flags(folder, out, "--overwrite", plan=plan)), "8.png")
+
+
+# -----------------------------------------------------------------------------
+# A chain of stages
+
+def test_a_stage_begins_with_the_best_of_the_one_before(world, two_stages):
+    rows = {row["row"]: row["sets"] for row in results(two_stages)["rows"]}
+    assert list(rows) == ["before", "warm", "cold"]
+    for name, steps in (("warm", [0, 3, 6]), ("cold", [0, 2, 4, 6])):
+        held = metrics(two_stages / name, f"{name} val")
+        assert [row["step"] for row in held] == steps
+        # val is also test here, so the best weights are those of the matrix
+        assert rows[name][name]["mean_recall"] == max(row["mean_recall"] for row in held)
+        stored = checkpoint(two_stages / name)
+        assert stored["step"] == 6 and not stored["optimizer"]
+    begun = metrics(two_stages / "cold", "cold val")[0]
+    assert all(begun[key] == rows["warm"]["cold"][key] for key in train_staged.SCORES)
+    identity = json.loads((two_stages / "cold" / "config.json").read_text())["identity"]
+    assert identity["parent"] == weights.sha256_of(two_stages / "warm" / "checkpoint_best.pt")
+    start, last = (state_of(path) for path in (
+        world / "start.safetensors", two_stages / "cold" / "checkpoint_last.pt"))
+    assert any(not torch.equal(start[name], last[name]) for name in start)
+
+
+def test_what_a_run_leaves(two_stages):
+    found = results(two_stages)
+    assert {path.name for path in two_stages.iterdir()} >= {
+        "config.json", "command.txt", "env.json", "log.txt", "results.json", "plan.json",
+        "matrix.md", "warm", "cold"}
+    for key in (*train_staged.SCORES, "data", "model", "seconds", "peak_memory_mb", "device",
+                "precision", "git", "samples_per_second", "image_ms", "text_ms"):
+        assert key in found, key
+    assert found["method"] == "staged" and found["judged_on"] == "cold"
+    assert found["mean_recall"] == found["rows"][-1]["sets"]["cold"]["mean_recall"]
+    assert f"| cold | {found['rows'][2]['sets']['warm']['r1']:.1f} [" in (
+        two_stages / "matrix.md").read_text("utf-8")
+    assert not list(two_stages.rglob("*_prev.pt"))
+    for path in (two_stages, two_stages / "cold", two_stages / "cold" / "checkpoint_last.pt"):
+        assert tokenizer.for_model(weights.load(path)).vocab_size == len(helpers.WORDS)
+
+
+def test_a_finished_plan_does_nothing_and_config_json_runs_again(world, two_stages, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in two_stages.rglob("*.pt")}
+    assert run_main(SCRIPT, *flags(world, two_stages)) == results(two_stages)
+    assert {path: path.stat().st_mtime_ns for path in two_stages.rglob("*.pt")} == before
+    run_main(SCRIPT, "--config", two_stages / "config.json", "--output-dir", tmp_path / "run",
+             "--plan", two_stages / "plan.json")
+    same_stages(two_stages, tmp_path / "run")
+
+
+def test_an_edited_plan_is_stale_until_trained_again(world, two_stages, tmp_path):
+    """What is refused changes nothing, and the stage before stays as it is, bit for bit."""
+    out = shutil.copytree(two_stages, tmp_path / "run")
+    plan = plan_file(tmp_path / "plan.json", WARM, {**COLD, "lr": 5e-4})
+    kept = {path: path.read_bytes() for path in out.rglob("results.json")}
+    edited = flags(world, out, plan=plan)
+    refused(attempt(SCRIPT, *edited), "cold", "lr was 0.001", "--from-stage cold")
+    refused(attempt(SCRIPT, *flags(world, out, "--seed", 2)), "warm", "seed")
+    assert {path: path.read_bytes() for path in out.rglob("results.json")} == kept
+    found = run_main(SCRIPT, *edited, "--from-stage", "cold")
+    assert metrics(out / "cold", "train")[-1]["lr"] < 5e-4 and found == results(out)
+    helpers.same_run(out / "warm", two_stages / "warm")
+    assert run_main(SCRIPT, *edited) == found
+    shutil.copy(out / "warm" / "checkpoint_last.pt", out / "warm" / "checkpoint_best.pt")
+    refused(attempt(SCRIPT, *edited), "cold", "parent was")
+
+
+def test_a_stage_more_is_trained_on_top_of_finished_ones(world, two_stages, tmp_path):
+    out = tmp_path / "run"
+    first = run_main(SCRIPT, *flags(world, out, plan=plan_file(tmp_path / "plan.json", WARM)))
+    assert [row["row"] for row in first["rows"]] == ["before", "warm"]
+    run_main(SCRIPT, *flags(world, out))
+    same_stages(two_stages, out)
+
+
+def test_a_run_of_flags_alone_is_the_weights_of_the_next(world, tmp_path):
+    common = ["--tokenizer", world / "vocab.txt", "--batch-size", 8, "--workers", 0, "--data",
+              world, "--epochs", 1, "--lr", 1e-3]
+    run_main(SCRIPT, *common, "--weights", world / "start.safetensors", "--output-dir",
+             tmp_path / "one")
+    second = run_main(SCRIPT, *common[2:], "--weights", tmp_path / "one", "--export", "safetensors",
+                      "--output-dir", tmp_path / "two")
+    first = results(tmp_path / "one")
+    assert second["rows"][0]["sets"]["tuned"] == first["rows"][1]["sets"]["tuned"]
+    exported, best = (state_of(tmp_path / "two" / name) for name in (
+        "export/clip.safetensors", "tuned/checkpoint_best.pt"))
+    assert helpers.differences(exported, best) == []
+
+
+def test_a_dry_run_and_eval_only(world, two_stages, tmp_path):
+    found = run_main(SCRIPT, *flags(world, tmp_path / "run", "--dry-run"))
+    assert [found["stages"][name]["steps"] for name in ("warm", "cold")] == [2, 2]
+    assert not (tmp_path / "run").exists() and (tmp_path / "run_dry_run").exists()
+    found = run_main(SCRIPT, *flags(world, tmp_path / "run", "--eval-only"))
+    assert found["rows"] == results(two_stages)["rows"][:1] and not (tmp_path / "run").exists()
+    found = run_main(SCRIPT, *flags(world, two_stages, "--eval-only"))
+    assert found["rows"] == results(two_stages)["rows"]
+
+
+# -----------------------------------------------------------------------------
+# Stopped, and gone on with
+
+RICH = [{**WARM, "augment": ["crop", "flip"], "wise": [0.3, 0.7], "early_stop": 4},
+        {**COLD, "augment": ["crop"], "replay": {"warm": 0.25}, "freeze": ["visual.conv1.*"],
+         "layer_decay": 0.8, "recompute": 1}]
+
+
+@pytest.fixture(scope="module")
+def rich(world, tmp_path_factory):
+    """A plan with augmentation, dropout, replay and more, saved in every step: flags, folder."""
+    out = tmp_path_factory.mktemp("rich") / "run"
+    plan = plan_file(out.parent / "plan.json", *RICH)
+    run_main(SCRIPT, *flags(world, out, "--save-every", 1, plan=plan))
+    return plan, out
+
+
+@pytest.mark.parametrize("name, number", [
+    ("replace", 9), ("fsync", 17), ("replace", 31), ("fsync", 29)])
+def test_a_kill_at_any_moment_and_the_same_command_give_the_same_bits(world, rich, tmp_path, name,
+                                                                      number):
+    plan, whole = rich
+    command = flags(world, tmp_path / "run", "--save-every", 1, plan=plan)
+
+    def killed():
+        helpers.at_call(os, name, number, helpers.die)
+        return helpers.script(SCRIPT, *command)
+    assert helpers.in_child(killed).code == 128 + signal.SIGKILL
+    run_main(SCRIPT, *command)
+    same_stages(whole, tmp_path / "run")
+
+
+def test_sigterm_saves_and_the_plan_goes_on_to_the_same_bits(world, rich, tmp_path):
+    plan, whole = rich
+    command = flags(world, tmp_path / "run", "--save-every", 1, plan=plan)
+
+    def stopped():
+        helpers.at_step(8, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        return helpers.script(SCRIPT, *command)
+    assert helpers.in_child(stopped).code == 128 + signal.SIGTERM
+    assert checkpoint(tmp_path / "run" / "cold")["step"] == 2
+    run_main(SCRIPT, *command)
+    same_stages(whole, tmp_path / "run")
+
+
+def test_processes_give_the_numbers_of_one(world, tmp_path):
+    """Uneven shares of 7 pairs, with replay; without dropout, for pieces lie differently."""
+    folder = shutil.copytree(world, tmp_path / "pairs")
+    weights_file(folder, dropout=0.0)
+    plan = plan_file(tmp_path / "plan.json", WARM, {**COLD, "replay": {"warm": 0.3}})
+    found = {}
+    for count in (1, 2, 3):
+        out = tmp_path / f"run{count}"
+        command = flags(folder, out, "--batch-size", 7, "--micro-batch", 2, plan=plan)
+        done = helpers.processes(count, lambda rank, command=command: helpers.script(
+            SCRIPT, *command))
+        assert [one.code for one in done] == [0] * count, done[0].out
+        found[count] = [helpers.numbers(out / name) for name in ("warm", "cold")]
+        assert "".join(one.out for one in done).count("stage warm from init") == 1
+    for count in (2, 3):
+        for ours, theirs in zip(found[1], found[count]):
+            assert len(ours) == len(theirs) >= 9
+            for a, b in zip(ours, theirs):
+                assert {key: pytest.approx(x, rel=1e-3, abs=1e-4) if isinstance(x, float) else x
+                        for key, x in a.items()} == b
+
+
+# -----------------------------------------------------------------------------
+# What is forgotten, and what holds it
+
+def two_domains(folder):
+    """12 colours and 12 places of a bar, each with a word for a caption."""
+    folder.mkdir()
+    for i in range(12):
+        hue = tuple(int(255 * x) for x in colorsys.hsv_to_rgb(i / 12, 1, 1))
+        Image.new("RGB", (32, 32), hue).save(folder / f"c{i}.png")
+        bar, (x, y) = Image.new("RGB", (32, 32)), (8 * (i % 4), 10 * (i // 4))
+        bar.paste("white", (x, y, x + 8, y + 10))
+        bar.save(folder / f"b{i}.png")
+    words = {name: [f"{name[0]}{i}" for i in range(12)] for name in ("colours", "bars")}
+    for name, some in (*words.items(), ("five", words["colours"][:5])):
+        (folder / f"{name}.csv").write_text("image,caption,split\n" + "".join(
+            f"{word}.png,{word},{split}\n" for split in ("train", "val") for word in some))
+    vocabulary = [*helpers.WORDS[:4], *words["colours"], *words["bars"]]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    model = weights.load(weights_file(folder, 0.0, len(vocabulary)))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.startswith("bert.") and p.ndim > 1:
+                p.normal_(0, 0.18, generator=torch.Generator().manual_seed(len(name)))
+    weights.save(model, folder / "start.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def forgetting(tmp_path_factory):
+    """Colours by heart, then bars, with nothing and with half of each batch replayed; the first
+    stage is trained once -> the folder and {name: results}"""
+    folder, found = tmp_path_factory.mktemp("forgetting"), {}
+    data = two_domains(folder / "pairs")
+    for name, more in (("plain", {"wise": [0, 0.5, 1]}),
+                       ("replayed", {"replay": {"colours": 0.5}})):
+        plan = plan_file(
+            folder / f"{name}.json", {"name": "colours", "data": f"{data}/colours.csv"},
+            {"name": "bars", "data": f"{data}/bars.csv", **more},
+            eval_sets={"five": f"{data}/five.csv"})
+        found[name] = run_main(SCRIPT, *flags(
+            data, folder / name, "--epochs", 40, "--batch-size", 12, "--micro-batch", 0, "--lr",
+            1.5e-3, "--wd", 0, "--log-every", 100, plan=plan))
+        if name == "plain":
+            shutil.copytree(folder / "plain" / "colours", folder / "replayed" / "colours")
+    return folder, found
+
+
+def test_pairs_are_learned_by_heart_and_then_forgotten_and_with_replay_less(forgetting):
+    folder, found = forgetting
+    rows = {row["row"]: row["sets"] for row in found["plain"]["rows"]}
+    assert rows["before"]["colours"]["r1"] < 30
+    for name, images in (("colours", 12), ("five", 5)):  # five: fewer than a batch, yet 100 %
+        assert rows["colours"][name]["mean_recall"] == 100
+        assert rows["colours"][name]["images"] == images
+    assert rows["bars"]["bars"]["r1"] > 50
+    lost = {name: result["forgetting"]["colours"] for name, result in found.items()}
+    assert lost["plain"] > 40 and lost["replayed"] < lost["plain"] / 4
+
+
+def test_the_matrix_and_its_sums_are_those_by_hand(forgetting):
+    found = forgetting[1]["plain"]
+    assert [row["row"] for row in found["rows"]] == ["before", "colours", "bars", "bars wise"]
+    r1 = {row["row"]: {name: x["r1"] for name, x in row["sets"].items()} for row in found["rows"]}
+    for row in found["rows"]:
+        for x in row["sets"].values():
+            assert x["r1"] == pytest.approx((x["i2t_r1"] + x["t2i_r1"]) / 2)
+            low, high = x["interval"]["r1"]
+            assert low <= x["r1"] <= high
+    for name in ("colours", "bars", "five"):
+        assert found["forgetting"][name] == max(
+            r1[row][name] for row in ("before", "colours", "bars")) - r1["bars"][name]
+    assert found["backward_transfer"] == r1["bars"]["colours"] - r1["colours"]["colours"]
+    assert found["weights"] == "bars/checkpoint_best.pt"
+
+
+def test_the_mean_with_the_start_is_the_best_on_held_out_pairs_so_far(forgetting):
+    folder, found = forgetting
+    means = found["plain"]["stages"]["bars"]["wise"]
+    rows = {row["row"]: row["sets"] for row in found["plain"]["rows"]}
+    for share, label in (("0", "colours"), ("1", "bars")):  # here val is also test
+        assert means[share] == pytest.approx(sum(
+            rows[label][name]["mean_recall"] for name in ("colours", "bars")) / 2, abs=1e-3)
+    best = max(means, key=means.get)
+    start, end, mixed = (state_of(folder / "plain" / path) for path in (
+        "colours/checkpoint_best.pt", "bars/checkpoint_best.pt", "bars/wise_best.pt"))
+    for name, x in mixed.items():
+        wanted = (1 - float(best)) * start[name].double() + float(best) * end[name].double()
+        assert (x.double() - wanted).abs().max() < 1e-6, name
+
+
+def test_replayed_pairs_are_in_every_batch_in_their_share(world, tmp_path, monkeypatch):
+    seen = []
+
+    def watched(run, model, images, tokens, ids, counts, stage, *rest):
+        seen.append((stage.name, ids[:, 0].tolist()))
+        return add_gradient(run, model, images, tokens, ids, counts, stage, *rest)
+    monkeypatch.setattr(train_staged, "add_gradient", watched)
+    plan = plan_file(tmp_path / "plan.json", WARM, {**COLD, "replay": {"warm": 0.25}})
+    run_main(SCRIPT, *flags(world, tmp_path / "run", plan=plan))
+    rows = open_pairs(world, "train")
+    own = sum(any(word in rows.texts_of(i)[0] for word in ("green", "blue", "black"))
+              for i in range(48))
+    batches = [ids for name, ids in seen if name == "cold"]
+    assert len(batches) >= 6
+    for ids in batches:  # images are numbered from the stage's own on
+        assert sum(i >= own for i in ids) == 2 and len(set(ids)) == 8
+
+
+def test_a_stage_that_only_harms_ends_with_what_it_began_with(world, tmp_path):
+    plan = plan_file(tmp_path / "plan.json", {**WARM, "epochs": 9, "early_stop": 2, "warmup": 0})
+    found = run_main(SCRIPT, *flags(world, tmp_path / "run", "--lr", 0.9, plan=plan))
+    held = metrics(tmp_path / "run" / "warm", "warm val")
+    best = max(held, key=lambda row: row["mean_recall"])  # the first of them
+    stage = found["stages"]["warm"]
+    assert stage["best_step"] == best["step"] and stage["begun"] == held[0]["mean_recall"]
+    assert len(held) == 3 + held.index(best) < 10
+    if best["step"] == 0:
+        start, kept = (state_of(path) for path in (
+            world / "start.safetensors", tmp_path / "run" / "warm" / "checkpoint_best.pt"))
+        assert helpers.differences(start, kept) == []
+
+
+# -----------------------------------------------------------------------------
+# Frozen parts
+
+FROZEN = ["visual", "text", "!visual.proj", "!text_projection"]
+
+
+def test_kept_features_train_as_computing_them_does(world, tmp_path, monkeypatch):
+    """And neither tower runs in a step; one image is lost."""
+    (lost := shutil.copytree(world, tmp_path / "pairs"))
+    (lost / "7.png").write_bytes((lost / "7.png").read_bytes()[:60])
+    steps, found = [], {}
+    for name, encode in (("encode_image", CLIP.encode_image), ("encode_text", CLIP.encode_text)):
+        def counted(self, *args, encode=encode, **options):
+            steps.append(torch.is_grad_enabled())
+            return encode(self, *args, **options)
+        monkeypatch.setattr(CLIP, name, counted)
+    plan = plan_file(tmp_path / "plan.json", {"name": "x", "epochs": 3, "freeze": FROZEN})
+    for name in ("kept", "anew"):
+        run_main(SCRIPT, *flags(lost, tmp_path / name, "--micro-batch", 0, plan=plan))
+        assert any(steps) == (name == "anew")
+        monkeypatch.setattr(train_staged, "keep_frozen", lambda *args: args[3:5])
+        found[name] = state_of(tmp_path / name / "x" / "checkpoint_last.pt")
+    start = state_of(world / "start.safetensors")
+    for name, x in found["kept"].items():
+        assert (x - found["anew"][name]).abs().max() < 1e-4, name
+        moves = name in ("visual.proj", "text_projection", "logit_scale")
+        assert torch.equal(x, start[name]) != moves, name
+    rows = [[row["loss"] for row in metrics(tmp_path / name / "x", "train")] for name in found]
+    assert rows[0] == pytest.approx(rows[1], rel=1e-3)
+
+
+def test_batch_norm_keeps_its_statistics_and_only_what_trains_is_saved(tmp_path):
+    folder = helpers.scenes(tmp_path / "pairs", 24, 12)
+    torch.manual_seed(0)
+    model = CLIP(dataclasses.replace(CONFIGS["tiny-rn"], image_size=32))
+    start = weights.save(model, tmp_path / "rn.safetensors")
+    plan = plan_file(tmp_path / "plan.json", {"name": "a", "freeze": ["text"], "epochs": 1},
+                     {"name": "b", "freeze": ["visual"], "epochs": 1})
+    out = tmp_path / "run"
+    run_main(SCRIPT, "--plan", plan, "--data", folder, "--weights", start, "--batch-size", 8,
+             "--workers", 0, "--lr", 1e-3, "--output-dir", out)
+    first, a, b = (state_of(path) for path in (
+        start, out / "a" / "checkpoint_last.pt", out / "b" / "checkpoint_last.pt"))
+    for name, x in first.items():
+        if "running_" in name:
+            assert torch.equal(x, b[name]), name
+    assert not torch.equal(first["visual.conv1.weight"], a["visual.conv1.weight"])
+    assert not torch.equal(first["text_projection"], b["text_projection"])
+    assert torch.equal(first["text_projection"], a["text_projection"])
+    assert "text_projection" not in checkpoint(out / "a")["weights"]
+    assert "visual.conv1.weight" in checkpoint(out / "b")["weights"]  # of its parent
