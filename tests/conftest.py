@@ -1,4 +1,4 @@
-"""What every test shares: the import path, one torch thread, no network, and the optional real data."""
+"""What every test shares: the import path, one torch thread, no network, optional real data."""
 import os
 import pathlib
 import socket
@@ -68,7 +68,7 @@ def no_network(monkeypatch):
 
 @pytest.fixture(scope="session")
 def shared():
-    """The folder of real development data beside the checkout; tests that need it skip without it."""
+    """The folder of real development data beside the checkout, if it is here."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("the real development data (../shared/data) is not here")

@@ -1,0 +1,251 @@
+"""Several processes compute what one computes: gradients, weights and printed numbers."""
+import functools
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import device
+from device import load_checkpoint, SafeStop, start, UserError
+from helpers import (at_step, checkpoint, cli, die, metrics, noise, numbers, processes,
+                     same_run, save_picture, scenes, script, tiny_clip)
+
+
+def problem(n):
+    """Two towers' inputs (2, n, 3), their weight (3, 4), a scale: float64, the same everywhere."""
+    generator = torch.Generator().manual_seed(n)
+    both = torch.randn(2, n, 3, generator=generator, dtype=torch.float64)
+    weight = torch.randn(3, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    return both, weight, torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+
+
+def of_one_process(n):
+    both, weight, scale = problem(n)
+    a, b = both @ weight
+    labels = torch.arange(n)
+    loss = F.cross_entropy(a @ b.T * scale, labels) + F.cross_entropy(b @ a.T * scale, labels)
+    loss.backward()
+    return weight.grad, loss.item()
+
+
+def gradients(rank):
+    """A contrastive step over the processes, with even and uneven shares, is that of one."""
+    run = start("cpu")
+    assert run.rank == rank
+    start("cpu")  # the group is there already
+    for counts in ([2] * run.world_size, [3, 1, 2][:run.world_size]):
+        n = sum(counts)
+        both, weight, scale = problem(n)
+        mine = slice(sum(counts[:rank]), sum(counts[:rank + 1]))
+        local = both[:, mine] @ weight
+        everyone = [run.gather(x, counts) for x in local]
+        labels = torch.arange(n)[mine]
+        loss = sum(F.cross_entropy(a @ b.T * scale, labels, reduction="sum")
+                   for a, b in zip(local, reversed(everyone))) / n
+        loss.backward()
+        unused, once = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+        if rank == run.world_size - 1:
+            once.grad = torch.full((2,), 3.0)
+        run.sum_gradients([weight, unused, once, scale])
+        expected, whole = of_one_process(n)
+        assert (weight.grad - expected).abs().max() < 1e-12
+        assert abs(run.sum(loss.item()) - whole) < 1e-12
+        assert unused.grad is None and once.grad.tolist() == [3, 3]
+        bits = run.gather_objects(weight.grad.tolist())
+        assert all(other == bits[0] for other in bits)
+    total = run.world_size * (run.world_size - 1) // 2
+    assert run.sum(rank) == total and type(run.sum(rank)) is int
+    assert torch.equal(run.sum(torch.tensor([rank, 1])), torch.tensor([total, run.world_size]))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_gathering_and_summing_are_exact_and_agree(count):
+    for result in processes(count, gradients):
+        result.ok()
+
+
+def raised(call):
+    try:
+        call()
+    except Exception as error:
+        return error
+
+
+def together(rank, folder):
+    """What one process finds wrong, all raise; what one sees, all do."""
+    run, args = start("cpu"), device.Parser()
+    device.add_run_flags(args, log_every=1)
+    args = args.parse_args([])
+    assert run.begin(folder, args, {"method": "toy"}) == (None, None)
+    assert type(raised(lambda: run.on_first(lambda: 1 / 0))) is RuntimeError
+    assert type(raised(lambda: run.save("x_last.pt", {"x": torch.tensor(math.nan)}))) is SafeStop
+    p, other = torch.nn.Parameter(torch.ones(2)), {"method": "toy", "lr": 2}
+    optimizer, scaler, at = torch.optim.SGD([p], 0.1, momentum=0.9), run.scaler(), device.Place()
+    error = raised(lambda: run.enter(1).begin(folder, args, other))
+    assert type(error) is UserError and error.shared
+
+    class Batches(list):
+        batch_sampler = property(lambda self: self)
+
+        def set_epoch(self, epoch, first_batch):
+            pass
+    at.steps = 9
+    for _ in run.batches(Batches([0] * 9), at):
+        # Step 2: a bad loss of one process. Steps 4 to 6: bad gradients of the other.
+        optimizer.zero_grad()
+        loss = torch.tensor(math.nan if at.step == 2 and rank else 1.0)
+        p.grad = torch.full((2,), math.inf if at.step > 3 and not rank else 1.0)
+        before = p.detach().clone()
+        moved = run.update(optimizer, [p], scaler, loss=loss)
+        assert bool(moved) == (at.step in (0, 1, 3)) and torch.equal(before, p) != bool(moved)
+        error = raised(functools.partial(run.tick, at, {"loss": loss}, 4,
+                                         lambda: f"a picture of {rank}"))
+        assert (type(error) is SafeStop) == (at.step == 7)
+        if error:
+            assert "picture of 0; a picture of 1" in str(error)
+            break
+    # A signal to one stops all, after the checkpoint is due in all.
+    at, run = device.Place(steps=9), run.enter(1)
+    for _ in run.batches(Batches([0] * 9), at):
+        p.grad = torch.ones(2)
+        run.update(optimizer, [p], scaler)
+        if at.step == 3 and rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # the echo torchrun makes is not a second one
+        due = run.tick(at, {}, 4)
+        assert due == (at.step == 4)
+        if due:
+            break
+    assert run.finish({"x": 1})["processes"] == 2
+    torch.distributed.destroy_process_group()
+
+
+def test_what_one_process_finds_all_raise(tmp_path):
+    for result in processes(2, lambda rank: together(rank, tmp_path / "run")):
+        result.ok()
+    said = (tmp_path / "run" / "log.txt").read_text().splitlines()
+    assert sum(line.startswith("device cpu") for line in said) == 1
+    assert sum("step skipped" in line for line in said) == 3
+    assert len(metrics(tmp_path / "run")) == 6
+
+
+def test_an_error_of_one_ends_the_others_and_a_busy_port_is_named(tmp_path):
+    def one_fails(rank):
+        def main(args):
+            run = start("cpu")
+            if run.rank == 1:
+                raise UserError("the file is missing")
+            run.gather_objects(None)
+        return device.guard(main, lambda argv: None, [])
+    first, second = processes(2, one_fails)
+    assert second.code == 2 and "process 1: error: the file is missing" in second.out
+    assert first.code == 3 and "Traceback" not in first.out
+
+    def no_port(args):
+        os.environ["MASTER_PORT"] = "70000"
+        start("cpu")
+    result, _ = processes(2, lambda rank: device.guard(no_port, lambda argv: None, []))
+    assert result.code == 2 and "MASTER_PORT" in result.out and "Traceback" not in result.out
+
+
+# -----------------------------------------------------------------------------
+# The scripts
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """26 pairs, one of which cannot be read, and the weights of a start."""
+    import weights
+    folder = tmp_path_factory.mktemp("data")
+    scenes(folder / "pairs", 26, 12)
+    save_picture(folder / "pairs" / "3.png", noise(8, 8)).write_bytes(b"no picture")
+    weights.save(tiny_clip(), folder / "start.safetensors", "safetensors")
+    return folder
+
+
+def flags(name, data):
+    """A run of six steps with an uneven share of each batch, without dropout."""
+    pairs = ["--data", data / "pairs", "--weights", data / "start.safetensors", "--batch-size", 7,
+             "--micro-batch", 2, "--epochs", 2, "--lr", 5e-4, "--crop", 0.9]
+    common = ["--workers", 0, "--device", "cpu", "--log-every", 1]
+    return common + {
+        "clipfit": ["--data", "demo", "--classes", "river", "forest", "pasture land", "--shots", 5,
+                    "--epochs", 3, "--batch-size", 7, "--micro-batch", 2],
+        "contrastive": pairs,
+        "distill": [*pairs[:2], "--model", "tiny-vit", "--teacher", data / "start.safetensors",
+                    *pairs[4:]],
+        "staged": pairs[:-2]}[name]
+
+
+@pytest.fixture(scope="module")
+def run_of(data, tmp_path_factory):
+    """(script, number of processes) -> the folder of such a run."""
+    parent = tmp_path_factory.mktemp("runs")
+
+    def run(name, count):
+        out = parent / f"{name}{count}"
+        if not out.exists():
+            results = processes(count, lambda rank: script(
+                f"train_{name}", *flags(name, data), "--output-dir", out))
+            for rank, result in enumerate(results):
+                result.ok()
+                assert not rank or not result.out, "only the first process speaks"
+        return next(out.rglob("checkpoint_last.pt")).parent
+    return run
+
+
+@pytest.mark.parametrize("name, count", [
+    ("clipfit", 2), ("contrastive", 2), ("contrastive", 3), ("distill", 2), ("staged", 2)])
+def test_several_processes_print_the_numbers_of_one(run_of, name, count):
+    one, several = numbers(run_of(name, 1)), numbers(run_of(name, count))
+    assert len(one) == len(several) >= 6
+    for ours, theirs in zip(one, several):
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            assert theirs[key] == (value if not isinstance(value, float) else
+                                   pytest.approx(value, rel=1e-4, abs=1e-5)), key
+    first, second = (checkpoint(run_of(name, n))["weights"] for n in (1, count))
+    for key in first:  # a key's bias has no gradient but rounding, and Adam makes steps of it
+        assert "in_proj_bias" in key or torch.allclose(first[key], second[key], atol=1e-5), key
+
+
+def test_two_processes_of_which_one_was_killed_go_on_to_the_same_bits(run_of, data, tmp_path):
+    out = tmp_path / "killed"
+    words = [*flags("contrastive", data), "--save-every", 2, "--output-dir", out]
+
+    def dying(rank):
+        at_step(5, die if rank else lambda: None)
+        return script("train_contrastive", *words)
+    first, second = processes(2, dying)
+    assert (first.code, second.code) == (3, 128 + signal.SIGKILL) and "has ended" in first.out
+    assert checkpoint(out)["step"] == 4
+    for result in processes(2, lambda rank: script("train_contrastive", *words)):
+        result.ok()
+    same_run(run_of("contrastive", 2), out)
+
+
+def test_the_number_of_processes_may_change_within_a_run(run_of, data, tmp_path):
+    """The order of samples is a function of seed and epoch, whoever takes them."""
+    out, words = tmp_path / "moved", flags("clipfit", data)
+
+    def stopped(rank):
+        at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        return script("train_clipfit", *words, "--output-dir", out)
+    assert [result.code for result in processes(2, stopped)] == [143, 143]
+    step = load_checkpoint(out / "checkpoint_last.pt")["step"]
+    assert script("train_clipfit", *words, "--output-dir", out) == 0
+    whole, moved = (checkpoint(folder)["weights"] for folder in (run_of("clipfit", 1), out))
+    assert 4 <= step < 6 and len(metrics(out, "train")) == 6
+    assert all(torch.allclose(whole[key], moved[key], atol=1e-5) for key in whole)
+
+
+def test_torchrun_starts_a_script(tmp_path, data):
+    done = cli("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
+               "train_contrastive.py", *flags("contrastive", data), "--max-steps", 2,
+               "--output-dir", tmp_path / "run").ok()
+    assert "processes 2" in done.out and json.loads(
+        (tmp_path / "run" / "results.json").read_text())["processes"] == 2
