@@ -1,11 +1,9 @@
 """What a CLIP is: two towers, one embedding space. No file is read here: `weights.load` does that.
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
-written from scratch under OpenAI's parameter names, so that released weights load strictly and
-without a key map. Different from OpenAI's code, with equal results:
+written from scratch under OpenAI's parameter names. Different from their code, with equal results:
 
-- weights are fp32 and stay so; lower precision is autocast's business (no converted copy, no
-  `dtype` property, no LayerNorm subclass);
+- weights are fp32 and stay so; lower precision is autocast's business;
 - `encode_text` cuts the batch to its longest text. The text tower is causal, so what stands after
   the end of a text cannot reach it: 47 texture prompts need 15 of 77 positions;
 - the last block of a transformer computes only the row that is used (class token, end of text).
@@ -45,8 +43,7 @@ class BertConfig:
     eps: float = 1e-12
     dropout: float = 0.1
     attention_dropout: float = 0.1
-    pool: str = "pooler"          # tanh of a layer over the first token; "first", the bare token;
-                                  # or "mean" of all tokens
+    pool: str = "pooler"          # tanh of a layer over the first token; "first": it alone; "mean"
 
     @property
     def context_length(self):
@@ -68,9 +65,8 @@ class CLIPConfig:
     vision_head: int = 64         # width of one attention head; LAION's largest ViTs differ
     text_head: int = 64
     activation: str = "quick_gelu"  # "gelu" in models trained by LAION; shapes cannot tell it
-    backbone: str = ""            # a classifier in the place of CLIP's image towers: torchvision's
-                                  # name of it, or "timm:" and timm's
-    text: BertConfig | None = None  # a BERT in the place of CLIP's text tower
+    backbone: str = ""            # instead of CLIP's image towers: a classifier of torchvision, or
+    text: BertConfig | None = None  # "timm:NAME"; and of its text tower: a BERT
     proj: str = "linear"          # the step to D on either side; or "mlp", a `ResidualHead`
 
 
@@ -85,8 +81,7 @@ BERTS = {
     "rbt3": BertConfig("bert", 21_128, layers=3),
     "tiny-bert": BertConfig("bert", 21_128, 32, 2, 2, 64, 64),  # for tests
 }
-# What a file of bare tensors cannot say: the head width of LAION's H image tower. (Their g and G
-# have MLPs of other widths and are refused with the shape that differs.)
+# What a file of bare tensors cannot say: the head width of LAION's and Chinese-CLIP's H image tower
 HEAD_OF_WIDTH = {1280: 80}
 
 
@@ -131,10 +126,8 @@ CONFIGS = {
 
 
 def canonical_name(name):
-    """The key of CONFIGS that `name` spells ("ViT-B-16", "vit_b16", "rn50"), or None.
-
-    Known are also Hugging Face's "openai/clip-vit-base-patch16", and what Chinese-CLIP calls a
-    size ("ViT-B-16@RoBERTa-wwm-ext-base-chinese"), a file and a folder."""
+    """The key of CONFIGS that `name` spells ("ViT-B-16", "vit_b16", Hugging Face's and
+    Chinese-CLIP's names of a size, a file or a folder), or None."""
     def squeeze(text):
         text = re.sub(r"(.*)@.*chinese$", r"cn\1", text.lower().removesuffix(".pt"))
         text = re.sub(r"[^a-z0-9]", "", text).removesuffix("px")
@@ -175,9 +168,8 @@ def take(x, rows):
 def attend(q, k, v, seen=None, causal=False, fused=True, dropout=0.0):
     """softmax(q k^T / sqrt(width)) v over (B, H, L, width); seen: bool, True where q may look.
 
-    fused: torch's one kernel, or the two products and the softmax written out. The kernel wins or
-    ties wherever it was measured but on a CPU in bf16, where its backward runs at a tenth of the
-    speed of the products; and on some accelerators it has had bugs that the products do not.
+    fused: torch's one kernel, or the two products and the softmax written out. The kernel is as
+    fast or faster but on a CPU in bf16, and on some accelerators it has had bugs.
     """
     if fused:
         return F.scaled_dot_product_attention(q, k, v, seen, dropout, causal)
@@ -261,8 +253,7 @@ class Transformer(Recomputing):
 
 
 class ResidualHead(nn.Module):
-    """The projection head of "simple CLIP": LayerNorm(p + Dropout(Linear(GELU(p)))), p = Linear(x).
-    """
+    """The head of "simple CLIP": LayerNorm(p + Dropout(Linear(GELU(p)))) with p = Linear(x)."""
 
     def __init__(self, width, embed_dim):
         super().__init__()
@@ -327,6 +318,7 @@ class Bottleneck(nn.Module):
         self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * channels)
+        nn.init.zeros_(self.bn3.weight)  # every residual branch starts as nothing
         self.downsample = None
         if stride > 1 or channels_in != 4 * channels:
             self.downsample = nn.Sequential(collections.OrderedDict([
@@ -350,11 +342,12 @@ class AttentionPool2d(nn.Module):
         self.heads = heads
         self.positional_embedding = nn.Parameter(
             channels ** -0.5 * torch.randn(side ** 2 + 1, channels))
-        self.q_proj = nn.Linear(channels, channels)
-        self.k_proj = nn.Linear(channels, channels)
-        self.v_proj = nn.Linear(channels, channels)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(channels, channels) for _ in range(3))
         self.c_proj = (nn.Linear(channels, embed_dim) if proj == "linear" else
                        ResidualHead(channels, embed_dim))
+        for linear in self.children():
+            if isinstance(linear, nn.Linear):
+                nn.init.normal_(linear.weight, std=channels ** -0.5)
 
     def forward(self, x):               # (B, C, side, side) -> (B, C), what c_proj projects to D
         x = x.flatten(2).transpose(1, 2)                               # (B, side^2, C)
@@ -438,9 +431,7 @@ class BertLayer(nn.Module):
 
 class BertTower(Recomputing):
     """BERT (Devlin et al. 2019), RoBERTa (Liu et al. 2019) or DistilBERT (Sanh et al. 2019).
-
-    Padding is found by its id and never looked at. RoBERTa numbers its tokens from pad_id + 1.
-    """
+    Padding is found by its id and never looked at. RoBERTa numbers its tokens from pad_id + 1."""
 
     def __init__(self, config):
         super().__init__()
@@ -499,20 +490,14 @@ def make_backbone(name, size=None):
     """A classifier without its last layer -> (module: (B, 3, R, R) -> (B, F), the name of what was
     removed, F, R, its Pixels). size: pixels per side R, those of its published weights unless
     given. ImportError without the library, ValueError for a name that it does not have."""
-    library, _, short = name.rpartition(":")
-    return (timm_backbone if library == "timm" else torchvision_backbone)(short, size)
-
-
-def torchvision_backbone(name, size=None):
+    if name.startswith("timm:"):
+        return timm_backbone(name[5:], size)
     from torchvision import models
-    if name not in models.list_models(module=models):
+    if name not in models.list_models(module=models) or name in ("googlenet", "inception_v3"):
         raise ValueError(f"torchvision has no classifier {name!r}")
     preset = models.get_model_weights(name).DEFAULT.transforms()
-    size, more = size or preset.crop_size[0], {}
-    if name.startswith("vit_"):
-        more = {"image_size": size}
-    elif name in ("googlenet", "inception_v3"):
-        more = {"aux_logits": False, "init_weights": False, "transform_input": True}
+    size = size or preset.crop_size[0]
+    more = {"image_size": size} if name.startswith("vit_") else {}
     try:
         trunk = models.get_model(name, weights=None, **more)
     except NotImplementedError:  # RegNet computes in its constructor, which "meta" cannot
@@ -541,9 +526,9 @@ def timm_backbone(name, size=None):
     trunk = timm.create_model(name, pretrained=False, num_classes=0,
                               **({"img_size": size} if known.fixed_input_size else {}))
     removed = known.classifier if isinstance(known.classifier, str) else "head"
-    interpolation = "bilinear" if known.interpolation == "bilinear" else "bicubic"
     return (trunk, removed, getattr(trunk, "head_hidden_size", None) or trunk.num_features, size,
-            Pixels(tuple(known.mean), tuple(known.std), interpolation=interpolation))
+            Pixels(tuple(known.mean), tuple(known.std), interpolation="bilinear" if
+                   known.interpolation == "bilinear" else "bicubic"))
 
 
 class BackboneTower(nn.Module):
@@ -555,8 +540,8 @@ class BackboneTower(nn.Module):
         self.proj = make_head(config.proj, width, config.embed_dim)
         for module in self.trunk.modules():
             if isinstance(module, nn.BatchNorm2d):
-                # MobileNetV3 has 0.01 and MNASNet 0.0003, for ImageNet's 10^5 steps and more. After
-                # a few hundred, evaluation would still use what the statistics were at the start.
+                # MobileNetV3 has 0.01 and MNASNet 0.0003: after a few hundred steps evaluation
+                # would still use what the statistics were at the start.
                 module.momentum = max(module.momentum, 0.1)
 
     def forward(self, images):                                         # (B, 3, R, R)
@@ -568,7 +553,11 @@ class BackboneTower(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# Texts: where they end, and batches of similar length
+# CLIP
+
+# How the names of the two heads begin; the ModifiedResNet's is a part of its pool.
+HEADS = ("visual.proj", "visual.attnpool.c_proj", "text_projection")
+
 
 def ends_of(tokens, pad_id=None):
     """The place (N,) of each text's last token: CLIP's end of text, which is the largest id in the
@@ -580,11 +569,8 @@ def ends_of(tokens, pad_id=None):
 
 
 def trim(tokens, pad_id=None):
-    """Cut a batch of texts to its longest: (N, L) -> ((N, L'), ends (N,)), L' <= L.
-
-    pad_id: `CLIP.text_pad`. Reading the longest waits for an accelerator: in a loop over fixed
-    prompts call this once, before.
-    """
+    """Cut a batch of texts to its longest: (N, L) -> ((N, L'), ends (N,)), L' <= L. pad_id:
+    `CLIP.text_pad`. Reading the longest waits for an accelerator: do it once for fixed prompts."""
     ends = ends_of(tokens, pad_id)
     return (tokens[:, :int(ends.max()) + 1], ends) if len(tokens) else (tokens, ends)
 
@@ -592,10 +578,7 @@ def trim(tokens, pad_id=None):
 def text_pieces(tokens, size, pad_id=None):
     """Texts (N, L) in pieces of `size`, sorted by length, so that short ones do not pay for the
     longest -> (pieces [(tokens (n, l), ends (n,))] as `encode_text` takes them, places (N,)).
-
-    `torch.cat(features of the pieces)[places]` is in the order given. ImageNet's 1,000 prompts
-    have 8 to 18 tokens and 9.2 on average: pieces of 64 to 256 are best.
-    """
+    `torch.cat(features of the pieces)[places]` is in the order given."""
     ends = ends_of(tokens, pad_id)
     order = ends.argsort(stable=True)
     pieces = [(tokens[rows, :int(ends[rows[-1]]) + 1], ends[rows])
@@ -603,17 +586,9 @@ def text_pieces(tokens, size, pad_id=None):
     return pieces or [(tokens, ends)], order.argsort()
 
 
-# -----------------------------------------------------------------------------
-# CLIP
-
-# How the names of the two heads begin; the ModifiedResNet's is a part of its pool.
-HEADS = ("visual.proj", "visual.attnpool.c_proj", "text_projection")
-
-
 @contextlib.contextmanager
 def evaluating(model):
-    """Eval mode in here; then each module is in the mode that it was in, so that what is frozen in
-    a model that trains stays so: `model.train()` would wake all of it."""
+    """Eval mode in here; then each module is in the mode that it was in."""
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
@@ -636,8 +611,7 @@ def check_config(config):
             raise ValueError(f"{value!r} is not one of {', '.join(known)}")
     bert = config.text
     if bert and not (bert.family in FAMILIES and bert.pool in ("pooler", "first", "mean")
-                     and 0 <= bert.dropout < 1 and 0 <= bert.attention_dropout < 1
-                     and bert.eps > 0 and isinstance(bert.pad_id, int)):
+                     and isinstance(bert.pad_id, int) and bert.eps > 0 and bert.heads > 0):
         raise ValueError(f"not a BERT: {bert}")
     widths = [(bert.width, bert.width // bert.heads) if bert else
               (config.text_width, config.text_head)]
@@ -652,13 +626,11 @@ def check_config(config):
 class CLIP(nn.Module):
     """An image tower and a text tower with one embedding space, and the learned logit scale.
 
-    Starts from the paper's initialisation (drawn from torch's global generator); `weights.load`
-    gives one with released weights. `origin` says where its weights came from. `image_mean`,
-    `image_std`, `image_resize` and `image_interpolation` are how its images are prepared.
-    `text_kind` ("bpe", "wordpiece" or "bytebpe") and `pad_id` say what its token ids are,
-    `config.context_length` how many a text may have, and `vocabulary` what the file told of its
-    tokens: a dict that `tokenizer.open_tokenizer` takes, or None. `logit_bias` is None unless it
-    was trained with SigLIP's loss (Zhai et al. 2023). ValueError for a config that fits no CLIP.
+    Starts from the paper's initialisation (drawn from torch's global generator). `origin` says
+    where its weights came from. `image_mean`, `image_std`, `image_resize` and `image_interpolation`
+    are how its images are prepared; `text_kind` ("bpe", "wordpiece" or "bytebpe") and `pad_id` what
+    its token ids are, and `vocabulary` what its file told of them, for `tokenizer.open_tokenizer`.
+    `logit_bias` is None unless trained with SigLIP's loss (Zhai et al. 2023). ValueError: no CLIP.
     """
 
     def __init__(self, config):
@@ -676,10 +648,10 @@ class CLIP(nn.Module):
             self.token_embedding = nn.Embedding(config.vocab_size, width)
             self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
             self.ln_final = nn.LayerNorm(width)
+            self.init_text()
         self.text_projection = make_head(config.proj, width, config.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.register_parameter("logit_bias", None)
-        self.init_weights()
         self.set_pixels(self.visual.pixels if config.backbone else Pixels())
         self.text_kind = FAMILIES[text.family] if text else "bpe"
         self.vocabulary = None
@@ -699,31 +671,20 @@ class CLIP(nn.Module):
         return self.pad_id if self.config.text else None
 
     @torch.no_grad()
-    def init_weights(self):
-        """Radford et al. 2021 §2.5 and OpenAI's code. ViT blocks keep torch's defaults, and towers
-        that others made their own."""
+    def init_text(self):
+        """As in Radford et al. 2021 §2.5. (A ViT's blocks have torch's start.)"""
         width, layers = self.config.text_width, self.config.text_layers
-        if not self.config.text:
-            nn.init.normal_(self.token_embedding.weight, std=0.02)
-            nn.init.normal_(self.positional_embedding, std=0.01)
-            residual = width ** -0.5 * (2 * layers) ** -0.5
-            for block in self.transformer.resblocks:
-                nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
-                nn.init.normal_(block.attn.out_proj.weight, std=residual)
-                nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-                nn.init.normal_(block.mlp.c_proj.weight, std=residual)
-        if isinstance(self.visual, ModifiedResNet):
-            pool = self.visual.attnpool
-            for linear in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj):
-                if isinstance(linear, nn.Linear):
-                    nn.init.normal_(linear.weight, std=linear.in_features ** -0.5)
-            for name, gain in self.visual.named_parameters():
-                if re.fullmatch(r"layer\d\.\d+\.bn3\.weight", name):
-                    nn.init.zeros_(gain)  # every residual branch starts as nothing
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        residual = width ** -0.5 * (2 * layers) ** -0.5
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=residual)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=residual)
 
     def fuse_attention(self, fused):
-        """Choose between torch's fused attention and plain products, which give the same numbers
-        up to rounding; `Run.fused_attention` knows what is right and fast on a device."""
+        """Torch's fused attention, or plain products: `Run.fused_attention` knows what is right."""
         for module in self.modules():
             if isinstance(module, (Attention, AttentionPool2d, BertLayer)):
                 module.fused = fused
@@ -732,10 +693,9 @@ class CLIP(nn.Module):
     def round_frozen(self, dtype):
         """Keep a copy in `dtype` of the blocks' frozen matrices, for autocast to find.
 
-        Autocast rounds a frozen fp32 weight again at every use, which is 6 to 9 % of a CLIPFit
-        step in bf16 on a CPU; the numbers are the same. The weights themselves stay fp32. Call it
-        after freezing and moving, and again if frozen weights change; fp32 drops the copies.
-        """
+        Autocast rounds a frozen fp32 weight again at every use: 6 to 9 % of a CLIPFit step in bf16
+        on a CPU. The numbers are the same and the weights stay fp32. Call it after freezing and
+        moving, and again if frozen weights change; fp32 drops the copies."""
         for module in self.modules():
             if isinstance(module, (Attention, Linear)):
                 pair = ((module.in_proj_weight, module.in_proj_bias)
@@ -745,35 +705,29 @@ class CLIP(nn.Module):
         return self
 
     def recompute_blocks(self, on=True):
-        """Keep no activations inside the blocks of both towers: the backward pass runs each block
-        again, with the same dropout. A third more arithmetic for a fraction of the memory; the
-        gradients are the same. A ResNet and the towers of torchvision and timm have none."""
+        """Keep no activations inside transformer blocks: the backward pass runs them again, with
+        the same dropout. A third more arithmetic, a fraction of the memory, equal gradients."""
         for module in self.modules():
             if isinstance(module, Recomputing):
                 module.recompute = on
         return self
 
-    def pooled_image(self, images):
-        """What the image's projection head gets, (B, W); the argument is encode_image's."""
-        self.check_images(images)
-        return self.visual.pooled(images)
-
-    def check_images(self, images):
+    def encode_image(self, images, normalize=False):
+        """(B, 3, R, R) normalised pixels -> (B, D). ValueError when R is not the model's size."""
         size = self.config.image_size
         if images.shape[-2:] != (size, size):
             raise ValueError(f"images are {tuple(images.shape[-2:])} pixels and this model takes "
                              f"({size}, {size}); resize them with data.Preprocess({size})")
-
-    def encode_image(self, images, normalize=False):
-        """(B, 3, R, R) normalised pixels -> (B, D). ValueError when R is not the model's size."""
-        self.check_images(images)
         features = self.visual(images)
         return unit(features) if normalize else features
 
+    def pooled_image(self, images):
+        """What the image's projection head gets, (B, W)."""
+        return self.visual.pooled(images)
+
     def encode_text(self, tokens, normalize=False, ends=None):
-        """(N, L) token ids -> (N, D). Pass what `trim` returns as `tokens, ends` to spare its wait
-        on an accelerator; `ends` (N,) are the places of the end of text. ValueError when a BERT's
-        texts are longer than its positions."""
+        """(N, L) token ids -> (N, D). `tokens, ends` as `trim` gives them spare its wait on an
+        accelerator. ValueError when a BERT's texts are longer than its positions."""
         features = project(self.pooled_text(tokens, ends), self.text_projection)
         return unit(features) if normalize else features
 

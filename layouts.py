@@ -1,9 +1,9 @@
 """What other libraries call a CLIP's tensors and settings. No file is read or written here.
 
 Inside, names are OpenAI's, with `bert.` for a text tower of the BERT family as in Chinese-CLIP.
-A setting that changes the features leaves often no trace in the shapes of the tensors: activation,
-heads, pooling, epsilons, causal mask, pixel statistics. `known_from_*` read them from a library's
-configuration, and refuse by its name what `clip_model` does not have: never is it passed over.
+Settings that change the features leave no trace in the tensors' shapes: activation, heads, pooling,
+epsilons, masks, pixel statistics. `known_from_*` read them from a library's configuration, and
+refuse by its name what `clip_model` does not have: never is it passed over.
 """
 import contextlib
 import dataclasses
@@ -13,7 +13,8 @@ import re
 import torch
 
 from clip_model import (
-    ACTIVATIONS, CLIP, CONFIGS, FAMILIES, HEAD_OF_WIDTH, BertConfig, CLIPConfig, Pixels, bert_fields)
+    ACTIVATIONS, CLIP, CONFIGS, FAMILIES, HEAD_OF_WIDTH, BertConfig, CLIPConfig, Pixels,
+    bert_fields)
 
 LAYOUTS = ("safetensors", "openai", "open_clip", "hf", "chinese_clip")
 
@@ -31,20 +32,57 @@ def about(what):
     except KeyError as error:
         raise WeightsError(f"{what}: there is no {error}") from None
     except (ValueError, TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError,
-            ImportError) as error:
+            ImportError, OSError) as error:
         raise WeightsError(f"{what}: {one_line(error)}") from None
 
 
 def one_line(error):
-    """The telling line of an exception."""
-    text = re.sub(r"\s+", " ", str(error))
-    wish = re.search(r"(Unsupported (global|class|operand)[^.]*\.\S*|GLOBAL \S+)", text)
-    text = text if isinstance(error, WeightsError) else (wish.group(0) if wish else text)[:160]
-    return text or type(error).__name__
+    """The telling line of an exception; of torch's, what a pickle asked for."""
+    text = re.sub(r"\s+", " ", str(error)) or type(error).__name__
+    wish = re.search(r"Unsupported (global|class|operand)[^.]*\.\S*|GLOBAL \S+", text)
+    return text if isinstance(error, WeightsError) else (wish[0] if wish else text)[:200]
+
+
+def allow(table, **allowed):
+    """Refuse by its name a setting of another library that is not among those allowed."""
+    for key, values in allowed.items():
+        if key in table and table[key] not in values:
+            raise WeightsError(f"{key} {table[key]!r} is not supported; expected "
+                               f"{' or '.join(map(repr, values))}")
 
 
 # -----------------------------------------------------------------------------
 # Names
+
+def state_in(content):
+    """The named tensors in what a file holds -> (state, notes).
+
+    Finds the state dict inside a training checkpoint and takes off the prefixes that wrappers
+    leave (`module.` of DDP, `_orig_mod.` of torch.compile, `model.` of Lightning).
+    """
+    notes, wrappers = [], ("state_dict", "model", "model_state_dict", "module", "net", "weights",
+                           "ema", "model_ema", "state_dict_ema")
+    while isinstance(content, dict) and len(notes) < 8:  # a hostile file can hold itself
+        inner = [key for key in wrappers if isinstance(content.get(key), dict) and content[key]]
+        if not inner:
+            break
+        notes.append(f"weights found under {inner[0]!r}")
+        content = content[inner[0]]
+    state = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)
+             and isinstance(name, str)} if isinstance(content, dict) else {}
+    if not state:
+        raise WeightsError("no tensors under names; expected a state dict")
+    for name, tensor in state.items():  # a stride of 0 makes terabytes of four bytes
+        if (tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized
+                or tensor.nbytes > tensor.untyped_storage().nbytes()
+                or tensor.is_floating_point() and not torch.isfinite(tensor).all()):
+            raise WeightsError(f"{name!r} is not a plain tensor of finite numbers")
+    prefixes = ("module.", "_orig_mod.", "model.", "clip.")
+    while found := next((p for p in prefixes if all(n.startswith(p) for n in state)), None):
+        state = {name.removeprefix(found): value for name, value in state.items()}
+        notes.append(f"prefix {found!r} removed")
+    return state, notes
+
 
 HF_NAMES = [  # (OpenAI's, Hugging Face's); whole names first, then beginnings, then fragments
     ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
@@ -92,8 +130,8 @@ def to_hugging_face(state):
     out = {}
     for name, tensor in state.items():
         theirs = rename(name, HF_NAMES, 0, 1)
-        if ".attn.in_proj_" in theirs:
-            stem, kind = theirs.split(".attn.in_proj_")
+        stem, fused, kind = theirs.partition(".attn.in_proj_")
+        if fused:
             for letter, part in zip("qkv", tensor.chunk(3)):
                 out[f"{stem}.self_attn.{letter}_proj.{kind}"] = part.contiguous()
         else:
@@ -117,33 +155,17 @@ def from_hugging_face(state):
 def from_bert(state):
     """A text tower of the BERT family under BERT's own names after `bert.`, beside what belongs to
     a CLIP. Heads for other tasks are left out."""
-    table = "embeddings.word_embeddings.weight"
+    table, out = "embeddings.word_embeddings.weight", {}
     stem = next(name for name in state if name.endswith(table)).removesuffix(table)
-    out = {}
     for name, tensor in state.items():
         part = name.removeprefix(stem)
         if name.startswith(("visual.", "text_projection", "logit_")):
             out[name] = tensor
-        elif name.startswith(stem) and part.startswith(
-                ("embeddings.", "encoder.", "transformer.", "pooler.")) and not part.endswith(
-                ("position_ids", "token_type_ids")):
-            if part.startswith("transformer."):
-                part = rename(part, DISTILBERT_NAMES, 1, 0)
+        elif name.startswith(stem) and re.match(r"(embeddings|encoder|transformer|pooler)\.(?!"
+                                                r".*(position|type)_ids$)", part):
+            part = rename(part, DISTILBERT_NAMES, 1, 0) if part[0] == "t" else part
             part = re.sub(r"gamma$", "weight", re.sub(r"beta$", "bias", part))  # TensorFlow's
             out["bert." + part] = tensor
-    return out
-
-
-def unfuse(state):
-    """FlashAttention's names of Chinese-CLIP -> its usual ones; BERT's q, k, v are apart there."""
-    out = {}
-    for name, tensor in state.items():
-        name = name.replace(".attention.self.out_proj.", ".attention.output.dense.")
-        if ".attention.self.Wqkv." in name:
-            for part, share in zip(("query", "key", "value"), tensor.chunk(3)):
-                out[name.replace("Wqkv", part)] = share
-        else:
-            out[re.sub(r"\.attn\.Wqkv\.(?=weight$|bias$)", ".attn.in_proj_", name)] = tensor
     return out
 
 
@@ -152,67 +174,63 @@ def openai_names(state):
     def any_begins(*beginnings):
         return any(name.startswith(beginnings) for name in state)
     layout = "openai"  # OpenCLIP's CLIP keeps the same names
-    buffers = ("input_resolution", "context_length", "vocab_size", "attn_mask")
-    state = {name: t for name, t in state.items() if name.rpartition(".")[2] not in buffers}
+    state = {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] not in (
+        "input_resolution", "context_length", "vocab_size", "attn_mask")}
     if any_begins("vision_model.", "text_model."):
         layout = "hf"  # transformers before 5 wrapped a dual encoder's image tower once more
         state = from_hugging_face({re.sub(r"^(vision_model\.){2}", r"\1", name): tensor
                                    for name, tensor in state.items()})
-    elif "text.token_embedding.weight" in state:
-        layout = "open_clip"  # its CustomTextCLIP
+    elif "text.token_embedding.weight" in state:  # OpenCLIP's CustomTextCLIP
         state = {name.removeprefix("text."): tensor for name, tensor in state.items()}
-    elif any_begins("visual.") and any_begins("bert.encoder."):
-        layout, state = "chinese_clip", unfuse(state)
+    elif any_begins("bert.encoder.") and any_begins("visual."):
+        layout = "chinese_clip"
     if any(name.endswith("embeddings.word_embeddings.weight") for name in state):
         layout, state = layout if any_begins("visual.") else "hf", from_bert(state)
     return state, layout
 
 
 # -----------------------------------------------------------------------------
-# Settings: fields of CLIPConfig, with "text" a dict of fields of BertConfig, and "pixels"
-
-def allow(table, **allowed):
-    """Refuse by its name a setting of another library that is not among those allowed."""
-    for key, values in allowed.items():
-        if key in table and table[key] not in values:
-            raise WeightsError(f"{key} {table[key]!r} is not supported here; expected "
-                               f"{' or '.join(map(repr, values))}")
-
+# Settings: fields of CLIPConfig, with "text" a dict of fields of BertConfig, and "pixels".
+# read(name) gives the table in a JSON file beside the weights, {} where there is none.
 
 def known_from_hugging_face(read):
-    """What a model folder says; read(name) gives a JSON file's table, {} where there is none."""
     config = read("config.json")
     kind = config.get("model_type")
-    if kind is None:
-        return {}
+    if kind is None and not {"vision_config", "text_config", "hidden_size"} & config.keys():
+        return {}  # another program's
     if kind in FAMILIES:
         return {"text": bert_settings(config) | pooling_settings(read)}
-    allow(config, model_type=("clip", "chinese_clip", "vision-text-dual-encoder",
-                              "clip_vision_model", "clip_text_model", *FAMILIES))
+    allow({"model_type": kind}, model_type=(
+        "clip", "chinese_clip", "vision-text-dual-encoder", "clip_vision_model", "clip_text_model",
+        *FAMILIES))
     known = {"pixels": pixels_from_hugging_face(read("preprocessor_config.json"))}
     image = config if kind == "clip_vision_model" else config.get("vision_config") or {}
     text = config if kind == "clip_text_model" else config.get("text_config") or {}
+    activations = tuple(ACTIVATIONS)
     if kind != "clip_text_model":
         allow(image, model_type=("clip", "clip_vision_model", "chinese_clip_vision_model"),
-              hidden_act=tuple(ACTIVATIONS), layer_norm_eps=(1e-5,))
-        known |= {"activation": image.get("hidden_act", "quick_gelu"), "vision_head": image.get(
-            "hidden_size", 768) // image.get("num_attention_heads", 12)}
+              hidden_act=activations, layer_norm_eps=(1e-5,))
+        known["activation"] = image.get("hidden_act", "quick_gelu")
+        known["vision_head"] = head_width(image, 768, 12)
+        activations = (known["activation"],)  # there is one for both towers here
     if kind == "chinese_clip":
         known["text"] = bert_settings(text | {"model_type": "bert"}) | {"pool": "first"}
     elif text.get("model_type") in FAMILIES:
         known["text"] = bert_settings(text)
     elif kind != "clip_vision_model":
-        allow(text, model_type=("clip", "clip_text_model"), layer_norm_eps=(1e-5,),
-              eos_token_id=(2, text.get("vocab_size", 49_408) - 1))  # 2 is their word for the last
-        allow({"hidden_act": "quick_gelu", **text}, hidden_act=(
-            (known["activation"],) if known.get("activation") else tuple(ACTIVATIONS)))
-        known |= {"activation": text.get("hidden_act", "quick_gelu"), "text_head": text.get(
-            "hidden_size", 512) // text.get("num_attention_heads", 8)}
+        allow({"hidden_act": "quick_gelu"} | text, hidden_act=activations, layer_norm_eps=(1e-5,),
+              model_type=("clip", "clip_text_model"),  # 2 is an old word for the largest id
+              eos_token_id=(2, text.get("vocab_size", 49_408) - 1))
+        known["activation"] = text.get("hidden_act", "quick_gelu")
+        known["text_head"] = head_width(text, 512, 8)
     return known
 
 
+def head_width(config, width, heads):
+    return config.get("hidden_size", width) // config.get("num_attention_heads", heads)
+
+
 def bert_settings(config):
-    """What a Hugging Face config of the BERT family says that shapes do not."""
     def get(default, *names):  # DistilBERT has names of its own
         return next((config[name] for name in names if name in config), default)
     allow(config, model_type=tuple(FAMILIES), hidden_act=("gelu",), activation=("gelu",),
@@ -228,70 +246,64 @@ def bert_settings(config):
 def pooling_settings(read):
     """How sentence-transformers makes one vector of a text; {} where it does not say."""
     config = read("1_Pooling/config.json")
-    modes = {key.removeprefix("pooling_mode_") for key, on in config.items()
-             if key.startswith("pooling_mode_") and on is True} or {config.get("pooling_mode")}
-    names = {"mean_tokens": "mean", "mean": "mean", "cls_token": "first", "cls": "first"}
-    if modes == {None}:
-        return {}
-    if len(modes) > 1 or not modes <= names.keys() or read("2_Dense/config.json"):
-        raise WeightsError(f"the pooling of sentence-transformers in this folder "
-                           f"({' + '.join(sorted(modes))}, or a Dense layer after it) is not "
-                           f"supported here; expected mean_tokens or cls_token alone")
-    return {"pool": names[modes.pop()]}
+    modes = [key for key, on in config.items() if on is True and key.startswith("pooling_mode_")]
+    modes = modes or [config[key] for key in ["pooling_mode"] if key in config]
+    modes += ["a Dense layer"] if read("2_Dense/config.json") else []
+    known = {"pooling_mode_mean_tokens": "mean", "mean": "mean", "pooling_mode_cls_token": "first",
+             "cls": "first"}
+    allow({"pooling": " + ".join(modes)}, pooling=("", *known))
+    return {"pool": known[modes[0]]} if modes else {}
 
 
 def pixels_from_hugging_face(config):
     """Pixels of a preprocessor_config.json, None of an empty one."""
     if not config:
         return None
-    allow(config, do_resize=(True,), do_rescale=(True,), do_normalize=(True,),
-          rescale_factor=(1 / 255,), resample=(2, 3))
     size = config.get("size", 224)
     squash = isinstance(size, dict) and "height" in size
-    crop = size if squash and not config.get("do_center_crop") else config.get("crop_size", size)
-    sides = {side for value in (size, crop) for side in (
-        value.values() if isinstance(value, dict) else [value])}
-    if len(sides) > 1 or not squash and config.get("do_center_crop") is False:
-        raise WeightsError(f"images of size {size} and crop_size {crop} are not supported here; "
-                           f"expected the same pixels for both, and do_center_crop")
-    return make_pixels(config.get("image_mean"), config.get("image_std"), "squash" if squash
-                       else "shortest", "bilinear" if config.get("resample") == 2 else "bicubic")
+    crop = config.get("do_center_crop", not squash)
+    allow({"do_center_crop": crop} | config, do_resize=(True,), do_rescale=(True,),
+          do_normalize=(True,), rescale_factor=(1 / 255,), resample=(2, 3),
+          do_center_crop=(True, False) if squash else (True,))
+    sides = {side for value in (size, config.get("crop_size", size) if crop else size)
+             for side in (value.values() if isinstance(value, dict) else [value])}
+    if len(sides) > 1:
+        raise WeightsError(f"size {size} with another crop_size is not supported")
+    return make_pixels(config.get("image_mean"), config.get("image_std"), squash and "squash",
+                       "bilinear" if config.get("resample") == 2 else "bicubic")
 
 
 def make_pixels(mean, std, resize, interpolation):
-    """Checked Pixels; None takes CLIP's."""
+    """Checked Pixels; what is not given is CLIP's."""
     own = Pixels()
-    mean, std = tuple(mean or own.mean), tuple(std or own.std)
-    resize, interpolation = resize or own.resize, interpolation or own.interpolation
-    allow({"resize_mode": resize, "interpolation": interpolation},
+    found = Pixels(tuple(mean or own.mean), tuple(std or own.std), resize or own.resize,
+                   interpolation or own.interpolation)
+    allow({"resize_mode": found.resize, "interpolation": found.interpolation},
           resize_mode=("shortest", "squash"), interpolation=("bicubic", "bilinear"))
-    if not (len(mean) == len(std) == 3 and all(map(math.isfinite, mean + std)) and min(std) > 0):
+    if not (len(found.mean) == len(found.std) == 3 and min(found.std) > 0
+            and all(map(math.isfinite, found.mean + found.std))):
         raise WeightsError(f"pixel mean {mean} and std {std} are not three numbers each")
-    return Pixels(mean, std, resize, interpolation)
+    return found
 
 
-TOLD_BY_SHAPES = ("embed_dim vision_cfg text_cfg quick_gelu custom_text init_logit_scale "
-                  "init_logit_bias output_dict cast_dtype layers width head_width heads patch_size "
-                  "image_size mlp_ratio patch_dropout output_tokens context_length vocab_size "
-                  "pad_id eos_id attn_pooler_queries attn_pooler_heads timm_pool timm_proj "
-                  "timm_drop timm_drop_path hf_model_pretrained hf_proj_type hf_pooler_type").split()
-OPEN_CLIP_ONLY = {"pos_embed_type": "learnable", "proj_type": "linear"}  # the one value there is
+HARMLESS = (  # what shapes tell, and what changes nothing
+    "embed_dim vision_cfg text_cfg quick_gelu custom_text init_logit_scale init_logit_bias "
+    "output_dict cast_dtype layers width head_width heads patch_size image_size mlp_ratio "
+    "patch_dropout output_tokens context_length vocab_size pad_id eos_id attn_pooler_queries "
+    "attn_pooler_heads timm_pool timm_proj timm_drop timm_drop_path hf_model_pretrained "
+    "hf_proj_type hf_pooler_type").split()
 
 
 def known_from_open_clip(read):
-    """What an OpenCLIP folder says: every setting that is not listed must be off."""
     config = read("open_clip_config.json")
     model = config.get("model_cfg")
     if model is None:
         return {}
-    image, text = model["vision_cfg"], model["text_cfg"]
+    image, text, pixels = model["vision_cfg"], model["text_cfg"], config.get("preprocess_cfg") or {}
     for part, pool in ((model, None), (image, "tok"), (text, "argmax")):
-        only = OPEN_CLIP_ONLY | {"pool_type": pool}
-        for key, value in part.items():
-            if key not in TOLD_BY_SHAPES and value and value != only.get(key):
-                raise WeightsError(f"{key} {value!r} is not supported here; expected "
-                                   f"{only.get(key)!r}")
-    pixels = config.get("preprocess_cfg") or {}
+        usual = {"pool_type": pool, "pos_embed_type": "learnable", "proj_type": "linear"}
+        allow({key: x for key, x in part.items() if x and key not in HARMLESS},  # all else is off
+              **{key: (usual.get(key),) for key in part})
     allow(pixels, mode=("RGB",))
     return {"activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
             "vision_head": image.get("head_width", 64),
@@ -300,8 +312,21 @@ def known_from_open_clip(read):
                                   pixels.get("resize_mode"), pixels.get("interpolation"))}
 
 
+CARD = ("clip_config", "pixels", "vocabulary")  # of the card, what every saved file carries
+
+
+def card(model, tokenizer=None):
+    """All that a file of ours tells beside the tensors, as plain values: `weights.load` builds the
+    model from it. With `tokenizer`, the vocabulary is taken from there."""
+    return {"clip_config": dataclasses.asdict(model.config),
+            "pixels": dataclasses.asdict(model.pixels),
+            "vocabulary": tokenizer.facts() if tokenizer else model.vocabulary,
+            "origin": {key: model.origin[key] for key in ("name", "path", "sha256", "layout")},
+            "tensors": len(model.state_dict())}
+
+
 def known_from_card(card):
-    """What `weights.card` wrote. Its sizes are not believed: those of the tensors are taken."""
+    """Its sizes are not believed: those of the tensors are taken."""
     pixels = card.get("pixels")
     return {**card["clip_config"], "pixels": pixels and make_pixels(
         pixels["mean"], pixels["std"], pixels["resize"], pixels["interpolation"])}
@@ -318,9 +343,6 @@ def count(state, pattern):
 def image_fields(sd, known):
     """The CLIPConfig fields of the image tower in these tensors (OpenAI's names)."""
     if any(name.startswith("visual.trunk.") for name in sd):
-        if not (known.get("backbone") and known.get("image_size")):
-            raise WeightsError("its image tower is the trunk of a classifier, and of which one and "
-                               "for what image size is not written")
         head = sd.get("visual.proj.projection.weight")
         return {"backbone": known["backbone"], "image_size": known["image_size"],
                 "vision_layers": 0, "vision_patch": None,
@@ -339,32 +361,27 @@ def image_fields(sd, known):
 
 
 def text_fields(sd, known):
-    """The CLIPConfig fields of the text tower in these tensors (OpenAI's names)."""
+    """The CLIPConfig fields of the text tower in these tensors (OpenAI's names). Without `known`,
+    the published BERTs are told apart by their segments."""
     bert = {name[5:]: tensor for name, tensor in sd.items() if name.startswith("bert.")}
-    if bert:
-        return bert_fields(bert_config(bert, **known.get("text") or {}))
-    return {"text_width": sd["ln_final.weight"].shape[0],
-            "text_layers": count(sd, r"transformer\.resblocks\.(\d+)\."),
-            "context_length": sd["positional_embedding"].shape[0],
-            "vocab_size": sd["token_embedding.weight"].shape[0],
-            "text_head": known.get("text_head", 64)}
-
-
-def bert_config(sd, **known):
-    """The BertConfig of a tower under BERT's names. Without `known`, the published models are told
-    apart by their segments."""
-    segments = sd.get("embeddings.token_type_embeddings.weight")
+    if not bert:
+        return {"text_width": sd["ln_final.weight"].shape[0],
+                "text_layers": count(sd, r"transformer\.resblocks\.(\d+)\."),
+                "context_length": sd["positional_embedding"].shape[0],
+                "vocab_size": sd["token_embedding.weight"].shape[0],
+                "text_head": known.get("text_head", 64)}
+    known, segments = known.get("text") or {}, bert.get("embeddings.token_type_embeddings.weight")
     segments = 0 if segments is None else segments.shape[0]
+    vocab, width = bert["embeddings.word_embeddings.weight"].shape
     family = known.get("family", {0: "distilbert", 1: "roberta"}.get(segments, "bert"))
-    vocab, width = sd["embeddings.word_embeddings.weight"].shape
-    return BertConfig(**{
+    return bert_fields(BertConfig(**{
         "family": family, "heads": width // 64, "pad_id": int(family == "roberta"),
         "eps": 1e-5 if family == "roberta" else 1e-12,
-        "pool": "pooler" if "pooler.dense.weight" in sd else "first"} | known | {
+        "pool": "pooler" if "pooler.dense.weight" in bert else "first"} | known | {
         "vocab_size": vocab, "width": width, "type_vocab": segments,
-        "layers": count(sd, r"encoder\.layer\.(\d+)\."),
-        "intermediate": sd["encoder.layer.0.intermediate.dense.weight"].shape[0],
-        "positions": sd["embeddings.position_embeddings.weight"].shape[0]})
+        "layers": count(bert, r"encoder\.layer\.(\d+)\."),
+        "intermediate": bert["encoder.layer.0.intermediate.dense.weight"].shape[0],
+        "positions": bert["embeddings.position_embeddings.weight"].shape[0]}))
 
 
 def config_from_state_dict(sd, **known):
@@ -375,14 +392,10 @@ def config_from_state_dict(sd, **known):
     names the first tensor that is missing, unknown or of another shape.
     """
     mlp = "text_projection.layer_norm.weight" in sd
-    head = "text_projection.layer_norm.weight" if mlp else "text_projection"
-    for name in (head, "logit_scale"):
-        if name not in sd:
-            raise WeightsError(f"not a CLIP: there is no {name!r} (the first of {len(sd)} tensors "
-                               f"is {next(iter(sd), None)!r})")
-    with about("not a CLIP"):
+    with about(f"not a CLIP (its first tensor is {next(iter(sd), None)!r})"):
+        head = sd["text_projection.layer_norm.weight" if mlp else "text_projection"]
         config = CLIPConfig(
-            embed_dim=sd[head].shape[-1], proj="mlp" if mlp else "linear",
+            embed_dim=head.shape[-1], proj="mlp" if mlp else "linear",
             activation=known.get("activation", "quick_gelu"),
             **image_fields(sd, known), **text_fields(sd, known))
     check_state(config, sd)
@@ -394,19 +407,16 @@ def check_state(config, state):
     with about("these sizes make no CLIP"), torch.device("meta"):
         expected = CLIP(config).state_dict()
     expected["logit_bias"] = expected["logit_scale"]
-    for name, tensor in expected.items():
-        if name not in state:
-            if name.endswith(".num_batches_tracked") or name == "logit_bias":
-                continue  # older BatchNorms did not count; only SigLIP's loss has a bias
-            raise WeightsError(f"the weights lack {name!r} {tuple(tensor.shape)}")
-        if state[name].shape != tensor.shape:
-            raise WeightsError(f"{name!r} is {tuple(state[name].shape)} in the weights and "
-                               f"{tuple(tensor.shape)} in a CLIP of this size")
-        if tensor.is_floating_point() and not state[name].is_floating_point():
-            raise WeightsError(f"{name!r} is {state[name].dtype}; expected floating point")
-    extra = next((name for name in state if name not in expected), None)
-    if extra is not None:
-        raise WeightsError(f"the weights have {extra!r}, which is no part of a CLIP of this size")
+    optional = ("logit_bias", ".num_batches_tracked")
+    for name in [*expected, *state]:
+        own, found = expected.get(name), state.get(name)
+        if found is None and name.endswith(optional):  # SigLIP's; older BatchNorms did not count
+            continue
+        if own is None or found is None or own.shape != found.shape or (
+                own.is_floating_point() and not found.is_floating_point()):
+            size = [None if t is None else f"{t.dtype} {tuple(t.shape)}" for t in (found, own)]
+            raise WeightsError(f"{name!r} is {size[0]} in the weights and {size[1]} in a "
+                               f"{describe(config)}")
 
 
 def name_of(config):
@@ -417,14 +427,12 @@ def name_of(config):
 
 def describe(config):
     """The two towers in one line."""
-    kind = config.backbone or (
-        f"ModifiedResNet of {'-'.join(map(str, config.vision_layers))} blocks"
-        if config.vision_patch is None else
-        f"ViT of {config.vision_layers} blocks, patches of {config.vision_patch} pixels")
-    text = config.text.family if config.text else "transformer"
-    return (f"{kind}, width {config.vision_width}, for images of {config.image_size} pixels; "
-            f"{text} of {config.text_layers} blocks, width {config.text_width}, for "
-            f"{config.context_length} tokens out of {config.vocab_size:,}")
+    image = config.backbone or (f"ViT with patches of {config.vision_patch}" if config.vision_patch
+                                else "ModifiedResNet")
+    return (f"{name_of(config)} CLIP: {image}, {config.vision_layers} blocks, width "
+            f"{config.vision_width}, {config.image_size} pixels; "
+            f"{config.text.family if config.text else 'transformer'}, {config.text_layers} blocks, "
+            f"width {config.text_width}, {config.vocab_size:,} tokens")
 
 
 # -----------------------------------------------------------------------------
@@ -441,87 +449,80 @@ def check_layout(config, layout, logit_bias=False):
     """Raise WeightsError unless a CLIP of this size can be written in `layout`. logit_bias: whether
     it has SigLIP's."""
     text, chinese = config.text, is_chinese_clip(config)
-    plain = not config.backbone and config.proj == "linear"
-    quick = config.activation == "quick_gelu"
-    heads = (config.vision_head, text.width // text.heads if text else config.text_head)
-    if layout not in LAYOUTS:
-        raise WeightsError(f"unknown layout {layout!r}; expected one of {', '.join(LAYOUTS)}")
-    fits, room = {
-        "safetensors": (True, ""),
-        "openai": (plain and not text and quick and heads == (64, 64) and not logit_bias,
-                   "CLIP's own towers with heads of 64, QuickGELU and no SigLIP bias"),
-        "open_clip": (plain and not text, "CLIP's own towers"),
-        "hf": (plain and config.vision_patch is not None and (not text or chinese or (
-            text.family != "distilbert" and text.pool == "pooler")),
-            "CLIP's ViT with its own text tower, a bare BERT, or a BERT or RoBERTa with pooler"),
-        "chinese_clip": (chinese and quick and heads == (
-            HEAD_OF_WIDTH.get(config.vision_width, 64), 64),
-            "CLIP's image towers and a bare BERT with heads of 64 and QuickGELU"),
-    }[layout]
-    if not fits:
-        raise WeightsError(f"the layout {layout} has a place only for {room}, which this model "
-                           f"does not have; choose the layout safetensors")
+    own_image = not config.backbone and config.proj == "linear"
+    openai = config.activation == "quick_gelu" and config.vision_head == HEAD_OF_WIDTH.get(
+        config.vision_width, 64) and 64 == (text.width // text.heads if text else config.text_head)
+    fits = {
+        "safetensors": True, "open_clip": own_image and not text,
+        "openai": own_image and not text and openai and config.vision_head == 64 and not logit_bias,
+        "chinese_clip": chinese and openai,  # neither of the two tells its heads
+        "hf": own_image and config.vision_patch is not None and (
+            not text or chinese or text.family != "distilbert" and text.pool == "pooler")}
+    if not fits.get(layout):
+        raise WeightsError(f"the layout {layout!r} has no place for this model: openai and "
+                           f"chinese_clip know QuickGELU and heads of 64 alone, hf no ResNet, and "
+                           f"each its own towers; choose the layout safetensors")
 
 
 def hugging_face_tables(model):
     """{file: content} for transformers' CLIPModel, ChineseCLIPModel or VisionTextDualEncoderModel,
     and for their image processors."""
-    config, bert, chinese = model.config, model.config.text, is_chinese_clip(model.config)
+    config, bert = model.config, model.config.text
+    prefix = "chinese_clip" if is_chinese_clip(config) else "clip"
+    kind, name = (("vision-text-dual-encoder", "VisionTextDualEncoderModel")
+                  if bert and prefix == "clip" else
+                  (prefix, "CLIPModel" if prefix == "clip" else "ChineseCLIPModel"))
 
-    def tower(width, layers, head):
-        return {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
+    def tower(width, layers, head, side):
+        return {"model_type": f"{prefix}_{side}_model", "hidden_size": width,
+                "intermediate_size": 4 * width, "num_hidden_layers": layers,
                 "num_attention_heads": width // head, "hidden_act": config.activation,
                 "projection_dim": config.embed_dim, "layer_norm_eps": 1e-5}
-    kind, name = (("chinese_clip", "ChineseCLIPModel") if chinese else
-                  ("vision-text-dual-encoder", "VisionTextDualEncoderModel") if bert else
-                  ("clip", "CLIPModel"))
-    vision = tower(config.vision_width, config.vision_layers, config.vision_head) | {
-        "model_type": f"{'chinese_clip' if chinese else 'clip'}_vision_model",
+    vision = tower(config.vision_width, config.vision_layers, config.vision_head, "vision") | {
         "image_size": config.image_size, "patch_size": config.vision_patch}
+    text = tower(config.text_width, config.text_layers, config.text_head, "text") | {
+        "vocab_size": config.vocab_size, "max_position_embeddings": config.context_length,
+        "bos_token_id": config.vocab_size - 2, "eos_token_id": config.vocab_size - 1,
+        "pad_token_id": 0}
     if bert:
-        text = {"model_type": "chinese_clip_text_model" if chinese else bert.family,
+        text = {"model_type": bert.family if prefix == "clip" else "chinese_clip_text_model",
                 "vocab_size": bert.vocab_size, "hidden_size": bert.width, "hidden_act": "gelu",
                 "num_hidden_layers": bert.layers, "num_attention_heads": bert.heads,
                 "intermediate_size": bert.intermediate, "type_vocab_size": bert.type_vocab,
                 "max_position_embeddings": bert.positions, "pad_token_id": bert.pad_id,
                 "layer_norm_eps": bert.eps, "hidden_dropout_prob": bert.dropout,
                 "attention_probs_dropout_prob": bert.attention_dropout}
-    else:
-        text = tower(config.text_width, config.text_layers, config.text_head) | {
-            "model_type": "clip_text_model", "vocab_size": config.vocab_size, "pad_token_id": 0,
-            "max_position_embeddings": config.context_length,
-            "bos_token_id": config.vocab_size - 2, "eos_token_id": config.vocab_size - 1}
     square = {"height": config.image_size, "width": config.image_size}
     squash = model.image_resize == "squash"
     return {"config.json": {
                 "architectures": [name], "model_type": kind, "text_config": text,
-                "vision_config": vision, "projection_dim": config.embed_dim,
-                "logit_scale_init_value": math.log(1 / 0.07)},
+                "vision_config": vision, "projection_dim": config.embed_dim},
             "preprocessor_config.json": {
-                "image_processor_type": f"{'Chinese' if chinese else ''}CLIPImageProcessor",
-                "do_resize": True, "do_center_crop": not squash, "crop_size": square,
-                "size": square if squash else {"shortest_edge": config.image_size},
+                "image_processor_type": f"{'Chinese' * (prefix != 'clip')}CLIPImageProcessor",
+                "do_resize": True, "size": square if squash else {
+                    "shortest_edge": config.image_size},
+                "do_center_crop": not squash, "crop_size": square, "do_rescale": True,
                 "resample": 2 if model.image_interpolation == "bilinear" else 3,
-                "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-                "do_convert_rgb": True, "image_mean": list(model.image_mean),
-                "image_std": list(model.image_std)}}
+                "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True,
+                "image_mean": list(model.image_mean), "image_std": list(model.image_std)}}
 
 
 def open_clip_tables(model):
     """{file: content} as in OpenCLIP's model folders."""
-    config, layers = model.config, model.config.vision_layers
-    table = {"embed_dim": config.embed_dim, "quick_gelu": config.activation == "quick_gelu",
-             "vision_cfg": {
-                 "image_size": config.image_size, "width": config.vision_width,
-                 "layers": list(layers) if isinstance(layers, tuple) else layers,
-                 "patch_size": config.vision_patch, "head_width": config.vision_head},
-             "text_cfg": {
-                 "context_length": config.context_length, "vocab_size": config.vocab_size,
-                 "width": config.text_width, "heads": config.text_width // config.text_head,
-                 "layers": config.text_layers}}
-    if model.logit_bias is not None:
-        table["init_logit_bias"] = model.logit_bias.item()
-    return {"open_clip_config.json": {"model_cfg": table, "preprocess_cfg": {
-        "size": config.image_size, "mode": "RGB", "mean": list(model.image_mean),
-        "std": list(model.image_std), "interpolation": model.image_interpolation,
-        "resize_mode": model.image_resize}}}
+    config = model.config
+    bias = {} if model.logit_bias is None else {"init_logit_bias": model.logit_bias.item()}
+    return {"open_clip_config.json": {
+        "model_cfg": bias | {
+            "embed_dim": config.embed_dim, "quick_gelu": config.activation == "quick_gelu",
+            "vision_cfg": {
+                "image_size": config.image_size, "layers": config.vision_layers,
+                "width": config.vision_width, "head_width": config.vision_head,
+                "patch_size": config.vision_patch},
+            "text_cfg": {
+                "context_length": config.context_length, "vocab_size": config.vocab_size,
+                "width": config.text_width, "layers": config.text_layers,
+                "heads": config.text_width // config.text_head}},
+        "preprocess_cfg": {
+            "size": config.image_size, "mode": "RGB", "mean": list(model.image_mean),
+            "std": list(model.image_std), "interpolation": model.image_interpolation,
+            "resize_mode": model.image_resize}}}

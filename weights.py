@@ -6,16 +6,14 @@
     model = load(image_tower="resnet50:IMAGENET1K_V2", text_tower="path/of/roberta-base")
     save(model, "clip.safetensors")
 
-A file is never trusted: nothing in it is executed, its frame and checksums are verified first, and
-sizes are read off the tensors. Every problem is a WeightsError of one line. What a file calls its
-tensors, and what stands beside them, is the subject of layouts.py.
+A file is never trusted: nothing in it is executed, its frame and checksums are verified, sizes are
+read off the tensors. How libraries name tensors and settings is the subject of layouts.py.
 """
 import collections
 import contextlib
 import dataclasses
 import functools
 import hashlib
-import http.client
 import io
 import json
 import math
@@ -27,7 +25,6 @@ import pickletools
 import re
 import sys
 import typing
-import urllib.error
 import urllib.request
 import warnings
 import zipfile
@@ -35,12 +32,11 @@ import zipfile
 import torch
 
 from clip_model import (
-    BERTS, CLIP, CONFIGS, HEADS, CLIPConfig, bert_fields, canonical_name,
-    make_backbone)
+    BERTS, CLIP, CONFIGS, HEADS, CLIPConfig, bert_fields, canonical_name, make_backbone)
 from layouts import (
-    WeightsError, about, check_layout, check_state, config_from_state_dict, describe,
+    CARD, WeightsError, about, card, check_layout, check_state, config_from_state_dict, describe,
     hugging_face_tables, image_fields, is_chinese_clip, known_from_card, known_from_hugging_face,
-    known_from_open_clip, name_of, one_line, open_clip_tables, openai_names, text_fields,
+    known_from_open_clip, name_of, one_line, open_clip_tables, openai_names, state_in, text_fields,
     to_hugging_face)
 
 OPENAI_URL = "https://openaipublic.azureedge.net/clip/models"
@@ -59,18 +55,15 @@ FOLDER_FILES = (  # what a folder is asked for, in this order; the last are thos
     "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json",
     "clip.safetensors", "clip.pt", "chinese_clip.pt", "checkpoint_best.pt", "checkpoint_last.pt")
-
-# -----------------------------------------------------------------------------
-# Reading files. Nothing here runs code that a file brings along.
-
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.bool}
-STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32,
-            "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
-            "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
-            "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+STORAGES = dict(zip(("DoubleStorage", "FloatStorage", "HalfStorage", "BFloat16Storage",
+                     "LongStorage", "IntStorage", "ShortStorage", "CharStorage", "ByteStorage",
+                     "BoolStorage"), DTYPES.values()))
 
+# -----------------------------------------------------------------------------
+# Reading files. Nothing here runs code that a file brings along.
 
 class ScriptObject:
     """Stands for every class of a TorchScript archive; holds its attributes and does nothing."""
@@ -81,14 +74,12 @@ class ScriptObject:
     def __setstate__(self, state):
         self.attributes = state if isinstance(state, dict) else {}
 
-    def tensors(self, prefix="", seen=()):
-        if id(self) in seen:
-            raise pickle.UnpicklingError("a module that contains itself")
+    def tensors(self, prefix=""):
         for name, value in self.attributes.items():
             if isinstance(value, torch.Tensor):
-                yield prefix + str(name), value
+                yield f"{prefix}{name}", value
             elif isinstance(value, ScriptObject):
-                yield from value.tensors(f"{prefix}{name}.", (*seen, id(self)))
+                yield from value.tensors(f"{prefix}{name}.")
 
 
 class ScriptReader(pickle.Unpickler):
@@ -103,18 +94,17 @@ class ScriptReader(pickle.Unpickler):
         super().__init__(io.BytesIO(data))
 
     def find_class(self, module, name):
+        def first(data, *_):
+            return data
+        harmless = {"torch._utils._rebuild_tensor_v2": self.rebuild, "torch.device": str,
+                    "torch._utils._rebuild_parameter": first,
+                    "collections.OrderedDict": collections.OrderedDict,
+                    **{f"torch.{storage}": storage for storage in STORAGES}}
         if module.startswith("__torch__"):
             return ScriptObject
-        if module == "torch" and name in STORAGES:
-            return name
-        if module == "torch.jit._pickle":  # typed lists
-            return lambda data, *_: data
-        harmless = {"torch._utils._rebuild_tensor_v2": self.rebuild, "torch.device": str,
-                    "torch._utils._rebuild_parameter": lambda data, *_: data,
-                    "collections.OrderedDict": collections.OrderedDict}
-        if f"{module}.{name}" not in harmless:
+        if module != "torch.jit._pickle" and f"{module}.{name}" not in harmless:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return harmless[f"{module}.{name}"]
+        return harmless.get(f"{module}.{name}", first)  # torch.jit._pickle: typed lists
 
     def persistent_load(self, pid):
         _, kind, key, *_ = pid
@@ -129,46 +119,29 @@ class ScriptReader(pickle.Unpickler):
         return torch.as_strided(storage, size, stride, offset)  # checks the storage's bounds
 
 
-def read_zip(path):
+def read_pytorch(path):
     """A TorchScript archive or a `torch.save` file -> (content, format)."""
     try:
-        archive = zipfile.ZipFile(path)
-    except Exception:  # BadZipFile, or one of five others when the directory is garbled
-        raise WeightsError("truncated: no zip directory at its end; fetch it again") from None
-    with archive:
-        names = archive.namelist()
-        root = next((name.removesuffix("data.pkl") for name in names
-                     if name.count("/") <= 1 and name.endswith("data.pkl")), None)
-        if root is None:
-            raise WeightsError("a zip archive without a data.pkl, so not PyTorch's; if it is a "
-                               "bundle, unpack it and name the weight file inside")
-        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()
-               if not info.filename.startswith(f"{root}code/")):  # TorchScript deflates its code
-            raise WeightsError("a zip with compressed weights, which PyTorch never writes; it was "
-                               "repacked, take the original file")
-        try:  # torch.load and torch.jit.load never look at checksums; 0.3 s for 340 MB
-            damaged = archive.testzip() is not None
-        except Exception:  # a garbled member header raises anything
-            damaged = True
-        if damaged:
-            raise WeightsError("damaged (a member fails its checksum); fetch it again")
-        if not any(name.startswith((f"{root}code/", f"{root}constants.pkl")) for name in names):
-            return torch_load(path), "PyTorch zip"
-        try:
-            return dict(ScriptReader(archive, root).load().tensors()), "TorchScript archive"
-        except Exception as error:  # a hostile pickle can raise anything
-            raise WeightsError(f"a TorchScript archive of more than plain weights, which was not "
-                               f"run: {one_line(error)}") from None
-
-
-def torch_load(path):
-    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+                root = [name[:-8] for name in names if re.fullmatch("[^/]*/?data.pkl", name)]
+                if not root:
+                    raise ValueError("no data.pkl; unpack a bundle first")
+                root = root[0]
+                for info in archive.infolist():
+                    if info.compress_type and not info.filename.startswith(f"{root}code/"):
+                        raise ValueError("compressed weights, which PyTorch never writes")
+                if archive.testzip():  # torch.load never looks at checksums; 0.3 s for 340 MB
+                    raise ValueError("a member fails its checksum")
+                if f"{root}constants.pkl" in names:
+                    return dict(ScriptReader(archive, root).load().tensors()), "TorchScript"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch would say of an odd file is said below
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises five kinds for five kinds of bad file
-        raise WeightsError(f"more than tensors and plain values, or no PyTorch file; it was not "
-                           f"run: {one_line(error)}") from None
+            return torch.load(path, map_location="cpu", weights_only=True), "PyTorch"
+    except Exception as error:  # a damaged or hostile file can raise anything
+        raise WeightsError(f"not a whole PyTorch file of tensors and plain values; fetch it again. "
+                           f"Nothing in it was run ({one_line(error)})") from None
 
 
 def read_safetensors(path):
@@ -183,8 +156,7 @@ def read_safetensors(path):
     metadata = dict(header.pop("__metadata__", {}))
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in DTYPES:
-            raise WeightsError(f"{name!r} is of type {entry['dtype']}, which is not read here; "
-                               f"expected one of {', '.join(DTYPES)}")
+            raise WeightsError(f"{name!r} is of type {entry['dtype']}; expected {list(DTYPES)}")
         dtype, shape = DTYPES[entry["dtype"]], [int(n) for n in entry["shape"]]
         (begin, end), count = entry["data_offsets"], math.prod(shape)
         if begin != position or end - begin != count * dtype.itemsize or min(shape, default=0) < 0:
@@ -218,73 +190,31 @@ def read_json(path):
     return {}
 
 
+STRANGE = {  # how files begin that are often taken for weights
+    b"<": "a web page: the download gave a login or error page", b"\x1f\x8b": "gzip-compressed",
+    b"version https://git-lfs": "a Git LFS pointer; run `git lfs pull` where it came from"}
+
+
 def read_file(path):
     """Any weight file -> (content, format, metadata); WeightsError says what a bad one is."""
     try:
-        size = path.stat().st_size
         with open(path, "rb") as file:
             head = file.read(512)
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error.strerror}") from None
-    for wrong, what in (
-            (size == 0, "empty (0 bytes): an interrupted download or copy"),
-            (head.lstrip()[:1] == b"<", "a web page (HTML): the download gave a login or error "
-             "page; fetch it again in a browser"),
-            (head.startswith(b"version https://git-lfs"), "a Git LFS pointer; run `git lfs pull` "
-             "where it came from"),
-            (head[:2] == b"\x1f\x8b", "gzip-compressed; unpack it first")):
-        if wrong:
-            raise WeightsError(f"{path} is {what}")
     with about(path):
+        what = next((what for begin, what in STRANGE.items() if head.lstrip().startswith(begin)),
+                    "" if head else "empty (0 bytes): an interrupted download or copy")
+        if what:
+            raise WeightsError(what)
         if path.name.endswith(".index.json"):
             return read_shards(path), "shards", {}
         if path.suffix == ".safetensors" or head[8:9] == b"{":
-            with about("damaged, truncated or no safetensors file"):
+            with about("a damaged or truncated safetensors file, or none; fetch it again"):
                 tensors, metadata = read_safetensors(path)
             return tensors, "safetensors", metadata
-        if head[:2] == b"PK":
-            content, kind = read_zip(path)
-        elif head[:1] == b"\x80":
-            content, kind = torch_load(path), "PyTorch pickle"
-        else:
-            raise WeightsError(f"not a weight file: expected a PyTorch .pt/.bin or .safetensors, "
-                               f"and it begins with {head[:8]!r}")
+        content, kind = read_pytorch(path)
     return content, kind, getattr(content, "_metadata", {})  # see `save`
-
-
-def state_in(content):
-    """The named tensors that a file holds -> (state, notes).
-
-    Finds the state dict inside a training checkpoint and takes off the prefixes that wrappers
-    leave (`module.` of DDP, `_orig_mod.` of torch.compile, `model.` of Lightning).
-    """
-    notes = []
-    for _ in range(8):  # a hostile file can hold itself
-        inner = next((key for key in ("state_dict", "model", "model_state_dict", "module", "net",
-                                      "weights", "ema", "model_ema", "state_dict_ema")
-                      if isinstance(content, dict) and isinstance(content.get(key), dict)
-                      and content[key]), None)
-        if inner is None:
-            break
-        notes.append(f"weights found under {inner!r}")
-        content = content[inner]
-    state = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)
-             and isinstance(name, str)} if isinstance(content, dict) else {}
-    if not state:
-        raise WeightsError("no tensors under names; expected a state dict")
-    for name, tensor in state.items():  # a stride of 0 makes terabytes of four bytes
-        if (tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized
-                or tensor.nbytes > tensor.untyped_storage().nbytes()):
-            raise WeightsError(f"{name!r} is not a plain tensor (sparse, quantized, expanded or "
-                               f"without data)")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise WeightsError(f"{name!r} holds NaN or infinity: a damaged file, or a run that "
-                               f"diverged")
-    prefixes = ("module.", "_orig_mod.", "model.", "clip.")
-    while found := next((p for p in prefixes if all(n.startswith(p) for n in state)), None):
-        state = {name.removeprefix(found): value for name, value in state.items()}
-        notes.append(f"prefix {found!r} removed")
-    return state, notes
 
 
 # -----------------------------------------------------------------------------
@@ -302,88 +232,61 @@ class Source(typing.NamedTuple):
 def read(name_or_path, activation=None):
     """A name, file or folder -> Source. Raises WeightsError."""
     path = locate(name_or_path)
-    shard = re.search(r"-\d{5}-of-(\d{5})\.", path.name)
-    if shard and int(shard[1]) > 1:
-        raise WeightsError(f"{path} is one shard of {int(shard[1])}; give its folder, or the "
-                           f"*.index.json in it")
     content, kind, metadata = read_file(path)
     with about(path):
-        card = stored_card(content, metadata)
-        if card and isinstance(content.get("weights"), dict):
+        if re.search(r"-of-(?!00001)\d{5}\.", path.name):
+            raise WeightsError("one shard of several; give its folder, or the *.index.json in it")
+        card = content.get("card") if isinstance(content, dict) else None
+        card = card or {key: json.loads(metadata[key]) for key in CARD if key in metadata}
+        if "weights" in content and card:
             state, layout, notes = checkpoint_state(content, card), "checkpoint", []
         else:
             state, notes = state_in(content)
             state, layout = openai_names(state)
-        known = known_from_card(card) if card else known_beside(path.parent, layout)
+        beside = {"hf": known_from_hugging_face, "openai": known_from_open_clip}.get(layout)
+        known = (known_from_card(card) if card else {"text": {"pool": "first"}} if not beside else
+                 beside(lambda name: read_json(path.parent / name)))
         if (known.get("text") or {}).get("pool", "pooler") != "pooler":
             state = {name: t for name, t in state.items() if not name.startswith("bert.pooler.")}
         state = spread_embedding(state, known.get("vocab_size", 49_408))
-        if not (activation or "activation" in known or kind == "TorchScript archive"
-                or layout == "chinese_clip") and "logit_scale" in state:
+        if "logit_scale" in state and not (activation or "activation" in known or
+                                           kind == "TorchScript" or layout == "chinese_clip"):
             notes.append("the file does not say its activation and heads: OpenAI's were taken, "
                          "QuickGELU and 64 wide; models trained by LAION need --activation gelu")
         known["activation"] = activation or known.get("activation", "quick_gelu")
-        vocabulary, name = card.get("vocabulary"), card.get("origin", {}).get("name")
+        name = (card.get("origin", {}).get("name") or canonical_name(name_or_path)
+                or expanded(name_or_path).resolve().name)
         return Source(state, known, {
-            "name": str(name or short(name_or_path)), "path": str(path.resolve()), "sha256": sha256_of(path),
-            "layout": layout, "format": kind, "notes": notes},
-            vocabulary if isinstance(vocabulary, dict) else None)
-
-
-def short(tower):
-    """What a name, a file or NAME:WEIGHTS is called in tables and folders of runs."""
-    text = str(tower)
-    if expanded(text).exists():
-        return expanded(text).resolve().name
-    return re.sub(r"^(torchvision|timm):", "", text).partition(":")[0]
-
-
-def known_beside(folder, layout):
-    """What a library's configuration in the folder of the weights says."""
-    def table(name):
-        return read_json(folder / name)
-    if layout == "chinese_clip":
-        return {"text": {"pool": "first"}}
-    return (known_from_hugging_face if layout == "hf" else known_from_open_clip)(table)
-
-
-def stored_card(content, metadata):
-    """What `card` wrote into a file, of untrusted plain values; {} where there is none."""
-    found = content.get("card") if isinstance(content, dict) else None
-    if not isinstance(found, dict):
-        found = {key: json.loads(metadata[key]) for key in ("clip_config", "pixels", "vocabulary")
-                 if key in metadata}
-    return found if isinstance(found.get("clip_config"), dict) else {}
+            "name": name, "path": str(path.resolve()), "sha256": sha256_of(path),
+            "layout": layout, "format": kind, "notes": notes}, card.get("vocabulary"))
 
 
 def checkpoint_state(content, card):
-    """The whole state of a run's checkpoint. It may hold no more than what was trained: the rest
-    is read from the file that the run began with."""
+    """The whole state of a run's checkpoint. It may hold only what was trained: the rest is read
+    from the file that the run began with."""
     state = {}
     for key in ("weights", "buffers", *(["ema"] if content.get("tested") == "ema" else [])):
         state |= state_in(content[key])[0] if content.get(key) else {}
-    if len(state) < card["tensors"] and card["origin"]["path"]:
-        origin = card["origin"]
+    origin = card["origin"]
+    if len(state) < card["tensors"] and origin["path"]:
         gone = not expanded(origin["path"]).exists()
-        name = origin["name" if gone and origin["name"] in (*RELEASED, "tiny") else "path"]
+        base = origin["name" if gone and origin["name"] in (*RELEASED, "tiny") else "path"]
         with about("it holds only what was trained, and of the weights that it began with"):
-            base = read(name)
-        if base.origin["sha256"] != origin["sha256"]:
-            raise WeightsError(f"it began with weights of sha256 {origin['sha256']}, and {name} "
-                               f"holds others now")
-        state = base.state | state
+            source = read(base)
+            if source.origin["sha256"] != origin["sha256"]:
+                raise WeightsError(f"{base} holds others now")
+        state = source.state | state
     return state
 
 
 def load(name_or_path=None, image_tower=None, text_tower=None, proj="linear", embed_dim=512,
          pool=None, image_size=None, activation=None, keep_projections=True):
-    """A CLIP with weights, fp32, in eval mode, on the CPU.
+    """A CLIP with weights, fp32, in eval mode, on the CPU. Raises WeightsError.
 
-    name_or_path: a released name ("ViT-B/16", fetched once into OpenAI's own ~/.cache/clip),
-    "tiny" (bundled), a file (.pt, .bin, .safetensors: OpenAI, OpenCLIP, Hugging Face, Chinese-CLIP
-    or our own, also a training checkpoint), or a folder of these, also a run's. A name wins over a
-    folder of the same name; "./RN50" is the folder. activation: "quick_gelu" or "gelu" where the
-    file does not tell; OpenAI's otherwise. Raises WeightsError.
+    name_or_path: a released name ("ViT-B/16"), "tiny" (bundled), a file (.pt, .bin, .safetensors:
+    OpenAI, OpenCLIP, Hugging Face, Chinese-CLIP or our own, also a training checkpoint), or a
+    folder of these, also a run's. A name wins over a folder of the same name; "./RN50" is the
+    folder. activation: "quick_gelu" or "gelu" where the file does not tell; OpenAI's otherwise.
 
     image_tower, text_tower: the towers of a new CLIP, see `image_source` and `text_source`; the one
     that is not given comes from `name_or_path`. The other arguments are for `join` alone.
@@ -392,33 +295,29 @@ def load(name_or_path=None, image_tower=None, text_tower=None, proj="linear", em
         return join(image_source(image_tower or name_or_path, image_size, activation),
                     text_source(text_tower or name_or_path, pool, activation),
                     proj, embed_dim, keep_projections)
-    if name_or_path is None:
-        raise WeightsError("nothing to load; expected a name, a path or two towers")
     source = read(name_or_path, activation)
     with about(source.origin["path"]):
         config = config_from_state_dict(source.state, **source.known)
     with torch.device("meta"):  # nothing is initialised only to be overwritten
         model = CLIP(config)
-    model.origin = source.origin
-    if name_of(config) != "custom":
-        model.origin["name"] = name_of(config)
+    name = name_of(config)
+    model.origin = source.origin | ({"name": name} if name != "custom" else {})
     return fill(model, source.state, source.known.get("pixels"), source.vocabulary)
 
 
 def fill(model, state, pixels, vocabulary):
     """Give a model, which may be on "meta", its tensors and what goes with them -> the model.
 
-    Adds what tensors do not tell: the versions of modules, without which torchvision's MNASNet
-    refuses, and the zero count of batches of BatchNorms older than it. Every parameter becomes
-    contiguous: some accelerators ignored in-place updates of strided ones.
+    Adds what tensors do not tell: versions of modules, without which torchvision's MNASNet refuses,
+    and the count of batches of older BatchNorms. Parameters become contiguous: some accelerators
+    ignored in-place updates of strided ones.
     """
     if "logit_bias" in state:
         model.logit_bias = torch.nn.Parameter(model.logit_scale.detach().clone())
     own = model.state_dict()
-    state = collections.OrderedDict({name: torch.tensor(0) for name in own
-                                     if name.endswith(".num_batches_tracked")} | state)
-    for name, tensor in state.items():
-        state[name] = tensor.to(own[name].dtype).contiguous()
+    state = collections.OrderedDict({
+        name: state.get(name, torch.tensor(0)).to(tensor.dtype).contiguous()
+        for name, tensor in own.items()})
     state._metadata = own._metadata
     model.load_state_dict(state, assign=True)
     if pixels:
@@ -428,16 +327,12 @@ def fill(model, state, pixels, vocabulary):
 
 
 def join(image, text, proj, embed_dim, keep_projections):
-    """A CLIP of two towers, each a Source.
-
-    proj: "linear" without bias, as in OpenAI's and transformers' code, or "mlp", a `ResidualHead`;
-    both to `embed_dim`. A tower that comes from a CLIP keeps its own projection where the shapes
-    agree, unless keep_projections is false (transformers' dual encoder always starts anew). What
-    has no weights is drawn from torch's global generator; `origin["notes"]` tells.
-    """
+    """A CLIP of two towers, each a Source. proj: "linear" (no bias) or "mlp", a `ResidualHead`, to
+    `embed_dim`. A tower that comes from a CLIP keeps its own projection where the shapes agree,
+    unless keep_projections is false (transformers' dual encoder always starts anew). What has no
+    weights is drawn from torch's global generator; `origin["notes"]` tells."""
     sources, notes = (image, text), []
-    said = {source.fields["activation"] for source in sources if "activation" in source.fields}
-    if len(said) > 1:
+    if len({s.fields["activation"] for s in sources if "activation" in s.fields}) > 1:
         raise WeightsError("one CLIP has QuickGELU and the other GELU; give both with the same")
     with about("these towers make no CLIP"):
         model = CLIP(CLIPConfig(embed_dim=embed_dim, proj=proj, **image.fields | text.fields))
@@ -465,30 +360,25 @@ def join(image, text, proj, embed_dim, keep_projections):
     return fill(model, state, image.known.get("pixels"), text.vocabulary)
 
 
-IMAGE_FIELDS = ("image_size", "vision_layers", "vision_width", "vision_patch", "vision_head",
-                "backbone")
-TEXT_FIELDS = ("text_width", "text_layers", "context_length", "vocab_size", "text_head", "text")
-
-
 def clip_source(side, tower, activation, size=None):
     """The image or text tower of a CLIP. "NAME:none" has random weights, for images of `size`."""
     name = canonical_name(tower.removesuffix(":none"))
     if name and tower.endswith(":none"):
         config = dataclasses.replace(CONFIGS[name], image_size=size or CONFIGS[name].image_size)
-        fields = {key: getattr(config, key) for key in (
-            IMAGE_FIELDS if side == "image" else TEXT_FIELDS)}
-        known = {"activation": activation} if activation else {}
-        source = Source({}, known, {"name": name, "sha256": "", "notes": []})
+        fields = {key: getattr(config, key) for key in vars(config)
+                  if key.startswith(("vision_", "image_", "backbone") if side == "image" else
+                                    ("text", "context_", "vocab_"))}
+        source = Source({}, {"activation": activation} if activation else {},
+                        {"name": name, "sha256": "", "notes": []})
     else:
         source = read(tower, activation)
-        known, what = source.known, f"{source.origin['path']} is no CLIP or tower of one"
-        with about(what + " (the state dict of a classifier is given as NAME:FILE)"):
-            fields = (image_fields if side == "image" else text_fields)(source.state, known)
+        with about(f"{source.origin['path']} (the state dict of a classifier is given as NAME:FILE)"
+                   f" has no {side} tower"):
+            fields = (image_fields if side == "image" else text_fields)(source.state, source.known)
         if size not in (None, fields.get("image_size", size)):
-            raise WeightsError(f"{tower} takes images of {fields['image_size']} pixels and has no "
-                               f"positions for {size}; leave image_size out")
-    if "activation" in known and not (fields.get("backbone") or fields.get("text")):
-        fields["activation"] = known["activation"]
+            raise WeightsError(f"{tower} takes images of {fields['image_size']} pixels, not {size}")
+    if "activation" in source.known and not (fields.get("backbone") or fields.get("text")):
+        fields["activation"] = source.known["activation"]
     return source._replace(fields=fields, state={
         key: tensor for key, tensor in source.state.items() if not key.startswith("logit_")
         and key.startswith("visual.") == (side == "image")})
@@ -498,30 +388,25 @@ def image_source(tower, size, activation):
     """`tower`: what `load` takes, whose image tower it becomes; or "[timm:]NAME[:WEIGHTS]".
 
     NAME is any classifier of torchvision ("resnet50"), or of timm; WEIGHTS one of torchvision's
-    published weights ("IMAGENET1K_V2", which it downloads), a file of a state dict, or "none", as
-    when it is left out: random numbers. A file may be in the names of either library, and is read
-    by the one whose names it has. size: pixels per side of its images, those of its published
-    weights unless given. What CLIP and torchvision both know ("vit_b_16") is CLIP's, without the
-    prefix "torchvision:".
+    published weights ("IMAGENET1K_V2", which it downloads), a file of a state dict in the names of
+    either library, or "none", as when it is left out: random numbers. size: pixels per side. What
+    CLIP and torchvision both know ("vit_b_16") is CLIP's, without the prefix "torchvision:".
     """
-    if tower is None:
-        raise WeightsError("no image tower; give one, or a CLIP to take it from")
-    text = str(tower)
-    library, _, rest = text.partition(":")
-    if library not in ("torchvision", "timm"):
-        library, rest = "torchvision", text
-        if canonical_name(text.removesuffix(":none")) or expanded(text).exists():
-            return clip_source("image", text, activation, size)
-    name, _, weights = rest.partition(":")
-    state, origin, problems = {}, {"name": short(text), "sha256": "", "notes": []}, []
+    text = str(tower or "")
+    if not tower or canonical_name(text.removesuffix(":none")) or expanded(text).exists():
+        return clip_source("image", text, activation, size)
+    library, name, weights = re.fullmatch(r"(torchvision:|timm:)?([^:]*):?(.*)", text).groups()
+    state, origin, problems = {}, {"name": name, "sha256": "", "notes": []}, []
     if weights.startswith("IMAGENET"):
-        state = published(name, weights)
+        with about(f"torchvision could not fetch {text}"):
+            from torchvision import models
+            state = models.get_model(name, weights=weights).state_dict()
     elif weights not in ("", "none"):
         path = locate(weights)
         with about(path):
             state, origin["notes"] = state_in(read_file(path)[0])
         origin["sha256"] = sha256_of(path)
-    names = [name, f"timm:{name}"] if library == "torchvision" else [f"timm:{name}", name]
+    names = [f"timm:{name}", name] if library == "timm:" else [name, f"timm:{name}"]
     for backbone in names if state else names[:1]:
         try:
             with torch.device("meta"):
@@ -529,62 +414,40 @@ def image_source(tower, size, activation):
         except (ImportError, ValueError, RuntimeError) as error:
             problems.append(one_line(error))
             continue
-        cut = {key: tensor for key, tensor in state.items()
-               if not key.startswith((f"{removed}.", "AuxLogits.", "aux1.", "aux2."))}
+        cut = {key: t for key, t in state.items() if not key.startswith(f"{removed}.")}
         odd = [key for key in trunk.state_dict().keys() ^ cut.keys()
                if not key.endswith(".num_batches_tracked")]
-        if state and odd:
-            problems.append(f"{backbone} has other tensors ({min(odd)})")
-            continue
-        if backbone != names[0]:
-            origin["notes"].append(f"its tensors have the names of {backbone}")
-        return Source({f"visual.trunk.{key}": t for key, t in cut.items()}, {"pixels": pixels},
-                      origin, fields={
-                          "backbone": backbone, "image_size": side, "vision_layers": 0,
-                          "vision_patch": None, "vision_width": width})
+        if not (state and odd):
+            return Source({f"visual.trunk.{key}": t for key, t in cut.items()}, {"pixels": pixels},
+                          origin, fields={
+                              "backbone": backbone, "image_size": side, "vision_layers": 0,
+                              "vision_patch": None, "vision_width": width})
+        problems.append(f"{backbone} has other tensors ({min(odd)})")
     raise WeightsError(f"no image tower {text!r}: {'; '.join(problems)}; expected a CLIP's name or "
                        f"path, or [timm:]NAME[:FILE] with a classifier such as resnet50")
-
-
-def published(name, weights):
-    """The state dict of one of torchvision's published weights, which torchvision downloads."""
-    try:
-        from torchvision import models
-        return models.get_model(name, weights=weights).state_dict()
-    except Exception as error:  # no torchvision, no network, a wrong hash, a full disk
-        raise WeightsError(f"torchvision could not fetch {name}:{weights}: {one_line(error)}"
-                           ) from None
 
 
 def text_source(tower, pool, activation):
     """`tower`: a folder or file of Hugging Face's BERT, RoBERTa or DistilBERT; "NAME:none" with a
     NAME out of BERTS, for random numbers; or what `load` takes, whose text tower it becomes.
 
-    pool: see BertConfig; what sentence-transformers' 1_Pooling/config.json says, else the pooler,
-    as in transformers' dual encoder, but for DistilBERT, which has none: the first token.
+    pool: as in BertConfig; None is what sentence-transformers' file says, else the pooler (as in
+    transformers' dual encoder), else the first token.
     """
-    if tower is None:
-        raise WeightsError("no text tower; give one, or a CLIP to take it from")
-    text, name = str(tower), str(tower).removesuffix(":none")
-    if pool not in (None, "pooler", "first", "mean"):
-        raise WeightsError(f"pool {pool!r} is not \"pooler\", \"first\" or \"mean\"")
-    if name in BERTS and not expanded(text).exists():
-        if name == text:
-            raise WeightsError(f"{name} cannot be fetched from here; put its config.json and "
-                               f"model.safetensors (or pytorch_model.bin) into a folder and give "
-                               f"that, or {name}:none for random numbers")
+    text = str(tower or "")
+    name = text.removesuffix(":none")
+    if name in BERTS and name != text:
         bert = dataclasses.replace(BERTS[name], pool=pool or BERTS[name].pool)
         return Source({}, {}, {"name": name, "sha256": "", "notes": []}, fields=bert_fields(bert))
     source = clip_source("text", text, activation)
-    bert = source.fields.get("text")
+    bert, known = source.fields.get("text"), source.known.get("text") or {}
     if not bert:
         return source
-    known, notes = source.known.get("text") or {}, source.origin["notes"]
     if "heads" not in known and source.origin["layout"] == "hf":
-        notes.append("no config.json beside it: heads of 64 and the rest as in the published models")
+        source.origin["notes"].append("no config.json beside it: heads of 64 were taken")
     pool = pool or known.get("pool") or ("first" if bert.family == "distilbert" else "pooler")
     if pool == "pooler" and bert.pool != "pooler":
-        notes.append("no pooler in the file; it starts from random numbers")
+        source.origin["notes"].append("no pooler in the file; it starts from random numbers")
     return source._replace(
         fields=source.fields | {"text": dataclasses.replace(bert, pool=pool)},
         state={key: tensor for key, tensor in source.state.items()
@@ -597,33 +460,30 @@ def spread_embedding(state, vocab_size):
     rows, part = state.pop("token_embedding.rows", None), state.get("token_embedding.weight")
     if rows is None:
         return state
-    if part is None or part.dim() != 2 or rows.shape != part.shape[:1] or not len(rows) or (
-            rows.is_floating_point() or not isinstance(vocab_size, int)
-            or vocab_size * part.shape[1] >= 1 << 31
-            or not 0 <= int(rows.min()) <= int(rows.max()) < vocab_size):
-        raise WeightsError("token_embedding.rows does not fit token_embedding.weight")
+    if vocab_size * part.shape[1] >= 1 << 31:
+        raise WeightsError(f"{vocab_size} words are too many")
     whole = torch.zeros(vocab_size, part.shape[1], dtype=part.dtype)
-    whole[rows.long()] = part
-    return state | {"token_embedding.weight": whole}
+    return state | {"token_embedding.weight": whole.index_copy(0, rows.long(), part)}
 
 
 # -----------------------------------------------------------------------------
 # Finding and fetching
 
 def expanded(path):
-    return pathlib.Path(os.path.expandvars(path)).expanduser()
+    with about(path):
+        return pathlib.Path(os.path.expandvars(path)).expanduser()
 
 
 def locate(name_or_path):
     """The path of a weight file; fetches a released model that is not here. A name wins over a
     folder of the same name, which "./NAME" means."""
-    text = str(name_or_path)
+    text = str(name_or_path or "")
     path, known = expanded(text), canonical_name(text)
     if path.is_file():
         return path
-    if path.is_dir() and not (known and not text.startswith((".", "/", "~"))):
+    if text and path.is_dir() and not (known and not text.startswith((".", "/", "~"))):
         best = read_json(path / "results.json").get("weights")  # of a run in several stages
-        for name in (*FOLDER_FILES, *([best] if isinstance(best, str) else [])):
+        for name in (*FOLDER_FILES, best if isinstance(best, str) else ""):
             if (path / name).is_file():
                 return path / name
         raise WeightsError(f"the folder {path} has none of {', '.join(FOLDER_FILES)}")
@@ -631,65 +491,52 @@ def locate(name_or_path):
         return TINY
     if known in RELEASED:
         return download(known)
-    if known:
-        raise WeightsError(f"weights of {known} cannot be fetched from here; give a file (Chinese-"
-                           f"CLIP's are OFA-Sys's on Hugging Face), or start from random numbers: "
-                           f"{known}:none as a tower, --weights none")
-    raise WeightsError(f"no file or model {text!r}; expected a path, \"tiny\", or one of "
-                       f"{', '.join(RELEASED)}")
+    raise WeightsError(f"no weights {text!r} here; expected a file or folder, \"tiny\" or one of "
+                       f"{', '.join(RELEASED)}; random numbers are --weights none, or NAME:none as "
+                       f"a tower")
 
 
 def sha256_of(path):
-    """Of a file's bytes; of an index of shards, those of the shards too."""
-    stat = path.stat()
-    digest = hash_file(str(path), stat.st_size, stat.st_mtime_ns)
+    """Of a file's bytes; of an index of shards, with theirs behind."""
+    paths = [path]
     if path.name.endswith(".index.json"):
         shards = sorted(set(read_json(path)["weight_map"].values()))
-        parts = [digest, *(sha256_of(path.parent / name) for name in shards)]
-        digest = hashlib.sha256("".join(parts).encode()).hexdigest()
-    return digest
+        paths += [path.parent / name for name in shards]
+    return hash_files(tuple((path, path.stat().st_mtime_ns) for path in paths))
 
 
 @functools.lru_cache
-def hash_file(path, size, modified):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def hash_files(files):
+    found = hashlib.sha256()
+    for path, _ in files:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                found.update(chunk)
+    return found.hexdigest()
 
 
 def download(name):
-    """Fetch a released model into ~/.cache/clip, as OpenAI's code does -> its path.
-
-    A file that is there and whole is used as it is. A broken transfer goes on where it stopped;
-    the file gets its name only after its sha256 is right. CLIP_MIRROR replaces the address.
-    """
-    digest, file = RELEASED[name], re.sub(r"[/@]", "-", name) + ".pt"
-    folder = expanded("~/.cache/clip")
-    if folder.parts[0] == "~":  # HOME is not set, and the system does not know the user
-        raise WeightsError(f"there is no home folder to keep {name} in; set HOME, or pass the path "
-                           f"of {file} as --weights")
-    target, partial = folder / file, folder / (file + ".partial")
-    url = f"{os.environ.get('CLIP_MIRROR', OPENAI_URL).rstrip('/')}/{digest}/{file}"
-    if target.is_file() and sha256_of(target) == digest:
-        return target
+    """Fetch a released model into ~/.cache/clip, as OpenAI's code does -> its path. A file gets its
+    name when its sha256 is right; a broken transfer goes on where it stopped. CLIP_MIRROR replaces
+    the address."""
+    digest, target = RELEASED[name], expanded("~/.cache/clip") / (
+        re.sub(r"[/@]", "-", name) + ".pt")
+    partial = target.with_suffix(".partial")
+    url = f"{os.environ.get('CLIP_MIRROR', OPENAI_URL).rstrip('/')}/{digest}/{target.name}"
     for _ in range(3):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with only_one(folder / (file + ".lock")):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with only_one(target.with_suffix(".lock")):
                 if target.is_file() and sha256_of(target) == digest:
-                    return target  # another process was faster
+                    return target
                 transfer(url, partial)
                 why = f"its sha256 is {sha256_of(partial)}"
                 if digest in why:
                     os.replace(partial, target)
                     return target
                 partial.unlink()
-        except (OSError, ValueError, http.client.HTTPException) as error:  # urllib's are OSErrors
+        except Exception as error:  # networks fail in many ways
             why = one_line(getattr(error, "reason", error))
-            if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-                break
     raise WeightsError(f"could not fetch {name} from {url} ({why}); put the file with sha256 "
                        f"{digest} at {target} by hand, or pass its path as --weights")
 
@@ -704,73 +551,54 @@ def transfer(url, partial):
         if error.code == 416:  # nothing is missing; the hash will tell
             return
         raise
-    goes_on = response.status == 206
-    with response, open(partial, "ab" if goes_on else "wb") as file:
-        have = have if goes_on else 0
+    have = have if response.status == 206 else 0
+    with response, open(partial, "ab" if have else "wb") as file:
         total = have + int(response.headers.get("Content-Length") or 0)
         while chunk := response.read(1 << 20):
             have += file.write(chunk)
             if sys.stderr.isatty():
                 print(f"\r{url.rsplit('/', 1)[1]}: {have >> 20:,} of {total >> 20:,} MB", end="",
                       file=sys.stderr, flush=True)
-        if "Content-Length" in response.headers and have != total:
-            raise OSError(f"the connection ended at {have:,} of {total:,} bytes")
+    if have < total:
+        raise OSError(f"the connection ended at {have:,} of {total:,} bytes")
 
 
 @contextlib.contextmanager
 def only_one(lock):
     """Processes that fetch the same file wait for each other (where the system has fcntl)."""
-    with open(lock, "w") as file, contextlib.suppress(ImportError):
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with open(lock, "w") as file:
+        with contextlib.suppress(ImportError):
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
-        return
-    yield
 
 
 # -----------------------------------------------------------------------------
 # Saving
 
-def card(model, tokenizer=None):
-    """All that a file must tell beside the tensors, as plain values: `load` builds the model from
-    it. With `tokenizer`, the vocabulary is taken from there."""
-    return {"clip_config": dataclasses.asdict(model.config),
-            "pixels": dataclasses.asdict(model.pixels),
-            "vocabulary": tokenizer.facts() if tokenizer else model.vocabulary,
-            "origin": {key: model.origin[key] for key in ("name", "path", "sha256", "layout")},
-            "tensors": len(model.state_dict())}
-
-
 def kept_tensors(model):
     """{name: Parameter} that a checkpoint must hold for `load` to build the model again: what
-    trains (and the scale and bias of the logits, which scripts set), if the rest can be read from
-    the file that the model came from; else all. A script that changes other frozen tensors of a
-    loaded model must empty model.origin["path"]."""
-    whole = bool(model.origin["path"])
+    trains, and the logits' scale and bias, if the rest can be read from where the model came from;
+    else all. A script that changes frozen tensors of a loaded model empties origin["path"]."""
     return {name: p for name, p in model.named_parameters()
-            if p.requires_grad or p.dim() == 0 or not whole}
+            if p.requires_grad or p.dim() == 0 or not model.origin["path"]}
 
 
-def save(model, path, layout="safetensors", dtype=None, token_rows=None):
+def save(model, path, layout="safetensors", dtype=torch.float32, token_rows=None):
     """Write `model` where the named library reads it; returns the path written.
 
     layout: "safetensors" (one file, OpenAI's names), "openai" (a .pt state dict that OpenAI's
     `build_model` takes), "open_clip" (a .pt/.safetensors file, or a folder for `local-dir:`), "hf"
-    (a folder for transformers' CLIPModel, or with a BERT or RoBERTa for its
-    VisionTextDualEncoderModel, or for its ChineseCLIPModel if the BERT has no pooler; ViT only),
-    "chinese_clip" (a .pt that the programs of Chinese-CLIP read and resume with --reset-optimizer).
-    Each also carries `card`, which those programs pass over. dtype: stored precision, fp32 unless
-    given. token_rows: LongTensor of the vocabulary rows to keep, for the bundled model
-    ("safetensors" only). Written beside its place and renamed: an interruption leaves the old file.
+    (a folder for transformers' CLIPModel, VisionTextDualEncoderModel or ChineseCLIPModel) or
+    "chinese_clip" (a .pt that its programs read, and resume with --reset-optimizer). Each carries
+    `card` too, which those programs pass over. dtype: stored precision. token_rows: LongTensor of
+    the vocabulary rows to keep, for the bundled model. An interruption leaves the old file.
     """
-    path, config = pathlib.Path(path), model.config
+    path, config, known = pathlib.Path(path), model.config, card(model)
     check_layout(config, layout, model.logit_bias is not None)
-    state = {name: tensor.detach().to("cpu", (dtype or torch.float32) if tensor.is_floating_point()
-                                      else None).contiguous()
-             for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
+             .contiguous() for name, tensor in model.state_dict().items()}
     if token_rows is not None:
-        if layout != "safetensors" or config.text:
-            raise WeightsError("token_rows needs the layout safetensors and CLIP's text tower")
         state["token_embedding.rows"] = token_rows.to("cpu", torch.int32)
         state["token_embedding.weight"] = state["token_embedding.weight"][token_rows.cpu()]
     if layout == "hf":
@@ -784,15 +612,13 @@ def save(model, path, layout="safetensors", dtype=None, token_rows=None):
         for name, table in tables.items():
             write(path / name, json.dumps(table, indent=2).encode())
         path /= "model.safetensors" if layout == "hf" else "open_clip_model.safetensors"
-    known = card(model)
-    beside = {key: json.dumps(known[key]) for key in ("clip_config", "pixels", "vocabulary")
-              if known[key]}
+    beside = {key: json.dumps(known[key]) for key in CARD if known[key]}
     if path.suffix == ".safetensors" or layout == "safetensors":
         write(path, *safetensors_bytes(state, {"format": "pt", **beside}))
         return path
     if layout == "chinese_clip":
-        state = {"epoch": 0, "step": 0, "name": name_of(config), "state_dict": {
-            f"module.{key}": tensor for key, tensor in state.items()}, "card": known}
+        state = {"epoch": 0, "step": 0, "name": name_of(config), "card": known, "state_dict": {
+            f"module.{key}": tensor for key, tensor in state.items()}}
     else:  # torch's own place for what goes with a state dict and is no tensor
         state = collections.OrderedDict(state)
         state._metadata = beside
@@ -805,11 +631,11 @@ def save(model, path, layout="safetensors", dtype=None, token_rows=None):
 def export(model, folder, layout, tokenizer=None):
     """`save` into `folder` under the layout's usual name, and for "hf" the tokenizer's own files
     -> the path written."""
+    name = {"openai": "clip.pt", "chinese_clip": "chinese_clip.pt",
+            "safetensors": "clip.safetensors"}.get(layout, layout)
     if tokenizer is not None:
         model.vocabulary = tokenizer.facts()
-    path = save(model, pathlib.Path(folder) / {
-        "openai": "clip.pt", "chinese_clip": "chinese_clip.pt",
-        "safetensors": "clip.safetensors"}.get(layout, layout), layout)
+    path = save(model, pathlib.Path(folder) / name, layout)
     if tokenizer is not None and layout == "hf":
         tokenizer.save(path.parent)
     return path
@@ -832,14 +658,13 @@ def safetensors_bytes(state, metadata):
     names = {dtype: name for name, dtype in DTYPES.items()}
     header, begin = {"__metadata__": metadata}, 0
     for name, tensor in state.items():
-        end = begin + tensor.numel() * tensor.element_size()
+        end = begin + tensor.nbytes
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8
-    yield len(text).to_bytes(8, "little")
-    yield text
+    yield from (len(text).to_bytes(8, "little"), text)
     for tensor in state.values():
         yield tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
 
@@ -850,9 +675,8 @@ def digest(model, side):
     found = hashlib.sha256(json.dumps(dataclasses.asdict(model.config)).encode())
     for name, tensor in model.state_dict().items():
         if not name.startswith("logit_") and name.startswith("visual.") == (side == "image"):
-            tensor = tensor.detach().cpu().contiguous()
             found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            found.update(tensor.detach().cpu().numpy().tobytes())
     return found.hexdigest()
 
 
@@ -861,23 +685,18 @@ def digest(model, side):
 
 def add_model_flags(parser, towers=False):
     """--model, --weights, --activation and --tokenizer; towers: also those of a CLIP of two."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", help="a released size such as ViT-B/16 or RN50, or tiny "
-                       "(bundled); what --weights holds if that is a file")
-    group.add_argument("--weights", default="auto", help="auto: OpenAI's for the model; none: "
-                       "random; else a file, a model's folder or a run's folder (default: auto)")
-    group.add_argument("--activation", choices=("quick_gelu", "gelu"), help="where the weight file "
-                       "does not say it (default: quick_gelu, OpenAI's)")
-    group.add_argument("--tokenizer", help="file or folder of the text tower's vocabulary")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", help="a released size such as ViT-B/16 or RN50, or tiny (bundled)")
+    add("--weights", default="auto", help="auto: OpenAI's for the model; none: random; or a file, "
+        "a model folder or a run folder, whose model it is (default: auto)")
+    add("--activation", choices=("quick_gelu", "gelu"), help="where the file does not say it")
+    add("--tokenizer", help="file or folder of the text tower's vocabulary")
     if towers:
-        group.add_argument("--image-tower", help="instead of the model's: a CLIP, or "
-                           "[timm:]NAME[:FILE] of torchvision or timm")
-        group.add_argument("--text-tower", help="instead of the model's: a folder of the BERT "
-                           "family, or a CLIP")
-        group.add_argument("--proj", choices=("linear", "mlp"), default="linear",
-                           help="heads of chosen towers (default: linear)")
-        group.add_argument("--embed-dim", type=int, default=512,
-                           help="of chosen towers (default: 512)")
+        add("--image-tower", help="instead of the model's: a CLIP, or [timm:]NAME[:FILE]")
+        add("--text-tower", help="instead of the model's: a folder of the BERT family, or a CLIP")
+        add("--proj", choices=("linear", "mlp"), default="linear", help="heads of chosen towers "
+            "(default: linear)")
+        add("--embed-dim", type=int, default=512, help="of chosen towers (default: 512)")
 
 
 def open_clip(args):
@@ -889,16 +708,16 @@ def open_clip(args):
     if weights in ("auto", "none") and not known and not (image and text):
         raise WeightsError(f"unknown --model {args.model!r}; known: {', '.join(CONFIGS)}. A file "
                            f"goes to --weights")
+    source = {"none": f"{known}:none", "auto": known}.get(weights, weights)
     if image or text:
-        other = {"none": f"{known}:none", "auto": known}.get(weights, weights)
-        return load(other, image, text, args.proj, args.embed_dim, activation=activation)
+        return load(source, image, text, args.proj, args.embed_dim, activation=activation)
     if weights == "none":
         model = CLIP(dataclasses.replace(
             CONFIGS[known], activation=activation or CONFIGS[known].activation)).eval()
         model.origin["name"] = known
         return model
-    model = load(known if weights == "auto" else weights, activation=activation)
+    model = load(source, activation=activation)
     if args.model and model.origin["name"] != known:
-        raise WeightsError(f"--weights {weights} is not a {args.model} but {model.origin['name']}: "
+        raise WeightsError(f"--weights {weights} is not a {args.model} but a "
                            f"{describe(model.config)}; leave --model out to take what it holds")
     return model

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from clip_model import CLIP, CONFIGS, canonical_name, make_backbone
-from layouts import LAYOUTS, about, image_fields, text_fields
+from layouts import LAYOUTS, about, image_fields, name_of, state_in, text_fields
 from weights import (
-    RELEASED, WeightsError, config_from_state_dict, describe, export, load, locate, name_of, read,
-    read_file, save, sha256_of, state_in)
+    RELEASED, WeightsError, config_from_state_dict, describe, export, load, locate, read, read_file,
+    save, sha256_of)
 
 # -----------------------------------------------------------------------------
 # inspect
@@ -100,8 +100,8 @@ def classifier(state, stem):
         with contextlib.suppress(ImportError, ValueError, RuntimeError):
             with torch.device("meta"):
                 trunk, removed, *_ = make_backbone(name)
-            own, skip = trunk.state_dict(), (f"{removed}.", "AuxLogits.", "aux1.", "aux2.")
-            cut = {key: t for key, t in state.items() if not key.startswith(skip)}
+            own = trunk.state_dict()
+            cut = {key: t for key, t in state.items() if not key.startswith(f"{removed}.")}
             if own.keys() == cut.keys() and all(own[k].shape == t.shape for k, t in cut.items()):
                 return {"architecture": "classifier", "config": {"backbone": name},
                         "use_it_as": f"--image-tower {name}:FILE"}
