@@ -19,8 +19,8 @@ import weights
 FLAGS = {  # beside --data: 12 steps, 3 to an epoch
     "train_clipfit": ["--model", "tiny", "--shots", 4, "--epochs", 4, "--batch-size", 4],
     "train_contrastive": ["--model", "tiny", "--epochs", 4, "--batch-size", 8],
-    "train_distill": ["--teacher", "tiny", "--epochs", 4, "--batch-size", 8],
-    "train_staged": ["--model", "tiny", "--epochs", 4, "--batch-size", 8]}
+    "train_distill": ["--teacher", "tiny", "--model", "tiny-vit", "--epochs", 4, "--batch-size", 8],
+    "train_staged": ["--model", "tiny", "--epochs", 4, "--batch-size", 16]}  # both captions
 SCORES = {"train_clipfit": ["accuracy", "zero_shot_accuracy"], "train_staged": []}
 RETRIEVAL = ["i2t_r1", "t2i_r10", "mean_recall"]
 STEPS = 12
@@ -89,10 +89,9 @@ def test_a_dry_run_walks_the_whole_path_beside_the_run(name, flags, tmp_path):
 
 def test_what_a_run_leaves(name, whole):
     left = {path.name for path in whole.rglob("*")}
-    assert left >= {"config.json", "command.txt", "env.json", "log.txt", "metrics.jsonl", "results.json",
-                    "checkpoint_last.pt", "checkpoint_prev.pt"}
+    assert left >= {"config.json", "command.txt", "env.json", "log.txt", "metrics.jsonl",
+                    "results.json", "checkpoint_last.pt"}
     assert not [file for file in left if file.endswith(".tmp")]
-    assert sum(path.stat().st_size for path in whole.rglob("*") if path.is_file()) < 100e6
     found = results(whole)
     assert {"method", "data", "model", "seconds", "peak_memory_mb", "device", "precision", "git",
             "samples_per_second"} <= set(found)
