@@ -42,7 +42,6 @@ Logged: loss, its terms without their weights, scale, lr. Results: retrieval of 
 a live teacher on held-out pairs (%), zero_shot_..., parameters and latency (ms) of image towers.
 """
 import copy
-import dataclasses
 import functools
 import hashlib
 import json
@@ -208,7 +207,7 @@ class Maps:
                     module.register_forward_hook(keep)
             with torch.no_grad(), evaluating(model):
                 side = model.config.image_size
-                model.encode_image(torch.zeros(1, 3, side, side, device=model.logit_scale.device))
+                model.encode_image(model.logit_scale.new_zeros(1, 3, side, side))
         if "student" not in self.caught:
             raise UserError("--hint and --attention find no map inside the student's image tower")
         self.channels = [as_map(self.caught[who]).shape[1] for who in ("student", "teacher")]
@@ -220,10 +219,10 @@ class Maps:
             self.caught[who] = x
 
     def attended(self, side):                                          # (n, P), a row's sum is 1
-        x, parameters = self.caught["normed"].float(), self.last.attn
-        q, k, _ = F.linear(x, parameters.in_proj_weight, parameters.in_proj_bias).unflatten(
-            2, (3, parameters.heads, -1)).permute(2, 0, 3, 1, 4)       # each (n, H, 1 + G^2, W/H)
-        found = (q[:, :, :1] @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1)
+        weight, bias = self.last.attn.in_proj_weight, self.last.attn.in_proj_bias
+        x = F.linear(self.caught["normed"].to(weight.dtype), weight, bias)
+        q, k, _ = x.unflatten(2, (3, self.last.attn.heads, -1)).permute(2, 0, 3, 1, 4)
+        found = (q[:, :, :1] @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1).float()
         found = F.adaptive_avg_pool2d(as_map(found.mean(dim=1).mT), side).flatten(1)
         return found / found.sum(dim=1, keepdim=True)
 
@@ -476,10 +475,8 @@ def recalls(run, model, tokenizer, pairs, args, texts=None):
     return {name: scores[name] for name in RECALLS}
 
 
-@torch.no_grad()
 def score(run, model, tokenizer, sets, labelled, args):
-    """Retrieval on the test pairs (or val), zero-shot accuracy, the image tower's parameters and
-    its median time for one image on this device -> dict, in % and ms"""
+    """Retrieval on the test pairs (or val) and accuracy on the sets of --zero-shot -> dict, in %"""
     pairs, look = sets["test"] or sets["val"], Preprocess.of(model)
     found = recalls(run, model, tokenizer, pairs, args) if pairs else {}
     for images in labelled:
@@ -488,6 +485,12 @@ def score(run, model, tokenizer, sets, labelled, args):
         seen = [x for x in scores["per_class"] if x is not None]
         found |= {f"zero_shot_{images.name}_top1": scores["accuracy"],
                   f"zero_shot_{images.name}_mean_per_class": sum(seen) / len(seen)}
+    return found
+
+
+@torch.no_grad()
+def measure(run, model):
+    """Parameters of the image tower, and its median time for one image on this device."""
     image, seconds = run.move(torch.zeros(1, 3, *[model.config.image_size] * 2)), []
     with evaluating(model), run.autocast():
         for _ in range(12):
@@ -496,7 +499,7 @@ def score(run, model, tokenizer, sets, labelled, args):
             model.encode_image(image)
             run.synchronize()
             seconds.append(time.perf_counter() - began)
-    return {**found, "image_parameters": sum(p.numel() for p in model.visual.parameters()),
+    return {"image_parameters": sum(p.numel() for p in model.visual.parameters()),
             "latency_ms": 1000 * sorted(seconds[2:])[5]}
 
 
@@ -654,16 +657,19 @@ def prepare(run, student, tokenizer, teachers, stored, sets, args):
 # -----------------------------------------------------------------------------
 # A run
 
+def export(run, student, folder, tokenizer, args):
+    if args.export:
+        run.say("wrote " + run.on_first(lambda: str(weights.export(
+            student, folder / "export", args.export, tokenizer))))
+
+
 def report(run, student, tokenizer, sets, labelled, at, facts, args):
-    """Score the student, export it, write and return what the run found."""
-    student = run.move(student).fuse_attention(run.fused_attention)
+    """Score the student, write and return what the run found. facts: more to write."""
     scores = score(run, student, tokenizer, sets, labelled, args)
     run.log(at.step, "test", **scores)
-    if args.export and run.out:
-        run.say("wrote " + run.on_first(lambda: str(weights.export(
-            student, run.out / "export", args.export, tokenizer))))
     results = run.finish({
-        "method": "distill", "data": sets["train"].name, **facts, **scores, "steps": at.step,
+        "method": "distill", "data": sets["train"].name, **facts, **scores,
+        **{f"student_{key}": x for key, x in measure(run, student).items()}, "steps": at.step,
         "epochs": at.epoch, "scale": float(student.logit_scale.detach().exp()),
         "batch_size": args.batch_size, "dry_run": args.dry_run})
     for name, x in scores.items():
@@ -708,6 +714,7 @@ def main(args):
     folder = run_folder(args, "distill", f"{sets['train'].name}_{pathlib.Path(name).name}_{kind}")
     begun, finished = run.begin(folder, args, identity)
     if finished:
+        export(run, weights.load(folder), folder, tokenizer, args)
         return finished
     facts = {"model": name, "teachers": [teacher.name for teacher in teachers]}
     at = device.Place(begun["epoch"], begun["batch"], begun["step"]) if begun else device.Place()
@@ -717,6 +724,7 @@ def main(args):
                             f"--output-dir, or the weights with --weights")
         if begun:
             student = weights.load(folder if args.resume == "auto" else args.resume)
+        student = run.move(student).fuse_attention(run.fused_attention)
         return report(run, student, tokenizer, sets, labelled, at, facts, args)
 
     for model in (student, *(teacher.model for teacher in teachers if not stored)):
@@ -734,21 +742,23 @@ def main(args):
     run.say(f"{name}: {sum(p.numel() for p in learner.parameters):,} weights train, {len(loader)} "
             f"steps an epoch of {args.batch_size} pairs; {kind} teachers: " + ", ".join(
                 f"{teacher.name} (scale {teacher.scale:.4g})" for teacher in teachers))
-    if begun:
-        facts |= begun["teacher"]
-    elif not stored:
-        scores = score(run, teachers[0].model, teachers[0].tokenizer, sets, labelled, args)
-        run.log(0, "teacher", **scores)
-        facts |= {f"teacher_{key}": x for key, x in scores.items()}
+    told = begun["teacher"] if begun else {}
+    if not begun and not stored:
+        told = score(run, teachers[0].model, teachers[0].tokenizer, sets, labelled, args)
+        run.log(0, "teacher", **told)
     val = sets["val"]
     if val:
         texts = None if text_trains(student) else encode_texts(
             run, student, tokenizer, val.retrieval().texts, args.max_text)
         val = functools.partial(recalls, run, tokenizer=tokenizer, pairs=val, args=args, texts=texts)
     at = train(run, learner, teachers, maps, loader, look_up, val, counts, steps, begun, args,
-               teacher={key: x for key, x in facts.items() if key.startswith("teacher_")},
-               card=weights.card(student, tokenizer))
-    return report(run, weights.load(folder), tokenizer, sets, labelled, at, facts, args)
+               teacher=told, card=weights.card(student, tokenizer))
+    student = run.move(weights.load(folder)).fuse_attention(run.fused_attention)
+    export(run, student, folder, tokenizer, args)
+    if not stored:
+        told |= measure(run, teachers[0].model)
+    facts |= {f"teacher_{key}": x for key, x in told.items()}
+    return report(run, student, tokenizer, sets, labelled, at, facts, args)
 
 
 # -----------------------------------------------------------------------------
