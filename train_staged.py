@@ -22,8 +22,8 @@ plain InfoNCE would push equal ones apart.
     python -m tools.search RUN --query "黑色碳纤维材料表面"         search with each stage
 
 A plan is JSON: {"weights": FILE, "defaults": {...}, "eval_sets": {NAME: DATA}, "stages": [{...}]}.
-The keys of a stage are the fields of `Stage`; most are flags too, which then hold for every stage
-that does not say otherwise. Without a plan the flags are one stage.
+The keys of a stage are the fields of `plans.Stage`; most are flags too, which then hold for every
+stage that does not say otherwise. Without a plan the flags are one stage.
 
 Against forgetting, all off by default: `replay` mixes pairs of earlier stages into every batch;
 `wise` averages the weights with those the stage started from (Wortsman et al. 2022, WiSE-FT);
@@ -36,7 +36,6 @@ BatchNorm keeps its statistics. Scores are in %; r1 is the mean of both directio
 """
 import argparse
 import copy
-import dataclasses
 import fnmatch
 import functools
 import hashlib
@@ -46,29 +45,28 @@ import re
 import sys
 import time
 
-from device import (add_run_flags, expanded, guard, number, Parser, run_folder, run_identity, start,
-                    UserError, whole)
+from device import (add_run_flags, guard, Parser, run_folder, run_identity, start, UserError,
+                    whole)
 import numpy as np  # device before torch, which reads what it sets
 import torch
 from torch import nn
 
 from clip_model import evaluating, HEADS, project, text_pieces, unit
-from data import EXTRAS, nearest, Preprocess
+from data import EXTRAS, Preprocess
 from large_batch import by_rows, together, TwoPass
 from pairs import (add_pair_flags, FeatureLoader, identities, make_mixed_loader, open_pairs,
                    PairBatches)
+from plans import (add_stage_flags, FILES, FLAGS, KEYS, meant, OF_THE_RUN, read_plan, read_stages,
+                   refuse, Stage)
 from scores import bootstrap, embed, frozen_features, image_features, recalls, retrieval_ranks
 from tokenizer import for_model
 from weights import (add_model_flags, card, check_layout, digest, export, load, open_clip,
                      sha256_of)
 
 MAX_SCALE = 100.0     # CLIP's clamp of exp(s)
-LR_AT_1024 = 5e-5     # what fine-tuned CLIPs bear at a batch of 1,024, and in proportion below
-BOOTSTRAPS = 1000
+BOOTSTRAPS = 1000     # for each test set and row
 DRY_IMAGES = 64       # of each test set: a dry run shows that all works, not how well
-FILES = {"": "checkpoint_best.pt", "best": "checkpoint_best.pt", "last": "checkpoint_last.pt",
-         "wise": "wise_best.pt"}   # what STAGE:WORD means
-AUGMENT = ("crop", "flip", *EXTRAS)
+FEW = 2000            # images are read sooner than processes for it are started
 SCORES = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "mean_recall", "r1")
 
 
@@ -201,24 +199,21 @@ def training_mode(model, trainable):
 # -----------------------------------------------------------------------------
 # Evaluation: the rows of the matrix
 
-def evaluate(run, model, pairs, tokenizer, args):
-    """Recall both ways on all of `pairs`, in % -> dict; "interval" is the 95 % of a bootstrap over
-    the images."""
+def evaluate(run, model, pairs, tokenizer, args, draws=0):
+    """Recall both ways on all of `pairs`, in % -> dict. draws: of a bootstrap over the images, for
+    "interval", the 95 % interval of each score."""
     shown = pairs.with_transform(Preprocess.of(model))
-    image, text, relevant = embed(run, model, shown, tokenizer, workers=workers_for(pairs, args),
+    image, text, relevant = embed(run, model, shown, tokenizer, workers=args.workers,
                                   max_text=args.max_text)
     ranks = retrieval_ranks(image, text, relevant)
-    found, spread = recalls(ranks), bootstrap(ranks, relevant, BOOTSTRAPS, args.seed)
-    for scores in (found, spread):
+    spread = bootstrap(ranks, relevant, draws, args.seed) if draws else {}
+    found, interval = recalls(ranks), {}
+    for scores in filter(None, (found, spread)):
         scores["r1"] = (scores["i2t_r1"] + scores["t2i_r1"]) / 2
-    interval = {name: np.quantile(spread[name], (0.025, 0.975)).tolist() for name in SCORES}
+    if draws:
+        interval = {name: np.quantile(spread[name], (0.025, 0.975)).tolist() for name in SCORES}
     return {**{name: found[name] for name in SCORES}, "interval": interval, "images": len(image),
             "texts": len(text)}
-
-
-def workers_for(pairs, args):
-    """A few images are read sooner than processes for it are started."""
-    return 0 if args.workers < 0 and len(pairs.paths) <= 2000 else args.workers
 
 
 def forgetting_of(rows, score):
@@ -330,7 +325,7 @@ def run_stage(run, model, stage, stages, stored, tokenizer, args):
     """Train a stage from the weights that are in `model` -> what its results.json says. Its folder
     then holds checkpoint_best.pt, checkpoint_last.pt and, with `wise`, wise_best.pt."""
     begun, earlier = copy.deepcopy(model.state_dict()), stages[:stages.index(stage)]
-    options = run.loader_options(workers_for(stage.train, args))
+    options = run.loader_options(args.workers)
     parts = [stage.train, *(other.train for other in earlier if other.name in stage.replay)]
     for pairs in parts:
         pairs.cache(run, model.config.image_size * 8 // 7, stage.folder.parent / "cache",
@@ -397,167 +392,6 @@ def keep_frozen(run, model, stage, loader, tokens, args):
     with evaluating(model), run.autocast():
         texts = [model.pooled_text(*run.move(*piece)).float().cpu() for piece in pieces]
     return FeatureLoader(loader, torch.cat(images)), torch.cat(texts)[places]
-
-
-# -----------------------------------------------------------------------------
-# The plan. What a stage is stands here once: the fields are the keys of a plan
-
-def key(default, read, meaning):
-    """A key of a stage: its default, how a word of it is read, and what it means. The default ()
-    stands for a list."""
-    return dataclasses.field(default=default, metadata={"read": read, "help": meaning})
-
-
-def one_of(*known):
-    def read(text):
-        if text not in known:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected {', '.join(known)}")
-        return text
-    return read
-
-
-@dataclasses.dataclass(eq=False)
-class Stage:
-    name: str = key("tuned", str, "the stage's folder")
-    data: str = key("demo", str, "training pairs: a folder, a caption file, shards")
-    caption_file: str = key(None, str, "another caption file of that data, such as a translation")
-    matching: str = key(None, lambda text: re.compile(text).pattern, "only images whose path or "
-                        "captions hold this regular expression")
-    val: str = key(None, str, "data whose val split chooses the weights (default: that of data)")
-    test: str = key(None, str, "data whose test split judges it (default: that of data, else val)")
-    # what trains, and from where
-    from_: str = key(None, str, "init, STAGE, STAGE:last or STAGE:wise (default: the best of the "
-                     "stage before)")
-    freeze: tuple = key((), str, "what does not train: visual, text, logit_scale, all_but_proj, "
-                        "names of parameters with *; !NAME takes back")
-    recompute: int = key(0, whole(0, 1), "1: keep no activations inside blocks, to save memory")
-    # the method
-    positives: str = key("multi", one_of("multi", "mask", "diag"), "pairs with an equal image or "
-                         "caption: positives too (multi), left out (mask), negatives (diag)")
-    replay: dict = key((), number(0, 0.9, above=True), "shares of a batch from earlier stages")
-    wise: tuple = key((), number(0, 1), "shares of the new weights in a mean with the stage's "
-                      "start; the best on held-out pairs so far is kept as wise_best.pt")
-    # optimisation
-    epochs: int = key(5, whole(1), "passes over its data")
-    batch_size: int = key(128, whole(2), "pairs contrasted per step, over all processes")
-    micro_batch: int = key(64, whole(0), "pairs encoded at a time per process; 0: all")
-    lr: float = key(None, number(0, 1, above=True), "default: 5e-5 * batch_size / 1024")
-    layer_decay: float = key(1.0, number(0, 1, above=True), "factor on lr per block under the head")
-    wd: float = key(0.2, number(0, 100), "weight decay of matrices")
-    warmup: float = key(0.1, number(0), "steps, or below 1 a share of all")
-    grad_clip: float = key(1.0, number(0), "largest norm of the gradient; 0: any")
-    early_stop: int = key(0, whole(0), "stop after so many epochs without a better one; 0: never")
-    augment: tuple = key((), one_of(*AUGMENT), f"changes of training images: {', '.join(AUGMENT)}")
-
-    def __post_init__(self):
-        self.replay = dict(self.replay)
-        self.lr = self.lr or LR_AT_1024 * self.batch_size / 1024
-        # What read_stages, open_data, preflight and settle find out:
-        self.parent = self.folder = self.start = None    # parent: a Stage; start: its file
-        self.train = self.held_out = None                # PairSets
-        self.sizes, self.steps, self.warmup_steps = [], 0, 0  # sizes: pairs of each set in a batch
-        self.kept, self.again, self.done = set(), False, False  # kept: what its files hold
-
-
-KEYS = {field.name.rstrip("_"): field for field in dataclasses.fields(Stage)}
-FLAGS = [name for name in KEYS if name not in ("name", "from", "replay", "matching")]
-OF_THE_RUN = ("model", "weights", "tokenizer", "activation", "max_text", "seed", "data_dir")
-DROPPED = {
-    "scale": 'freeze ["logit_scale"] holds it', "steps": "give epochs", "layout": "it is a flag",
-    "image_lr": "give layer_decay or freeze", "text_lr": "give layer_decay or freeze",
-    "max_samples": "give matching, or --dry-run", "captions": "it is a flag",
-    "flip": "list it in augment", "colour": "list it in augment", "accum_steps": "give micro_batch",
-    "lora": "give freeze, layer_decay or wise", "distill": "give replay or wise",
-    "mask_ratio": "give recompute or micro_batch", "dropout": "it is the model's own",
-    "bn": "BatchNorm keeps its statistics", "select": "mean recall chooses",
-    "eval_every": "every epoch is judged",
-    **dict.fromkeys(("wd_rule", "beta2", "eps", "schedule", "min_lr"), "AdamW(0.9, 0.98, 1e-6), a "
-                    "warm-up and half a cosine are fixed; matrices decay")}
-RESERVED = ("init", "cache", "export", "embeddings")
-DEMO = {"name": "demo", "weights": "tiny", "defaults": {
-            "data": "demo", "epochs": 8, "batch_size": 64, "lr": 1e-3,
-            "freeze": ["token_embedding.weight"]},
-        "stages": [{"name": "land", "matching": "Crop|Vegetation|Forest|Pasture"},
-                   {"name": "towns", "matching": "Residential|Industrial|Highway", "epochs": 12,
-                    "wise": [0.5]},
-                   {"name": "water", "matching": "River|SeaLake",
-                    "replay": {"land": 0.25, "towns": 0.25}}]}
-
-
-def read_plan(args):
-    """The plan of --plan, the demo's, or the one stage that the flags stand for -> dict."""
-    if not args.plan:
-        return DEMO if args.data is None else {"stages": [{"name": "tuned"}]}
-    try:
-        plan = json.loads(expanded(args.plan).read_text("utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--plan {args.plan}: expected a file of JSON ({error})") from None
-    parts = {"stages": list, "defaults": dict, "eval_sets": dict}
-    if not isinstance(plan, dict) or not plan.get("stages") or not all(
-            isinstance(plan.get(name, kind()), kind) for name, kind in parts.items()):
-        raise UserError(f'--plan {args.plan}: expected {{"stages": [{{"name": ...}}, ...]}}, with '
-                        f'"defaults" and "eval_sets" as objects')
-    for name in plan.keys() - {"name", *parts, *OF_THE_RUN}:
-        raise UserError(f"--plan {args.plan}: unknown key {name!r}"
-                        + meant(name, ["name", *parts, *OF_THE_RUN]))
-    return plan
-
-
-def meant(name, known):
-    near = nearest(name, list(known))
-    return f"; did you mean {near!r}?" if near else f"; known: {', '.join(list(known)[:30])}"
-
-
-def refuse(stage, wrong, why):
-    if wrong:
-        raise UserError(f"stage {stage.name!r}: {why}")
-
-
-def read_keys(entries, where):
-    """Keys of a plan -> {field of Stage: value}, read as on the command line."""
-    found = {}
-    for name, value in entries.items():
-        if name in DROPPED:
-            raise UserError(f"{where}: {name!r} is no key any more: {DROPPED[name]}")
-        if name not in KEYS:
-            raise UserError(f"{where}: unknown key {name!r}{meant(name, KEYS)}")
-        read, several = KEYS[name].metadata["read"], KEYS[name].default == ()
-        kind = dict if name == "replay" else list if several else (str, int, float)
-        try:
-            if not isinstance(value, kind) or value == "":
-                raise argparse.ArgumentTypeError(f"expected a {'list' if several else 'value'}")
-            found[KEYS[name].name] = {x: read(str(share)) for x, share in value.items()} if (
-                kind is dict) else [read(str(x)) for x in value] if several else read(str(value))
-        except (argparse.ArgumentTypeError, re.error) as error:
-            raise UserError(f"{where}: {name} is {value!r}; {error}") from None
-    return found
-
-
-def read_stages(plan, args):
-    """The stages of a plan: its own keys win over flags, flags over the plan's defaults."""
-    place, stages = f"--plan {args.plan}" if args.plan else "the command line", {}
-    base = read_keys(plan.get("defaults", {}), f"{place}: defaults")
-    base |= {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
-    for i, entry in enumerate(plan["stages"], 1):
-        if not isinstance(entry, dict) or "name" not in entry:
-            raise UserError(f"{place}: stage {i} has no name")
-        stage = Stage(**{**base, **read_keys(entry, f"{place}: stage {entry['name']!r}")})
-        stage.from_ = stage.from_ or next(reversed(stages), "init")
-        parent, _, which = stage.from_.partition(":")
-        stage.parent = stages.get(parent)
-        refuse(stage, stage.name in (*stages, *RESERVED) or not re.fullmatch(
-            r"[\w-]{1,40}", stage.name), f"a name is a folder; expected letters, digits, - and _, "
-            f"40 at most, and none of {', '.join((*RESERVED, *stages))}")
-        refuse(stage, stage.from_ != "init" and (stage.parent is None or which not in FILES or (
-            which == "wise" and not stage.parent.wise)) or set(stage.replay) - set(stages) or (
-            sum(stage.replay.values()) > 0.9), f"from {stage.from_!r}, replay {stage.replay}: "
-            f"expected init or earlier stages ({', '.join(stages) or 'there is none'}), :wise of "
-            f"one that has it, and shares of at most 0.9 together")
-        stage.replay = {name: stage.replay[name] for name in stages if name in stage.replay}
-        stages[stage.name] = stage
-    if args.from_stage not in (None, *stages):
-        raise UserError(f"--from-stage {args.from_stage}: expected one of {', '.join(stages)}")
-    return list(stages.values())
 
 
 # -----------------------------------------------------------------------------
@@ -697,10 +531,12 @@ def main(args):
     for note in model.origin["notes"]:
         run.say(note)
     tests = open_data(stages, plan.get("eval_sets", {}), args)
+    if args.workers < 0 and max(len(stage.train.paths) for stage in stages) <= FEW:
+        args.workers = 0
     preflight(run, stages, tests, model, args)
-    about = {"method": "staged", "model": model.origin["name"], "weights": sha256_of_all(
-        digest(model, "image"), digest(model, "text"), model.logit_scale.item()),
-        "vocabulary": sha256_of_all(model.vocabulary)}
+    about = {"method": "staged", "model": model.origin["name"], "scale": model.logit_scale.item(),
+             "weights": digest(model, "image") + digest(model, "text"),
+             "vocabulary": hashlib.sha256(repr(model.vocabulary).encode()).hexdigest()}
     out = run_folder(args, "staged", plan.get("name") or "_".join(s.name for s in stages)[:60])
     settle(run, stages, out, args, about)
     if args.check_plan:
@@ -720,7 +556,8 @@ def main(args):
 
     def score(label, stage, path):
         """Score the weights that are in `model` on every test set: a row of the matrix."""
-        sets = {name: evaluate(run, model, pairs, tokenizer, args) for name, pairs in tests.items()}
+        sets = {name: evaluate(run, model, pairs, tokenizer, args, BOOTSTRAPS)
+                for name, pairs in tests.items()}
         run.say(f"{label}: r1 " + ", ".join(f"{x['r1']:.1f} on {name}" for name, x in sets.items()))
         rows.append({"row": label, "stage": stage, "weights": str(path), "sets": sets})
     score("before", None, args.weights)
@@ -737,10 +574,6 @@ def main(args):
                 score(label, stage.name if word == "best" else None, path)
     results = report(run, model, rows, stages, tests, tokenizer, args)
     return run.finish({**results, "tests": judged_on})
-
-
-def sha256_of_all(*facts):
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def report(run, model, rows, stages, tests, tokenizer, args):
@@ -777,12 +610,10 @@ def get_args(argv=None):
     2 and one line on a wrong one."""
     parser = Parser(
         description="Fine-tune a CLIP in stages and see what each forgets.",
-        epilog="example: python train_staged.py --plan plan.json --check-plan",
         aliases={"--train-data": "--data", "--val-data": "--val", "--context-length": "--max-text",
                  "--logs": "--output-dir", "--checkpoint": "--weights"},
         refused={"--text-data": "texts are found beside the images; --caption-file names others",
                  "--text-model": "--model CN-ViT-B/16 names both towers",
-                 "--stage": "list stages in --plan", "--set": "edit the plan",
                  "--query": "use python -m tools.search RUN --query"})
     group = parser.add_argument_group("plan")
     group.add_argument("--plan", metavar="FILE", help="stages as JSON (default: the demo's, or one "
@@ -793,13 +624,7 @@ def get_args(argv=None):
     parser.add_argument("--max-text", type=whole(3), help="tokens of a text (default: 52 for "
                         "Chinese-CLIP, else 77)")
     add_pair_flags(parser)
-    group = parser.add_argument_group("stages, where a plan does not say otherwise")
-    for name in FLAGS:
-        default, about = KEYS[name].default, KEYS[name].metadata
-        if name not in ("data", "caption_file"):
-            said = "" if default in (None, ()) else f" (default: {default})"
-            group.add_argument("--" + name.replace("_", "-"), type=about["read"], metavar="X",
-                               nargs="*" if default == () else None, help=about["help"] + said)
+    add_stage_flags(parser)
     add_run_flags(parser)
     parser.set_defaults(data=None, captions="all")
     words = list(sys.argv[1:] if argv is None else argv)

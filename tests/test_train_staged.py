@@ -17,13 +17,15 @@ from helpers import attempt, checkpoint, metrics, refused, results, run_main
 from PIL import Image
 
 import device
+import plans
 import tokenizer
 import train_staged
 import weights
 from clip_model import bert_fields, BertConfig, CLIP, CONFIGS, unit
 from data import normalise
 from pairs import open_pairs
-from train_staged import add_gradient, freeze, optimizer_groups, rate, Stage
+from plans import Stage
+from train_staged import add_gradient, freeze, optimizer_groups, rate
 
 SCRIPT, ROOT = "train_staged", pathlib.Path(__file__).resolve().parent.parent
 
@@ -295,11 +297,11 @@ def test_a_wrong_plan_file_is_refused(world, tmp_path, content, name):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("key", sorted(train_staged.DROPPED))
+@pytest.mark.parametrize("key", sorted(plans.DROPPED))
 def test_a_dropped_key_is_refused_with_what_to_use(world, tmp_path, key):
     plan = plan_file(tmp_path / "plan.json", {**WARM, key: 1})
     line = refused(attempt(SCRIPT, *flags(world, tmp_path / "run", plan=plan)), key, "warm")
-    assert train_staged.DROPPED[key] in line
+    assert plans.DROPPED[key] in line
 
 
 @pytest.mark.parametrize("more, name", [
@@ -319,13 +321,13 @@ def test_keys_win_over_flags_and_flags_over_defaults(tmp_path):
                      seed=7, defaults={"lr": 1e-4, "wd": 0.3, "epochs": 2, "freeze": ["text"]})
     args = train_staged.get_args(["--plan", str(plan), "--wd", "0.1", "--epochs", "9",
                                   "--seed", "8"])
-    a, b = train_staged.read_stages(train_staged.read_plan(args), args)
+    a, b = plans.read_stages(plans.read_plan(args), args)
     assert (a.lr, a.wd, a.epochs, a.batch_size, a.from_) == (1e-3, 0.1, 9, 128, "init")
     assert (b.lr, b.freeze, b.batch_size, b.from_) == (1e-4, ["text"], 512, "a")
     assert (args.weights, args.max_text, args.seed) == ("w.pt", 20, 8)
     args = train_staged.get_args("--train-data x.csv --val-data y.csv --context-length 52 --logs o "
                                  "--checkpoint c.pt --batch_size 256 --freeze visual text".split())
-    one, = train_staged.read_stages(train_staged.read_plan(args), args)
+    one, = plans.read_stages(plans.read_plan(args), args)
     assert (one.name, one.data, one.val, one.lr) == ("tuned", "x.csv", "y.csv", 5e-5 / 4)
     assert (args.max_text, args.output_dir, args.weights) == (52, "o", "c.pt")
     assert one.freeze == ["visual", "text"]
@@ -353,7 +355,7 @@ def chinese_data(world, folder):
 def test_the_recipes_can_be_run(world, tmp_path, monkeypatch):
     """--check-plan says each stage in a line and reads no image; demo.json is the script's."""
     demo = json.loads((ROOT / "docs" / "recipes" / "demo.json").read_text("utf-8"))
-    assert demo == train_staged.DEMO
+    assert demo == plans.DEMO
     data = chinese_data(world, tmp_path / "data")
     plan = json.loads((ROOT / "docs" / "recipes" / "chinese_clip.json").read_text("utf-8"))
     for stage in plan["stages"]:
@@ -382,9 +384,9 @@ def test_named_held_out_data_leaves_all_else_to_training(world, tmp_path, capsys
                                                   "epochs": 2, **more})
         run_main(SCRIPT, *flags(world, tmp_path / "run", "--check-plan", plan=plan))
         assert ("72 images" in capsys.readouterr().out) == wanted
-    plan_file(tmp_path / "plan.json", {"name": "x", "test": str(world)})
+    plan = plan_file(tmp_path / "plan.json", {"name": "x", "test": str(world)})
     assert run_main(SCRIPT, *flags(world, tmp_path / "run", "--check-plan", "--data",
-                                   tmp_path / "bare.csv"))["stages"]
+                                   tmp_path / "bare.csv", plan=plan))["stages"]
 
 
 def test_a_lost_image_is_borne_and_many_are_refused(tmp_path):
