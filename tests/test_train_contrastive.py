@@ -242,11 +242,11 @@ def test_a_loss_scale_scales_everything_alike(run):
     model = model_of(torch.float32)
     batch, args = batch_of(model), options(loss="siglip", micro_batch=3)
     losses, plain = step(run, model, batch, args)
-    scaler = device.Scaler(run.device, True)
+    scaler = types.SimpleNamespace(scale=lambda loss: loss * 65536)
     again, scaled = step(run, model, batch, args, scaler=scaler)
     assert again["loss"] == losses["loss"]
     for name, gradient in plain.items():
-        assert torch.allclose(scaled[name] / scaler.get_scale(), gradient, rtol=1e-5, atol=1e-7)
+        assert torch.allclose(scaled[name] / 65536, gradient, rtol=1e-5, atol=1e-7), name
 
 
 def test_kept_features_give_the_gradient_of_the_images(run):
