@@ -321,7 +321,8 @@ def card(model, tokenizer=None):
     return {"clip_config": dataclasses.asdict(model.config),
             "pixels": dataclasses.asdict(model.pixels),
             "vocabulary": tokenizer.facts() if tokenizer else model.vocabulary,
-            "origin": {key: model.origin[key] for key in ("name", "path", "sha256", "layout")},
+            "origin": {key: model.origin[key] for key in ("name", "path", "sha256", "side")
+                       if key in model.origin},
             "tensors": len(model.state_dict())}
 
 

@@ -275,7 +275,8 @@ def checkpoint_state(content, card):
             source = read(base)
             if source.origin["sha256"] != origin["sha256"]:
                 raise WeightsError(f"{base} holds others now")
-        state = source.state | state
+        state = {name: t for name, t in source.state.items() if origin.get("side") != "text"
+                 or not name.startswith("visual.")} | state  # a student with its teacher's texts
     return state
 
 
@@ -332,7 +333,7 @@ def join(image, text, proj, embed_dim, keep_projections):
     unless keep_projections is false (transformers' dual encoder always starts anew). What has no
     weights is drawn from torch's global generator; `origin["notes"]` tells."""
     sources, notes = (image, text), []
-    if len({s.fields["activation"] for s in sources if "activation" in s.fields}) > 1:
+    if len({s.fields.get("activation") for s in sources} - {None}) > 1:
         raise WeightsError("one CLIP has QuickGELU and the other GELU; give both with the same")
     with about("these towers make no CLIP"):
         model = CLIP(CLIPConfig(embed_dim=embed_dim, proj=proj, **image.fields | text.fields))
@@ -701,7 +702,7 @@ def add_model_flags(parser, towers=False):
 
 def open_clip(args):
     """The CLIP that the flags of `add_model_flags` ask for, on the CPU. Raises WeightsError."""
-    known = canonical_name(args.model) if args.model else None
+    known = canonical_name(args.model or "")
     weights, activation = args.weights or "auto", getattr(args, "activation", None)
     image, text = getattr(args, "image_tower", None), getattr(args, "text_tower", None)
     torch.manual_seed(args.seed if isinstance(args.seed, int) else 0)
@@ -712,12 +713,11 @@ def open_clip(args):
     if image or text:
         return load(source, image, text, args.proj, args.embed_dim, activation=activation)
     if weights == "none":
-        model = CLIP(dataclasses.replace(
-            CONFIGS[known], activation=activation or CONFIGS[known].activation)).eval()
+        model = CLIP(dataclasses.replace(CONFIGS[known], activation=activation or "quick_gelu")).eval()
         model.origin["name"] = known
         return model
     model = load(source, activation=activation)
     if args.model and model.origin["name"] != known:
-        raise WeightsError(f"--weights {weights} is not a {args.model} but a "
-                           f"{describe(model.config)}; leave --model out to take what it holds")
+        raise WeightsError(f"--weights {weights} holds no {args.model} but a "
+                           f"{describe(model.config)}; leave --model out to take it")
     return model

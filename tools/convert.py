@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_model import CLIP, CONFIGS, canonical_name, make_backbone
+from clip_model import CLIP, CONFIGS, canonical_name, ends_of, make_backbone
 from layouts import LAYOUTS, about, image_fields, name_of, state_in, text_fields
 from weights import (
     RELEASED, WeightsError, config_from_state_dict, describe, export, load, locate, read, read_file,
@@ -38,74 +38,63 @@ def inspect(name_or_path):
     """What a weight file is, as a dict of plain values. WeightsError for a bad file."""
     path = locate(name_or_path)
     content, kind, _ = read_file(path)
-    report = {"file": str(path), "bytes": path.stat().st_size, "sha256": sha256_of(path),
-              "format": kind}
-    if isinstance(content, dict):
-        report["beside_the_weights"] = {
-            str(key): value for key, value in content.items()
-            if isinstance(value, (str, int, float, bool)) or value is None}
     with about(path):
         state, _ = state_in(content)
+    report = {"file": str(path), "bytes": path.stat().st_size, "sha256": sha256_of(path),
+              "format": kind, "beside_the_weights": {
+                  key: value for key, value in content.items()
+                  if isinstance(value, (str, int, float, bool)) or value is None}}
     try:
         source = read(path)
-        state, notes = source.state, source.origin["notes"]
-        report |= {"layout": source.origin["layout"], "notes": notes}
-        if source.vocabulary:
-            report["vocabulary"] = f"{len(source.vocabulary.get('vocab', ())):,} tokens"
-        report |= architecture(state, source.known)
+        state = source.state
+        report |= {"layout": source.origin["layout"], "notes": source.origin["notes"],
+                   "vocabulary": source.vocabulary and source.vocabulary.get("kind")}
+        report |= architecture(state, source.known) or classifier(state, path.stem)
     except WeightsError as error:
-        report |= {"architecture": None, "why": str(error)}
-    if report["architecture"] is None:
-        report |= classifier(state, path.stem)
+        report |= {"why": str(error)}
     dtypes = collections.Counter(str(t.dtype).removeprefix("torch.") for t in state.values())
     buffers = ("running_mean", "running_var", "num_batches_tracked")
-    return report | {
-        "tensors": len(state), "dtypes": dict(dtypes), "first_tensors": list(state)[:4],
-        "released_as": next((n for n, digest in RELEASED.items() if digest == report["sha256"]),
-                            None),
-        "parameters": sum(t.numel() for n, t in state.items() if not n.endswith(buffers))}
+    return {"architecture": None, **report, "tensors": len(state), "dtypes": dict(dtypes),
+            "first_tensors": list(state)[:4],
+            "released_as": next((n for n, x in RELEASED.items() if x == report["sha256"]), None),
+            "parameters": sum(t.numel() for n, t in state.items() if not n.endswith(buffers))}
 
 
 def architecture(state, known):
-    """The CLIP, or the tower of one, that these tensors make."""
-    why = ""
-    for kind, fields in (("CLIP", None), ("image tower", image_fields), ("text tower", text_fields)):
-        try:
-            with about(f"no {kind}"):
-                config = (fields(state, known) if fields else
-                          config_from_state_dict(state, **known))
-        except WeightsError as error:
-            why = why or str(error)
-            continue
-        if fields:
+    """The CLIP, or the tower of one, that these tensors make; {} for none."""
+    if "logit_scale" in state:
+        config = config_from_state_dict(state, **known)
+        return {"architecture": "CLIP", "towers": describe(config), "name": name_of(config),
+                "config": dataclasses.asdict(config)}
+    for kind, fields in (("image tower", image_fields), ("text tower", text_fields)):
+        with contextlib.suppress(WeightsError), about(kind):
+            config = fields(state, known)
             bert = config.get("text")
             return {"architecture": kind, "config": dataclasses.asdict(bert) if bert else config}
-        return {"architecture": kind, "towers": describe(config), "name": name_of(config),
-                "config": dataclasses.asdict(config)}
-    return {"architecture": None, "why": why}
+    return {}
 
 
 def classifier(state, stem):
     """The classifier of torchvision or timm whose tensors these are; of timm's many only those that
-    the file's name mentions are tried. {} for none."""
+    the file's name mentions are tried."""
     names = []
     with contextlib.suppress(ImportError, RuntimeError, OSError):
         from torchvision import models
-        names += models.list_models(module=models)
+        names += sorted(models.list_models(module=models), key=lambda name: name not in stem)
     with contextlib.suppress(ImportError):
         import timm
-        names += [f"timm:{name}" for name in timm.list_models() if name in stem.lower()]
-    names.sort(key=lambda name: -len(name) if name.partition(":")[2] or name in stem else 0)
+        mentioned = sorted((n for n in timm.list_models() if n in stem.lower()), key=len)
+        names = [f"timm:{name}" for name in mentioned[::-1]] + names  # longest first: others differ
     for name in names:
         with contextlib.suppress(ImportError, ValueError, RuntimeError):
             with torch.device("meta"):
                 trunk, removed, *_ = make_backbone(name)
-            own = trunk.state_dict()
-            cut = {key: t for key, t in state.items() if not key.startswith(f"{removed}.")}
-            if own.keys() == cut.keys() and all(own[k].shape == t.shape for k, t in cut.items()):
+            own = {key: t.shape for key, t in trunk.state_dict().items()}
+            if own == {key: t.shape for key, t in state.items()
+                       if not key.startswith(f"{removed}.")}:
                 return {"architecture": "classifier", "config": {"backbone": name},
                         "use_it_as": f"--image-tower {name}:FILE"}
-    return {}
+    return {"why": "neither a CLIP, a tower of one, nor a classifier that is known by its names"}
 
 
 # -----------------------------------------------------------------------------
@@ -125,15 +114,11 @@ def inputs_for(model, count=3):
 @torch.no_grad()
 def exported(model, out, layout):
     """Write `model` in a layout of `weights.save`, read it back -> (path, largest difference)."""
-    out = pathlib.Path(out)
-    if out.suffix in (".pt", ".bin", ".safetensors"):
-        path = save(model, out, layout)
-    else:
-        path = export(model, out, layout)
-    other, (images, tokens) = load(path), inputs_for(model)
-    pairs = ((model.encode_image(images), other.encode_image(images)),
-             (model.encode_text(tokens), other.encode_text(tokens)))
-    return path, max(float((one - two).abs().max()) for one, two in pairs)
+    is_file = pathlib.Path(out).suffix in (".pt", ".bin", ".safetensors")
+    path = (save if is_file else export)(model, out, layout)
+    other, inputs = load(path), inputs_for(model)
+    return path, max(float((one - two).abs().max())
+                     for one, two in zip(model(*inputs), other(*inputs)))
 
 
 class OneTower(nn.Module):
@@ -146,12 +131,7 @@ class OneTower(nn.Module):
     def forward(self, x):
         if self.side == "image":
             return self.model.encode_image(x)
-        return self.model.encode_text(x, ends=ends_without_trimming(x, self.model.text_pad))
-
-
-def ends_without_trimming(tokens, pad_id):
-    places = torch.arange(tokens.shape[-1])
-    return tokens.argmax(-1) if pad_id is None else ((tokens != pad_id) * places).argmax(-1)
+        return self.model.encode_text(x, ends=ends_of(x, self.model.text_pad))
 
 
 @torch.no_grad()
@@ -213,11 +193,11 @@ def inherit(student, teacher):
     L; of every tensor the leading channels are taken, in attention the leading heads. WeightsError
     where a tower is of another kind, or larger than the teacher's.
     """
-    depths = {prefix: (count, layers(teacher, prefix)) for prefix, count in (
-        (prefix, layers(student, prefix)) for prefix in ("visual.", "")) if count}
+    depths = {prefix: (layers(student, prefix), layers(teacher, prefix))
+              for prefix in ("visual.", "")}
     if student.config.backbone or teacher.config.vision_patch is None:
         raise WeightsError("only a ViT can be shrunk, not a ResNet or a classifier")
-    theirs, inherited, total = teacher.state_dict(), 0, 0
+    theirs = teacher.state_dict()
     for name, tensor in student.state_dict().items():
         block = BLOCK.fullmatch(name)
         if block:
@@ -234,11 +214,9 @@ def inherit(student, teacher):
         shape = (len(tensor) // len(parts), *tensor.shape[1:]) if tensor.dim() else ()
         leading = [part[tuple(slice(size) for size in shape)] for part in parts]
         tensor.copy_(torch.cat(leading) if len(parts) > 1 else leading[0])
-        total, inherited = total + source.numel(), inherited + tensor.numel()
-    blocks = [f"{'image' if prefix else 'text'} tower: blocks "
-              f"{', '.join(str(i * of // mine) for i in range(mine))} of {of}"
-              for prefix, (mine, of) in depths.items()]
-    return [*blocks, f"{inherited:,} numbers"]
+    return [f"{'image' if prefix else 'text'} tower: blocks "
+            f"{', '.join(str(i * of // mine) for i in range(mine))} of {of}"
+            for prefix, (mine, of) in depths.items()]
 
 
 def layers(model, prefix):
@@ -260,9 +238,8 @@ def resize_positions(table, patches):
 def main(args):
     if args.command == "inspect":
         report = inspect(args.file)
-        lines = ([json.dumps(report, indent=2)] if args.json else
-                 [f"{key:<19} {f'{x:,}' if isinstance(x, int) else x}" for key, x in report.items()])
-        print("\n".join(lines))
+        lines = [f"{key:<19} {f'{x:,}' if type(x) is int else x}" for key, x in report.items()]
+        print(json.dumps(report, indent=2) if args.json else "\n".join(lines))
         return report
     if args.command == "shrink" and args.like and canonical_name(args.like) is None:
         raise UserError(f"--like {args.like}: expected one of {', '.join(CONFIGS)}")
