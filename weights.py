@@ -695,8 +695,7 @@ def add_model_flags(parser, towers=False):
     if towers:
         add("--image-tower", help="instead of the model's: a CLIP, or [timm:]NAME[:FILE]")
         add("--text-tower", help="instead of the model's: a folder of the BERT family, or a CLIP")
-        add("--proj", choices=("linear", "mlp"), default="linear", help="heads of chosen towers "
-            "(default: linear)")
+        add("--proj", choices=("linear", "mlp"), default="linear", help="heads of chosen towers")
         add("--embed-dim", type=int, default=512, help="of chosen towers (default: 512)")
 
 
@@ -713,7 +712,8 @@ def open_clip(args):
     if image or text:
         return load(source, image, text, args.proj, args.embed_dim, activation=activation)
     if weights == "none":
-        model = CLIP(dataclasses.replace(CONFIGS[known], activation=activation or "quick_gelu")).eval()
+        model = CLIP(dataclasses.replace(
+            CONFIGS[known], activation=activation or CONFIGS[known].activation)).eval()
         model.origin["name"] = known
         return model
     model = load(source, activation=activation)
