@@ -15,7 +15,8 @@ MAY_IMPORT = {  # leaf -> the leaves that it builds on
     "layouts": ("clip_model",), "weights": ("clip_model", "layouts"), "tokenizer": (),
     "images": (), "data": ("images",), "captions": ("images", "data"),
     "pairs": ("images", "data", "captions"), "scores": ("images", "data", "clip_model"),
-    "large_batch": (), "teachers": ("images", "data", "files", "weights", "tokenizer")}
+    "large_batch": (), "plans": ("device", "data"),
+    "teachers": ("images", "clip_model", "weights", "tokenizer")}
 BUDGETS = {  # lines, of which a sixth more is borne
     "train_clipfit": 420, "train_contrastive": 580, "train_distill": 700, "train_staged": 650,
     "clip_model": 640, "weights": 620, "tokenizer": 400, "data": 720, "pairs": 600,
