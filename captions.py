@@ -201,7 +201,8 @@ def read_pair_table(name, content, columns):
     for keys, flag in zip(wanted, ("--image-column", "--caption-column")):
         if not set(keys) & set(listed):
             raise DataError(f"{name} holds no captions that are understood: it has the columns "
-                            f"{listed} and none of {list(keys)}; name it with {flag}")
+                            f"{listed} and none of {list(keys)}; name it with {flag}, or choose "
+                            f"another file or --layout")
     wanted = [[key for key in keys if key in listed] for keys in wanted]
     listing, (folder, slash, base) = Listing(), name.rpartition("/")
     folder = folder + slash if base.startswith("metadata.") else ""

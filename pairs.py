@@ -229,7 +229,8 @@ def fill_pixels(pairs, side, file, limit, workers):
         index.with_suffix(".part").write_text(json.dumps(spans))
         os.replace(index.with_suffix(".part"), index)
     except OSError as error:
-        file.unlink(missing_ok=True)
+        if file.is_file():
+            file.unlink()
         return one_line(error)
 
 
@@ -311,7 +312,7 @@ class Mixture(PairSet):
 
     def __init__(self, parts):
         self.parts, self.transform = list(parts), parts[0].transform
-        self.name, self.store = " + ".join(part.name for part in parts), self
+        self.name, self.notes, self.store = " + ".join(part.name for part in parts), [], self
         self.take([(f"{k}:{path}", text, query) for k, part in enumerate(parts)
                    for path, text, query in part.rows if path])
 

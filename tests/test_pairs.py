@@ -1,0 +1,655 @@
+"""captions.py and pairs.py: every captioned source, the set, its batches, cache and shards."""
+import base64
+import collections
+import csv
+import gzip
+import io
+import itertools
+import json
+import os
+import pickle
+import random
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from helpers import attempt, cli, Payload, processes, refused
+from PIL import Image
+
+from data import make_loader, Preprocess, sample_seed
+from device import start
+from pairs import (FeatureLoader, identities, make_mixed_loader, make_pair_loader, Mixture,
+                   open_pairs, PairBatches)
+
+SPLITS = ("train", "val", "test")
+
+
+def picture(seed=0, kind="png"):
+    out, draw = io.BytesIO(), np.random.default_rng(seed)
+    Image.fromarray(draw.integers(0, 256, (16, 16 + seed % 5, 3), np.uint8)).save(out, kind)
+    return out.getvalue()
+
+
+def content(value):
+    return (picture(value) if isinstance(value, int) else
+            value.encode() if isinstance(value, str) else value)
+
+
+def write(folder, files):
+    """{name: text, bytes, or the seed of a picture} -> the folder."""
+    for name, value in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content(value))
+    return folder
+
+
+def table(folder, images=10, captions=2, broken=()):
+    """A CSV that gives each picture some captions, in all three splits."""
+    rows = [f"{i}.png,caption {j} of {i},{split}" for i in range(images) for j in range(captions)
+            for split in SPLITS]
+    write(folder, {f"{i}.png": "no image" if i in broken else i for i in range(images)})
+    return write(folder, {"pairs.csv": "\n".join(["image,caption,split", *rows])})
+
+
+def uneven(folder, counts):
+    """A set whose image i has counts[i] captions; no image files."""
+    rows = [{"image": f"{i}.png", "captions": [f"text {i} {j}" for j in range(count)]}
+            for i, count in enumerate(counts)]
+    write(folder, {"uneven.jsonl": "\n".join(map(json.dumps, rows))})
+    return open_pairs(folder, "train", whole=True)
+
+
+def rows_of(pairs):
+    return [(pairs.paths[owner], text) for owner, text in zip(pairs.owner, pairs.captions)]
+
+
+def everything(source, **options):
+    """The rows of a source without splits, its files checked."""
+    pairs = open_pairs(source, "train", whole=True, **options)
+    pairs.check_files()
+    return rows_of(pairs)
+
+
+def said(pairs, *words):
+    return all(any(word in note for note in pairs.notes) for word in words)
+
+
+# -----------------------------------------------------------------------------
+# Sources
+
+SCENES = [(f"p{i}.png", text) for i, text in enumerate(
+    ("a scene", 'the "best" view', "wet, happy and brown", "café by the sea"))]
+
+
+def lines(form, head="", scenes=SCENES):
+    return head + "\n".join(form.format(*scene) for scene in scenes)
+
+
+def as_csv(*head, mark=",", end="\n", start=""):
+    out = io.StringIO(start, newline="")
+    out.seek(len(start))
+    csv.writer(out, delimiter=mark, lineterminator=end).writerows([head, *SCENES])
+    return out.getvalue()
+
+
+JSON_LINES = "\n".join(json.dumps({"image": name, "caption": text}) for name, text in SCENES)
+SOURCES = {
+    "csv": {"any.csv": as_csv("image", "caption")},
+    "commas without quotes": {"a.csv": lines("{},{}", "image,caption\n")},
+    "tsv of open_clip": {"train.csv": lines("{}\t{}", "filepath\ttitle\n")},
+    "tsv of pandas": {"a.tsv": as_csv("path", "text", mark="\t")},
+    "semicolons, BOM, CRLF": {"a.csv": as_csv("Image", "Caption", mark=";", end="\r\n",
+                                              start="\ufeff")},
+    "kaggle's flickr8k": {"captions.txt": as_csv("image", "caption")},
+    "json lines": {"a.jsonl": JSON_LINES}, "json lines in .json": {"a.json": JSON_LINES},
+    "json list": {"a.json": "[" + JSON_LINES.replace("\n", ",") + "]"},
+    "imagefolder": {"metadata.csv": as_csv("file_name", "text")},
+    "token": {"Flickr8k.token.txt": lines("{}#0\t{}"),
+              "Flickr8k.lemma.token.txt": lines("{}#0\tlemma {}")},
+    "kaggle's flickr30k": {"results.csv": lines(
+        "{}| 0| {}", "image_name| comment_number| comment\n").replace("0| café", "4   café")},
+    "flickr30k-cn": {"flickr30kzhb.caption.txt": lines("{}#zhb#0 {}")},
+    "texts beside": {name.replace("png", "txt"): text for name, text in SCENES},
+    "TEXTS beside": {name.replace("png", "TXT"): text for name, text in SCENES},
+    "karpathy": {"dataset_any.json": json.dumps({"images": [
+        {"filename": name, "split": "restval", "sentences": [{"raw": text}]}
+        for name, text in SCENES]})},
+    "coco": {"annotations/captions_train2014.json": json.dumps({
+        "images": [{"id": i, "file_name": name} for i, (name, _) in enumerate(SCENES)],
+        "annotations": [{"image_id": i, "caption": text} for i, (_, text) in enumerate(SCENES)]})}}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("place", ["", "Images/", "deep/images/", "a.zip"])
+def test_one_set_in_every_layout_with_its_images_in_every_place(tmp_path, name, place):
+    files, beside = SOURCES[name], "beside" in name or name == "imagefolder"
+    folder = write(tmp_path / "set", files)
+    if place == "a.zip" and not beside:
+        with zipfile.ZipFile(folder / "a.zip", "w") as archive:
+            for i, (image, _) in enumerate(SCENES):
+                archive.writestr(f"a/{image}", picture(i))
+    else:
+        write(folder, {place * (not beside) + image: i for i, (image, _) in enumerate(SCENES)})
+    assert everything(folder) == everything("set", data_dir=tmp_path) == SCENES
+    if len(files) == 1:
+        assert everything(folder / next(iter(files))) == SCENES
+        assert everything(folder, caption_file=next(iter(files))) == SCENES
+
+
+def test_flickr8k_has_the_published_counts_and_the_notebooks_split(shared):
+    sets = [open_pairs("flickr8k", split, shared) for split in SPLITS]
+    assert [(len(s.paths), len(s)) for s in sets] == [(6000, 30000), (1000, 5000), (1000, 5000)]
+    sets[0].check_files()
+    assert said(sets[0], "91 images") and sets[0].texts_of(0) == sets[0].captions[:5]
+    chinese = open_pairs("flickr8k", "train", shared, caption_file="flickr8kzhc.caption.txt")
+    assert len(chinese) == 30000 and chinese.captions[0] == "一个穿着泳装的女人躺在海水里。"
+    found = open_pairs("flickr8k", "test", shared, "simple-clip")
+    text = (shared / "flickr8k" / "Flickr8k.token.txt").read_text("utf-8")
+    rows = [line.partition("#")[0] for line in text.splitlines() if "2258277193" not in line]
+    np.random.seed(42)  # the lines of the simple-CLIP notebook: 5 rows an image
+    valid = set(np.random.choice(np.arange(0, 8091), size=int(0.2 * 8091), replace=False))
+    assert [found.paths[i] for i in found.owner] == [
+        name for i, name in enumerate(rows) if i // 5 in valid]
+
+
+def test_coco_as_folders_as_published_zips_and_as_the_data_folder_itself(shared, tmp_path):
+    for name in ("train2017", "val2017", "annotations"):
+        file = "annotations_trainval2017" if name == "annotations" else name
+        with zipfile.ZipFile(tmp_path / f"{file}.zip", "w") as out:
+            for path in sorted((shared / "coco_mini" / name).iterdir()):
+                out.write(path, f"{name}/{path.name}")
+    for split, images, captions in (("train", 80, 400), ("val", 79, 395), ("test", 79, 395)):
+        found = [open_pairs("coco_mini", split, shared), open_pairs(tmp_path, split),
+                 open_pairs("coco", split, tmp_path)]  # as in the README of HF's run_clip
+        assert {(len(s.paths), len(s), s.fingerprint) for s in found} == {
+            (images, captions, found[0].fingerprint)}
+        found[1].check_files()
+        assert np.array_equal(found[0][7][0], found[1][7][0])
+
+
+def test_splits_come_from_columns_file_names_folders_and_lists(tmp_path):
+    one = write(tmp_path / "column", {"a.csv": "image,caption,split\n1.png,None,train\n2.png,NA,dev"
+                                               '\n3.png,"two\nlines",\n1.png,w,valid\n4.png, ,\n'})
+    train = open_pairs(one, "train")
+    assert rows_of(train) == [("1.png", "None"), ("3.png", "two lines")]
+    assert open_pairs(one, "test").paths == ["2.png", "1.png"]
+    assert said(train, "1 rows without image or caption", "no split", "val is used as test",
+                "1 images of val or test are in train too")
+    for word in ("train", "dev", "test"):
+        write(tmp_path, {
+            f"names/{word}_captions.csv": f"image,caption\n{word}/1.png,a picture",
+            f"hf/{word}/metadata.jsonl": '{"file_name": "1.png", "text": "a picture"}',
+            f"texts/{word}/1.png": 1, f"texts/{word}/1.txt": "a picture\n\nanother one",
+            f"jsons/{word}/1.png": 1, f"jsons/{word}/1.json": '{"caption": "a picture"}'})
+    for word, split in (("train", "train"), ("dev", "val"), ("test", "test")):
+        for name in ("names", "hf", "texts", "jsons"):
+            found = open_pairs(tmp_path / name, split)
+            assert found.paths == [f"{word}/1.png"] and found.captions[0] == "a picture"
+
+
+def test_new_images_move_no_old_ones(tmp_path):
+    before = {}
+    for count in (300, 350):
+        uneven(tmp_path, [1] * count)
+        parts = {split: set(open_pairs(tmp_path, split).paths) for split in SPLITS}
+        assert sum(map(len, parts.values())) == count and len(parts["train"]) > 210
+        assert all(len(part) > 10 and before.get(split, set()) <= part
+                   for split, part in parts.items())
+        before = parts
+
+
+# -----------------------------------------------------------------------------
+# What is not understood is refused
+
+IMAGES = {"images/a.jpg": 1, "images/b.jpg": 2}
+
+
+@pytest.mark.parametrize("files, names", [
+    ({}, ["--layout classes"]), (IMAGES, ["--layout classes"]),
+    ({"001.Albatross/a.jpg": 1, "n01440764/b.jpg": 2}, ["--layout classes"]),
+    ({**IMAGES, "text/a.txt": "a cat", "text/b.txt": "a dog"}, ["text/a.txt"]),
+    ({**IMAGES, "notes.xlsx": b"PK\3\4"}, ["notes.xlsx"]),
+    ({**IMAGES, "labels.json": '{"a": 1}'}, ["labels.json"]),
+    ({**IMAGES, "images/x.txt": "a cat"}, ["images/x.txt"]),
+    ({"train-00000-of-00001.parquet": b"PAR1\x15\xff"}, ["train-00000-of-00001.parquet"]),
+    ({"0.tar.gz": gzip.compress(b"x")}, ["0.tar.gz"]), ({"0.tar": gzip.compress(b"x")}, ["gzip"]),
+    ({"a.csv": "image,caption\na.png,x y", "captions.txt": "image,caption\na.png,x y"},
+     ["a.csv", "captions.txt", "--caption-file"]),
+    ({"a.csv": ""}, ["a.csv"]), ({"a.csv": "image,caption\n"}, ["0 captions"]),
+    ({"a.csv": "image,caption\na.png,\n"}, ["0 captions"]),
+    ({"a.csv": "title,filepath\na dog, wet,a.png\n"}, ["a.csv", "line 2"]),
+    ({"a.csv": "image,caption\na.png,caf\xe9 b".encode("cp1252")}, ["a.csv", "line 2"]),
+    ({"a.csv": "image,caption\na.png,一只猫在".encode("gbk")}, ["a.csv", "line 2"]),
+    ({"a.csv": "image,caption\na.png,a cat".encode("utf-16")}, ["a.csv"]),
+    ({"a.csv": 'image,caption\na.png,"best view\nb.png,x\nc.png,"y\n'}, ["a.csv", "line 2"]),
+    ({"a.csv": "image,caption,split\na.png,x y,train\nb.png,x y,best"}, ["a.csv", "line 3"]),
+    ({"a.csv": "picture,words\na.png,a cat\n"}, ["picture", "--image-column"]),
+    ({"a.csv": "image,label\na.png,cat\n"}, ["label", "--caption-column"]),
+    ({"a.csv": "image,caption\na.png,b.png\nb.png,c.png\n"}, ["b.png"]),        # columns mixed up
+    ({"a.csv": "image,text\na.png,3\nb.png,17\n"}, ["3"]),                       # labels
+    ({"a.tsv": "image\tcaption\na\thttp://x/a.jpg\nb\thttps://y.z\n"}, ["http"]),
+    ({"a.png": 1, "a.txt": "0 0.5 0.5 0.1 0.1\n1 0.2 0.2 0.3 0.3"}, ["0.5"]),    # boxes
+    ({"a.jsonl": '{"image": "a.png", "caption": 5}'}, ["a.jsonl", "line 1"]),
+    ({"a.jsonl": '{"image": "a", "caption": "b c"}\n["a"]'}, ["a.jsonl", "line 2"]),
+    ({"annotations/captions_val2017.json": '{"images": [{"id": 1}], "annotations": []}'},
+     ["captions_val2017.json"]),
+    ({"a.token": "a.jpg#0\tx y\nno caption here\n"}, ["a.token", "line 2"]),
+    ({"x_imgs.tsv": "no tab", "x_texts.jsonl": "{}"}, ["x_imgs.tsv", "line 1"]),
+    ({"x_imgs.tsv": "1\tQQ=="}, ["x_texts.jsonl"]),
+    ({"x_imgs.tsv": "1\tQQ==", "x_texts.jsonl": '{"text": "a b", "image_ids": 3}'},
+     ["x_texts.jsonl", "line 1"])])
+def test_sources_that_are_no_captions_are_refused_by_name(tmp_path, files, names):
+    refused(lambda: open_pairs(write(tmp_path, {**files, ".x": ""}), "train", whole=True), *names)
+
+
+def test_class_folders_are_captions_only_when_asked_for(tmp_path):
+    write(tmp_path, {f"{name}/{i}.png": i for name in ("red_fox", "owl") for i in range(10)})
+    found = open_pairs(tmp_path, "train", layout="classes")
+    found.check_files()
+    assert all(text == ("a photo of a owl." if "owl" in path else "a photo of a red fox.")
+               for path, text in rows_of(found)) and len(set(found.captions)) == 2
+
+
+def test_names_splits_and_columns_that_are_not_there(tmp_path):
+    refused(lambda: open_pairs("flikr", "train", tmp_path), "flikr")
+    refused(lambda: open_pairs(tmp_path, "trian"), "trian")
+    refused(lambda: open_pairs(tmp_path, "train", layout="cocoa"), "cocoa")
+    refused(lambda: open_pairs(f"{tmp_path}/x-{{00..04}}.tar", "train"), "x-00.tar")
+    source = write(tmp_path, {"a.csv": "pic,words,split\na.png,a b,train", "a.png": 1})
+    named = {"image_column": "PIC", "caption_column": "words"}
+    assert everything(source, **named) == [("a.png", "a b")]
+    refused(lambda: open_pairs(source, "val", **named), "val")
+    refused(lambda: open_pairs(source, "train", caption_file="none.csv"), "none.csv")
+
+
+PIECES = ("a", "b c", "é", ",", "\t", ";", '"', '""', "\n", "\r\n", "\0", "|", "#0", " ", ".jpg",
+          "\u2028", "'", "x" * 70_000)
+
+
+def strict(text, mark):
+    """RFC 4180 by hand -> rows, None if it is not that. Blank rows are skipped."""
+    rows, row, cell, state = [], [], "", "start"
+    for c in [*text.replace("\r\n", "\n"), "\n"]:
+        if state == "quoted":
+            state, cell = ("closed", cell) if c == '"' else ("quoted", cell + c)
+        elif state == "closed" and c == '"':
+            state, cell = "quoted", cell + c
+        elif c in (mark, "\n"):
+            row, cell, state = [*row, cell], "", "start"
+            if c == "\n":
+                rows, row = rows + [row] * bool("".join(row).strip()), []
+        elif state == "closed":
+            return None
+        else:
+            state, cell = ("quoted", "") if c == '"' and state == "start" else ("plain", cell + c)
+    return None if state == "quoted" else rows
+
+
+def test_a_fuzzed_table_is_read_as_a_strict_reader_reads_it_or_refused_with_its_line(tmp_path):
+    """As quoted where that is well formed; else a TSV without quoting, and a table of two columns
+    with bare commas in its captions."""
+    draw, seen = random.Random(0), collections.Counter()
+    for trial in range(600):
+        mark, quote = draw.choice(",;\t"), draw.random() < 0.6
+        rows = [["image", "caption", "note"][:draw.choice((2, 3))]]
+        for i in range(draw.randrange(1, 5)):
+            width = len(rows[0]) + draw.choice((0, 0, 0, 0, 0, 0, 1, -1))
+            rows.append([f"{i}.jpg", *("".join(draw.choices(
+                PIECES, [6] * 3 + [1] * 15, k=draw.randrange(1, 4))) for _ in range(width - 1))])
+        out = io.StringIO(newline="")
+        csv.writer(out, delimiter=mark, lineterminator="\n").writerows(rows)
+        text = out.getvalue() if quote else "\n".join(mark.join(row) for row in rows)
+        write(tmp_path, {"a.csv": draw.choice(("", "\ufeff")) + text})
+        try:
+            found = rows_of(open_pairs(tmp_path, "train", whole=True))
+        except ValueError as error:  # DataError; anything else is a fault
+            assert error.exit_code == 2 and "\n" not in str(error)
+            assert "line " in str(error) or "captions of images" in str(error)
+            seen["refused"] += 1
+            continue
+        rows = strict(text, mark)
+        if rows is None or len({*map(len, rows)}) > 1:
+            rows = ([line.split(mark) for line in text.replace("\r\n", "\n").split("\n")
+                     if line.strip()] if mark == "\t" else
+                    [[row[0], mark.join(row[1:])] for row in rows])
+        rows = [(row[0].strip(), " ".join(row[1].split())) for row in rows[1:]]
+        assert found == [row for row in rows if all(row)], (trial, text)
+        seen["quoted" if quote else "plain"] += 1
+    assert len(seen) == 3 and min(seen.values()) > 30, seen
+
+
+# -----------------------------------------------------------------------------
+# Shards
+
+def tar(path, members):
+    """Members as `write` takes them, or a dict of fields of a TarInfo."""
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as out:
+        for name, value in members:
+            info, fields = tarfile.TarInfo(name), value if isinstance(value, dict) else {}
+            held = b"" if fields else content(value)
+            info.size = len(held)
+            for field in fields.items():
+                setattr(info, *field)
+            out.addfile(info, io.BytesIO(held))
+    return path
+
+
+def test_shards_made_by_the_tool_are_the_pairs_they_were_made_of(tmp_path):
+    rows = [{"image": f"{i}.{'bmp' if i == 3 else 'png'}", "captions": [f"one {i}", f"two\n{i}"],
+             "split": "train" if i < 25 else "val"} for i in range(30)]
+    write(tmp_path, {row["image"]: picture(i, row["image"][-3:]) for i, row in enumerate(rows)})
+    write(tmp_path, {"t.jsonl": "\n".join(map(json.dumps, rows))})
+    made, command = tmp_path / "tars", ("tools.make_shards", tmp_path / "t.jsonl", "--out",
+                                        tmp_path / "tars", "--per-shard", 10)
+    pattern = f"{made}/train-{{000000..000002}}.tar"
+    assert pattern in cli("-m", *command).ok().out
+    names = [f"train-00000{i}.tar" for i in range(3)]
+    assert sorted(os.listdir(made)) == [*names, "val-000000.tar"]
+    source = open_pairs(tmp_path / "t.jsonl", "train")
+    for where in (made, pattern, "::".join(f"{made}/{name}" for name in names)):
+        found = open_pairs(where, "train")
+        found.check_files()
+        assert found.captions == source.captions and found.owner == source.owner
+        assert all(np.array_equal(found[c][0], source[c][0]) for c in range(50))
+    assert found.store.read(found.paths[0]) == picture(0) and len(open_pairs(made, "test")) == 10
+    refused(attempt(*command), "--out")
+
+
+def test_a_hostile_tar_gives_its_sound_samples_and_writes_nothing(tmp_path):
+    tar(tmp_path / "tars" / "00.tar", {
+        "../out.png": 1, "../out.txt": "out of it", "/abs.png": 1, "/abs.txt": "abs b",
+        "link.png": {"type": tarfile.SYMTYPE, "linkname": "/etc/hostname"}, "link.txt": "a link",
+        "hard.png": {"type": tarfile.LNKTYPE, "linkname": "../../x"},
+        "node.png": {"type": tarfile.CHRTYPE}, "dir": {"type": tarfile.DIRTYPE},
+        "dir/good.PNG": 2, "dir/good.txt": " a\n good\tone ", "js.png": 3,
+        "js.json": '{"caption": "from json"}', "many.png": 3, "many.txt": "one of many",
+        "many.json": '{"captions": ["first one", "second one"]}', "no.png": 5, "no.txt": "  ",
+        "bad.png": 4, "bad.json": '{"caption": ', "odd.png": 4, "odd.txt": b"caf\xe9 a"}.items())
+    found = open_pairs(tmp_path / "tars", "train", whole=True)
+    assert rows_of(found) == [("00.tar:dir/good.PNG", "a good one"), ("00.tar:js.png", "from json"),
+                              ("00.tar:many.png", "first one"), ("00.tar:many.png", "second one")]
+    assert said(found, "3 images without a caption") and found[1][0].size == (19, 16)
+    assert sorted(os.listdir(tmp_path)) == ["tars"]
+    tar(tmp_path / "joined.tar", [("a.png", 1), ("a.txt", "one"), ("a.png", 2), ("a.txt", "two")])
+    refused(lambda: open_pairs(tmp_path / "joined.tar", "train"), "joined.tar", "a.png")
+
+
+@pytest.mark.parametrize("damage", ["in a file", "in a header", "between", "garbage", "size"])
+def test_a_damaged_shard_gives_what_lies_before_the_damage(tmp_path, damage):
+    file = tar(tmp_path / "0.tar", [member for i in range(5) for member in (
+        (f"{i}.txt", f"caption {i}"), (f"{i}.png", i))])
+    with tarfile.open(file) as whole:
+        third = whole.getmember("3.txt").offset
+    held = bytearray(file.read_bytes())
+    if damage == "garbage":
+        held[third:third + 512] = b"\x07" * 512
+    elif damage == "size":
+        held[third + 124:third + 136] = b"\xff" * 12
+    else:
+        held = held[:third + {"in a file": 1300, "in a header": 300, "between": 0}[damage]]
+    file.write_bytes(held)
+    found = open_pairs(file, "train", whole=True)
+    assert found.captions == ["caption 0", "caption 1", "caption 2"]
+    assert said(found, "0.tar is damaged") and found[2][0].size == (18, 16)
+
+
+# -----------------------------------------------------------------------------
+# Chinese-CLIP
+
+TEXTS = [(5, "黑色的猫", [3]), (6, "三只猫", [3, 1, 20]), (7, "红色的猫", [1]), (8, "狗和鸟", []),
+         (9, "红色的猫", [20, 11])]
+POOL = [3, 1, 20, 11, 100, 7]  # 100 and 7 have no text
+PAIRS = [(image, text) for _, text, images in TEXTS for image in images]
+
+
+def write_tsv(folder, word="train", ends=("texts", "text_id", "text", "image_ids"), hidden=False):
+    end, *keys = ends
+    records = [dict(zip(keys[:2 if hidden else 3], row)) for row in TEXTS]
+    return write(folder, {
+        f"{word}_imgs.tsv": b"".join(b"%d\t%s\r\n" % (i, base64.b64encode(picture(i)))
+                                     for i in POOL),
+        f"{word}_{end}.jsonl": "\n".join(map(json.dumps, records))})
+
+
+def write_lmdb(folder, word="train", pairs=None):
+    lmdb = pytest.importorskip("lmdb", reason="lmdb is not installed")
+    pairs = pairs or [pickle.dumps((image, i, text)) for i, text, images in TEXTS
+                      for image in images]
+    for part, entries in (("pairs", {"num_samples": b"%d" % len(pairs), **dict(enumerate(pairs))}),
+                          ("imgs", {"num_images": b"6", **{
+                              i: base64.urlsafe_b64encode(picture(i)) for i in POOL}})):
+        (folder / word / part).mkdir(parents=True)
+        with lmdb.open(str(folder / word / part), map_size=1 << 24) as made:
+            with made.begin(write=True) as change:
+                for key, value in entries.items():
+                    change.put(str(key).encode(), value)
+    return folder
+
+
+def test_tsv_and_lmdb_give_the_same_pairs_and_pixels(tmp_path):
+    folder = write_lmdb(write_lmdb(tmp_path / "muge" / "lmdb"), "valid")
+    tsv = write_tsv(tmp_path / "tsv")
+    for source in (tsv, tsv / "train_imgs.tsv", folder, folder.parent, folder / "train"):
+        found = open_pairs(source, "train", whole=True)
+        found.check_files()
+        assert found.name in ("tsv", "train_imgs", "muge")
+        assert [(int(path.rpartition(":")[2]), text) for path, text in rows_of(found)] == PAIRS
+        assert all(np.array_equal(found[c][0], Image.open(io.BytesIO(picture(image))))
+                   for c, (image, _) in enumerate(PAIRS))
+        view = found.with_transform(Preprocess(16))  # a worker opens it for itself
+        one, two = (next(iter(make_pair_loader(view, 4, workers=workers))) for workers in (0, 1))
+        assert all(map(torch.equal, one, two))
+    assert said(open_pairs(folder, "test"), "val is used as test")
+
+
+def test_muges_names_hidden_labels_and_the_official_rule_of_a_search(tmp_path):
+    for word in ("MR_train", "MR_valid", "MR_test"):
+        write_tsv(tmp_path, word, ("queries", "query_id", "query_text", "item_ids"),
+                  hidden=word == "MR_test")
+    test = open_pairs(tmp_path, "test")
+    found = test.retrieval()  # every line is a query and every image is in the pool
+    assert found.texts == [text for _, text, _ in TEXTS] and len(found.notes) == 1
+    assert [path.rpartition(":")[2] for path in found.images.paths] == list(map(str, POOL))
+    assert found.relevant.tolist() == [[n, POOL.index(image)] for n, (_, _, images) in
+                                       enumerate(TEXTS) for image in images]
+    some = test.subset([2, 4, 1]).retrieval()
+    assert some.texts == ["三只猫", "红色的猫", "红色的猫"]
+    assert [path.rpartition(":")[2] for path in some.images.paths] == ["20", "100", "1"]
+    assert sorted(some.relevant.tolist()) == [[0, 0], [0, 2], [1, 0], [2, 2]]
+    assert {len(batch) for batch in PairBatches(test, 4)} == {4}
+    refused(lambda: PairBatches(test, 5), "4 images")  # those without text are in no batch
+    plain = uneven(tmp_path / "plain", [2, 1, 3])
+    assert plain.retrieval().relevant.tolist() == [[c, i] for c, i in enumerate(plain.owner)]
+    refused(plain.subset([0]).retrieval, "2 images")
+
+
+def test_a_pickle_runs_no_code_and_a_broken_lmdb_is_refused(tmp_path):
+    good, mark = pickle.dumps((3, 1, "a cat")), tmp_path / "executed"
+    for i, value in enumerate((pickle.dumps(Payload(mark)), pickle.dumps((1, 2, Payload(mark))),
+                               pickle.dumps(5), pickle.dumps((1, 2)), b"", b"\x80\x04X\xff\xff\xff",
+                               b"cos\nsystem\n(S'x'\ntR.", pickle.dumps((1, 2, 3)))):
+        folder = write_lmdb(tmp_path / str(i), pairs=[good, value])
+        refused(lambda folder=folder: open_pairs(folder, "train"), "pair 1", "not run")
+    assert not mark.exists()
+    file = write_lmdb(tmp_path / "cut") / "train" / "pairs" / "data.mdb"
+    file.write_bytes(file.read_bytes()[:-4096])
+    refused(lambda: open_pairs(tmp_path / "cut", "train"), "pairs")
+
+
+# -----------------------------------------------------------------------------
+# The set
+
+def test_an_unreadable_image_is_replaced_by_the_same_pair_in_every_worker(tmp_path):
+    pairs = open_pairs(table(tmp_path, 60, 3, broken=range(40)), "train")
+    pairs = pairs.with_transform(Preprocess(8))
+    for c in range(120):  # the captions of the first forty
+        image, used, asked = pairs[(3, c)]
+        tries = (sample_seed(0, attempt, c) % len(pairs) for attempt in range(1, 100))
+        assert asked == c and used == next(t for t in tries if pairs.owner[t] >= 40)
+        assert torch.equal(image, pairs[(0, used)][0])
+    (one,), (two,) = (list(make_pair_loader(pairs, 60, seed=2, workers=n)) for n in (0, 2))
+    assert all(map(torch.equal, one, two)) and (one[1] != one[2]).sum() == 40
+    features = torch.arange(60.0)[:, None].repeat(1, 2)
+    features[:40] = torch.nan
+    (rows, *found), = FeatureLoader(make_pair_loader(pairs, 60, seed=2), features)
+    assert all(map(torch.equal, found, one[1:]))
+    assert rows[:, 0].tolist() == [pairs.owner[c] for c in one[1]]
+
+
+def test_each_image_once_for_features_and_losses_are_noted_or_refused(tmp_path):
+    pairs = open_pairs(table(tmp_path, 9, 2, broken=[4]), "test").with_transform(Preprocess(8))
+    loader = make_loader(pairs.image_items(), 4, shuffle=False)
+    images, positions, indices = (torch.cat(part) for part in zip(*loader))
+    assert indices.tolist() == list(range(9)) and positions.tolist() == [0, 1, 2, 3, -1, 5, 6, 7, 8]
+    assert not images[4].any() and images[5].any()
+    pairs.refuse_losses([4], "damaged")
+    assert said(pairs, "1 of 9 test images cannot be read, e.g. 4.png")
+    for i in range(9):
+        (tmp_path / f"{i}.png").unlink()
+        if i == 0:
+            pairs.check_files()
+    refused(pairs.check_files, "0.png")
+    refused(lambda: pairs[0], "a hundred")
+
+
+def test_a_subset_keeps_the_captions_of_its_images_and_the_fingerprint_sees_all(tmp_path):
+    pairs = uneven(tmp_path, [1, 3, 2, 4])
+    some = pairs.subset([3, 0])
+    assert some.paths == ["3.png", "0.png"] and some.owner == [0, 0, 0, 0, 1]
+    assert some.captions == [f"text 3 {j}" for j in range(4)] + ["text 0 0"]
+    assert some.texts_of(1) == some.subset([1]).captions == ["text 0 0"]
+    assert some.fingerprint == pairs.fingerprint
+    file = table(tmp_path / "t", 4, 2) / "pairs.csv"
+    before = open_pairs(file, "train").fingerprint
+    assert open_pairs(file, "test").fingerprint == before
+    file.write_text(file.read_text().replace("caption 1 of 3,test", "caption 1 of 3!,test"))
+    assert open_pairs(file, "train").fingerprint != before
+
+
+# -----------------------------------------------------------------------------
+# Batches
+
+def batches_of(pairs, size, seed=1, captions="one", epoch=0, first=0, rank=0, world=1):
+    batches = pickle.loads(pickle.dumps(PairBatches(pairs, size, seed, rank, world, captions)))
+    batches.set_epoch(epoch, first)
+    return list(batches)
+
+
+def images_in(pairs, batch):
+    return [pairs.owner[c] for _, c in batch]
+
+
+@pytest.mark.parametrize("captions", ["one", "all"])
+def test_no_image_comes_twice_in_a_batch_and_no_caption_twice_in_an_epoch(tmp_path, captions):
+    counts = [5] * 40 + [1, 2, 7, 60, 30]
+    pairs = uneven(tmp_path, counts)
+    for size, epoch in itertools.product((2, 3, 8, 16, 44, 45), (0, 1)):
+        listed = batches_of(pairs, size, captions=captions, epoch=epoch)
+        assert len(listed) == len(PairBatches(pairs, size, captions=captions))
+        assert {e for batch in listed for e, _ in batch} == {epoch}
+        assert all(len(set(images_in(pairs, batch))) == size for batch in listed)
+        seen = [c for batch in listed for _, c in batch]
+        rounds = 1 if captions == "one" else sorted(counts)[-size]
+        assert len(set(seen)) == len(seen) > sum(min(n, rounds) for n in counts) - size
+
+
+def test_one_caption_is_drawn_anew_and_all_mix_so_that_images_meet_anew(tmp_path):
+    pairs, drawn, mates = uneven(tmp_path, [4] * 300), [], set()
+    for epoch in range(40):
+        (batch,) = batches_of(pairs, 300, epoch=epoch)
+        assert sorted(images_in(pairs, batch)) == list(range(300))
+        drawn += [c % 4 for _, c in batch]
+    assert (abs(np.bincount(drawn) - 3000) < 250).all()
+    for batch in batches_of(pairs, 20, captions="all"):
+        mates |= set(itertools.permutations(images_in(pairs, batch), 2))
+    assert len(mates) > 0.8 * 4 * 300 * 19  # hardly any two meet again in the same epoch
+
+
+@pytest.mark.parametrize("captions", ["one", "all"])
+def test_batches_resume_and_split_over_processes_as_one_list(tmp_path, captions):
+    pairs = uneven(tmp_path, [5] * 30)
+    whole = batches_of(pairs, 7, captions=captions, epoch=4)
+    for world in (1, 2, 3):
+        shares = [batches_of(pairs, 7, 1, captions, 4, 2, rank, world) for rank in range(world)]
+        for batch, *parts in zip(whole[2:], *shares, strict=True):
+            assert parts == [batch[rank::world] for rank in range(world)]
+    orders = [whole, *(batches_of(pairs, 7, seed, captions, epoch)
+                       for seed, epoch in ((1, 4), (1, 1), (2, 4)))]
+    assert len({json.dumps([images_in(pairs, batch) for batch in order]) for order in orders}) == 3
+    refused(lambda: PairBatches(pairs, 1, captions=captions), "2")
+    refused(lambda: PairBatches(pairs, 31, captions=captions), "30 images")
+
+
+def test_mixed_batches_hold_a_share_of_every_part(tmp_path):
+    parts = [open_pairs(table(tmp_path / str(n), n, 2, broken), "train").with_transform(
+        Preprocess(8)) for n, broken in ((12, [3]), (5, []))]
+    loader = make_mixed_loader(parts, [4, 2], seed=1, captions="all")
+    mixed, seen = loader.dataset, set()
+    assert isinstance(mixed, Mixture) and len(mixed) == 34 and len(loader.batch_sampler) == 6
+    for epoch in range(3):
+        loader.batch_sampler.set_epoch(epoch)
+        for _, used, asked in loader:
+            owner = [mixed.owner[c] for c in asked]
+            assert [i >= 12 for i in owner] == [False] * 4 + [True] * 2 and len(set(owner)) == 6
+            assert all(mixed.owner[c] != 3 for c in used)
+            seen |= {c for c in asked.tolist() if c >= 24}
+    assert seen == set(range(24, 34))  # the small part goes round
+    features = torch.arange(17.0)[:, None]
+    features[3] = torch.nan
+    for (_, *one), (rows, *two) in zip(loader, FeatureLoader(loader, features), strict=True):
+        assert all(map(torch.equal, one, two))
+        assert rows[:, 0].tolist() == [mixed.owner[c] for c in two[0]]
+    ids = identities(mixed)
+    assert ids[:, 0].tolist() == mixed.owner  # of two folders: other images, but the same words
+    assert len(ids[:, 1].unique()) == 24
+    assert identities(Mixture([parts[0], parts[0]]))[:, 0].max() == 11
+
+
+# -----------------------------------------------------------------------------
+# Cache
+
+def views(pairs):
+    pairs = pairs.with_transform(Preprocess(16, train=True, seed=3))
+    return [[part.tolist() if torch.is_tensor(part) else part for part in pairs[(2, c)]]
+            for c in range(0, len(pairs), 3)]
+
+
+def test_a_cache_gives_the_pixels_of_no_cache_where_sides_allow(tmp_path):
+    plain = open_pairs(table(tmp_path, 9, 2, broken=[1]), "train")
+    for workers in (0, 2, 0):  # the last finds the file of the first
+        pairs = open_pairs(tmp_path, "train")
+        assert pairs.cache(None, 16, tmp_path / f"c{workers}", workers=workers) is pairs
+        assert views(plain) == views(pickle.loads(pickle.dumps(pairs))) and pairs.pixels
+        assert said(pairs, "1 of 9") and views(plain.subset([5, 2])) == views(pairs.subset([5, 2]))
+    small = open_pairs(tmp_path, "train").cache(None, 8, tmp_path / "small")
+    assert small[0][0].size == (8, 8) and small[16][0].size == (10, 8)  # of 16 x 16, 19 x 16
+    some = open_pairs(tmp_path, "train").cache(None, 16, tmp_path / "none", limit=4000)
+    assert some.pixels is None and said(some, "decoded at every use")
+    assert views(plain) == views(some) and not list((tmp_path / "none").iterdir())
+    assert open_pairs(tmp_path, "train").cache(None, 16, tmp_path / "off", limit=0).pixels is None
+    worse = open_pairs(table(tmp_path / "w", 9, 2, broken=[1, 2]), "train")
+    refused(lambda: worse.cache(None, 16, tmp_path / "w" / "c"), "2 of 9")
+
+
+def test_a_cache_that_broke_off_is_made_again_and_without_a_folder_there_is_none(tmp_path):
+    pairs = open_pairs(table(tmp_path, 9, 2), "train").cache(None, 16, tmp_path / "c")
+    held = pairs.pixels.read_bytes()
+    pairs.pixels.write_bytes(held[:-40])
+    pairs.pixels.with_suffix(".json").unlink()  # it is written last
+    again = open_pairs(tmp_path, "train").cache(None, 16, tmp_path / "c")
+    assert pairs.pixels.read_bytes() == held and views(again) == views(pairs)
+    other = open_pairs(tmp_path, "train").cache(None, 16, tmp_path / "pairs.csv")
+    assert other.pixels is None and views(other) == views(pairs)
+
+
+def test_the_first_process_fills_the_cache_for_all(tmp_path):
+    table(tmp_path, 9, 2)
+
+    def work(rank):
+        pairs = open_pairs(tmp_path, "train").cache(start("cpu"), 16, tmp_path / "c")
+        print("found", pairs.pixels, np.sum(views(pairs)[3][0]))
+    one, two = (result.ok().out.partition("found")[2] for result in processes(2, work))
+    assert one == two != "" and len(list((tmp_path / "c").iterdir())) == 2
