@@ -116,13 +116,8 @@ def read_plan(args):
                         f'"defaults" and "eval_sets" as objects')
     for name in plan.keys() - {"name", *parts, *OF_THE_RUN}:
         raise UserError(f"--plan {args.plan}: unknown key {name!r}"
-                        + meant(name, ["name", *parts, *OF_THE_RUN]))
+                        + nearest(name, ["name", *parts, *OF_THE_RUN]))
     return plan
-
-
-def meant(name, known):
-    near = nearest(name, list(known))
-    return f"; did you mean {near!r}?" if near else f"; known: {', '.join(list(known)[:30])}"
 
 
 def refuse(stage, wrong, why):
@@ -137,14 +132,19 @@ def read_keys(entries, where):
         if name in DROPPED:
             raise UserError(f"{where}: {name!r} is no key any more: {DROPPED[name]}")
         if name not in KEYS:
-            raise UserError(f"{where}: unknown key {name!r}{meant(name, KEYS)}")
-        read, several = KEYS[name].metadata["read"], KEYS[name].default == ()
-        kind = dict if name == "replay" else list if several else (str, int, float)
+            raise UserError(f"{where}: unknown key {name!r}{nearest(name, KEYS)}")
+        read, shape = KEYS[name].metadata["read"], (str, int, float)
+        if KEYS[name].default == ():
+            shape = dict if name == "replay" else list
         try:
-            if not isinstance(value, kind) or value == "":
-                raise argparse.ArgumentTypeError(f"expected a {'list' if several else 'value'}")
-            found[KEYS[name].name] = {x: read(str(share)) for x, share in value.items()} if (
-                kind is dict) else [read(str(x)) for x in value] if several else read(str(value))
+            if not isinstance(value, shape) or value == "":
+                raise argparse.ArgumentTypeError("expected " + {
+                    dict: "an object", list: "a list"}.get(shape, "a text or a number"))
+            if shape is dict:
+                value = {part: read(str(share)) for part, share in value.items()}
+            else:
+                value = [read(str(x)) for x in value] if shape is list else read(str(value))
+            found[KEYS[name].name] = value
         except (argparse.ArgumentTypeError, re.error) as error:
             raise UserError(f"{where}: {name} is {value!r}; {error}") from None
     return found

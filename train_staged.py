@@ -52,11 +52,11 @@ import torch
 from torch import nn
 
 from clip_model import evaluating, HEADS, project, text_pieces, unit
-from data import EXTRAS, Preprocess
+from data import EXTRAS, nearest, Preprocess
 from large_batch import by_rows, together, TwoPass
 from pairs import (add_pair_flags, FeatureLoader, identities, make_mixed_loader, open_pairs,
                    PairBatches)
-from plans import (add_stage_flags, FILES, FLAGS, KEYS, meant, OF_THE_RUN, read_plan, read_stages,
+from plans import (add_stage_flags, FILES, FLAGS, KEYS, OF_THE_RUN, read_plan, read_stages,
                    refuse, Stage)
 from scores import bootstrap, embed, frozen_features, image_features, recalls, retrieval_ranks
 from tokenizer import for_model
@@ -154,7 +154,7 @@ def freeze(model, stage):
         bare = rule.removeprefix("!")
         hit = set(towers.get(bare) or fnmatch.filter(names, bare))
         frozen = frozen | hit if bare == rule else frozen - hit
-        refuse(stage, not hit, f"freeze {rule!r} names nothing{meant(bare, [*towers, *names])}")
+        refuse(stage, not hit, f"freeze {rule!r} names nothing{nearest(bare, [*towers, *names])}")
     trainable = {name: p for name, p in model.named_parameters() if name not in frozen}
     refuse(stage, set(trainable) <= {"logit_scale"}, f"freeze {[*stage.freeze]} leaves nothing to "
            f"train")
@@ -205,12 +205,13 @@ def evaluate(run, model, pairs, tokenizer, args, draws=0):
     shown = pairs.with_transform(Preprocess.of(model))
     image, text, relevant = embed(run, model, shown, tokenizer, workers=args.workers,
                                   max_text=args.max_text)
+
+    def with_r1(scores):
+        return {**scores, "r1": (scores["i2t_r1"] + scores["t2i_r1"]) / 2}
     ranks = retrieval_ranks(image, text, relevant)
-    spread = bootstrap(ranks, relevant, draws, args.seed) if draws else {}
-    found, interval = recalls(ranks), {}
-    for scores in filter(None, (found, spread)):
-        scores["r1"] = (scores["i2t_r1"] + scores["t2i_r1"]) / 2
+    found, interval = with_r1(recalls(ranks)), {}
     if draws:
+        spread = with_r1(bootstrap(ranks, relevant, draws, args.seed))
         interval = {name: np.quantile(spread[name], (0.025, 0.975)).tolist() for name in SCORES}
     return {**{name: found[name] for name in SCORES}, "interval": interval, "images": len(image),
             "texts": len(text)}
@@ -324,7 +325,8 @@ def train(run, model, stage, loader, tokens, judge, stored):
 def run_stage(run, model, stage, stages, stored, tokenizer, args):
     """Train a stage from the weights that are in `model` -> what its results.json says. Its folder
     then holds checkpoint_best.pt, checkpoint_last.pt and, with `wise`, wise_best.pt."""
-    begun, earlier = copy.deepcopy(model.state_dict()), stages[:stages.index(stage)]
+    begun = copy.deepcopy(model.state_dict()) if stage.wise else None
+    earlier = stages[:stages.index(stage)]
     options = run.loader_options(args.workers)
     parts = [stage.train, *(other.train for other in earlier if other.name in stage.replay)]
     for pairs in parts:
@@ -439,8 +441,10 @@ def open_data(stages, eval_sets, args):
 def preflight(run, stages, tests, model, args):
     """Work out the steps of each stage and say in a line what it will do. UserError for what cannot
     be meant."""
-    opened = [*(stage.train for stage in stages), *tests.values()]
-    for note in dict.fromkeys(note for pairs in opened for note in pairs.notes):
+    notes = [note for stage in stages for note in stage.train.notes]
+    for pairs in tests.values():
+        notes += [*pairs.notes, *pairs.retrieval().notes]
+    for note in dict.fromkeys(notes):
         run.say(note)
     for stage in stages:
         size, parts = stage.batch_size, [x for x in stages if x.name in stage.replay]
@@ -531,7 +535,8 @@ def main(args):
     for note in model.origin["notes"]:
         run.say(note)
     tests = open_data(stages, plan.get("eval_sets", {}), args)
-    if args.workers < 0 and max(len(stage.train.paths) for stage in stages) <= FEW:
+    opened = [*tests.values(), *(stage.train for stage in stages)]
+    if args.workers < 0 and max(len(pairs.paths) for pairs in opened) <= FEW:
         args.workers = 0
     preflight(run, stages, tests, model, args)
     about = {"method": "staged", "model": model.origin["name"], "scale": model.logit_scale.item(),
@@ -547,6 +552,8 @@ def main(args):
     if not args.eval_only:
         _, finished = run.begin(out, args, about)
         if finished and all(s.done for s in stages) and finished["tests"] == judged_on:
+            if args.export:
+                write_export(run, model, out / finished["weights"], out, tokenizer, args)
             return finished
         run.write("plan.json", plan)
         run.on_first(lambda: (out / "results.json").unlink(missing_ok=True))
@@ -586,9 +593,7 @@ def report(run, model, rows, stages, tests, tokenizer, args):
     done = {stage.name: json.loads((stage.folder / "results.json").read_text("utf-8"))
             for stage in stages if stage.done}
     if args.export and done:
-        model.load_state_dict(load(last["weights"]).state_dict())
-        run.say("exported to " + run.on_first(lambda: str(export(
-            model, stages[0].folder.parent / "export", args.export, tokenizer))))
+        write_export(run, model, last["weights"], stages[0].folder.parent, tokenizer, args)
     pixels = torch.zeros(1, 3, *[model.config.image_size] * 2, dtype=torch.uint8)
     tokens = tokenizer(tests[judged].captions[:1], context_length=args.max_text)
     lost, back = forgetting_of(rows, "r1")
@@ -600,6 +605,12 @@ def report(run, model, rows, stages, tests, tokenizer, args):
             "text_ms": milliseconds(run, model, text_features, cut_texts(model, tokens, 1)[0][0]),
             "samples_per_second": max([x["samples_per_second"] for x in done.values()] or [0.0]),
             "weights": f"{judged}/{FILES['best']}" if done else str(args.weights)}
+
+
+def write_export(run, model, path, out, tokenizer, args):
+    model.load_state_dict(load(path).state_dict())
+    run.say("exported to " + run.on_first(lambda: str(export(model, out / "export", args.export,
+                                                             tokenizer))))
 
 
 # -----------------------------------------------------------------------------
