@@ -203,9 +203,12 @@ def known_from_hugging_face(read):
     allow({"model_type": kind}, model_type=(
         "clip", "chinese_clip", "vision-text-dual-encoder", "clip_vision_model", "clip_text_model",
         *FAMILIES))
-    known = {"pixels": pixels_from_hugging_face(read("preprocessor_config.json"))}
-    image = config if kind == "clip_vision_model" else config.get("vision_config") or {}
-    text = config if kind == "clip_text_model" else config.get("text_config") or {}
+    known = {"pixels": pixels_from_hugging_face(read("preprocessor_config.json") or read(
+        "processor_config.json").get("image_processor"))}
+    image, text = ({**(config.get(f"{side}_config") or {}), **(config.get(f"{side}_config_dict")
+                   or {})} for side in ("vision", "text"))  # theirs: the old second one wins
+    image = config if kind == "clip_vision_model" else image
+    text = config if kind == "clip_text_model" else text
     activations = tuple(ACTIVATIONS)
     if kind != "clip_text_model":
         allow(image, model_type=("clip", "clip_vision_model", "chinese_clip_vision_model"),
@@ -286,6 +289,16 @@ def make_pixels(mean, std, resize, interpolation):
     return found
 
 
+def pixels_from_timm(config, name):
+    """Pixels of the config.json of timm's model folders, None of another; a model of another name
+    can have the same tensors and compute something else."""
+    weights = config.get("pretrained_cfg")
+    if not weights:
+        return None
+    allow(config, architecture=(name.partition(".")[0],))
+    return make_pixels(weights["mean"], weights["std"], None, weights.get("interpolation"))
+
+
 HARMLESS = (  # what shapes tell, and what changes nothing
     "embed_dim vision_cfg text_cfg quick_gelu custom_text init_logit_scale init_logit_bias "
     "output_dict cast_dtype layers width head_width heads patch_size image_size mlp_ratio "
@@ -345,6 +358,9 @@ def image_fields(sd, known):
     """The CLIPConfig fields of the image tower in these tensors (OpenAI's names)."""
     if any(name.startswith("visual.trunk.") for name in sd):
         head = sd.get("visual.proj.projection.weight")
+        if not known.get("backbone"):
+            raise WeightsError("its image tower is a classifier's trunk (SigLIP, or another of "
+                               "timm), and of which is not written")
         return {"backbone": known["backbone"], "image_size": known["image_size"],
                 "vision_layers": 0, "vision_patch": None,
                 "vision_width": sd["visual.proj"].shape[0] if head is None else head.shape[1]}

@@ -36,8 +36,8 @@ from clip_model import (
 from layouts import (
     CARD, WeightsError, about, card, check_layout, check_state, config_from_state_dict, describe,
     hugging_face_tables, image_fields, is_chinese_clip, known_from_card, known_from_hugging_face,
-    known_from_open_clip, name_of, one_line, open_clip_tables, openai_names, state_in, text_fields,
-    to_hugging_face)
+    known_from_open_clip, name_of, one_line, open_clip_tables, openai_names, pixels_from_timm,
+    state_in, text_fields, to_hugging_face)
 
 OPENAI_URL = "https://openaipublic.azureedge.net/clip/models"
 RELEASED = {  # name -> sha256, which is also the folder in the URL
@@ -288,10 +288,8 @@ def load(name_or_path=None, image_tower=None, text_tower=None, proj="linear", em
     OpenAI, OpenCLIP, Hugging Face, Chinese-CLIP or our own, also a training checkpoint), or a
     folder of these, also a run's. A name wins over a folder of the same name; "./RN50" is the
     folder. activation: "quick_gelu" or "gelu" where the file does not tell; OpenAI's otherwise.
-
     image_tower, text_tower: the towers of a new CLIP, see `image_source` and `text_source`; the one
-    that is not given comes from `name_or_path`. The other arguments are for `join` alone.
-    """
+    that is not given comes from `name_or_path`. The other arguments are for `join` alone."""
     if image_tower is not None or text_tower is not None:
         return join(image_source(image_tower or name_or_path, image_size, activation),
                     text_source(text_tower or name_or_path, pool, activation),
@@ -397,7 +395,8 @@ def image_source(tower, size, activation):
     if not tower or canonical_name(text.removesuffix(":none")) or expanded(text).exists():
         return clip_source("image", text, activation, size)
     library, name, weights = re.fullmatch(r"(torchvision:|timm:)?([^:]*):?(.*)", text).groups()
-    state, origin, problems = {}, {"name": name, "sha256": "", "notes": []}, []
+    state, given, problems = {}, None, []
+    origin = {"name": name, "sha256": "", "notes": []}
     if weights.startswith("IMAGENET"):
         with about(f"torchvision could not fetch {text}"):
             from torchvision import models
@@ -406,6 +405,7 @@ def image_source(tower, size, activation):
         path = locate(weights)
         with about(path):
             state, origin["notes"] = state_in(read_file(path)[0])
+            given = pixels_from_timm(read_json(path.parent / "config.json"), name)
         origin["sha256"] = sha256_of(path)
     names = [f"timm:{name}", name] if library == "timm:" else [name, f"timm:{name}"]
     for backbone in names if state else names[:1]:
@@ -416,13 +416,14 @@ def image_source(tower, size, activation):
             problems.append(one_line(error))
             continue
         cut = {key: t for key, t in state.items() if not key.startswith(f"{removed}.")}
-        odd = [key for key in trunk.state_dict().keys() ^ cut.keys()
-               if not key.endswith(".num_batches_tracked")]
-        if not (state and odd):
-            return Source({f"visual.trunk.{key}": t for key, t in cut.items()}, {"pixels": pixels},
-                          origin, fields={
-                              "backbone": backbone, "image_size": side, "vision_layers": 0,
-                              "vision_patch": None, "vision_width": width})
+        shapes = [{(key, t.shape) for key, t in table.items() if not key.endswith("_tracked")}
+                  for table in (cut, trunk.state_dict())]
+        odd = [key for key, _ in shapes[0] ^ shapes[1]] if state else []
+        if not odd:
+            fields = {"backbone": backbone, "image_size": side, "vision_layers": 0,
+                      "vision_patch": None, "vision_width": width}
+            return Source({f"visual.trunk.{key}": t for key, t in cut.items()},
+                          {"pixels": given or pixels}, origin, fields=fields)
         problems.append(f"{backbone} has other tensors ({min(odd)})")
     raise WeightsError(f"no image tower {text!r}: {'; '.join(problems)}; expected a CLIP's name or "
                        f"path, or [timm:]NAME[:FILE] with a classifier such as resnet50")
@@ -593,8 +594,7 @@ def save(model, path, layout="safetensors", dtype=torch.float32, token_rows=None
     (a folder for transformers' CLIPModel, VisionTextDualEncoderModel or ChineseCLIPModel) or
     "chinese_clip" (a .pt that its programs read, and resume with --reset-optimizer). Each carries
     `card` too, which those programs pass over. dtype: stored precision. token_rows: LongTensor of
-    the vocabulary rows to keep, for the bundled model. An interruption leaves the old file.
-    """
+    the vocabulary rows to keep, for the bundled model. An interruption leaves the old file."""
     path, config, known = pathlib.Path(path), model.config, card(model)
     check_layout(config, layout, model.logit_bias is not None)
     state = {name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)

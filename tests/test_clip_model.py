@@ -76,18 +76,6 @@ def test_every_size_has_the_published_counts_and_is_told_from_shapes_alone(name)
                                      for part in (model, model.visual))
 
 
-def test_names_of_tensors_are_the_published_ones():
-    names = set(make().state_dict()) | set(make("tiny-rn").state_dict()) | set(
-        make(bert="bert").state_dict())
-    for name in ("visual.class_embedding visual.conv1.weight visual.proj visual.ln_pre.bias "
-                 "visual.transformer.resblocks.1.attn.in_proj_weight text_projection logit_scale "
-                 "transformer.resblocks.0.mlp.c_fc.bias transformer.resblocks.0.attn.out_proj.bias "
-                 "visual.attnpool.c_proj.weight visual.attnpool.positional_embedding ln_final.bias "
-                 "visual.layer2.0.downsample.0.weight visual.layer2.0.downsample.1.running_mean "
-                 "bert.encoder.layer.2.attention.self.query.bias token_embedding.weight").split():
-        assert name in names
-
-
 def test_names_are_found_however_they_are_spelt():
     assert len(RELEASED) == 9 and all(len(digest) == 64 for digest in RELEASED.values())
     for spelling, name in [
@@ -204,7 +192,8 @@ def test_towers_and_their_gradients_equal_their_naive_twins(activation, fused):
     tokens, images = some_texts([2, 9, 77, 30]), images_for(model, 3)
     state = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
     ours = torch.cat([model.encode_text(tokens), model.encode_image(images)])
-    twin = torch.cat([twin_text(model.config, state, tokens), twin_vit(model.config, state, images)])
+    twin = [twin_text(model.config, state, tokens), twin_vit(model.config, state, images)]
+    twin = torch.cat(twin)
     torch.testing.assert_close(ours, twin, **EXACT)
     weight = torch.randn(7, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     (ours * weight).sum().backward()

@@ -144,7 +144,6 @@ GELU = {"hidden_act": "gelu"}
     ({"num_attention_heads": 4}, {"num_attention_heads": 6}, ""),
     ({"eos_token_id": 5}, {}, "eos_token_id"), (GELU, {}, "hidden_act"), ({}, GELU, "hidden_act"),
     ({"hidden_act": "gelu_new"}, {"hidden_act": "gelu_new"}, "gelu_new"),
-    ({}, {"hidden_act": "gelu_pytorch_tanh"}, "gelu_pytorch_tanh"),
     ({"layer_norm_eps": 1e-6}, {}, "layer_norm_eps"),
     ({}, {"layer_norm_eps": 1e-12}, "layer_norm_eps"),
     ({"intermediate_size": 100}, {}, "c_fc")])
@@ -220,16 +219,14 @@ def test_one_tower_of_a_clip_is_read_alone(tmp_path, transformers):
     refused(lambda: load(tmp_path / "v"), "v", "text_projection")
 
 
-@pytest.mark.parametrize("family", ["vit", "siglip_vision_model", "metaclip_2", "siglip"])
-def test_other_model_types_of_transformers_are_refused_by_name(tmp_path, transformers, family):
+def test_other_model_types_of_transformers_are_refused_by_name(tmp_path, transformers):
     hugging_face_clip(transformers).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    if family in ("vit", "siglip_vision_model"):
-        config["vision_config"]["model_type"] = family
-    else:
-        config["model_type"] = family
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    refused(lambda: load(tmp_path), family, "model_type")
+    for part, family in ((config["vision_config"], "vit"), (config, "metaclip_2"),
+                         (config, "siglip"), (config, None)):
+        part["model_type"] = family
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        refused(lambda: load(tmp_path), f"model_type {family!r}")  # noqa: B023
 
 
 # -----------------------------------------------------------------------------
@@ -296,36 +293,26 @@ def test_pooling_is_what_sentence_transformers_wrote_beside(tmp_path, transforme
     refused(lambda: load(image_tower="tiny-vit:none", text_tower=tmp_path), "max_tokens")
 
 
-@pytest.mark.parametrize("changes, name", [
-    ({"model_type": "ernie"}, "ernie"), ({"model_type": "xlm-roberta"}, "xlm-roberta"),
-    ({"model_type": "camembert"}, "camembert"), ({"model_type": "electra"}, "electra"),
-    ({"hidden_act": "relu"}, "hidden_act"), ({"hidden_act": "gelu_new"}, "gelu_new"),
-    ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
-    ({"is_decoder": True}, "is_decoder"), ({"num_attention_heads": 5}, "heads"),
-    ({"num_attention_heads": "two"}, "config.json")])
-def test_other_families_and_settings_of_a_bert_are_refused_by_name(tmp_path, transformers, changes,
-                                                                   name):
+def test_other_families_and_settings_of_a_bert_are_refused_by_name(tmp_path, transformers):
     their_bert(transformers, "bert").save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | changes
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    line = refused(lambda: load(image_tower="tiny-vit:none", text_tower=tmp_path))
-    assert name in line or name == "config.json"
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key, value in (("model_type", "ernie"), ("model_type", "xlm-roberta"),
+                       ("model_type", "camembert"), ("model_type", "electra"),
+                       ("hidden_act", "relu"), ("hidden_act", "gelu_new"), ("is_decoder", True),
+                       ("position_embedding_type", "relative_key"), ("num_attention_heads", 5)):
+        (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+        refused(lambda: load(image_tower="tiny-vit:none", text_tower=tmp_path),
+                "heads" if value == 5 else f"{key} {value!r}")  # noqa: B023
 
 
-def test_published_sizes_of_text_towers_and_dual_encoders(transformers):
-    for name, parameters in (("distilbert-base-uncased", 66_362_880),
-                             ("roberta-base", 124_645_632), ("bert-base-uncased", 109_482_240),
-                             ("chinese-roberta-wwm-ext", 102_267_648)):
-        with torch.device("meta"):
-            bert = CLIP(dataclasses.replace(CONFIGS["tiny"], **bert_fields(BERTS[name]))).bert
-        assert sum(p.numel() for p in bert.parameters()) == parameters
+def test_clip_roberta_has_the_published_count_and_their_names(transformers):
     with torch.device("meta"):
         ours = CLIP(dataclasses.replace(CONFIGS["ViT-B/32"], **bert_fields(BERTS["roberta-base"])))
         theirs = transformers.VisionTextDualEncoderModel(transformers.VisionTextDualEncoderConfig(
             vision_config=transformers.CLIPVisionConfig().to_dict(),
             text_config=transformers.RobertaConfig(
                 max_position_embeddings=514, type_vocab_size=1).to_dict()))
-    assert sum(p.numel() for p in ours.parameters()) == 212_888_065  # clip-roberta
+    assert sum(p.numel() for p in ours.parameters()) == 212_888_065
     assert {key: t.shape for key, t in to_hugging_face(ours.state_dict()).items()} == {
         key: t.shape for key, t in theirs.state_dict().items()}
 
@@ -450,16 +437,6 @@ def test_we_compute_the_same_from_open_clips_training_checkpoint(tmp_path, open_
     ours = load(tmp_path / "epoch_3.pt")
     assert ours.origin["notes"] == ["weights found under 'state_dict'", "prefix 'module.' removed"]
     same_as_open_clip(ours, theirs)
-
-
-def test_open_clips_full_size_configs_have_our_names_and_shapes(open_clip):
-    for ours_name, theirs_name in (("ViT-B/16", "ViT-B-16"), ("RN50x4", "RN50x4")):
-        config = open_clip.get_model_config(f"{theirs_name}-quickgelu")
-        with torch.device("meta"):
-            theirs = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"],
-                                    quick_gelu=True).state_dict()
-            ours = CLIP(CONFIGS[ours_name]).state_dict()
-        assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
 
 # -----------------------------------------------------------------------------

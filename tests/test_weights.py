@@ -1,6 +1,5 @@
 """weights.py, layouts.py and tools.convert: files there and back, files that must not be trusted,
 what a run leaves, two towers, fetching."""
-import collections
 import copy
 import dataclasses
 import hashlib
@@ -9,7 +8,6 @@ import io
 import json
 import math
 import os
-import pathlib
 import pickle
 import random
 import shutil
@@ -24,7 +22,7 @@ from helpers import Child, Payload, attempt, damaged_files, images_for, refused,
 from torch import nn
 
 import weights
-from clip_model import BERTS, CLIP, CONFIGS, BertConfig, bert_fields
+from clip_model import BERTS, CLIP, CONFIGS, BertConfig, Pixels, bert_fields
 from layouts import LAYOUTS, to_hugging_face
 from tools import convert
 from weights import (
@@ -34,7 +32,7 @@ VOCAB = 64
 BERT = BertConfig("bert", VOCAB, 64, 2, 1, 96, 24)
 FIELDS = {"bert": bert_fields(BERT), "": {"vocab_size": VOCAB},
           "bare": bert_fields(dataclasses.replace(BERT, pool="first")),
-          "roberta": bert_fields(dataclasses.replace(BERT, family="roberta", pad_id=1, type_vocab=1)),
+          "roberta": bert_fields(dataclasses.replace(BERT, family="roberta", pad_id=1)),
           "mean": bert_fields(dataclasses.replace(BERT, pool="mean"))}
 BACKBONE = {"backbone": "squeezenet1_0", "image_size": 64, "vision_layers": 0,
             "vision_patch": None, "vision_width": 512}
@@ -56,9 +54,8 @@ def same(one, two):
     a, b = one.state_dict(), two.state_dict()
     assert one.config == two.config and one.pixels == two.pixels and a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
-    for ours, theirs in zip(one(images_for(one, 2), texts(one)), two(images_for(two, 2), texts(two))):
-        assert torch.equal(ours, theirs)
-    return True
+    inputs = images_for(one, 2), texts(one)
+    return all(map(torch.equal, one(*inputs), two(*inputs)))
 
 
 # -----------------------------------------------------------------------------
@@ -72,7 +69,7 @@ def same(one, two):
     ({"bert": "bert"}, "safetensors hf"), ({"bert": "roberta"}, "safetensors hf"),
     ({"bert": "mean"}, "safetensors"), ({"bert": "bare"}, "safetensors hf chinese_clip"),
     ({"name": "tiny-rn", "bert": "bare"}, "safetensors chinese_clip"),
-    ({"bert": "bert", "proj": "mlp"}, "safetensors"), ({"bert": "bert", **BACKBONE}, "safetensors")])
+    ({"bert": "bert", "proj": "mlp", **BACKBONE}, "safetensors")])
 def test_every_layout_brings_back_all_that_a_model_is(tmp_path, changes, layouts):
     if "backbone" in changes:
         pytest.importorskip("torchvision", exc_type=(ImportError, RuntimeError))
@@ -138,10 +135,10 @@ def test_a_torchscript_archive_is_read_bit_for_bit_without_running_it(archive):
 @pytest.mark.parametrize("name", ["tiny-vit", "tiny-rn"])
 def test_load_gives_contiguous_fp32_masters_whatever_is_stored(tmp_path, name):
     model = make(name)
-    state = {key: t.half() for key, t in model.state_dict().items() if "num_batches" not in key}
-    state |= {key: t.t().contiguous().t() for key, t in state.items() if t.dim() == 2}
-    torch.save({key: t.half() for key, t in model.state_dict().items()}, tmp_path / "half.pt")
-    torch.save(state, tmp_path / "strided.pt")  # and of a torch whose BatchNorm did not count
+    state = {key: t.half() for key, t in model.state_dict().items()}
+    torch.save(state, tmp_path / "half.pt")
+    torch.save({key: t.t().contiguous().t() if t.dim() == 2 else t for key, t in state.items()
+                if "num_batches" not in key}, tmp_path / "strided.pt")  # before BatchNorms counted
     files = [tmp_path / "half.pt", tmp_path / "strided.pt"]
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         files.append(save(model, tmp_path / f"{dtype}.safetensors", dtype=dtype))
@@ -152,30 +149,18 @@ def test_load_gives_contiguous_fp32_masters_whatever_is_stored(tmp_path, name):
             assert torch.allclose(tensor, model.state_dict()[key], atol=0.02)
 
 
-def test_safetensors_files_open_in_the_safetensors_package_and_back(tmp_path):
-    package = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
-    model = make("tiny-rn")
-    theirs = package.load_file(save(model, tmp_path / "ours.safetensors"))
-    assert all(torch.equal(theirs[key], t) for key, t in model.state_dict().items())
-    package.save_file(theirs, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
-    assert same(load(tmp_path / "theirs.safetensors"), model)
-
-
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "model.clip."])
-@pytest.mark.parametrize("keys", [["state_dict"], ["model", "state_dict"], ["weights"], ["ema"]])
+@pytest.mark.parametrize("keys", [["state_dict"], ["model", "state_dict"], ["ema"]])
 def test_weights_are_found_inside_training_checkpoints_of_others(tmp_path, prefix, keys):
     model = make("tiny-rn")
     content = {prefix + key: tensor for key, tensor in model.state_dict().items()}
-    content["attn_mask"] = torch.zeros(77, 77) if not prefix else content[next(iter(content))]
-    content.pop("attn_mask")
     for key in reversed(keys):
         content = {"ema": {}, key: content, "epoch": 3, "optimizer": {"state": {0: torch.ones(1)}}}
-    for legacy in (False, True):
-        torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
+    for zipped in (False, True):
+        torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
         back = load(tmp_path / "a.pt")
-        assert same(back, model)
-        *notes, activation = back.origin["notes"]
-        assert len(notes) == len(keys) + prefix.count(".") and "--activation" in activation
+        assert same(back, model) and len(back.origin["notes"]) == len(keys) + prefix.count(".") + 1
+        assert "--activation" in back.origin["notes"][-1]
     assert load(tmp_path / "a.pt", activation="gelu").config.activation == "gelu"
 
 
@@ -227,35 +212,33 @@ def with_table(folder, name, table):
     return folder
 
 
-def bare_folder(path, layout="hf", model=None):
+def bare_folder(path, layout="hf"):
     """A folder as another library writes it: no word of ours in the file of tensors."""
     package = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
-    file = export(model or make(), path, layout)
+    file = export(make(), path, layout)
     package.save_file(package.load_file(file), file)
     return file.parent
 
 
-@pytest.mark.parametrize("config, pixels", [
-    ({}, ((0.481, 0.458, 0.408), (0.269, 0.261, 0.276), "shortest", "bicubic")),
-    ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2},
-     ((0.5,) * 3, (0.5,) * 3, "shortest", "bilinear")),
-    ({"size": {"height": 32, "width": 32}, "do_center_crop": False},
-     ((0.481, 0.458, 0.408), (0.269, 0.261, 0.276), "squash", "bicubic")),
-    ({"size": 32, "crop_size": 32, "do_center_crop": True},
-     ((0.481, 0.458, 0.408), (0.269, 0.261, 0.276), "shortest", "bicubic"))])
-def test_pixel_statistics_and_resize_beside_the_weights_are_taken(tmp_path, config, pixels):
-    folder = bare_folder(tmp_path)
-    table = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}} | config
-    found = load(with_table(folder, "preprocessor_config.json", table)).pixels
-    assert (found.resize, found.interpolation) == pixels[2:]
-    assert found.mean == pytest.approx(pixels[0], abs=1e-3)
-    assert found.std == pytest.approx(pixels[1], abs=1e-3)
+def test_pixel_statistics_and_resize_beside_the_weights_are_taken(tmp_path):
+    folder, clips, half = bare_folder(tmp_path), make().pixels, ((0.5,) * 3, (0.4,) * 3)
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    for table, expected in (
+            (size, clips), ({"size": 32, "crop_size": 32, "do_center_crop": True}, clips),
+            (size | {"image_mean": [0.5] * 3, "image_std": [0.4] * 3, "resample": 2},
+             Pixels(*half, "shortest", "bilinear")),
+            ({"size": {"height": 32, "width": 32}, "do_center_crop": False},
+             dataclasses.replace(clips, resize="squash"))):
+        assert load(with_table(folder, "preprocessor_config.json", table)).pixels == expected
+    (folder / "preprocessor_config.json").unlink()  # as transformers 5 writes it
+    with_table(folder, "processor_config.json", {"image_processor": size | {
+        "image_mean": [0.5] * 3}})
+    assert load(folder).image_mean == (0.5, 0.5, 0.5)
 
 
 @pytest.mark.parametrize("name, table, word", [
     ("preprocessor_config.json", {"resample": 0}, "resample"),
     ("preprocessor_config.json", {"do_normalize": False}, "do_normalize"),
-    ("preprocessor_config.json", {"do_rescale": False}, "do_rescale"),
     ("preprocessor_config.json", {"rescale_factor": 1}, "rescale_factor"),
     ("preprocessor_config.json", {"size": {"shortest_edge": 256}, "crop_size": 224}, "crop_size"),
     ("preprocessor_config.json", {"size": 32, "do_center_crop": False}, "do_center_crop"),
@@ -354,24 +337,17 @@ def bad_files():
     return {
         "zip of something else": (zip_of({"word/document.xml": "x"}), "data.pkl"),
         "compressed zip": (zip_of(members_of(saved(state)), zipfile.ZIP_DEFLATED), "compressed"),
-        "a list": (saved([1, 2]), ""), "a lone tensor": (saved(torch.zeros(3)), ""),
+        "a list": (saved([1, 2]), ""), "a dict in itself": (saved(itself), ""),
         "tensors under numbers": (saved({0: torch.zeros(3)}), ""),
-        "a dict in itself": (saved(itself), ""),
         "a gap": (tensors_file({"a": entry(4, 12)}, bytes(12)), "'a'"),
-        "overlapping": (tensors_file({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)), "'b'"),
         "lying shape": (tensors_file({"a": entry(0, 8, [10 ** 9])}), "'a'"),
-        "beyond the end": (tensors_file({"a": entry(0, 4000, [1000])}), ""),
-        "negative shape": (tensors_file({"a": entry(0, 8, [-1, -2])}), "'a'"),
         "infinite shape": (tensors_file(b'{"a":{"dtype":"F32","shape":[1e999],'
                                         b'"data_offsets":[0,0]}}'), ""),
         "8-bit floats": (tensors_file({"a": entry(0, 8, [8], "F8_E4M3")}), "F8_E4M3"),
         "header nests": (tensors_file(b'{"a":' * 100_000), ""),
-        "header is a list": (tensors_file([1, 2]), ""),
         "giant header": (struct.pack("<Q", 2 ** 60) + b"{}" + bytes(100), ""),
         "NaN weights": changed(ln_final__bias=torch.full((64,), math.nan)),
-        "infinite in fp32": changed(ln_final__bias=torch.full((64,), math.inf)),
         "integer weights": changed(ln_final__bias=torch.ones(64, dtype=torch.int8)),
-        "sparse weights": changed(text_projection=state["text_projection"].to_sparse()),
         "a terabyte in four bytes": changed(token_embedding__weight=torch.zeros(1, 1).expand(
             10 ** 10, 64)),
         "meta tensor": changed(text_projection=torch.zeros(64, 32, device="meta")),
@@ -379,20 +355,14 @@ def bad_files():
         "another shape": changed(visual__ln_post__bias=torch.zeros(65)),
         "flat convolution": (changed(visual__conv1__weight=torch.zeros(64, 192))[0], ""),
         "a missing tensor": (without("resblocks.1.ln_2.weight"), "resblocks.1.ln_2.weight"),
-        "a missing block": (without("visual.transformer.resblocks.0."), "resblocks.0."),
-        "no blocks": (saved({k: t for k, t in state.items() if k[:12] != "transformer."}), ""),
-        "no end of the tower": (without("ln_final.weight"), "ln_final.weight"),
         "hf without k": (without("0.self_attn.k_proj.bias", hf), "k_proj.bias"),
         "hf with odd q": (saved(hf | {"text_model.encoder.layers.0.self_attn.q_proj.weight":
                                       torch.zeros(3, 5)}), ""),
         "runs, zip": (lambda canary: saved({"w": Payload(canary)}), ""),
-        "runs, legacy": (lambda canary: saved({"w": Payload(canary)},
-                                              _use_new_zipfile_serialization=False), ""),
-        "runs, bare": (lambda canary: pickle.dumps(Payload(canary)), ""),
         "runs, TorchScript": (lambda canary: script(pickle.dumps({"w": Payload(canary)}, 2)), ""),
         "evaluates": (script(b"\x80\x02cbuiltins\neval\nX\x04\x00\x00\x001+11\x85R."), "eval"),
         "a huge memo": (script(b"\x80\x02}r\x00\x00\x00\x40."), "memo"),
-        "no module": (script(pickle.dumps([1])), ""), "out of bounds": (script(storage), "")}
+        "out of bounds": (script(storage), "")}
 
 
 BAD = bad_files()
@@ -420,22 +390,20 @@ def test_damaged_files_are_named_as_what_they_are(tmp_path, file):
             refused(attempt(convert, "inspect", path), path)
 
 
-def test_claims_of_a_file_about_itself_are_checked(tmp_path):
-    model = make()
-    config = dataclasses.asdict(model.config)
-    for claim in ("{", "[1]", *(json.dumps(config | more) for more in (
-            {"vision_head": 0}, {"text_head": 48}, {"activation": "relu"}, {"vocab_size": "x"},
-            {"text": {"pool": 3}, "backbone": "no such"}))):
-        weights.write(tmp_path / "a.safetensors", *weights.safetensors_bytes(
-            model.state_dict(), {"clip_config": claim}))
-        if claim not in ("[1]",):
-            line = attempt(convert, "inspect", tmp_path / "a.safetensors")
-            assert line.code in (0, 2)
-        try:
-            assert same(load(tmp_path / "a.safetensors"), model)
-        except weights.WeightsError as error:
-            refused(lambda: load(tmp_path / "a.safetensors"), "a.safetensors")
-            assert "\n" not in str(error)
+@pytest.mark.parametrize("claim", [
+    {"vision_head": 0}, {"text_head": 48}, {"activation": "relu"}, {"vocab_size": "x"},
+    {"text": {"pool": 3}, "backbone": "no such"}, {"text_layers": 10 ** 9}, "{", [1]])
+def test_claims_of_a_file_about_itself_are_not_believed(tmp_path, claim):
+    model, path = make(), tmp_path / "a.safetensors"
+    if isinstance(claim, dict):
+        claim = dataclasses.asdict(model.config) | claim
+    weights.write(path, *weights.safetensors_bytes(model.state_dict(), {
+        "clip_config": claim if claim == "{" else json.dumps(claim)}))
+    try:
+        assert same(load(path), model)
+    except weights.WeightsError:
+        refused(lambda: load(path), path)
+    assert attempt(convert, "inspect", path).code == 0
 
 
 def mutate(data, rng):
@@ -461,8 +429,8 @@ def repacked(data, rng):
 
 
 @pytest.mark.parametrize("kind, change, times", [
-    ("safetensors", mutate, 150), ("zip", mutate, 150), ("legacy", mutate, 100),
-    ("script", mutate, 60), ("script", repacked, 150), ("zip", repacked, 100)])
+    ("safetensors", mutate, 150), ("zip", mutate, 100), ("legacy", mutate, 100),
+    ("script", repacked, 150), ("zip", repacked, 100)])
 def test_mutated_files_load_or_are_refused_in_one_line(tmp_path, archive, kind, change, times):
     state = make(text_layers=1, vision_layers=1, context_length=8).state_dict()
     data = {"safetensors": b"".join(weights.safetensors_bytes(state, {})), "zip": saved(state),
@@ -528,16 +496,22 @@ def test_a_checkpoint_from_random_weights_holds_all_and_the_tested_average_count
         torch.testing.assert_close(tensor, first.state_dict()[name], rtol=0, atol=1e-5)
     with_table(tmp_path, "results.json", {"weights": "b/checkpoint_best.pt"})
     assert load(tmp_path).origin["sha256"] == load(path).origin["sha256"]
-    assert load(path).origin["name"] == "random" and load(path).logit_bias.item() == pytest.approx(-9)
+    assert load(path).origin["name"] == "random"
 
 
-def test_a_digest_changes_with_any_weight_of_its_side():
-    model = make()
-    before = digest(model, "image"), digest(model, "text")
+def test_a_student_takes_its_teachers_texts_from_the_teachers_file(tmp_path):
+    teacher, student = save(make(), tmp_path / "teacher.pt", "open_clip"), make(vision_layers=1)
+    base = load(teacher)
+    student.load_state_dict({name: t for name, t in base.state_dict().items()
+                             if not name.startswith("visual.")}, strict=False)
+    student.origin |= {"path": str(teacher), "sha256": base.origin["sha256"], "side": "text"}
+    path = a_run(tmp_path / "run", student, lambda name: name.startswith("visual."))
+    assert same(load(path), student) and path.stat().st_size < teacher.stat().st_size
+    before = digest(student, "image"), digest(student, "text")
     with torch.no_grad():
-        model.visual.ln_post.bias[3] += 1
-        model.logit_scale += 1
-    assert digest(model, "image") != before[0] and digest(model, "text") == before[1]
+        student.visual.ln_post.bias[3] += 1
+        student.logit_scale += 1
+    assert digest(student, "image") != before[0] and digest(student, "text") == before[1]
 
 
 def flags(**given):
@@ -554,8 +528,7 @@ def test_the_model_is_what_the_weights_hold_and_a_model_that_contradicts_is_refu
     for model in (None, "tiny-vit", "Tiny_ViT"):
         found = open_clip(flags(model=model, weights=str(path)))
         assert found.origin["name"] == "tiny-vit" and found.config == CONFIGS["tiny-vit"]
-    line = refused(lambda: open_clip(flags(model="tiny-rn", weights=str(path))), "--model", "tiny-rn")
-    assert "tiny-vit" in line
+    refused(lambda: open_clip(flags(model="RN50", weights=str(path))), "RN50", "tiny-vit")
     assert open_clip(flags(model="tiny")).origin["sha256"] == load("tiny").origin["sha256"]
     one, two = (open_clip(flags(model="tiny-vit", weights="none", activation=a))
                 for a in (None, "gelu"))
@@ -598,7 +571,6 @@ def test_a_clips_own_projection_is_kept_where_it_fits_and_notes_say_what_is_rand
     {"text_tower": "roberta-base"}, {"image_tower": "tiny-vit:none"}, {},
     {"image_tower": "tiny-vit:none", "text_tower": "roberta-base"},
     {"image_tower": "resnet5000", "text_tower": "tiny-bert:none"},
-    {"image_tower": "timm:resnet5000", "text_tower": "tiny-bert:none"},
     {"image_tower": "squeezenet1_0:nowhere.pt", "text_tower": "tiny-bert:none"},
     {"image_tower": "tiny-vit:none", "text_tower": "tiny-bert:none", "proj": "conv"},
     {"image_tower": "tiny-vit:none", "text_tower": "tiny-bert:none", "pool": "max"}])
@@ -628,12 +600,13 @@ def test_convert_inspects_exports_and_shrinks(tmp_path, shared):
     report = json.loads(attempt(convert, "inspect", path, "--json").ok().out)
     assert report["parameters"] == sum(p.numel() for p in make().parameters())
     assert report["config"] == json.loads(json.dumps(dataclasses.asdict(make().config)))
-    for file, name in (("squeezenet1_0_imagenet.pt", "squeezenet1_0"),
-                       ("tf_efficientnet_lite0_imagenet.safetensors", "timm:tf_efficientnet_lite0")):
-        assert convert.inspect(shared / "weights" / file)["config"] == {"backbone": name}
+    for file, name in (("squeezenet1_0_imagenet.pt", ""), (
+            "tf_efficientnet_lite0_imagenet.safetensors", "timm:")):
+        found = convert.inspect(shared / "weights" / file)["config"]["backbone"]
+        assert found == name + file.partition("_imagenet")[0]
     attempt(convert, "export", path, "--layout", "hf", "--out", tmp_path / "out").ok()
     assert same(load(tmp_path / "out" / "hf"), make())
-    refused(attempt(convert, "export", path, "--layout", "chinese_clip", "--out", tmp_path), "layout")
+    refused(attempt(convert, "export", path, "--layout", "chinese_clip", "--out", tmp_path), "clip")
     refused(attempt(convert, "shrink", path, "--like", "ViT-Z", "--out", tmp_path), "--like")
     refused(attempt(convert, "shrink", path, "--text-width", 128, "--out", tmp_path / "b.pt"))
     out = tmp_path / "small.safetensors"
@@ -690,13 +663,13 @@ def mirror(tmp_path, monkeypatch):
     server.server_close()
 
 
-@pytest.mark.parametrize("plan", [[], [500], ["break"], ["break", "no ranges"], ["html"],
-                                  [503, "break"]])
+@pytest.mark.parametrize("plan", [[500], ["break"], ["break", "no ranges"], ["html"]])
 def test_a_released_name_is_fetched_once_whatever_passes_and_then_used_offline(mirror, monkeypatch,
                                                                                plan):
     mirror.plan.extend(plan)
     assert same(load("rn50"), make()) and load("rn50").origin["sha256"] == mirror.digest
-    assert [path for path, _ in mirror.log] == [f"/clip/{mirror.digest}/RN50.pt"] * (1 + len(plan) - plan.count("no ranges"))
+    assert {path for path, _ in mirror.log} == {f"/clip/{mirror.digest}/RN50.pt"}
+    assert len(mirror.log) == 2
     if plan == ["break"]:  # goes on where it stopped
         assert mirror.log[1][1] == f"bytes={len(mirror.content) // 2}-"
     monkeypatch.setenv("CLIP_MIRROR", "http://127.0.0.1:9/nothing")
@@ -715,14 +688,13 @@ def test_a_partial_or_damaged_file_of_an_earlier_run_is_completed_or_replaced(mi
         mirror.target.unlink()
 
 
-@pytest.mark.parametrize("plan, offline", [([404] * 3, False), ([500] * 3, False),
-                                           (["html"] * 3, False), ([], True)])
-def test_lasting_trouble_says_what_to_do_by_hand(mirror, monkeypatch, plan, offline):
-    mirror.plan.extend(plan)
-    if offline:
-        monkeypatch.setenv("CLIP_MIRROR", "http://127.0.0.1:9/clip")  # nobody listens there
-    refused(lambda: load("RN50"), "RN50", mirror.digest, mirror.target, "/clip/", "--weights")
-    assert not mirror.target.exists()
+def test_lasting_trouble_says_what_to_do_by_hand(mirror, monkeypatch):
+    for step in (404, 500, "html", "offline"):
+        mirror.plan[:] = [step] * 3
+        if step == "offline":
+            monkeypatch.setenv("CLIP_MIRROR", "http://127.0.0.1:9/clip")  # nobody listens there
+        refused(lambda: load("RN50"), "RN50", mirror.digest, mirror.target, "/clip/", "--weights")
+        assert not mirror.target.exists()
 
 
 def test_processes_that_fetch_at_once_fetch_once(mirror):
