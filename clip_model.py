@@ -126,8 +126,7 @@ CONFIGS = {
 
 
 def canonical_name(name):
-    """The key of CONFIGS that `name` spells ("ViT-B-16", "vit_b16", Hugging Face's and
-    Chinese-CLIP's names of a size, a file or a folder), or None."""
+    """The key of CONFIGS that `name` spells, in anybody's way ("vit_b16"), or None."""
     def squeeze(text):
         text = re.sub(r"(.*)@.*chinese$", r"cn\1", text.lower().removesuffix(".pt"))
         text = re.sub(r"[^a-z0-9]", "", text).removesuffix("px")
@@ -267,10 +266,14 @@ class ResidualHead(nn.Module):
         return self.layer_norm(x + self.dropout(self.fc(F.gelu(x))))
 
 
+def drawn(*shape, std):
+    return nn.Parameter(nn.init.normal_(torch.empty(*shape), std=std))
+
+
 def make_head(kind, width, embed_dim):
     if kind == "mlp":
         return ResidualHead(width, embed_dim)
-    return nn.Parameter(width ** -0.5 * torch.randn(width, embed_dim))
+    return drawn(width, embed_dim, std=width ** -0.5)
 
 
 def project(x, head):
@@ -284,8 +287,8 @@ class VisionTransformer(nn.Module):
         width, patch = config.vision_width, config.vision_patch
         tokens = (config.image_size // patch) ** 2 + 1
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
-        self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
-        self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(tokens, width))
+        self.class_embedding = drawn(width, std=width ** -0.5)
+        self.positional_embedding = drawn(tokens, width, std=width ** -0.5)
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, config.vision_layers, width // config.vision_head,
                                        config.activation)
@@ -340,8 +343,7 @@ class AttentionPool2d(nn.Module):
     def __init__(self, side, channels, heads, proj, embed_dim):
         super().__init__()
         self.heads = heads
-        self.positional_embedding = nn.Parameter(
-            channels ** -0.5 * torch.randn(side ** 2 + 1, channels))
+        self.positional_embedding = drawn(side ** 2 + 1, channels, std=channels ** -0.5)
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(channels, channels) for _ in range(3))
         self.c_proj = (nn.Linear(channels, embed_dim) if proj == "linear" else
                        ResidualHead(channels, embed_dim))
@@ -430,8 +432,7 @@ class BertLayer(nn.Module):
 
 
 class BertTower(Recomputing):
-    """BERT (Devlin et al. 2019), RoBERTa (Liu et al. 2019) or DistilBERT (Sanh et al. 2019).
-    Padding is found by its id and never looked at. RoBERTa numbers its tokens from pad_id + 1."""
+    """BERT (Devlin et al. 2019), RoBERTa (Liu et al. 2019) or DistilBERT (Sanh et al. 2019)."""
 
     def __init__(self, config):
         super().__init__()
@@ -646,7 +647,7 @@ class CLIP(nn.Module):
             self.transformer = Transformer(width, config.text_layers, width // config.text_head,
                                            config.activation)
             self.token_embedding = nn.Embedding(config.vocab_size, width)
-            self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
+            self.positional_embedding = drawn(config.context_length, width, std=0.01)
             self.ln_final = nn.LayerNorm(width)
             self.init_text()
         self.text_projection = make_head(config.proj, width, config.embed_dim)
@@ -675,7 +676,6 @@ class CLIP(nn.Module):
         """As in Radford et al. 2021 §2.5. (A ViT's blocks have torch's start.)"""
         width, layers = self.config.text_width, self.config.text_layers
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.positional_embedding, std=0.01)
         residual = width ** -0.5 * (2 * layers) ** -0.5
         for block in self.transformer.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)

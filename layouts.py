@@ -11,6 +11,7 @@ import math
 import re
 
 import torch
+from torch import nn
 
 from clip_model import (
     ACTIVATIONS, CLIP, CONFIGS, FAMILIES, HEAD_OF_WIDTH, BertConfig, CLIPConfig, Pixels,
@@ -419,9 +420,25 @@ def config_from_state_dict(sd, **known):
     return config
 
 
+@contextlib.contextmanager
+def skeleton():
+    """Modules made in here have names and shapes and no numbers. Filling them is left out: on
+    "meta" it computes nothing, and imports torch's compiler, which takes seconds."""
+    names = [name for name in vars(nn.init) if name.endswith("_") and name[0] != "_"]
+    real = {name: getattr(nn.init, name) for name in names}
+    try:
+        for name in names:
+            setattr(nn.init, name, lambda tensor, *_, **__: tensor)
+        with torch.device("meta"):
+            yield
+    finally:
+        for name in names:
+            setattr(nn.init, name, real[name])
+
+
 def check_state(config, state):
     """Raise WeightsError unless `state` has exactly the tensors of a CLIP of this size."""
-    with about("these sizes make no CLIP"), torch.device("meta"):
+    with about("these sizes make no CLIP"), skeleton():
         expected = CLIP(config).state_dict()
     expected["logit_bias"] = expected["logit_scale"]
     optional = ("logit_bias", ".num_batches_tracked")

@@ -37,7 +37,7 @@ from layouts import (
     CARD, WeightsError, about, card, check_layout, check_state, config_from_state_dict, describe,
     hugging_face_tables, image_fields, is_chinese_clip, known_from_card, known_from_hugging_face,
     known_from_open_clip, name_of, one_line, open_clip_tables, openai_names, pixels_from_timm,
-    state_in, text_fields, to_hugging_face)
+    skeleton, state_in, text_fields, to_hugging_face)
 
 OPENAI_URL = "https://openaipublic.azureedge.net/clip/models"
 RELEASED = {  # name -> sha256, which is also the folder in the URL
@@ -297,7 +297,7 @@ def load(name_or_path=None, image_tower=None, text_tower=None, proj="linear", em
     source = read(name_or_path, activation)
     with about(source.origin["path"]):
         config = config_from_state_dict(source.state, **source.known)
-    with torch.device("meta"):  # nothing is initialised only to be overwritten
+    with skeleton():  # nothing is initialised only to be overwritten
         model = CLIP(config)
     name = name_of(config)
     model.origin = source.origin | ({"name": name} if name != "custom" else {})
@@ -410,7 +410,7 @@ def image_source(tower, size, activation):
     names = [f"timm:{name}", name] if library == "timm:" else [name, f"timm:{name}"]
     for backbone in names if state else names[:1]:
         try:
-            with torch.device("meta"):
+            with skeleton():
                 trunk, removed, width, side, pixels = make_backbone(backbone, size)
         except (ImportError, ValueError, RuntimeError) as error:
             problems.append(one_line(error))

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from clip_model import CLIP, CONFIGS, canonical_name, ends_of, make_backbone
-from layouts import LAYOUTS, about, image_fields, name_of, state_in, text_fields
+from layouts import LAYOUTS, about, image_fields, name_of, skeleton, state_in, text_fields
 from weights import (
     RELEASED, WeightsError, config_from_state_dict, describe, export, load, locate, read, read_file,
     save, sha256_of)
@@ -87,7 +87,7 @@ def classifier(state, stem):
         names = [f"timm:{name}" for name in mentioned[::-1]] + names  # longest first: others differ
     for name in names:
         with contextlib.suppress(ImportError, ValueError, RuntimeError):
-            with torch.device("meta"):
+            with skeleton():
                 trunk, removed, *_ = make_backbone(name)
             own = {key: t.shape for key, t in trunk.state_dict().items()}
             if own == {key: t.shape for key, t in state.items()
