@@ -9,7 +9,7 @@ import dataclasses
 import json
 import re
 
-from device import expanded, number, UserError, whole
+from device import expanded, number, UserError, whole  # before torch
 
 from data import EXTRAS, nearest
 
@@ -35,6 +35,7 @@ def one_of(*known):
 
 @dataclasses.dataclass(eq=False)
 class Stage:
+    """A stage of a plan, and what a run finds out about it."""
     name: str = key("tuned", str, "the stage's folder")
     data: str = key("demo", str, "training pairs: a folder, a caption file, shards")
     caption_file: str = key(None, str, "another caption file of that data, such as a translation")
@@ -92,10 +93,10 @@ DROPPED = {
                     "warm-up and half a cosine are fixed; matrices decay")}
 RESERVED = ("init", "cache", "export", "embeddings")
 DEMO = {"name": "demo", "weights": "tiny", "defaults": {
-            "data": "demo", "epochs": 8, "batch_size": 64, "lr": 1e-3,
+            "data": "demo", "epochs": 6, "batch_size": 64, "lr": 1e-3,
             "freeze": ["token_embedding.weight"]},
         "stages": [{"name": "land", "matching": "Crop|Vegetation|Forest|Pasture"},
-                   {"name": "towns", "matching": "Residential|Industrial|Highway", "epochs": 12,
+                   {"name": "towns", "matching": "Residential|Industrial|Highway", "epochs": 8,
                     "wise": [0.5]},
                    {"name": "water", "matching": "River|SeaLake",
                     "replay": {"land": 0.25, "towns": 0.25}}]}
