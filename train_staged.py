@@ -511,7 +511,9 @@ def settle(run, stages, out, args, about):
         if stage.parent:
             stage.start = stage.parent.folder / FILES[stage.from_.partition(":")[2]]
         stage.again = args.overwrite or args.dry_run or args.from_stage in names[:i + 1]
-        if (stage.folder / "config.json").exists() and not (stage.again or args.eval_only):
+        if args.eval_only:
+            stage.done = (stage.folder / "results.json").exists()
+        elif not stage.again and (stage.folder / "config.json").exists():
             stage.done = begin(run, stage, args, about)[2] is not None
 
 

@@ -80,6 +80,10 @@ def test_a_search_finds_what_sorting_finds_and_counts_the_right_ones(world, tmp_
         f"p{k}": 100.0 * (right in ordered[:k]) for k in (1, 5)}
     marks = [one["right"] for one in found["queries"][1]["rows"][1]["results"]]
     assert marks == [path == right for path in ordered[:4]]
+    with Image.open(world / "search" / "search_2.png") as sheet:  # green frames and red ones
+        for j, good in enumerate(marks):
+            assert sheet.getpixel((131 + j * search.TILE, 35 + search.TILE + 20)) == (
+                (26, 152, 80) if good else (215, 48, 39))
 
 
 def test_precision_is_of_as_many_as_could_be_right(world, tmp_path):
@@ -154,15 +158,6 @@ def test_a_folder_of_images_and_any_weights(world, tmp_path):
     assert len(results) == 3 and {one["right"] for one in results} == {None}
 
 
-def test_sheets_have_a_tile_for_each_row_and_rank_framed_by_what_is_right(world):
-    found = run_main(TOOL, world, "--query", "红圆在左", "--top", 5)
-    with Image.open(world / "search" / "search_1.png") as sheet:
-        for i, row in enumerate(found["queries"][0]["rows"]):
-            for j, one in enumerate(row["results"]):
-                pixel = sheet.getpixel((131 + j * search.TILE, 35 + i * (search.TILE + 20)))
-                assert pixel == ((26, 152, 80) if one["right"] else (215, 48, 39))
-
-
 def test_a_title_that_no_font_writes_is_said_and_stands_in_the_page(world, tmp_path, monkeypatch,
                                                                    capsys):
     monkeypatch.setattr(search, "FONT_FOLDERS", ())
@@ -189,13 +184,10 @@ def _dejavu():
     ([], "--query"), (["--query", "none.txt"], "none.txt"), (["--query", "none.png"], "none.png"),
     (["--query", "  "], "--query"), (["--query", "x", "--top", 0], "--top"),
     (["--query", "x", "--data", "no/such"], "no/such"), (["--qery", "x"], "--query"),
-    (["--query", "x", "--font", "no.ttf"], "--font")])
-def test_what_cannot_be_searched_is_refused(world, tmp_path, more, name):
-    refused(attempt(TOOL, world, *more, "--out", tmp_path / "out"), name)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_file_of_queries_in_another_encoding_and_weights_without_data(world, tmp_path):
-    (tmp_path / "q.txt").write_bytes("红".encode("gbk"))
-    refused(attempt(TOOL, world, "--query", tmp_path / "q.txt"), "q.txt", "UTF-8")
+    (["--query", "x", "--font", "no.ttf"], "--font"), (["--query", "gbk.txt"], "UTF-8")])
+def test_what_cannot_be_searched_is_refused(world, tmp_path, monkeypatch, more, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gbk.txt").write_bytes("红".encode("gbk"))
+    refused(attempt(TOOL, world, *more, "--out", "out"), name)
     refused(attempt(TOOL, world.parent / "start.safetensors", "--query", "x"), "--data")
+    assert not (tmp_path / "out").exists()
