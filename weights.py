@@ -301,7 +301,10 @@ def load(name_or_path=None, image_tower=None, text_tower=None, proj="linear", em
         model = CLIP(config)
     name = name_of(config)
     model.origin = source.origin | ({"name": name} if name != "custom" else {})
-    return fill(model, source.state, source.known.get("pixels"), source.vocabulary)
+    pixels = source.known.get("pixels")
+    if pixels is None and is_chinese_clip(config):  # its files do not say it: squashed, no crop
+        pixels = dataclasses.replace(model.pixels, resize="squash")
+    return fill(model, source.state, pixels, source.vocabulary)
 
 
 def fill(model, state, pixels, vocabulary):
