@@ -26,6 +26,9 @@ from data import read_table, read_text, split_word
 from images import DataError, ImageStore, is_image, leaves_folder, one_line, UnreadableImage
 
 
+SPLITS = ("train", "val", "test")
+
+
 @dataclasses.dataclass
 class Listing:
     """What every reader returns.
@@ -84,16 +87,33 @@ class SpanStore(ImageStore):
 
 def locate(root, paths):
     """The ImageStore in a folder or zip with most of `paths`: itself, a folder in it, or a zip."""
-    home, places, sample = pathlib.Path(root), [ImageStore(root)], paths[::len(paths) // 50 + 1]
-    if home.is_file():
-        tops = {name.partition("/")[0] for name in places[0].names() if "/" in name}
-        places += [ImageStore(home, f"{top}/") for top in sorted(tops)]
-    for place in (*sorted(home.glob("*")), *sorted(home.glob("*/*"))):
-        if place.is_dir():
-            places.append(ImageStore(place))
-        elif place.suffix == ".zip":  # as COCO publishes its images
-            places += [ImageStore(place, f"{place.stem}/"), ImageStore(place)]
-    return max(places, key=lambda place: sum(map(place.has, sample)))  # of equals the first
+    sample, best, most = paths[::len(paths) // 50 + 1], ImageStore(root), 0
+    for place in image_places(root):
+        found = sum(map(place.has, sample))
+        if found > most:
+            best, most = place, found
+        if most == len(sample):
+            break
+    return best
+
+
+def image_places(root):
+    """Where images may lie, the likely places first."""
+    yield ImageStore(root)
+    if os.path.isfile(root):
+        tops = {name.partition("/")[0] for name in ImageStore(root).names() if "/" in name}
+        yield from (ImageStore(root, f"{top}/") for top in sorted(tops))
+        return
+    folders = folders_in(root)
+    yield from map(ImageStore, folders)
+    for archive in sorted(pathlib.Path(root).glob("*.zip")):  # as COCO publishes its images
+        yield from (ImageStore(archive, f"{archive.stem}/"), ImageStore(archive))
+    for folder in folders:
+        yield from map(ImageStore, folders_in(folder))
+
+
+def folders_in(folder):
+    return sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
 
 
 def matching(store, pattern):
@@ -137,8 +157,9 @@ def read_captions(store, names, columns):
         for split, rows in read_caption_file(name, content, columns).items():
             split = split_of(name) if split == "all" and len(files) > 1 else split
             if len(files) > 1 and (split == "all" or split in listing.rows):
-                raise DataError(f"{store} holds several caption files whose names tell no splits: "
-                                f"{', '.join(files)}; choose one with --caption-file")
+                raise DataError(f"{store} holds {len(files)} caption files whose names are not "
+                                f"those of splits: {', '.join(files)}; choose one with "
+                                f"--caption-file")
             listing.add(split, rows)
     for name in matching(store, "Flickr_8k.*Images.txt") + matching(store, "coco-cn_*.txt"):
         if (split := split_of(name.replace("Images", ""))) != "all":
@@ -201,8 +222,8 @@ def read_pair_table(name, content, columns):
     for keys, flag in zip(wanted, ("--image-column", "--caption-column")):
         if not set(keys) & set(listed):
             raise DataError(f"{name} holds no captions that are understood: it has the columns "
-                            f"{listed} and none of {list(keys)}; name it with {flag}, or choose "
-                            f"another file or --layout")
+                            f"{listed[:9]} and none of {list(keys)}; name it with {flag}, or "
+                            f"choose another file or --layout")
     wanted = [[key for key in keys if key in listed] for keys in wanted]
     listing, (folder, slash, base) = Listing(), name.rpartition("/")
     folder = folder + slash if base.startswith("metadata.") else ""
@@ -213,7 +234,7 @@ def read_pair_table(name, content, columns):
         if not split or any(not isinstance(x or "", str) for x in (path, *texts)):
             raise DataError(f"{name}, line {line}: expected text as image and caption, and train, "
                             f"val or test as split, found {str(record)[:80]}")
-        path = path.strip().replace("\\", "/")
+        path = path.strip().replace("\\", "/").removeprefix("./")
         listing.add(split, ((path and folder + path, text) for text in texts))
     return listing.rows
 
@@ -270,6 +291,8 @@ def read_tars(store, names, columns):
             if f"{shard}:{name}" in index:
                 raise DataError(f"{file} holds {name} twice; make the shard again")
             index[f"{shard}:{name}"] = (file, offset, size)
+    if not index:
+        raise DataError("; ".join(notes) or f"{store} holds empty shards")
     listing = read_beside(SpanStore(store.path, index), names, columns, mark=":")
     listing.store.index = {name: span for name, span in index.items() if is_image(name)}
     listing.notes += notes
@@ -331,12 +354,13 @@ def read_tsv(store, names, columns):
         with open(file, "rb") as source:
             for number, line in enumerate(source, 1):
                 image, tab, content = line.removeprefix(b"\xef\xbb\xbf").partition(b"\t")
+                offset += len(line)
                 if line.strip() and not tab:
                     raise DataError(f"{file}, line {number}: no tab between an id and its base64")
-                path = f"{name}:{image.decode('utf-8', 'replace').strip()}"
-                listing.store.index[path] = (file, offset + len(line) - len(content), len(content))
-                listing.add(split, [(path, "", 0)])
-                offset += len(line)
+                if tab:
+                    path = f"{name}:{image.decode('utf-8', 'replace').strip()}"
+                    listing.store.index[path] = (file, offset - len(content), len(content))
+                    listing.add(split, [(path, "", 0)])
         texts = name.replace("_imgs.tsv", "_queries.jsonl")
         texts = texts if store.has(texts) else name.replace("_imgs.tsv", "_texts.jsonl")
         for number, record in read_table(texts, store.read(texts))[1]:
@@ -384,7 +408,8 @@ def read_lmdb(store, names, columns):
     """<split>/pairs, pickled (image id, text id, text) under "0", "1", ..., and <split>/imgs."""
     listing = Listing(store=LMDBStore(store.path, {}, coded=True))
     for name in names:
-        split, images = split_of(name), name.replace("pairs/data.mdb", "imgs")
+        folder = os.path.abspath(os.path.join(store.path, name.removesuffix("pairs/data.mdb")))
+        split, images = split_of(os.path.basename(folder)), name.replace("pairs/data.mdb", "imgs")
         look = open_lmdb(os.path.join(store.path, images), os.getpid())
         pool = [f"{images}:{key.decode('utf-8', 'replace')}"
                 for key in look.cursor().iternext(values=False) if key != b"num_images"]
@@ -425,8 +450,9 @@ LAYOUTS = {
     "lists": (("imageid.human-written-caption.txt", "*.caption.txt"), read_captions),  # COCO-CN ...
     "imagefolder": (("metadata.jsonl", "metadata.csv", "*/metadata.jsonl", "*/metadata.csv"),
                     read_captions),                                            # Hugging Face
+    "table": (("captions.txt", "*.csv", "*.tsv", "*.jsonl"), read_captions),
     "webdataset": (("*.tar", "*/*.tar"), read_tars),
-    "table": (("captions.txt", "*.csv", "*.tsv", "*.jsonl", "*.json"), read_captions),
+    "json": (("*.json",), read_captions),
     "texts": ((), read_beside),
     "classes": ((), read_classes),
 }
@@ -437,13 +463,14 @@ def find_captions(path, layout, caption_file):
     home = path if path.is_dir() or path.suffix.lower() == ".zip" else path.parent
     if caption_file:
         return home, "table", [os.path.relpath(home / caption_file, home)]
-    for name, (patterns, _) in LAYOUTS.items():
+    for name, (patterns, reader) in LAYOUTS.items():
         for pattern in patterns if home != path else ():
             if path.match(pattern):
                 home = path.parents[pattern.count("/")]
                 return home, name, [path.relative_to(home).as_posix()]
         names = {file for pattern in patterns for file in matching(ImageStore(home), pattern)}
-        if names and home == path and layout in ("auto", "simple-clip", name):
+        many = reader is read_captions and len(names) > 12  # such as a JSON beside each image
+        if names and not many and home == path and layout in ("auto", "simple-clip", name):
             return home, name, sorted(names)
     other = "classes" if layout == "classes" else "texts"
     return home, other if home == path else "table", [path.name]
@@ -458,20 +485,22 @@ def no_words(caption):
 def clean(root, listing):
     """Fold the blanks in captions; drop rows without image or caption, and count them. Raises
     DataError if nothing is left, or captions are labels, boxes, addresses or files."""
-    dropped, captions, odd = 0, 0, []
+    dropped, captions = 0, []
     for split, rows in listing.rows.items():
-        kept = []
+        kept, before = [], len(captions)
         for path, caption, *query in rows:
             caption = " ".join((caption or "").split())
             if path and caption or query:
                 kept.append((path, caption, query[0] if query else None))
-        pairs = [caption for path, caption, _ in kept if path and caption]
-        dropped, captions = dropped + len(rows) - len(kept), captions + len(pairs)
-        odd += filter(no_words, pairs)
-        listing.rows[split] = kept if pairs else []  # MUGE's test texts name no images
-    if 2 * len(odd) >= captions:
-        raise DataError(f"{root} gives {captions:,} captions of images, {len(odd):,} of them "
-                        f"without words {odd[:2]}; name another column or file"
+            if path and caption:
+                captions.append(caption)
+        dropped += len(rows) - len(kept)
+        listing.rows[split] = kept if len(captions) > before else []  # MUGE hides those of its test
+    sample = captions[::len(captions) // 1000 + 1]
+    odd = list(filter(no_words, sample))
+    if 2 * len(odd) >= len(sample):
+        raise DataError(f"{root} gives {len(captions):,} captions of images, and of {len(sample)} "
+                        f"{len(odd)} hold no words {odd[:2]}; name another column or file"
                         + "".join(f"; {note}" for note in listing.notes))
     listing.notes += [f"{dropped:,} rows without image or caption left out"] * bool(dropped)
 
@@ -495,7 +524,8 @@ def use_splits(rows, notes):
 def make_splits(listing, layout, asked, whole):
     """Splits for a source without any: as the simple-CLIP notebook, a fifth of the image numbers,
     drawn by NumPy with seed 42, is both val and test; or by lists of images; or all for the asked
-    one; or 80/10/10 by the hash of each image's name, so that new images move no old ones."""
+    one; or by the folders train, test, ... in which all images lie; or 80/10/10 by the hash of each
+    image's name, so that new images move no old ones."""
     pairs = [row for part in listing.rows.values() for row in part]
     images = list(dict.fromkeys(row[0] for row in pairs))
     if layout == "simple-clip":
@@ -509,14 +539,18 @@ def make_splits(listing, layout, asked, whole):
     elif whole:
         part_of = dict.fromkeys(images, asked)
     else:
-        digests = (hashlib.sha256(path.encode("utf-8", "surrogateescape")) for path in images)
-        shares = (int.from_bytes(digest.digest()[:6], "big") / 2 ** 48 for digest in digests)
-        part_of = {path: "train" if share < 0.8 else "val" if share < 0.9 else "test"
-                   for path, share in zip(images, shares)}
-        listing.notes.append("no splits were given: images are cut 80/10/10 by a hash of names")
-    rows = {split: [row for row in pairs if part_of[row[0]] == split]
-            for split in ("train", "val", "test")}
+        part_of = {path: split_of(path.partition("/")[0]) for path in images if "/" in path}
+        if not {"train"} < set(part_of.values()) <= set(SPLITS) or len(part_of) < len(images):
+            part_of = dict(zip(images, map(hashed_split, images)))
+            listing.notes.append("no splits were given: images are cut 80/10/10 by a hash of names")
+    rows = {split: [row for row in pairs if part_of[row[0]] == split] for split in SPLITS}
     return {**rows, "val": rows["test"]} if layout == "simple-clip" else rows
+
+
+def hashed_split(path):
+    digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).digest()
+    share = int.from_bytes(digest[:6], "big") / 2 ** 48
+    return "train" if share < 0.8 else "val" if share < 0.9 else "test"
 
 
 def list_pairs(name_or_path, asked, data_dir="data", layout="auto", caption_file=None,
@@ -524,7 +558,7 @@ def list_pairs(name_or_path, asked, data_dir="data", layout="auto", caption_file
     """As pairs.open_pairs takes it -> name, the folder or zip, Listing of the three splits."""
     text, path = os.fspath(name_or_path), pathlib.Path(os.path.expanduser(data_dir))
     known = ("auto", "simple-clip", *LAYOUTS)
-    if asked not in ("train", "val", "test") or layout not in known:
+    if asked not in SPLITS or layout not in known:
         raise DataError(f"split {asked!r}, layout {layout!r}: expected train, val or test, and one "
                         f"of {', '.join(known)}")
     if "::" in text or SHARDS.search(text):

@@ -183,8 +183,10 @@ def test_splits_come_from_columns_file_names_folders_and_lists(tmp_path):
             f"hf/{word}/metadata.jsonl": '{"file_name": "1.png", "text": "a picture"}',
             f"texts/{word}/1.png": 1, f"texts/{word}/1.txt": "a picture\n\nanother one",
             f"jsons/{word}/1.png": 1, f"jsons/{word}/1.json": '{"caption": "a picture"}'})
+    write(tmp_path / "paths", {"a.csv": "image,caption\n" + "\n".join(
+        f"./{word}/1.png,a picture" for word in ("train", "dev", "test"))})
     for word, split in (("train", "train"), ("dev", "val"), ("test", "test")):
-        for name in ("names", "hf", "texts", "jsons"):
+        for name in ("names", "hf", "texts", "jsons", "paths"):
             found = open_pairs(tmp_path / name, split)
             assert found.paths == [f"{word}/1.png"] and found.captions[0] == "a picture"
 
@@ -225,6 +227,8 @@ IMAGES = {"images/a.jpg": 1, "images/b.jpg": 2}
     ({"a.csv": "image,caption\na.png,a cat".encode("utf-16")}, ["a.csv"]),
     ({"a.csv": 'image,caption\na.png,"best view\nb.png,x\nc.png,"y\n'}, ["a.csv", "line 2"]),
     ({"a.csv": "image,caption,split\na.png,x y,train\nb.png,x y,best"}, ["a.csv", "line 3"]),
+    ({"0.tar": b"PK\3\4 no tar" * 99}, ["0.tar", "damaged"]),
+    ({"a.json": json.dumps({f"{i}.jpg": ["a cat"] for i in range(999)})}, ["a.json", "0.jpg"]),
     ({"a.csv": "picture,words\na.png,a cat\n"}, ["picture", "--image-column"]),
     ({"a.csv": "image,label\na.png,cat\n"}, ["label", "--caption-column"]),
     ({"a.csv": "image,caption\na.png,b.png\nb.png,c.png\n"}, ["b.png"]),        # columns mixed up
@@ -443,6 +447,7 @@ def test_tsv_and_lmdb_give_the_same_pairs_and_pixels(tmp_path):
         one, two = (next(iter(make_pair_loader(view, 4, workers=workers))) for workers in (0, 1))
         assert all(map(torch.equal, one, two))
     assert said(open_pairs(folder, "test"), "val is used as test")
+    assert open_pairs(folder / "train", "train").counts == {"train": 6, "val": 0, "test": 0}
 
 
 def test_muges_names_hidden_labels_and_the_official_rule_of_a_search(tmp_path):
