@@ -53,7 +53,8 @@ import json
 import math
 import sys
 
-import device  # before torch, which reads what it sets
+from device import (add_run_flags, guard, number, Parser, Place, run_folder, run_identity,
+                    SafeStop, start, UserError, whole)  # before torch, which reads what it sets
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -61,7 +62,6 @@ from torch import nn
 import weights
 from clip_model import HEADS, text_pieces
 from data import open_dataset, Preprocess, require_words
-from device import guard, number, Parser, run_folder, run_identity, SafeStop, UserError, whole
 from large_batch import by_rows, info_nce, together, TwoPass
 from pairs import (add_pair_flags, FeatureLoader, identities, make_pair_loader, open_pairs,
                    PairBatches)
@@ -475,7 +475,7 @@ def export(run, model, tokenizer, folder, args):
 
 def main(args):
     """Train (or score) one model -> the results."""
-    run = device.start(args.device, args.precision, args.seed, args.deterministic)
+    run = start(args.device, args.precision, args.seed, args.deterministic)
     if args.dry_run:
         args.max_steps = 2
     model = open_model(args)
@@ -513,10 +513,10 @@ def main(args):
         return check_grad(run, model, (images, data.tokens[used], data.ids[used]),
                           shares(run, args), args)
     if args.eval_only:
-        at = device.Place()
+        at = Place()
         if stored:
             run.restore(stored, *kept_state(model))
-            at = device.Place(stored["epoch"], stored["batch"], stored["step"])
+            at = Place(stored["epoch"], stored["batch"], stored["step"])
         return report(run, model, data, labelled, folder, at, at.step, args)
     at, tested = train(run, model, data, stored, args), None
     if best := run.load("checkpoint_best.pt"):
@@ -618,7 +618,7 @@ def get_args(argv=None):
     add("--zero-shot", metavar="DATA", help="at the end also classify this labelled data set")
     add("--check-grad", action="store_true", help="compare the gradient of a step in pieces with "
         "that in one piece, and stop")
-    device.add_run_flags(parser)
+    add_run_flags(parser)
     parser.set_defaults(seed=None, captions=None, embed_dim=None, proj=None, weights=None)
     args = parser.parse_args(argv)
     args.preset = args.preset or (
