@@ -57,8 +57,8 @@ from weights import add_model_flags, card, check_layout, export, open_clip
 # -----------------------------------------------------------------------------
 # The method
 
-TEXT_BIAS = re.compile(r"transformer\.resblocks\.\d+\.mlp\.c_proj\.bias"       # CLIP's own tower
-                       r"|bert\..*\.\d+\.(output\.dense|ffn\.lin2)\.bias")     # BERT, DistilBERT
+TEXT_BIAS = re.compile(r"transformer\.resblocks\.\d+\.mlp\.c_proj\.bias"  # of CLIP's own tower
+                       r"|bert\..*\.\d+\.output\.dense\.bias")           # of BERT's family
 
 
 def choose_trainable(model):

@@ -9,9 +9,9 @@ import signal
 
 import pytest
 import torch
-from helpers import (at_call, at_step, attempt, checkpoint, Child, class_folder, cli, die, differences,
-                     metrics, numbers, processes, refused, results, ROOT, same_run, scenes, script,
-                     SCRIPTS)
+from helpers import (at_call, at_step, attempt, checkpoint, Child, class_folder, cli, die,
+                     differences, metrics, numbers, processes, refused, results, ROOT, run_main,
+                     same_run, scenes, script, SCRIPTS)
 
 import device
 import weights
@@ -63,7 +63,8 @@ def home(folder):
 
 def kept(folder):
     """The names of the checkpoints that a run leaves, without the predecessor of the last."""
-    return sorted(path.name for path in home(folder).glob("checkpoint_*.pt") if "prev" not in path.name)
+    names = sorted(path.name for path in home(folder).glob("checkpoint_*.pt"))
+    return [file for file in names if "prev" not in file]
 
 
 def scores(name, folder):
@@ -131,16 +132,16 @@ def test_a_finished_run_is_not_run_again_and_another_is_refused(name, flags, who
     again = attempt(name, *flags, "--output-dir", whole).ok()
     assert "finished" in again.out
     refused(attempt(name, *flags, "--lr", 0.123, "--output-dir", whole), "lr", "--output-dir")
-    line = refused(attempt(name, *flags, "--epochs", 9, "--output-dir", whole), "epochs", "--output-dir")
-    assert "--weights" in line  # how to train on
+    refused(attempt(name, *flags, "--epochs", 9, "--output-dir", whole), "epochs", "--output-dir",
+            "--weights")  # how to train on
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("checkpoint_*")} == before
 
 
 def test_evaluation_alone_says_what_training_said_and_writes_nothing(name, flags, whole):
     def listing():
         return {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    before, module = listing(), __import__(name)
-    found = module.main(module.get_args([str(x) for x in (*flags, "--eval-only", "--output-dir", whole)]))
+    before = listing()
+    found = run_main(name, *flags, "--eval-only", "--output-dir", whole)
     for key, value in scores(name, whole).items() if name != "train_staged" else ():
         assert found[key] == pytest.approx(value, abs=1e-4), key
     assert listing() == before
@@ -163,7 +164,8 @@ def test_a_checkpoint_goes_on_in_another_folder_with_its_best_weights(name, flag
             "--output-dir", tmp_path / "second").ok()
     assert kept(tmp_path / "second") == kept(whole)
     for file in kept(whole):
-        ours, theirs = (checkpoint(folder, file)["weights"] for folder in (whole, tmp_path / "second"))
+        ours = checkpoint(whole, file)["weights"]
+        theirs = checkpoint(tmp_path / "second", file)["weights"]
         assert differences(ours, theirs) == []
 
 
@@ -245,16 +247,17 @@ REFUSED = [
     ("--batch-size", "0"), ("--seed", "-1"), ("--seed", str(2 ** 32)), ("--device", "tpu"),
     ("--device", "cuda:7"), ("--precision", "fp8"), ("--weights", "no/such/file.pt"),
     ("--weights", str(ROOT / "README.md")), ("--model", "ViT-Z/99"), ("--resume", "no_such.pt"),
-    ("--config", "no_such.json"), ("--data", "no_such_data"), ("--workers", "-2"), ("--log-every", "0"),
-    ("--export", "pickle"), ("--batch", "4")]
+    ("--config", "no_such.json"), ("--data", "no_such_data"), ("--workers", "-2"),
+    ("--log-every", "0"), ("--export", "pickle"), ("--batch", "4")]
 
 
 @pytest.mark.parametrize("flag, value", REFUSED, ids=" ".join)
 def test_a_wrong_command_line_is_one_line_before_any_work(name, sources, tmp_path, flag, value):
-    if name == "train_distill" and flag == "--weights" or flag == "--device" and torch.cuda.is_available():
-        pytest.skip("its students are named by --model, and its GPU is there")
+    distill = name == "train_distill"
+    if distill and flag == "--weights" or flag == "--device" and torch.cuda.is_available():
+        pytest.skip("its students are named by --model; or the GPU is there")
     given = {"--data": sources.get(name, sources["pairs"]), "--output-dir": tmp_path / "out",
-             **({"--teacher": "tiny"} if name == "train_distill" else {"--model": "tiny"}), flag: value}
+             "--teacher" if distill else "--model": "tiny", flag: value}
     if flag == "--weights":
         given.pop("--model")
     done = attempt(name, *(x for pair in given.items() for x in pair))
@@ -290,12 +293,20 @@ def test_a_script_and_its_leaves_run_in_an_empty_folder(name, tmp_path):
     for file in files:
         shutil.copy(file, tmp_path)
     shutil.copytree(ROOT / "assets", tmp_path / "assets")
-    done = cli(f"{name}.py", "--dry-run", "--workers", 0, cwd=tmp_path, env={"PYTHONPATH": None}).ok()
-    assert "step" in done.out
+    done = cli(f"{name}.py", "--dry-run", "--workers", 0, cwd=tmp_path, env={"PYTHONPATH": None})
+    assert "step" in done.ok().out
     assert not {file.stem for file in files} & {*SCRIPTS} - {name}
     lines = sum(len(file.read_text("utf-8").splitlines()) for file in files)
     print(f"{name}: {lines:,} lines in {len(files)} files")
     assert lines < 9_700  # what a copy of CLIPFit carried before
+
+
+@pytest.mark.slow
+def test_a_script_without_flags_shows_the_whole_job_and_leaves_little(name, tmp_path):
+    cli(f"{name}.py", "--output-dir", tmp_path / "run", timeout=900).ok()
+    assert results(tmp_path / "run")
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 100e6
 
 
 def test_helpers_name_the_scripts_that_there_are():

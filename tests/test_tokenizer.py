@@ -1,4 +1,5 @@
 """tokenizer.py: ids equal to a literal twin of OpenAI's, to open_clip, transformers and cn_clip."""
+import dataclasses
 import gzip
 import html
 import json
@@ -15,7 +16,7 @@ from helpers import Payload, refused, ROOT
 
 from clip_model import bert_fields, BertConfig, CLIP, CONFIGS
 from tokenizer import (BPETokenizer, ByteBPETokenizer, ChineseTokenizer, for_model, from_facts,
-                       merge, MERGES, open_tokenizer, TokenizerError, WordPieceTokenizer)
+                       merge, MERGES, open_tokenizer, WordPieceTokenizer)
 
 TINY = ROOT / "assets" / "tiny_vocab"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -91,30 +92,36 @@ def twin():
 
 
 NASTY = [
-    "", " ", "\n", "\t \r\n", "!", "A", "0123456789", "DON'T I'LL we've they're he'd I'm it's", "''s",
-    "polka-dotted", "a/b\\c 3.14% #tag @user", "a\u00a0b\u2003c\u200bd\u2028e\x85f\x1cg\x0bh\x00i",
-    "naïve café nai\u0308ve", "straße STRASSE ẞ", "İstanbul ǅ", "Σίσυφος ΣΊΣΥΦΟΣ ΣΑΣ ς", "ﬁne ﬂow",
-    "ｆｕｌｌ ｗｉｄｔｈ １２３", "汉字 测试，黑色。", "日本語のテスト ｶﾞ", "한국어 \uac00\u302e", "العربية עברית हिन्दी ไทย",
-    "²³¹ ½ Ⅷ ٣", "😀👨‍👩‍👧‍👦🇩🇪👍🏽❤️", "😀" * 40, "&amp;amp;amp; &lt;b&gt; &eacute;&#233;&#xe9; & ; AT&T",
-    "<b> &amp;amp;lt; &amp;eacute;", "&#0;&#28;&#xD800;&#x110000;&nbsp;x&notit;", "donâ€™t Ã©tÃ© â€œqâ€\x9d",
-    "“curly” ‘quotes’ — dash… –", "\ufeffbom", "\ud800", "a\udfffb", "\ufffd\U0010ffff\ue000 \U0002b820龥",
-    "\x1b[31mred\x1b[0m", "a <|endoftext|> b<|EndOfText|>", "<|startoftext|><|startoftext", "</w> a</w>b",
-    "'ſ x K \u212b", "...!!!???-----__init__", "x" * 300, "aaaaab" * 50, "abcabc" * 60, "Ġhello ÿ¡¬®",
-    "hello\u0301 o\u0308\u0308\u0308 \u0301", "[MASK] a [CLS] b[SEP]c <mask> <s>x</s>", "##ing ##", "狗" * 150,
-    "x" * 100 + " " + "y" * 101 + " " + "z" * 201, "two  spaces   three", " leading", "trailing ", "x \n"]
+    "", " ", "\n", "\t \r\n", "!", "A", "0123456789", "DON'T I'LL we've they're he'd I'm it's",
+    "''s", "polka-dotted", "a/b\\c 3.14% #tag @user",
+    "a\u00a0b\u2003c\u200bd\u2028e\x85f\x1cg\x0bh\x00i", "naïve café nai\u0308ve",
+    "straße STRASSE ẞ", "İstanbul ǅ", "Σίσυφος ΣΊΣΥΦΟΣ ΣΑΣ ς", "ﬁne ﬂow",
+    "ｆｕｌｌ ｗｉｄｔｈ １２３", "汉字 测试，黑色。", "日本語のテスト ｶﾞ",
+    "한국어 \uac00\u302e", "العربية עברית हिन्दी ไทย", "²³¹ ½ Ⅷ ٣", "😀👨‍👩‍👧‍👦🇩🇪👍🏽❤️",
+    "😀" * 40, "&amp;amp;amp; &lt;b&gt; &eacute;&#233;&#xe9; & ; AT&T",
+    "<b> &amp;amp;lt; &amp;eacute;", "&#0;&#28;&#xD800;&#x110000;&nbsp;x&notit;",
+    "donâ€™t Ã©tÃ© â€œqâ€\x9d", "“curly” ‘quotes’ — dash… –", "\ufeffbom", "\ud800",
+    "a\udfffb", "\ufffd\U0010ffff\ue000 \U0002b820龥", "\x1b[31mred\x1b[0m",
+    "a <|endoftext|> b<|EndOfText|>", "<|startoftext|><|startoftext", "</w> a</w>b",
+    "'ſ x K \u212b", "...!!!???-----__init__", "x" * 300, "aaaaab" * 50, "abcabc" * 60,
+    "Ġhello ÿ¡¬®", "hello\u0301 o\u0308\u0308\u0308 \u0301",
+    "[MASK] a [CLS] b[SEP]c <mask> <s>x</s>", "##ing ##", "狗" * 150,
+    "x" * 100 + " " + "y" * 101 + " " + "z" * 201, "two  spaces   three", " leading",
+    "trailing ", "x \n"]
 
 
 def random_strings(count, seed):
     stream = random.Random(seed)
-    alphabets = ["etaoin shrdlu", "ABC abc 123", "'stremvld ", "!?.,-#@& ;", " \t\n\r\x0b\x1c\x85\u00a0",
-                 "áéíßñçøœ", "汉字テスト한국，。", "😀👍🏽❤️‍🔥", "αβγΣς", "İıſK", "â€™Ã©œ\x9d", "&amp;lt;#39x",
+    alphabets = ["etaoin shrdlu", "ABC abc 123", "'stremvld ", "!?.,-#@& ;", " \t\n\r\x0b\x1c\x85",
+                 "áéíßñçøœ", "汉字テスト한국，。", "😀👍🏽❤️‍🔥", "αβγΣς", "İıſK",
+                 "â€™Ã©œ\x9d", "&amp;lt;#39x",
                  "\u0301\u0308\u200d\ufeff", "".join(map(chr, range(32, 256)))]
     for _ in range(count):
         mixed = [stream.choice(alphabets) for _ in range(stream.randrange(1, 4))]
         letters = "".join(mixed)
         if stream.random() < 0.3:
-            letters = [chr(stream.choice([stream.randrange(0x3000), stream.randrange(0xe000, 0x110000)]))
-                       for _ in range(9)]
+            letters = [chr(stream.choice([stream.randrange(0x3000),
+                                          stream.randrange(0xe000, 0x110000)])) for _ in range(9)]
         yield "".join(stream.choice(letters) for _ in range(stream.randrange(1, 30)))
 
 
@@ -199,9 +206,9 @@ def test_a_megabyte_without_spaces_does_not_take_quadratic_time():
     assert costs[1] < 5 * costs[0]  # four times the text; a quadratic loop asks 16 times as often
 
 
-@pytest.mark.parametrize("text", ["hello world " * 83_000, " " * 10 ** 6, "!" * 300_000, "狗" * 60_000,
-                                  "\u0301\u0323" * 250_000, "&amp;" * 200_000, "e\u0301" * 100_000],
-                         ids=lambda text: ascii(text[:2]))
+@pytest.mark.parametrize("text", [
+    "hello world " * 83_000, "!" * 300_000, "狗" * 60_000, "\u0301\u0323" * 250_000,
+    "&amp;" * 200_000, "e\u0301" * 100_000], ids=lambda text: ascii(text[:2]))
 def test_huge_texts_end(bpe, text):
     for tokenizer in (bpe, open_tokenizer(TINY / "bytebpe"), open_tokenizer(TINY / "wordpiece"),
                       ChineseTokenizer(TINY / "wordpiece")):
@@ -223,7 +230,7 @@ def test_a_bad_merge_list_is_refused(tmp_path):
         refused(lambda name=name: open_tokenizer(tmp_path / f"{name}.gz"), f"{name}.gz")
     refused(lambda: BPETokenizer(tmp_path / "missing.gz"), "missing.gz")
     (tmp_path / "cut_to_clip.gz").write_bytes(gzip.compress("\n".join(lines[:48_895]).encode()))
-    assert BPETokenizer(tmp_path / "cut_to_clip.gz").encode("a mug") == BPETokenizer().encode("a mug")
+    assert BPETokenizer(tmp_path / "cut_to_clip.gz").ids == BPETokenizer().ids
 
 
 # ------------------------------------------------------------------- BERT, RoBERTa, Chinese-CLIP
@@ -277,7 +284,8 @@ def test_byte_level_bpe_equals_transformers(transformers, tmp_path):
 def test_batches_equal_transformers_and_special_tokens_are_text(transformers):
     texts = ["a dog runs", "", "two dogs run across the green grass", "一只狗"]
     for name, kind in (("wordpiece", "BertTokenizerFast"), ("bytebpe", "RobertaTokenizerFast")):
-        ours, theirs = open_tokenizer(TINY / name), getattr(transformers, kind).from_pretrained(TINY / name)
+        ours = open_tokenizer(TINY / name)
+        theirs = getattr(transformers, kind).from_pretrained(TINY / name)
         for length in (77, 8):
             expected = theirs(texts, padding="max_length", truncation=True, max_length=length,
                               return_tensors="pt")["input_ids"]
@@ -362,7 +370,7 @@ FAST = {"model": {"type": "BPE", "vocab": BYTES, "merges": [PAIR.split()]}, "nor
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}
 BERT = "\n".join(WORDS)
 BAD = {
-    "nothing": {}, "no merges": {"vocab.json": BYTES}, "no [SEP]": {"vocab.txt": "[PAD]\n[UNK]\n[CLS]\n"},
+    "nothing": {}, "no merges": {"vocab.json": BYTES}, "no [SEP]": {"vocab.txt": BERT[:-6]},
     "not UTF-8": {"vocab.txt": b"\xff\xfe[PAD]"}, "a web page": {"vocab.txt": "<!DOCTYPE html>"},
     "a damaged config": {"vocab.txt": BERT, "tokenizer_config.json": "{"},
     "half a vocabulary": {"vocab.json": json.dumps(BYTES)[:500], "merges.txt": PAIR},
@@ -370,7 +378,7 @@ BAD = {
     "deep": {"vocab.json": "[" * 100_000, "merges.txt": PAIR},
     "an id of text": {"vocab.json": BYTES | {"er": "7"}, "merges.txt": PAIR},
     "an id twice": {"vocab.json": BYTES | {"er": 7}, "merges.txt": PAIR},
-    "a byte missing": {"vocab.json": {k: i for k, i in BYTES.items() if k != "z"}, "merges.txt": PAIR},
+    "a byte missing": {"vocab.json": {**BYTES, "z": BYTES["y"]}, "merges.txt": PAIR},
     "half a merge": {"vocab.json": BYTES, "merges.txt": PAIR + "\nc\n"},
     "a merge without id": {"vocab.json": BYTES, "merges.txt": "q q\n"},
     "a prefix space": {"vocab.json": BYTES, "merges.txt": PAIR,
@@ -380,7 +388,7 @@ BAD = {
     "no basic cut": {"vocab.txt": BERT, "tokenizer_config.json": {"do_basic_tokenize": False}},
     "a number": {"tokenizer.json": 5}, "empty": {"tokenizer.json": {}},
     "unigram": {"tokenizer.json": FAST | {"model": {"type": "Unigram", "vocab": []}}},
-    "merges of numbers": {"tokenizer.json": FAST | {"model": FAST["model"] | {"merges": [5, [1, 2]]}}},
+    "odd merges": {"tokenizer.json": FAST | {"model": FAST["model"] | {"merges": [5, [1, 2]]}}},
     "no merges inside": {"tokenizer.json": FAST | {"model": {"type": "BPE", "vocab": BYTES}}},
     "a normalizer": {"tokenizer.json": FAST | {"normalizer": {"type": "NFC"}}},
     "another splitter": {"tokenizer.json": FAST | {"pre_tokenizer": {"type": "Metaspace"}}},
@@ -399,16 +407,16 @@ def test_a_vocabulary_that_cannot_be_read_right_is_refused(tmp_path):
         for name in ("none", "vocab.txt", "vocab.json", "model.safetensors"):
             refused(lambda make=make, name=name: make(tmp_path / name), name)
     refused(lambda: WordPieceTokenizer(TINY / "bytebpe"), "bytebpe")
-    (tmp_path / "tokenizer.json").write_text(json.dumps(FAST))  # the one they were made from is good
+    (tmp_path / "tokenizer.json").write_text(json.dumps(FAST))  # the one they were made from
     assert open_tokenizer(tmp_path).encode(PAIR.replace(" ", "") + " b") == [
         BYTES[PAIR.replace(" ", "")], BYTES["Ġ"], BYTES["b"]]
 
 
-@pytest.mark.parametrize("facts", [{}, {"kind": "other", "vocab": []}, {"kind": "chinese", "vocab": [1, 2]},
-                                   {"kind": "wordpiece", "vocab": ["a", "a"]}, {"kind": "wordpiece"},
-                                   {"kind": "bytebpe", "vocab": list(BYTES), "merges": 5}, {"kind": []}])
-def test_facts_that_make_no_tokenizer_are_refused(facts):
-    refused(lambda: from_facts(facts))
+def test_facts_that_make_no_tokenizer_are_refused():
+    for facts in ({}, {"kind": "other", "vocab": []}, {"kind": "chinese", "vocab": [1, 2]},
+                  {"kind": "wordpiece", "vocab": ["a", "a"]}, {"kind": "wordpiece"}, {"kind": []},
+                  {"kind": "bytebpe", "vocab": list(BYTES), "merges": 5}):
+        refused(lambda facts=facts: from_facts(facts))
 
 
 def test_no_code_of_a_file_runs(tmp_path):
@@ -418,11 +426,9 @@ def test_no_code_of_a_file_runs(tmp_path):
 
 
 def clip(family, vocab_size, **origin):
-    if family == "clip":
-        return CLIP(CONFIGS["tiny-vit"].__class__(**{**vars(CONFIGS["tiny-vit"]), "vocab_size": vocab_size}))
-    pad = 1 if family == "roberta" else 0
-    text = bert_fields(BertConfig(family, vocab_size, 32, 1, 1, 32, 40, pad_id=pad))
-    model = CLIP(CONFIGS["tiny-vit"].__class__(**{**vars(CONFIGS["tiny-vit"]), **text}))
+    text = {"vocab_size": vocab_size} if family == "clip" else bert_fields(BertConfig(
+        family, vocab_size, 32, 1, 1, 32, 40, pad_id=1 if family == "roberta" else 0))
+    model = CLIP(dataclasses.replace(CONFIGS["tiny-vit"], **text))
     model.origin.update(origin)
     return model
 
@@ -440,13 +446,10 @@ def test_a_model_gets_the_tokenizer_of_its_own_text_tower(tmp_path):
     padded.pad_id = 3
     refused(lambda: for_model(padded, TINY / "wordpiece"), "pad")
     bert.vocabulary = WordPieceTokenizer(TINY / "wordpiece", lowercase=False).facts()
-    assert for_model(bert).lowercase is False and for_model(bert, TINY / "wordpiece").lowercase is True
+    assert not for_model(bert).lowercase and for_model(bert, TINY / "wordpiece").lowercase
     beside = clip("bert", 300, path=str(TINY / "wordpiece" / "weights.safetensors"))
     assert type(for_model(beside)) is WordPieceTokenizer
     chinese = clip("bert", 300, name="CN-ViT-B/16")
     assert type(for_model(chinese, TINY / "wordpiece" / "vocab.txt")) is ChineseTokenizer
-    refused(lambda: for_model(clip("bert", 21_128, name="CN-ViT-B/16"), TINY / "wordpiece"), "Chinese-CLIP")
-
-
-def test_the_error_is_the_users_to_mend():
-    assert issubclass(TokenizerError, ValueError) and TokenizerError.exit_code == 2
+    refused(lambda: for_model(clip("bert", 21_128, name="CN-ViT-B/16"), TINY / "wordpiece"),
+            "Chinese-CLIP")

@@ -1,4 +1,4 @@
-"""train_clipfit.py: what trains, the loss and its gradient, the recipe, settings, tables, learning."""
+"""train_clipfit.py: what trains, the loss and its gradient, recipe, settings, tables, learning."""
 import csv
 import dataclasses
 import json
@@ -8,8 +8,8 @@ import types
 import official
 import pytest
 import torch
-from helpers import (attempt, checkpoint, class_folder, images_for, metrics, perturb, refused, results,
-                     ROOT, run_main, tiny_clip)
+from helpers import (attempt, checkpoint, class_folder, images_for, metrics, perturb, refused,
+                     results, ROOT, run_main, tiny_clip)
 
 import train_clipfit
 import weights
@@ -76,18 +76,12 @@ def test_the_trainable_set_is_the_official_one(name, tensors, numbers):
     assert (len(trainable), sum(p.numel() for p in trainable.values())) == (tensors, numbers)
 
 
-@pytest.mark.parametrize("family, bias", [("bert", "output.dense.bias"), ("roberta", "output.dense.bias"),
-                                          ("distilbert", "bias")])
-def test_a_bert_trains_the_second_mlp_bias_of_each_layer(family, bias):
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+def test_a_bert_trains_the_second_mlp_bias_of_each_layer(family):
     text = BertConfig(family, 265, 32, 3, 2, 48, 40)
     model = CLIP(dataclasses.replace(CONFIGS["tiny-vit"], **bert_fields(text)))
     trained = [name for name in choose_trainable(model) if not name.startswith("visual.")]
-    assert len(trained) == 3 and all(name.endswith(bias) for name in trained)
-    images, tokens = images_for(model, 2), torch.randint(4, 265, (2, 9))
-    image, found, _ = model(images, tokens)
-    (image * found).sum().backward()
-    assert all(model.get_parameter(name).grad.shape == (32,) for name in trained)
-    assert not any("attention" in name for name in trained)
+    assert trained == [f"bert.encoder.layer.{i}.output.dense.bias" for i in range(3)]
 
 
 def test_training_changes_every_trainable_tensor_and_nothing_else(tmp_path):
@@ -171,8 +165,8 @@ def test_twenty_steps_equal_sgd_written_out(tmp_path):
 
 def test_clipping_scales_the_gradient_that_the_optimiser_sees(tmp_path):
     """One step from the start, without momentum's past: the update's length is lr x the clip."""
-    clipfit(tmp_path, *FEW, "--epochs", 1, "--warmup", 0, "--wd", 0, "--lr", 0.1, "--batch-size", 12,
-            "--grad-clip", 0.01)
+    clipfit(tmp_path, *FEW, "--epochs", 1, "--warmup", 0, "--wd", 0, "--lr", 0.1,
+            "--batch-size", 12, "--grad-clip", 0.01)
     after, before = checkpoint(tmp_path)["weights"], choose_trainable(weights.load("tiny"))
     moved = torch.cat([(after[n] - p.detach()).flatten() for n, p in before.items()]).norm()
     assert float(moved) == pytest.approx(0.1 * 0.01, rel=1e-3)
@@ -194,7 +188,8 @@ def test_learning_rates_are_the_published_ones():
             rates.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
             cosine.step()
-        assert [learning_rate(e, epochs, 0.002, 1) for e in range(epochs)] == pytest.approx(rates, abs=1e-12)
+        ours = [learning_rate(e, epochs, 0.002, 1) for e in range(epochs)]
+        assert ours == pytest.approx(rates, abs=1e-12)
 
 
 RECIPE = {  # the official README, by hand
@@ -208,7 +203,8 @@ def test_every_data_set_has_the_published_recipe_and_what_is_changed_is_said():
         for setting in ("fewshot", "base2new"):
             args = get_args(["--data", data, "--setting", setting])
             assert train_clipfit.fill_recipe(args, data, "ViT-B/16") == []
-            assert (args.epochs, args.reg_weight) == (epochs, 8 if setting == "base2new" else reg_weight)
+            assert args.epochs == epochs
+            assert args.reg_weight == (8 if setting == "base2new" else reg_weight)
             assert (args.lr, args.wd, args.batch_size, args.warmup) == (0.002, 5e-4, 32, 1)
     flags = {"--lr": 0.01, "--reg-weight": 2, "--epochs": 50, "--batch-size": 8, "--wd": 0,
              "--grad-clip": 1, "--warmup": 0, "--template": "{}"}
@@ -237,8 +233,9 @@ def test_the_prompts_and_the_steps_of_an_epoch_are_the_official_ones():
 def test_several_shots_and_seeds_give_a_table_from_unrounded_numbers(tmp_path):
     flags, shots = [*FEW, "--epochs", 2], ["--shots", 1, 2]
     clipfit(tmp_path / "table", *flags, *shots, "--seeds", 1, 2)
-    found = clipfit(tmp_path / "table", *flags, *shots, "--seeds", 1, 2, 3)  # goes on with the finished ones
-    assert [(r["shots"], r["seed"]) for r in found["runs"]] == [(n, s) for n in (1, 2) for s in (1, 2, 3)]
+    found = clipfit(tmp_path / "table", *flags, *shots, "--seeds", 1, 2, 3)  # two are done
+    assert [(r["shots"], r["seed"]) for r in found["runs"]] == [
+        (n, seed) for n in (1, 2) for seed in (1, 2, 3)]
     for row in csv.DictReader(open(tmp_path / "table" / "table.csv", encoding="utf-8")):
         values = [r["accuracy"] for r in found["runs"] if r["shots"] == int(row["shots"])]
         mean = sum(values) / 3
@@ -249,10 +246,11 @@ def test_several_shots_and_seeds_give_a_table_from_unrounded_numbers(tmp_path):
     assert found["accuracy"] == pytest.approx(mean) and found["accuracy_at_shots"] == 2
     assert len((tmp_path / "table" / "table.md").read_text().splitlines()) == 4
     alone = clipfit(tmp_path / "alone", *flags, "--shots", 1, "--seed", 2)  # seeds do not leak
-    both = checkpoint(tmp_path / "table" / "shots1_seed2")["weights"]
-    assert all(torch.equal(x, both[name]) for name, x in checkpoint(tmp_path / "alone")["weights"].items())
+    ours, theirs = (checkpoint(tmp_path / folder)["weights"]
+                    for folder in ("alone", "table/shots1_seed2"))
+    assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
     again = clipfit(tmp_path / "table", *flags, "--shots", 1, "--seed", 2, "--eval-only")
-    assert again["accuracy"] == alone["accuracy"] == found["runs"][1]["accuracy"]  # one of the table
+    assert again["accuracy"] == alone["accuracy"] == found["runs"][1]["accuracy"]
     refusal(tmp_path / "alone", *flags, *shots, "--seeds", 1, 2, names=("--output-dir",))
 
 
@@ -277,7 +275,7 @@ def fake_imagenet(folder, classes=4, train=3, test=2, words=True):
     places = {"imagenet/images/train": names, "imagenet/images/val": names,
               "imagenet-sketch/images": names, "imagenet-adversarial/imagenet-a": names[1:],
               "imagenet-rendition/imagenet-r": names[:3],
-              "imagenetv2/imagenetv2-matched-frequency-format-val": [str(i) for i in range(classes)]}
+              "imagenetv2/imagenetv2-matched-frequency-format-val": list(map(str, range(classes)))}
     for place, inside in places.items():
         for name in inside:
             label = names.index(name) if name in names else int(name)
@@ -305,15 +303,15 @@ def test_domain_generalisation_trains_on_imagenet_and_tests_on_its_four_shifts(t
 def test_wordnet_ids_are_no_class_names(tmp_path):
     """"a photo of a n01440764." scores at chance, so folders of ids want their words."""
     folder = fake_imagenet(tmp_path, words=False) / "imagenet" / "images"
-    refusal(tmp_path / "run", "--data", folder, "--model", "tiny", names=("n00000000", "classnames.txt"))
+    refusal(tmp_path / "run", "--data", folder, "--model", "tiny", names=("n00000000",))
 
 
 def test_a_resnet_trains_the_text_biases_and_keeps_its_statistics(tmp_path):
     torch.manual_seed(0)
     model = CLIP(dataclasses.replace(CONFIGS["tiny-rn"], image_size=64, vocab_size=49_408)).eval()
     path = weights.save(perturb(model), tmp_path / "rn.safetensors")
-    done = attempt("train_clipfit", *FEW, "--weights", path, "--epochs", 2, "--workers", 0, "--export",
-                   "openai", "--output-dir", tmp_path / "run").ok()
+    done = attempt("train_clipfit", *FEW, "--weights", path, "--epochs", 2, "--workers", 0,
+                   "--export", "openai", "--output-dir", tmp_path / "run").ok()
     assert "no LayerNorm" in done.out
     after = weights.load(tmp_path / "run" / "export" / "clip.pt").state_dict()
     for name, tensor in model.state_dict().items():
@@ -363,7 +361,8 @@ def test_the_tables_say_what_a_plain_loop_says(tmp_path):
             image, text, _ = model(images, tokens)
             for name, p in model.named_parameters():
                 p.copy_(trained.get(name, p))
-        assert [row[column] for row in rows] == [FEW[1:][i] for i in (image @ text.T).argmax(dim=-1)]
+        guesses = [FEW[1:][i] for i in (image @ text.T).argmax(dim=-1)]
+        assert [row[column] for row in rows] == guesses
         right = sum(row["label"] == row[column] for row in rows)
         assert 100 * right / len(rows) == pytest.approx(found[accuracy])
     confusion = json.loads((tmp_path / "confusion_test.json").read_text())["tuned"]
@@ -376,9 +375,10 @@ def test_the_tables_say_what_a_plain_loop_says(tmp_path):
 
 def test_seed_zero_is_a_seed_and_a_template_changes_the_prompts(tmp_path):
     paths, accuracies = [], []
-    for name, *flags in (("a", "--seed", 0), ("b", "--seed", 0, "--template", "{c}"), ("c", "--seed", 1)):
-        accuracies.append(clipfit(tmp_path / name, *FEW, *flags, "--shots", 1, "--epochs", 1)[
-            "zero_shot_accuracy"])
+    for name, *flags in (("a", "--seed", 0), ("b", "--seed", 0, "--template", "{c}"),
+                         ("c", "--seed", 1)):
+        found = clipfit(tmp_path / name, *FEW, *flags, "--shots", 1, "--epochs", 1)
+        accuracies.append(found["zero_shot_accuracy"])
         paths.append((tmp_path / name / "shots.json").read_text())
     assert paths[0] == paths[1] != paths[2] and accuracies[0] != accuracies[1]
 
@@ -400,7 +400,8 @@ def test_unreadable_images_are_counted_and_named_and_too_many_are_refused(tmp_pa
 
 def test_data_that_cannot_be_used_is_refused_before_any_work(tmp_path):
     none = ["--data-dir", tmp_path, "--no-download"]
-    refusal(tmp_path / "a", "--data", "dtd", "--model", "tiny", *none, names=("dtd", "--no-download"))
+    refusal(tmp_path / "a", "--data", "dtd", "--model", "tiny", *none,
+            names=("dtd", "--no-download"))
     refusal(tmp_path / "b", "--data", "dtdd", names=("dtd",))
     refusal(tmp_path / "c", "--classes", "Forrest", "River", names=("Forrest", "forest"))
     refusal(tmp_path / "d", "--classes", "Forest", names=("--classes",))
@@ -423,8 +424,8 @@ def test_the_demo_learns_ten_points_over_a_useful_zero_shot(tmp_path):
 
 def test_six_classes_of_dtd_train_on_the_published_shots(shared, tmp_path):
     six = "banded blotchy braided bubbly chequered cracked".split()
-    found = clipfit(tmp_path, "--data", "dtd", "--data-dir", shared, "--classes", *six, "--model", "tiny",
-                    "--epochs", 2, "--no-download")
+    found = clipfit(tmp_path, "--data", "dtd", "--data-dir", shared, "--classes", *six,
+                    "--model", "tiny", "--epochs", 2, "--no-download")
     assert found["images"]["test"] == 6 * 36
     published = json.loads((shared / "dtd/fewshot_indices/shot_4-seed_1.json").read_text())
     wanted = [item["impath"].split("/")[-1] for item in published["train"]["data"]
