@@ -30,7 +30,7 @@ from tokenizer import for_model
 class Teacher:
     """One CLIP. Without `model` its answers for images are stored."""
     name: str
-    source: str                     # name or path, as given
+    path: str                       # where its weights lie
     sha256: str
     dim: int                        # D of its embeddings
     scale: float
@@ -58,9 +58,9 @@ def open_teachers(names, activation=None, tokenizer=None):
     for name in names:
         model = weights.load(name, activation=activation).requires_grad_(False)
         found.append(Teacher(
-            model.origin["name"], str(name), model.origin["sha256"], model.config.embed_dim,
-            float(model.logit_scale.exp()), look_of(model), model.config.proj,
-            model.config.activation, model,
+            model.origin["name"], model.origin["path"], model.origin["sha256"],
+            model.config.embed_dim, float(model.logit_scale.exp()), look_of(model),
+            model.config.proj, model.config.activation, model,
             for_model(model, None if model.text_kind == "bpe" else tokenizer)))
     return found
 
@@ -98,7 +98,7 @@ class Views:
         found = []
         for i in range(0, len(pairs.paths), -(-len(pairs.paths) // 8)):
             try:
-                found.append(self(pairs.picture(i), 0, i)[0].float().mean(dim=(1, 2)).tolist())
+                found.append(self(pairs.store.image(pairs.paths[i]), 0, i)[0].float().mean(dim=(1, 2)).tolist())
             except UnreadableImage:
                 found.append([0.0, 0.0, 0.0])
         return found
@@ -156,7 +156,7 @@ class ShownPairs(Dataset):
     def __init__(self, pairs, views, count, seed):
         self.pairs, self.transform, self.count, self.seed = (
             pairs.with_transform(None), views, count, seed)
-        self.paths, self.owner, self.groups = pairs.paths, pairs.owner, pairs.groups
+        self.paths, self.owner = pairs.paths, pairs.owner
 
     def __len__(self):
         return len(self.owner)

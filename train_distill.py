@@ -52,7 +52,8 @@ import sys
 import time
 import typing
 
-import device  # before torch, which reads what it sets
+from device import (add_run_flags, guard, number, Parser, Place, run_folder, run_identity, start,
+                    UserError, whole)  # before torch, which reads what it sets
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -60,7 +61,6 @@ from torch import nn
 import weights
 from clip_model import canonical_name, evaluating, text_pieces, unit, VisionTransformer
 from data import open_dataset, require_words
-from device import guard, number, Parser, run_folder, run_identity, UserError, whole
 from images import normalise, Preprocess, sample_seed
 from large_batch import by_rows, TwoPass
 from pairs import add_pair_flags, make_pair_loader, open_pairs, PairBatches
@@ -558,7 +558,7 @@ def open_student(args, first):
     teacher, frozen unless --train-text, or one of its own."""
     torch.manual_seed(args.seed)
     own = args.text_tower != "teacher"
-    source = args.text_tower if own else args.teacher[0] if args.teacher else first.source
+    source = args.text_tower if own else args.teacher[0] if args.teacher else first.path
     if args.weights:
         model = weights.load(args.weights)
     else:
@@ -567,20 +567,21 @@ def open_student(args, first):
             image_tower=f"{args.model}:none" if known else args.model, text_tower=source,
             proj=first.proj, embed_dim=first.dim, image_size=args.image_size,
             activation=args.teacher_activation or first.activation)
+    vocabulary = model.vocabulary or model.text_kind == "bpe"
+    tokenizer = for_model(model, args.tokenizer or (None if vocabulary else source))
     if not own and not args.train_text:
         for name, p in model.named_parameters():
             p.requires_grad_(name.startswith(("visual.", "logit_scale")))
-    vocabulary = model.vocabulary or model.text_kind == "bpe"
-    return model, for_model(model, args.tokenizer or (None if vocabulary else source))
+    return model, tokenizer
 
 
 def check_texts(run, student, tokenizer, first, captions, args):
     """Raise UserError unless a frozen text tower gives what the student is taught by: with
     --weights or a stored teacher it may be another one."""
-    if text_trains(student):
-        return
-    some = encode_texts(run, student, tokenizer, captions[:8], args.max_text)
-    if some.shape[1] != first.dim or (some * first.texts[:8]).sum(dim=1).min() < 0.99:
+    some, texts = encode_texts(run, student, tokenizer, captions, args.max_text), first.texts
+    if texts is None:
+        texts = encode_texts(run, first.model, first.tokenizer, captions, args.max_text)
+    if some.shape[1] != first.dim or (some * texts[:len(some)]).sum(dim=1).min() < 0.99:
         raise UserError(f"the student's frozen text tower is not that of the teacher {first.name}; "
                         f"give that teacher, or add --train-text")
 
@@ -682,7 +683,7 @@ def report(run, student, tokenizer, sets, labelled, at, facts, args):
 
 def main(args):
     """Train (or score) one student -> the results."""
-    run = device.start(args.device, args.precision, args.seed, args.deterministic)
+    run = start(args.device, args.precision, args.seed, args.deterministic)
     sets, labelled = open_splits(args), open_labelled(args)
     stored = Stored(args.reinforced) if args.reinforced else None
     if stored:
@@ -690,10 +691,16 @@ def main(args):
     own = args.tokenizer if args.text_tower == "teacher" else None
     teachers = stored.teachers if stored else open_teachers(args.teacher, args.teacher_activation,
                                                             own)
-    if args.teacher_scale:
-        for teacher, teacher.scale in zip(teachers, args.teacher_scale, strict=True):
-            pass
+    if args.teacher_scale and len(args.teacher_scale) != len(teachers):
+        raise UserError(f"--teacher-scale: {len(args.teacher_scale)} numbers for {len(teachers)} "
+                        f"teachers")
+    for teacher, scale in zip(teachers, args.teacher_scale or ()):
+        teacher.scale = scale
     student, tokenizer = open_student(args, teachers[0])
+    for model in (student, *(teacher.model for teacher in teachers if not stored)):
+        run.move(model).fuse_attention(run.fused_attention)
+    if not text_trains(student):
+        check_texts(run, student, tokenizer, teachers[0], sets["train"].captions[:8], args)
     steps = count_steps(args, sets["train"])
     counts = [len(range(rank, args.batch_size, run.world_size)) for rank in range(run.world_size)]
     in_pieces = 0 < args.micro_batch < counts[0]
@@ -705,9 +712,12 @@ def main(args):
     norms = training_mode(student) and (in_pieces or run.world_size > 1)
     words = json.dumps(tokenizer.facts(), sort_keys=True).encode()
     name, kind = args.model or student.origin["name"], "stored" if stored else "live"
+    weights_of = student.origin["sha256"]
+    if not text_trains(student) and not args.weights:  # checkpoints need not hold that tower again
+        student.origin |= {"path": teachers[0].path, "sha256": teachers[0].sha256, "side": "text"}
     identity = run_identity(
         args, but=("teacher", "reinforced", "weights", "tokenizer"), method="distill", model=name,
-        data=sets["train"].fingerprint, weights=student.origin["sha256"],
+        data=sets["train"].fingerprint, weights=weights_of,
         teachers=[(teacher.sha256, teacher.scale) for teacher in teachers],
         vocabulary=hashlib.sha256(words).hexdigest(), stored=stored and stored.facts,
         pieces=[args.micro_batch, run.world_size] if norms else None)
@@ -717,7 +727,7 @@ def main(args):
         export(run, weights.load(folder), folder, tokenizer, args)
         return finished
     facts = {"model": name, "teachers": [teacher.name for teacher in teachers]}
-    at = device.Place(begun["epoch"], begun["batch"], begun["step"]) if begun else device.Place()
+    at = Place(begun["epoch"], begun["batch"], begun["step"]) if begun else Place()
     if args.eval_only:
         if not begun and not args.weights:
             raise UserError(f"--eval-only finds no checkpoint in {folder}; name the run with "
@@ -727,10 +737,7 @@ def main(args):
         student = run.move(student).fuse_attention(run.fused_attention)
         return report(run, student, tokenizer, sets, labelled, at, facts, args)
 
-    for model in (student, *(teacher.model for teacher in teachers if not stored)):
-        run.move(model).fuse_attention(run.fused_attention)
     loader, look_up = prepare(run, student, tokenizer, teachers, stored, sets, args)
-    check_texts(run, student, tokenizer, teachers[0], sets["train"].captions, args)
     average = Average(student, args.ema) if args.ema else None  # a copy, before there are hooks
     maps = Maps(student, teachers[0].model) if args.hint + args.attention else None
     heads = run.move(Heads(student.config.embed_dim, [teacher.dim for teacher in teachers],
@@ -845,7 +852,7 @@ def get_args(argv=None):
     add("--zero-shot", nargs="+", metavar="DATA", help="labelled images to classify: names such as "
         "imagenet or eurosat, or folders of class folders")
     add("--templates", nargs="+", metavar="TEXT", help="prompts with {} for the class")
-    device.add_run_flags(parser)
+    add_run_flags(parser)
     args = parser.parse_args(argv)
 
     demo, taught = args.data == "demo", args.hint + args.attention
