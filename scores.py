@@ -16,7 +16,8 @@ import torch
 from clip_model import evaluating, project, text_pieces, unit
 from data import class_prompts, DataError, make_loader, normalise
 
-BATCH = 128            # images, or texts, encoded at a time; nothing is kept for a gradient
+BATCH = 128            # images encoded at a time; nothing is kept for a gradient
+TEXTS = 64             # texts at a time, of about equal length: a long one is padding for few
 BLOCK = 2 ** 24        # similarities held at a time, 64 MB in fp32
 NEVER = 10 ** 9        # the rank of what is not found
 
@@ -63,7 +64,7 @@ def encode_texts(run, model, tokenizer, texts, max_text=None):
     tokens a text is read, by default as many as the model takes."""
     if not torch.is_tensor(texts):
         texts = tokenizer(texts, context_length=max_text or model.config.context_length)
-    pieces, places = text_pieces(texts, 2 * BATCH, model.text_pad)
+    pieces, places = text_pieces(texts, TEXTS, model.text_pad)
     rows = []
     with evaluating(model), run.autocast():
         for number in range(run.rank, len(pieces), run.world_size):

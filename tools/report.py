@@ -502,7 +502,7 @@ def build(runs, out, plot, notes, data_dir=None):
         add_maps(page, embeddings)
         add_cases(page, embeddings)
     elif last.results.get("rows"):
-        notes.append(f"no maps: `python -m tools.search --run {last.folder} --embeddings` keeps "
+        notes.append(f"no maps: `python -m tools.search {last.folder} --embeddings` keeps "
                      "what they need")
     for name in last.test_sets():
         add_classes(page, last, name, data_dir)
