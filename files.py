@@ -24,7 +24,10 @@ class SafeStop(Exception):
 
 def expanded(path):
     """A path as a user may write it -> pathlib.Path, with `~` and $VARIABLES replaced."""
-    return pathlib.Path(os.path.expanduser(os.path.expandvars(path)))
+    path = pathlib.Path(os.path.expanduser(os.path.expandvars(path)))
+    if path.parts[:1] == ("~",):
+        raise UserError(f"{path} has no meaning, as HOME is not set: write the whole path")
+    return path
 
 
 def refuse_unusable(folder):

@@ -269,6 +269,35 @@ def images_for(model, count, seed=5):
 
 
 # -----------------------------------------------------------------------------
+# A run of each script: six steps, of which every third ends an epoch
+
+def script_data(folder):
+    """folder/pairs (26 images), folder/classes (red, green, blue), folder/start.safetensors."""
+    import weights
+    scenes(folder / "pairs", 26, 12)
+    class_folder(folder / "classes")
+    weights.save(tiny_clip(), folder / "start.safetensors", "safetensors")
+    return folder
+
+
+def script_flags(name, data, *more):
+    """Flags of such a run; its batches divide unevenly, into pieces and among processes."""
+    start = data / "start.safetensors"
+    flags = [("--data", data / ("classes" if name == "clipfit" else "pairs")),
+             ("--workers", 0), ("--device", "cpu"), ("--log-every", 1), ("--micro-batch", 2)]
+    flags += {"clipfit": [("--weights", start), ("--shots", 5), ("--batch-size", 5)],
+              "contrastive": [("--weights", start), ("--batch-size", 7)],
+              "distill": [("--model", "tiny-vit"), ("--teacher", start), ("--batch-size", 7)],
+              "staged": [("--weights", start), ("--batch-size", 7), ("--captions", "one")]}[name]
+    return with_defaults([*flags, ("--epochs", 2), ("--lr", 5e-4)], more)
+
+
+def run_folder(out):
+    """Where the checkpoints of a run lie: those of a run of stages in the stage's folder."""
+    return next(pathlib.Path(out).rglob("checkpoint_last.pt")).parent
+
+
+# -----------------------------------------------------------------------------
 # Files that must not be trusted
 
 class Payload:

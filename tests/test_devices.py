@@ -17,34 +17,25 @@ import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils import backend_registration
 
-from helpers import checkpoint, metrics, results, run_main, same_run, scenes, tiny_clip
+from helpers import (checkpoint, metrics, results, run_folder, run_main, same_run, script_data,
+                     script_flags)
 
 HERE = pathlib.Path(__file__).resolve()
 ROOT = HERE.parent.parent
-FEW = ["--data", "demo", "--workers", "0"]
-PAIRS = ["--data", "scenes", "--text-tower", "tiny-bert:none", "--tokenizer", "scenes/vocab.txt",
-         "--embed-dim", "16", "--batch-size", "8", "--micro-batch", "3", "--epochs", "2",
-         "--workers", "0"]
-FLAGS = {  # six steps each, every third one ends an epoch, logs and saves
-    "clipfit": [*FEW, "--classes", "river", "forest", "pasture land", "--shots", "4", "--epochs",
-                "2", "--batch-size", "4", "--log-every", "3"],
-    "contrastive": [*PAIRS, "--image-tower", "tiny-vit:none", "--log-every", "3"],
-    "distill": [*PAIRS, "--model", "tiny-vit", "--teacher", "start.safetensors", "--log-every",
-                "3"],
-    "staged": ["--data", "scenes", "--weights", "start.safetensors", "--batch-size", "8",
-               "--micro-batch", "3", "--epochs", "2", "--workers", "0", "--log-every", "3"]}
-RUNS = {  # name -> more flags; the name begins with the script's. None: on npu alone, for time
+RUNS = {  # name -> more flags; the name begins with the script's
     "clipfit": ["--grad-clip", "0.5"],
-    "clipfit micro": ["--micro-batch", "2"],
+    "clipfit micro": ["--micro-batch", "1"],
     "clipfit bf16": ["--precision", "bf16"],
     "clipfit fp16": ["--precision", "fp16"],
     "contrastive": [],
+    "contrastive bert": ["--weights", "none", "--image-tower", "tiny-vit:none", "--text-tower",
+                         "tiny-bert:none", "--tokenizer", "pairs/vocab.txt", "--embed-dim", "16"],
     "contrastive siglip": ["--loss", "siglip", "--positives", "multi"],
     "contrastive triplet": ["--loss", "infonce+triplet", "--grad-clip", "0.5"],
     "contrastive fp16": ["--precision", "fp16"],
     "distill": ["--mixup", "0.4", "--ema", "0.9"],
     "staged": []}
-ON_MPS = ("clipfit", "clipfit fp16", "contrastive", "distill", "staged")
+ON_MPS = ("clipfit", "clipfit fp16", "contrastive bert", "distill", "staged")  # the rest for time
 EXACT = [name for name in RUNS if name[-2:] != "16"]
 # What a program written for cuda does: what the script says -> what it says instead -> the error.
 FAULTS = {
@@ -60,26 +51,15 @@ def of_kind(kind):
 
 
 def flags_of(name, *more):
-    return [*FLAGS[name.split()[0]], *RUNS[name], *map(str, more)]
-
-
-def inside(folder):
-    """Where a run's checkpoints lie: those of a run of stages in the stage's folder."""
-    return next(folder.rglob("checkpoint_last.pt")).parent
-
-
-def prepare(folder):
-    """The data of all runs, beside which they start."""
-    import weights
-    scenes(folder / "scenes", 24, 12)
-    weights.save(tiny_clip(), folder / "start.safetensors", "safetensors")
+    """Every third step logs, ends an epoch and saves. Paths are those below the run's folder."""
+    return script_flags(name.split()[0], pathlib.Path(), "--log-every", 3, *RUNS[name], *more)
 
 
 @pytest.fixture(scope="module")
 def on_cpu(tmp_path_factory):
     """name -> the folder of that run on the CPU, the measure of the others."""
     folder = tmp_path_factory.mktemp("cpu")
-    prepare(folder)
+    script_data(folder)
 
     def run(name):
         if not (folder / name).exists():
@@ -97,7 +77,7 @@ def simulated(tmp_path_factory):
     at_work = {}
     for name in ("npu", "mps"):
         folder = tmp_path_factory.mktemp(name)
-        prepare(folder)
+        script_data(folder)
         with open(folder / "output.txt", "w") as output:
             at_work[name] = folder, subprocess.Popen(
                 [sys.executable, HERE.parent / "simulated_device.py", name, HERE, name],
@@ -129,16 +109,17 @@ def test_every_script_gives_there_the_numbers_of_the_cpu(device, on_cpu, name):
         pytest.skip("run on the npu")
     assert happened[name]["error"] == ""
     assert results(folder / name)["device"].split(":")[0] == kind
-    stored = checkpoint(inside(folder / name))
+    stored = checkpoint(run_folder(folder / name))
     assert stored["step"] == 6 and bool(stored["scaler"]) == (name[-4:] == "fp16")
     assert {x.dtype for x in stored["weights"].values()} == {torch.float32}
     if name not in EXACT:
         return
-    ours, theirs = metrics(inside(folder / name)), metrics(inside(on_cpu(name)))
+    ours, theirs = metrics(run_folder(folder / name)), metrics(run_folder(on_cpu(name)))
     assert len(ours) == len(theirs) >= 4
     for mine, yours in zip(ours, theirs):
         for key in set(yours) & {"loss", "ce", "scale", "mean_recall", "accuracy", "r1"}:
-            assert mine[key] == pytest.approx(yours[key], rel=1e-4, abs=1e-4), key
+            rank = 100 / 24 / 3 if key in ("mean_recall", "r1") else 0.0  # near ties may change
+            assert mine[key] == pytest.approx(yours[key], rel=1e-4, abs=1e-4 + rank), key
 
 
 @pytest.mark.parametrize("name", ["clipfit", "clipfit micro", "contrastive triplet", "distill",
@@ -165,13 +146,13 @@ def test_a_run_that_was_stopped_resumes_to_the_same_bits(device):
 def test_a_checkpoint_is_evaluated_there_and_on_the_cpu(device, monkeypatch):
     _, folder, happened = device
     monkeypatch.chdir(folder)
-    for name, key in (("clipfit", "accuracy"), ("contrastive", "mean_recall")):
+    for name, key in (("clipfit", "accuracy"), ("contrastive bert", "mean_recall")):
         trained = results(folder / name)[key]
         assert happened[f"{name} evaluated"][key] == trained
-        path = folder / name / ("checkpoint_best.pt" if name == "contrastive" else
-                                "checkpoint_last.pt")
-        here = run_main(f"train_{name}", *flags_of(name, "--device", "cpu", "--eval-only",
-                                                   "--resume", path))
+        kept = "best" if key == "mean_recall" else "last"
+        path = folder / name / f"checkpoint_{kept}.pt"
+        here = run_main(f"train_{name.split()[0]}", *flags_of(
+            name, "--device", "cpu", "--eval-only", "--resume", path))
         assert here[key] == trained
 
 
@@ -253,7 +234,7 @@ def attempt(work):
     found = {"error": ""}
     try:
         found |= work() or {}
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         found |= {"error": traceback.format_exc(), "exit_code": getattr(error, "exit_code", 1)}
     return {**found, "stretches": list(simulated_device.stretches)}
 
@@ -289,7 +270,7 @@ def drive(kind):
     stopped = "--output-dir", folder / "stopped"
     exit_code = train("clipfit", *stopped, "--save-every", 2, stop_after=4).get("exit_code")
     happened["stopped"] = {**train("clipfit", *stopped), "exit_code": exit_code}
-    for name in ("clipfit", "contrastive"):
+    for name in ("clipfit", "contrastive bert"):
         happened[f"{name} evaluated"] = train(name, "--eval-only", "--output-dir", folder / name)
     source = (ROOT / "train_clipfit.py").read_text("utf-8")
     for name, (right, wrong, _) in FAULTS.items():

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 import device
 from device import load_checkpoint, SafeStop, start, UserError
-from helpers import (at_step, checkpoint, cli, die, metrics, noise, numbers, processes,
-                     same_run, save_picture, scenes, script, tiny_clip)
+from helpers import (at_step, checkpoint, cli, die, metrics, numbers, processes, run_folder,
+                     same_run, script, script_data, script_flags)
 
 
 def problem(n):
@@ -158,27 +158,10 @@ def test_an_error_of_one_ends_the_others_and_a_busy_port_is_named(tmp_path):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """26 pairs, one of which cannot be read, and the weights of a start."""
-    import weights
-    folder = tmp_path_factory.mktemp("data")
-    scenes(folder / "pairs", 26, 12)
-    save_picture(folder / "pairs" / "3.png", noise(8, 8)).write_bytes(b"no picture")
-    weights.save(tiny_clip(), folder / "start.safetensors", "safetensors")
+    """What the scripts train on, with an image that cannot be read."""
+    folder = script_data(tmp_path_factory.mktemp("data"))
+    (folder / "pairs" / "3.png").write_bytes(b"no picture")
     return folder
-
-
-def flags(name, data):
-    """A run of six steps with an uneven share of each batch, without dropout."""
-    pairs = ["--data", data / "pairs", "--weights", data / "start.safetensors", "--batch-size", 7,
-             "--micro-batch", 2, "--epochs", 2, "--lr", 5e-4, "--crop", 0.9]
-    common = ["--workers", 0, "--device", "cpu", "--log-every", 1]
-    return common + {
-        "clipfit": ["--data", "demo", "--classes", "river", "forest", "pasture land", "--shots", 5,
-                    "--epochs", 3, "--batch-size", 7, "--micro-batch", 2],
-        "contrastive": pairs,
-        "distill": [*pairs[:2], "--model", "tiny-vit", "--teacher", data / "start.safetensors",
-                    *pairs[4:]],
-        "staged": pairs[:-2]}[name]
 
 
 @pytest.fixture(scope="module")
@@ -190,11 +173,11 @@ def run_of(data, tmp_path_factory):
         out = parent / f"{name}{count}"
         if not out.exists():
             results = processes(count, lambda rank: script(
-                f"train_{name}", *flags(name, data), "--output-dir", out))
+                f"train_{name}", *script_flags(name, data, "--output-dir", out)))
             for rank, result in enumerate(results):
                 result.ok()
                 assert not rank or not result.out, "only the first process speaks"
-        return next(out.rglob("checkpoint_last.pt")).parent
+        return run_folder(out)
     return run
 
 
@@ -215,7 +198,7 @@ def test_several_processes_print_the_numbers_of_one(run_of, name, count):
 
 def test_two_processes_of_which_one_was_killed_go_on_to_the_same_bits(run_of, data, tmp_path):
     out = tmp_path / "killed"
-    words = [*flags("contrastive", data), "--save-every", 2, "--output-dir", out]
+    words = script_flags("contrastive", data, "--save-every", 2, "--output-dir", out)
 
     def dying(rank):
         at_step(5, die if rank else lambda: None)
@@ -230,14 +213,15 @@ def test_two_processes_of_which_one_was_killed_go_on_to_the_same_bits(run_of, da
 
 def test_the_number_of_processes_may_change_within_a_run(run_of, data, tmp_path):
     """The order of samples is a function of seed and epoch, whoever takes them."""
-    out, words = tmp_path / "moved", flags("clipfit", data)
+    out = tmp_path / "moved"
+    words = script_flags("clipfit", data, "--output-dir", out)
 
     def stopped(rank):
         at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        return script("train_clipfit", *words, "--output-dir", out)
+        return script("train_clipfit", *words)
     assert [result.code for result in processes(2, stopped)] == [143, 143]
     step = load_checkpoint(out / "checkpoint_last.pt")["step"]
-    assert script("train_clipfit", *words, "--output-dir", out) == 0
+    assert script("train_clipfit", *words) == 0
     whole, moved = (checkpoint(folder)["weights"] for folder in (run_of("clipfit", 1), out))
     assert 4 <= step < 6 and len(metrics(out, "train")) == 6
     assert all(torch.allclose(whole[key], moved[key], atol=1e-5) for key in whole)
@@ -245,7 +229,7 @@ def test_the_number_of_processes_may_change_within_a_run(run_of, data, tmp_path)
 
 def test_torchrun_starts_a_script(tmp_path, data):
     done = cli("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
-               "train_contrastive.py", *flags("contrastive", data), "--max-steps", 2,
-               "--output-dir", tmp_path / "run").ok()
+               "train_contrastive.py", *script_flags("contrastive", data, "--max-steps", 2,
+                                                   "--output-dir", tmp_path / "run")).ok()
     assert "processes 2" in done.out and json.loads(
         (tmp_path / "run" / "results.json").read_text())["processes"] == 2

@@ -1,0 +1,297 @@
+"""What goes wrong around a run, and the answer: one table of faults, for all scripts.
+
+Faults are real where they can be: processes die, disks fill, signals arrive. A fork of this process
+stands for a run started from a shell: the same code and exit codes, without seconds of importing.
+Exit codes: 0 done, 2 the user can mend it (one line), 3 stopped safely, 128 + n by signal n. What
+device.py answers alone is in test_device.py, what needs several processes in test_distributed.py.
+"""
+import math
+import os
+import pathlib
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import torch
+
+import device
+import files
+import images
+import train_clipfit
+from helpers import (at_call, at_step, checkpoint, class_folder, damaged_files, die, in_child,
+                     metrics, Payload, refused, Result, results, run_folder, same_run, script,
+                     script_data, script_flags, SCRIPTS)
+
+NAMES = [name.removeprefix("train_") for name in SCRIPTS]
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return script_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """name -> the folder of an uninterrupted run of six steps."""
+    parent = tmp_path_factory.mktemp("whole")
+
+    def run(name):
+        if not (parent / name).exists():
+            in_child(script, f"train_{name}", *flags(name, data, parent / name)).ok()
+        return parent / name
+    return run
+
+
+def flags(name, data, out, *more):
+    return script_flags(name, data, "--save-every", 2, *more, "--output-dir", out)
+
+
+def after(fault, name, data, out, *more):
+    """The run that meets `fault()` in a process of its own -> Result"""
+    def work():
+        fault()
+        return script(f"train_{name}", *flags(name, data, out, *more))
+    return in_child(work)
+
+
+def goes_on(name, data, out, whole, *more):
+    """The same command again ends in what an uninterrupted run left, bit for bit."""
+    in_child(script, f"train_{name}", *flags(name, data, out, *more)).ok()
+    same_run(run_folder(whole(name)), run_folder(out))
+
+
+def one_line(result, code, *words):
+    """The exit code, and a last line that says why; no traceback. (Both streams are in `out`.)"""
+    line = result.out.splitlines()[-1]
+    assert result.code == code and "Traceback" not in result.out, result.out[-3000:]
+    assert line.startswith("error: ") and all(word in line for word in words), line
+
+
+def signal_at(step, number=signal.SIGTERM):
+    at_step(step, lambda: os.kill(os.getpid(), number))
+
+
+# -----------------------------------------------------------------------------
+# Ends that come from outside
+
+FAULTS = {  # what happens -> the exit code
+    "killed in a step": (lambda: at_step(3, die), 137),
+    "killed inside a write": (lambda: at_call(files.os, "fsync", 9, die), 137),
+    "SIGTERM in an epoch": (lambda: signal_at(4), 143),
+    "Ctrl-C at an epoch's end": (lambda: signal_at(3, signal.SIGINT), 130),
+    "SIGTERM at the end": (lambda: at_call(device.Run, "finish", 1, lambda: os.kill(
+        os.getpid(), signal.SIGTERM)), 143)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_run_that_was_ended_goes_on_to_the_same_bits(name, fault, data, whole, tmp_path):
+    happens, code = FAULTS[fault]
+    result = after(happens, name, data, tmp_path / "run")
+    if code == 137:
+        assert result.code == code
+    else:
+        one_line(result, code, "--resume auto")
+    goes_on(name, data, tmp_path / "run", whole)
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_full_disk_stops_safely_and_the_run_goes_on_later(name, data, whole, tmp_path):
+    def fills():
+        at_step(5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000)))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    one_line(after(fills, name, data, tmp_path / "run"), 3, "checkpoint", "intact")
+    assert checkpoint(run_folder(tmp_path / "run"))["step"] == 4
+    goes_on(name, data, tmp_path / "run", whole)
+
+
+def test_memory_that_runs_out_ends_with_a_hint(data, whole, tmp_path):
+    for name in ("clipfit", "contrastive"):
+        result = after(lambda: at_step(5, lambda: torch.empty(2 ** 50)), name, data,
+                       tmp_path / name)
+        one_line(result, 3, "out of memory", "--micro-batch", "intact")
+        goes_on(name, data, tmp_path / name, whole)
+
+
+def test_a_worker_that_dies_is_named(data, whole, tmp_path):
+    def dies():
+        real = images.read_image
+
+        def read(*args, **options):
+            if torch.utils.data.get_worker_info() is not None:
+                os._exit(7)
+            return real(*args, **options)
+        for module in list(sys.modules.values()):
+            if getattr(module, "read_image", None) is real:
+                module.read_image = read
+    result = after(dies, "contrastive", data, tmp_path / "run", "--workers", 1, "--cache-gb", 0)
+    one_line(result, 3, "DataLoader worker")
+
+
+def test_a_clock_that_jumps_changes_nothing(data, whole, tmp_path):
+    def jumps():
+        moments = iter([-1e9, 0.0, 1.7e9, 9e9] * 1000)
+        device.time.time = lambda: next(moments)
+    after(jumps, "clipfit", data, tmp_path / "run").ok()
+    same_run(whole("clipfit"), tmp_path / "run")
+
+
+# -----------------------------------------------------------------------------
+# Numbers that are not finite
+
+def bad_steps(steps, kind):
+    """From now on those steps (from 1) have such a gradient."""
+    real, calls = device.Run.sum_gradients, []
+
+    def summed(run, parameters):
+        parameters = list(parameters)
+        calls.append(1)
+        real(run, parameters)
+        if len(calls) in steps:
+            next(p for p in parameters if p.grad is not None).grad.view(-1)[0] = kind
+    device.Run.sum_gradients = summed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bad_step_is_skipped_and_its_images_are_named(name, data, tmp_path):
+    """AdamW has counted the good steps only (test_device.py compares bit for bit)."""
+    states = {}
+    for log_every in (1, 100):
+        out = tmp_path / f"every{log_every}"
+        after(lambda: bad_steps((2, 5, 6), math.nan), name, data, out, "--log-every",
+              log_every).ok()
+        folder = run_folder(out)
+        skipped = [line for line in (folder / "log.txt").read_text().splitlines()
+                   if "step skipped" in line]
+        assert len(skipped) == 3 and all(".png" in line for line in skipped)
+        states[log_every] = checkpoint(folder)
+        assert states[log_every]["step"] == 6
+        moments = states[log_every]["optimizer"].get("state", {}).values()
+        assert {x["step"].item() for x in moments if "step" in x} <= {3.0}, "three good steps"
+    assert all(torch.equal(states[1]["weights"][key], states[100]["weights"][key])
+               for key in states[1]["weights"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_third_bad_step_in_a_row_stops_the_run(name, data, tmp_path):
+    result = after(lambda: bad_steps((4, 5, 6), math.inf), name, data, tmp_path / "run")
+    one_line(result, 3, ".png", "intact", "--lr")
+    stored = checkpoint(run_folder(tmp_path / "run"))
+    assert stored["step"] == 4 and all(x.isfinite().all() for x in stored["weights"].values())
+
+
+# -----------------------------------------------------------------------------
+# Files that are not what they were
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(name, data, whole, tmp_path):
+    out = tmp_path / "run"
+    one_line(after(lambda: signal_at(4), name, data, out), 143)
+    last = run_folder(out) / "checkpoint_last.pt"
+    last.write_bytes(damaged_files(tmp_path, last)["flipped"].read_bytes())
+    goes_on(name, data, out, whole)
+    assert "checkpoint_prev.pt" in (run_folder(out) / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_code_in_a_file_is_refused_by_every_flag_that_reads_one(name, data, tmp_path):
+    canary, path = tmp_path / "canary", tmp_path / "bad.pt"
+    torch.save({"weights": {"x": torch.ones(1)}, "step": 1, "x": Payload(canary)}, path)
+    for flag in {"distill": ("--resume", "--teacher", "--tokenizer"),
+                 "staged": ("--weights", "--tokenizer")}.get(
+                     name, ("--resume", "--weights", "--tokenizer")):
+        result = in_child(script, f"train_{name}", *flags(name, data, tmp_path / "out", flag, path))
+        one_line(result, 2, path.name)
+    assert not canary.exists() and not (tmp_path / "out" / "checkpoint_last.pt").exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_run_and_another_method_are_refused_and_data_that_changed_is_named(
+        name, data, whole, tmp_path):
+    folder = whole(name)
+    for more, word in ((("--lr", 0.01), "lr"), (("--epochs", 30), "--weights"),
+                       (("--seed", 7), "seed"), (("--resume", "none"), "--overwrite")):
+        result = in_child(script, f"train_{name}", *flags(name, data, folder, *more))
+        one_line(result, 2, word, "--output-dir")
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    changed = copy / ("classes/train/red/9.png" if name == "clipfit" else "pairs/pairs.csv")
+    changed.write_bytes((copy / "pairs/1.png").read_bytes() if name == "clipfit" else
+                        changed.read_bytes() + b"1.png,a new caption,train\n")
+    one_line(in_child(script, f"train_{name}", *flags(name, copy, folder)), 2, "--output-dir")
+    other = "contrastive" if name != "contrastive" else "clipfit"
+    result = in_child(script, f"train_{other}", *flags(other, data, folder))
+    one_line(result, 2, "method", "--weights", "--output-dir")
+
+
+# -----------------------------------------------------------------------------
+# Surroundings
+
+def test_a_hostile_environment_changes_nothing(data, tmp_path):
+    """`| head -1`, no stdin, a C locale with Chinese class names, no home, and no TMPDIR."""
+    class_folder(tmp_path / "图片", ("红色_a", "it's \"green\"", "голубой"))
+    out, environment = tmp_path / "运行", {
+        "PATH": os.path.dirname(shutil.which("head")), "LC_ALL": "C", "TERM": "dumb",
+        "TMPDIR": "/nowhere", "OMP_NUM_THREADS": "1"}
+    given = flags("clipfit", data, out, "--data", tmp_path / "图片", "--workers", 2)
+    done = subprocess.run(
+        ["bash", "-c", 'set -o pipefail; "$@" <&- | head -1', "bash", sys.executable,
+         ROOT / "train_clipfit.py", *given], env=environment, cwd=tmp_path, text=True,
+        capture_output=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.stdout.startswith("device ") and done.stdout.count("\n") == 1
+    assert results(out)["steps"] == 6 and len(metrics(out, "train")) == 6
+    assert "红色" in (out / "per_class_test.csv").read_text("utf-8")
+
+
+def test_home_and_variables_are_expanded_in_path_flags(data, whole, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PICTURES", str(data / "classes"))
+    monkeypatch.chdir(tmp_path)
+    given = ("--data", "$PICTURES", "--output-dir", "~/runs/a")
+    in_child(script, "train_clipfit", *script_flags("clipfit", data, *given)).ok()
+    same_run(whole("clipfit"), tmp_path / "runs" / "a", but=("timed", "identity", "card"))
+    result = in_child(script, "train_clipfit", "--config", "~/runs/a/config.json")
+    assert result.code == 0 and "finished" in result.out and not (tmp_path / "~").exists()
+
+
+def test_a_folder_that_may_not_be_entered_and_a_missing_home_are_named(data, monkeypatch):
+    if os.geteuid():
+        pytest.skip("only root can become another user")
+    monkeypatch.delenv("HOME", raising=False)
+    with tempfile.TemporaryDirectory() as folder:  # not below tmp_path, which only we may enter
+        folder = pathlib.Path(folder)
+        folder.chmod(0o777)
+        class_folder(folder / "set")
+        (folder / "set/train/red").chmod(0)
+
+        def work(*more):
+            os.setuid(54_321)  # as a container runs whom its system does not know
+            return script(train_clipfit, *script_flags("clipfit", data, *more))
+        result = in_child(work, "--data", folder / "set", "--output-dir", folder / "out")
+        one_line(result, 2, "train/red")
+        refused(Result(*[(r.code, "", r.out) for r in [in_child(
+            work, "--output-dir", "~/run")]][0]), "HOME")
+        (folder / "set/train/red").chmod(0o755)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_can_be_refused_is_refused_before_any_work(name, data, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for more, word in ((("--output-dir", tmp_path / "file" / "run"), "--output-dir"),
+                       (("--resume", "true"), "--resume"), (("--device", "npu:99"), "--device"),
+                       (("--teacher" if name == "distill" else "--weights", tmp_path / "none.pt"),
+                        "none.pt"),
+                       (("--batch-size", 0), "--batch-size"), (("--lr", "nan"), "--lr"),
+                       (("--data", tmp_path / "nowhere"), "nowhere")):
+        result = in_child(script, f"train_{name}", *script_flags(
+            name, data, "--output-dir", tmp_path / "out", *more))
+        one_line(result, 2, word)
+        assert not list(tmp_path.glob("out/*.pt"))
+    assert not list(tmp_path.rglob("results.json"))
