@@ -23,11 +23,10 @@ student's own average for one more teacher of crd; a text teacher (a BERT) softe
     torchrun --standalone --nproc-per-node 8 train_distill.py --teacher ViT-L/14 \
         --data shards/{000..127}.tar --model mobilenet_v3_small:IMAGENET1K_V1
 
-A stored teacher (Faghri et al. 2023) was asked once about a few random views of every image. The
-losses are the same, and no teacher runs in the training.
-
-`--batch-size` is the number of pairs that are compared, over all processes. `--micro-batch` encodes
-them in pieces with the gradient of the whole batch; only BatchNorm takes each piece's statistics.
+A stored teacher was asked once about a few random views of every image (Faghri et al. 2023); then
+no teacher runs in the training. `--batch-size` is what is compared, over all processes, and
+`--micro-batch` what is encoded at a time, with the gradient of the whole batch; only BatchNorm
+takes the statistics of each piece.
 
 Different from the released codes, with the reason:
 - teachers are averaged after each softmax, rows and columns apart; MobileCLIP's code transposes the
@@ -35,8 +34,8 @@ Different from the released codes, with the reason:
 - FD is 1 - cos. CLIP-KD's 2000 * MSE is 4000/D of that: 8 at D = 512, but 63 at D = 64;
 - ICL's own scale is exp(.), at most 100; CLIP-KD's is used as it is, a temperature of 0.4;
 - with a frozen text tower ICL repeats the task and FD of texts is constant: both are off;
-- under Mixup and CutMix the teacher sees the mixed images; of a stored teacher the probabilities
-  are mixed. Two pairs that mix stand half a batch apart, the same for any number of processes.
+- under Mixup and CutMix the teacher sees the mixed images; of a stored one the embeddings are
+  mixed. Two pairs that mix stand half a batch apart, the same for any number of processes.
 
 Logged: loss, its terms without their weights, scale, lr. Results: retrieval of the student and of
 a live teacher on held-out pairs (%), zero_shot_..., parameters and latency (ms) of image towers.
@@ -50,6 +49,7 @@ import pathlib
 import random
 import sys
 import time
+import types
 import typing
 
 from device import (add_run_flags, guard, number, Parser, Place, run_folder, run_identity, start,
@@ -77,18 +77,12 @@ RECALLS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "mean_r
 # over processes is the loss of the batch.
 
 class Pairs(typing.NamedTuple):
-    """Unit rows of the batch's N pairs as one model gives them; row i of texts belongs to image i."""
+    """What one model says of the batch's N pairs: unit rows, whose cosines its scale multiplies."""
+    scale: torch.Tensor | float
     image: torch.Tensor       # (n, D), this process's
     text: torch.Tensor
     images: torch.Tensor      # (N, D), of all processes in rank order
     texts: torch.Tensor
-
-
-class Answer(typing.NamedTuple):
-    """A teacher whose similarities scale * image @ texts.T are targets; weights of a list sum to 1."""
-    weight: float
-    scale: torch.Tensor | float
-    pairs: Pairs
 
 
 class Labels(typing.NamedTuple):
@@ -98,32 +92,31 @@ class Labels(typing.NamedTuple):
     share: float = 1.0
 
 
-def info_nce(ours, theirs, scale, labels, unmixed=False):
+def info_nce(ours, theirs, labels):
     """Images of `ours` against texts of `theirs`, texts against images: the task with itself, ICL
-    with a teacher. unmixed: the images of `theirs` are those before mixing."""
+    with a teacher."""
     def loss(rows, at, partner, columns, scale):
         logits = (scale * rows) @ columns.T                                    # (m, N)
         return (labels.share * F.cross_entropy(logits, at, reduction="sum")
                 + (1 - labels.share) * F.cross_entropy(logits, partner, reduction="sum"))
-    at, partner = labels.at, labels.partner
-    images = by_rows(loss, (ours.image, at, partner), (theirs.texts, scale))
-    texts = by_rows(loss, (ours.text, at, at if unmixed else partner), (theirs.images, scale))
+    images = by_rows(loss, (ours.image, *labels[:2]), (theirs.texts, ours.scale))
+    texts = by_rows(loss, (ours.text, *labels[:2]), (theirs.images, ours.scale))
     return (images + texts) / (2 * len(ours.images))
 
 
-def crd(ours, scale, answers):
-    """Cross-entropy to the teachers' softmaxes, averaged afterwards: KL plus a constant."""
-    K, theirs = len(answers), [answer.pairs for answer in answers]
+def crd(ours, told):
+    """Cross-entropy to the softmaxes of K teachers, averaged afterwards: KL plus a constant."""
+    K = len(told)
 
     def loss(rows, *more):
         asked, columns, scale, keys = more[:K], more[K], more[K + 1], more[K + 2:]
-        targets = sum(answer.weight * (answer.scale * p @ q.T).softmax(dim=1)
-                      for answer, p, q in zip(answers, asked, keys))           # (m, N)
+        targets = sum((theirs.scale * p @ q.T).softmax(dim=1)
+                      for theirs, p, q in zip(told, asked, keys)) / K          # (m, N)
         return F.cross_entropy((scale * rows) @ columns.T, targets, reduction="sum")
-    images = by_rows(loss, (ours.image, *(p.image for p in theirs)),
-                     (ours.texts, scale, *(p.texts for p in theirs)))
-    texts = by_rows(loss, (ours.text, *(p.text for p in theirs)),
-                    (ours.images, scale, *(p.images for p in theirs)))
+    images = by_rows(loss, (ours.image, *(theirs.image for theirs in told)),
+                     (ours.texts, ours.scale, *(theirs.texts for theirs in told)))
+    texts = by_rows(loss, (ours.text, *(theirs.text for theirs in told)),
+                    (ours.images, ours.scale, *(theirs.images for theirs in told)))
     return (images + texts) / (2 * len(ours.images))
 
 
@@ -146,16 +139,20 @@ class Mix(typing.NamedTuple):
         return torch.cat([torch.arange(half, 2 * half), torch.arange(half),
                           torch.arange(2 * half, n)])
 
+    def blend(self, x):
+        """Unit rows (n, D) of the images before mixing -> what stands for the mixed ones."""
+        return unit(x.lerp(x[self.partners(len(x)).to(x.device)], 1 - self.share))
+
     def show(self, images, rows, model):
         """Rows of uint8 images (n, 3, S, S), mixed -> as `model` takes them."""
         own = images[rows]
         if self.share < 1:
-            other = images[self.partners(len(images)).to(images.device)[rows]]
+            other = images[self.partners(len(images)).to(images.device)[rows]].float()
+            own = own.float()
             if self.box is None:
-                own = torch.lerp(other.float(), own.float(), self.share)
+                own = torch.lerp(other, own, self.share)
             else:
                 top, left, bottom, right = (round(edge * own.shape[-1]) for edge in self.box)
-                own = own.clone()
                 own[..., top:bottom, left:right] = other[..., top:bottom, left:right]
         return normalise(own, model.image_mean, model.image_std)
 
@@ -168,12 +165,11 @@ def draw_mix(args, step, size):
         return Mix()
     if args.mixup and (not args.cutmix or draw.random() < 0.5):
         return Mix(draw.betavariate(args.mixup, args.mixup))
-    half = size * math.sqrt(1 - draw.betavariate(args.cutmix, args.cutmix)) / 2
-    y, x = draw.randrange(size), draw.randrange(size)
-    top, left, bottom, right = (min(size, max(0, round(edge)))
+    half = math.sqrt(1 - draw.betavariate(args.cutmix, args.cutmix)) / 2
+    y, x = draw.random(), draw.random()
+    top, left, bottom, right = (round(size * min(1, max(0, edge))) / size
                                 for edge in (y - half, x - half, y + half, x + half))
-    return Mix(1 - (bottom - top) * (right - left) / size ** 2,
-               tuple(edge / size for edge in (top, left, bottom, right)))
+    return Mix(1 - (bottom - top) * (right - left), (top, left, bottom, right))
 
 
 # -----------------------------------------------------------------------------
@@ -181,21 +177,18 @@ def draw_mix(args, step, size):
 
 class Maps:
     """The student's last map of features against that of the first teacher, a ViT, both averaged
-    down to the coarser of their grids, P places. Means over the images of
+    down to the coarser of their grids, P places; forward hooks keep what passes. Means over images:
 
         hint       1 - cos(1 x 1 convolution of the map, LayerNorm of the teacher's), mean over P;
                    FitNets, Romero et al. 2015
         attention  KL(a' || a): a the energy sum_c map^2 of a place over that of all (Zagoruyko and
-                   Komodakis 2017), a' how the teacher's class token attends in its last block,
-                   itself left out
+                   Komodakis 2017), a' how the class token attends in the teacher's last block
 
-    A ViT's map is what its last block gets, without the class token. Forward hooks keep what passes.
-    """
+    A ViT's map is what its last block gets. The class token itself is left out of both."""
 
     def __init__(self, student, teacher):
         if not isinstance(teacher.visual, VisionTransformer):
-            raise UserError("--hint and --attention look into the first teacher's image tower, which "
-                            "must be a ViT")
+            raise UserError("--hint and --attention need a ViT as the first teacher")
         self.caught, self.last = {}, teacher.visual.transformer.resblocks[-1]
         self.last.ln_1.register_forward_hook(functools.partial(self.keep, "normed"))
         for who, model in (("teacher", teacher), ("student", student)):
@@ -213,10 +206,10 @@ class Maps:
         self.channels = [as_map(self.caught[who]).shape[1] for who in ("student", "teacher")]
 
     def keep(self, who, module, inputs, output=None):
-        x = inputs[0] if output is None else output
-        if output is None or who == "normed" or (
-                torch.is_tensor(x) and x.ndim == 4 and as_map(x).shape[-1] > 1):
-            self.caught[who] = x
+        if output is None or who == "normed":
+            self.caught[who] = inputs[0] if output is None else output
+        elif torch.is_tensor(output) and output.ndim == 4 and as_map(output).shape[-1] > 1:
+            self.caught[who] = output
 
     def attended(self, side):                                          # (n, P), a row's sum is 1
         weight, bias = self.last.attn.in_proj_weight, self.last.attn.in_proj_bias
@@ -261,51 +254,46 @@ class Heads(nn.Module):
         self.hint = nn.Conv2d(*channels, 1) if channels else None
 
 
-def objective(ours, scale, labels, told, heads, weights, other=(), average=()):
-    """The terms with a weight on embeddings -> {name: this process's part}. told: each teacher's
-    Answers; other: those of the text teacher, which soften the task's labels; average: those of
-    the averaged student."""
+def objective(ours, labels, told, heads, weights, other=None, average=None):
+    """The terms on embeddings that have a weight -> {name: this process's part}. told: K teachers;
+    other: the text teacher, which softens the labels of the task; average: the averaged student."""
     N, trains, terms = len(ours.images), ours.text.requires_grad, {}
     if weights["task"]:
-        terms["task"] = info_nce(ours, ours, scale, labels)
+        terms["task"] = info_nce(ours, ours, labels)
         if other:
-            terms["task"] = terms["task"].lerp(crd(ours, scale, other), weights["other"])
+            terms["task"] = terms["task"].lerp(crd(ours, [other]), weights["other"])
     if weights["crd"]:
-        terms["crd"] = crd(ours, scale, sum(told, []))
+        terms["crd"] = crd(ours, told)
     if weights["ema"]:
-        terms["ema"] = crd(ours, scale, average)
-    for k, answers in enumerate(told if weights["fd"] + weights["icl"] else ()):
-        theirs = answers[0].pairs
-        goal = unit(sum(answer.weight * answer.pairs.image for answer in answers))
+        terms["ema"] = crd(ours, [average])
+    for k, theirs in enumerate(told if weights["fd"] + weights["icl"] else ()):
         image, text = heads.image[k](ours.image), heads.text[k](ours.text) if trains else None
-        near = fd(image, goal, N) + (fd(text, theirs.text, N) if trains else 0.0)
+        near = fd(image, theirs.image, N) + (fd(text, theirs.text, N) if trains else 0.0)
         terms["fd"] = terms.get("fd", 0.0) + near / len(told)
         if weights["icl"]:
-            rows = ours._replace(image=unit(image), text=unit(text))
-            pairs = info_nce(rows, theirs, heads.icl_scale.exp(), labels, len(answers) > 1)
-            terms["icl"] = terms.get("icl", 0.0) + pairs / len(told)
+            mapped = Pairs(heads.icl_scale.exp(), unit(image), unit(text), *ours[3:])
+            terms["icl"] = terms.get("icl", 0.0) + info_nce(mapped, theirs, labels) / len(told)
     return terms
 
 
 class Batch(typing.NamedTuple):
-    """This process's n pairs. Of K teachers `keys` are the text embeddings, and `stored` those of
-    the images where no teacher runs."""
+    """This process's n pairs."""
     images: dict                   # uint8 (n, 3, S, S) for each way to look, see Views
     tokens: torch.Tensor | None    # (n, L), on the host, for a text tower that trains
     text: torch.Tensor | None      # (n, D) of one that is frozen
-    keys: list                     # K of (n, D_k)
-    stored: list | None            # K of (n, D_k)
+    keys: list                     # K of (n, D_k), the teachers' text embeddings
+    stored: list | None            # K of (n, D_k), their image embeddings if none of them runs
     other: torch.Tensor | None     # (n, D') of the text teacher
 
 
 def step(run, learner, teachers, maps, batch, counts, mix, weights, micro, seed):
-    """Add this process's part of the batch's gradient to `.grad` -> {"loss", its terms}, this
-    process's parts. counts: pairs of each process; weights: of the terms; micro: pairs in a piece;
-    seed: of dropout, another one for every step."""
+    """Add this process's part of the batch's gradient to `.grad` -> its part of {"loss", terms}.
+    counts: pairs of each process; weights: of the terms; micro: pairs in a piece; seed: of dropout,
+    another one for every step."""
     student, n, first = learner.student, counts[run.rank], sum(counts[:run.rank])
     pieces = [slice(i, min(n, i + micro)) for i in range(0, n, micro)]
-    partners = mix.partners(n).to(run.device)
-    labels = Labels(first + torch.arange(n, device=run.device), first + partners, mix.share)
+    at = first + torch.arange(n, device=run.device)
+    labels = Labels(at, first + mix.partners(n).to(run.device), mix.share)
 
     def encoder(model):
         pixels = batch.images[look_of(model)]
@@ -316,23 +304,16 @@ def step(run, learner, teachers, maps, batch, counts, mix, weights, micro, seed)
         with run.autocast():
             return torch.cat([encode(piece) for piece in pieces])
 
-    def both(image, text):
-        return Pairs(image, text, run.gather(image, counts), run.gather(text, counts))
-
-    def answers(weight, scale, image, text, unmixed):
-        if not unmixed or mix.share == 1:
-            return [Answer(weight, scale, both(image, text))]
-        # These are of the images before mixing: the probabilities are mixed in their place.
-        return [Answer(weight * mix.share, scale, both(image, text)),
-                Answer(weight * (1 - mix.share), scale, both(image[partners], text))]
+    def both(scale, image, text):
+        return Pairs(scale, image, text, run.gather(image, counts), run.gather(text, counts))
 
     # ---- encode -------------------------------------------------------------------
-    said = batch.stored or []
+    said = [mix.blend(p) for p in batch.stored or ()]                          # K of (n, D_k)
     taught = sum(weights[name] for name in ("crd", "fd", "icl", "hint", "attention"))
     if batch.stored is None and taught:
         said = [ask(encoder(teacher.model), pieces) for teacher in teachers]
     image = TwoPass(run, encoder(student), pieces, 2 * seed, student.visual)
-    text, v = None, batch.text
+    text, v = None, batch.text                                                 # v (n, D)
     if batch.tokens is not None:
         parts, places = text_pieces(batch.tokens, micro, student.text_pad)
         parts, places = [run.move(*part) for part in parts], run.move(places)
@@ -343,20 +324,18 @@ def step(run, learner, teachers, maps, batch, counts, mix, weights, micro, seed)
         v = text.features[places]
 
     # ---- the loss, in fp32 over all processes -------------------------------------
-    scale, ours = student.logit_scale.exp(), both(image.features, v)
-    told = [answers(1 / len(said), teacher.scale, p, q, batch.stored is not None)
-            for teacher, p, q in zip(teachers, said, batch.keys)]
-    other = [] if batch.other is None else answers(1.0, 10.0, batch.other, batch.other, True)
-    average = []
+    ours, average = both(student.logit_scale.exp(), image.features, v), None
+    told = [both(teacher.scale, p, q) for teacher, p, q in zip(teachers, said, batch.keys)]
+    other = batch.other is not None and both(10.0, mix.blend(batch.other), batch.other)
     if weights["ema"]:
         model = learner.average.model
         q = v if text is None else ask(functools.partial(encode_text, model=model), parts)[places]
-        average = answers(1.0, model.logit_scale.exp(), ask(encoder(model), pieces), q, False)
-    terms = objective(ours, scale, labels, told, learner.heads, weights, other, average)
-    inside = {name: value / sum(counts) for name, value in maps.losses(
-        learner.heads.hint).items()} if maps else {}
-    loss = sum(weights[name] * value for name, value in terms.items())
-    more = sum(weights[name] * value for name, value in inside.items())
+        average = both(model.logit_scale.exp(), ask(encoder(model), pieces), q)
+    terms = objective(ours, labels, told, learner.heads, weights, other, average)
+    inside = {name: x / sum(counts) for name, x in maps.losses(learner.heads.hint).items()
+              } if maps else {}
+    loss = sum(weights[name] * x for name, x in terms.items())
+    more = sum(weights[name] * x for name, x in inside.items())
     # -------------------------------------------------------------------------------
 
     learner.scaler.scale(loss).backward()  # as far as the features, which are leaves
@@ -366,23 +345,20 @@ def step(run, learner, teachers, maps, batch, counts, mix, weights, micro, seed)
     return {"loss": loss + more, **terms, **inside}
 
 
-
-
 # -----------------------------------------------------------------------------
 # What trains, and at which rate
 
 class Average:
-    """Moving average of what trains in a model: update n = 0, 1, ... keeps a share of
-    min(decay, (1 + n) / (10 + n)). Frozen tensors are the model's own; integers are copied."""
+    """Moving average of what trains: update n = 0, 1, ... keeps min(decay, (1 + n) / (10 + n)) of
+    it. Frozen tensors are the model's own; integers are copied."""
 
     def __init__(self, model, decay):
         self.decay, self.updates = decay, torch.zeros((), device=model.logit_scale.device)
-        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-        self.model = copy.deepcopy(model, {id(p): p for p in frozen.values()}).eval()
-        self.model.requires_grad_(False)
+        frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+        self.model = copy.deepcopy(model, frozen).eval().requires_grad_(False)
         theirs = model.state_dict()
         self.pairs = {name: (x, theirs[name]) for name, x in self.model.state_dict().items()
-                      if name not in frozen}
+                      if x.data_ptr() != theirs[name].data_ptr()}
 
     @torch.no_grad()
     def update(self, fine):
@@ -419,7 +395,6 @@ class Learner:
         self.run.save_training(at, self.kept, self.optimizer, self.scaler, self.buffers, name,
                                heads=self.heads.state_dict(), **more)
 
-    @torch.no_grad()
     def load(self, stored):
         """Go on from a checkpoint, or begin (None) -> Place"""
         at = self.run.load_training(stored, self.kept, self.optimizer, self.scaler, self.buffers)
@@ -427,8 +402,7 @@ class Learner:
             self.heads.load_state_dict(stored["heads"])
         if stored and self.average:
             self.average.updates.copy_(stored["updates"])
-            for name, (mine, _) in self.average.pairs.items():
-                mine.copy_(stored["ema"][name])
+            self.average.model.load_state_dict(stored["ema"], strict=False)  # the rest is frozen
         return at
 
 
@@ -438,8 +412,7 @@ def text_trains(student):
 
 
 def training_mode(student):
-    """Dropout and BatchNorm's statistics on, but not in what is frozen -> whether there are such
-    statistics."""
+    """Dropout and BatchNorm's statistics on, but not in what is frozen -> whether it has those."""
     student.train()
     for module in student.modules():
         parameters = list(module.parameters())
@@ -469,39 +442,37 @@ def term_weights(args, text_trains, done):
 # Scores
 
 def recalls(run, model, tokenizer, pairs, args, texts=None):
-    """Retrieval both ways on held-out pairs -> dict, in %. texts: of a frozen tower, as features."""
+    """Retrieval on held-out pairs -> dict, in %. texts: their features by a frozen text tower."""
     pairs = pairs.with_transform(Preprocess.of(model))
     scores = recall_at_k(*embed(run, model, pairs, tokenizer, max_text=args.max_text, texts=texts,
                                 workers=args.workers if pairs.pixels is None else 0))
     return {name: scores[name] for name in RECALLS}
 
 
-def score(run, model, tokenizer, sets, labelled, args):
+def score(run, model, tokenizer, setup, args):
     """Retrieval on the test pairs (or val) and accuracy on the sets of --zero-shot -> dict, in %"""
-    pairs, look = sets["test"] or sets["val"], Preprocess.of(model)
+    pairs, look = setup.test or setup.val, Preprocess.of(model)
     found = recalls(run, model, tokenizer, pairs, args) if pairs else {}
-    for images in labelled:
+    for images in setup.labelled:
         scores = zero_shot(run, model, images.with_transform(look), tokenizer,
                            args.templates or images.templates, args)
-        seen = [x for x in scores["per_class"] if x is not None]
-        found |= {f"zero_shot_{images.name}_top1": scores["accuracy"],
-                  f"zero_shot_{images.name}_mean_per_class": sum(seen) / len(seen)}
+        found[f"zero_shot_{images.name}_top1"] = scores["accuracy"]
     return found
 
 
 @torch.no_grad()
 def measure(run, model):
-    """Parameters of the image tower, and its median time for one image on this device."""
-    image, seconds = run.move(torch.zeros(1, 3, *[model.config.image_size] * 2)), []
+    """Parameters of the image tower, and its time for one image on this device."""
+    image = run.move(torch.zeros(1, 3, *[model.config.image_size] * 2))
     with evaluating(model), run.autocast():
-        for _ in range(12):
-            run.synchronize()
-            began = time.perf_counter()
+        for number in range(12):
+            if number == 2:  # it has warmed up
+                run.synchronize()
+                began = time.perf_counter()
             model.encode_image(image)
-            run.synchronize()
-            seconds.append(time.perf_counter() - began)
+        run.synchronize()
     return {"image_parameters": sum(p.numel() for p in model.visual.parameters()),
-            "latency_ms": 1000 * sorted(seconds[2:])[5]}
+            "latency_ms": 100 * (time.perf_counter() - began)}
 
 
 # -----------------------------------------------------------------------------
@@ -511,24 +482,25 @@ def name_images(pairs, used):
     return "the batch of " + ", ".join(pairs.paths[pairs.owner[c]] for c in used[:8].tolist())
 
 
-def train(run, learner, teachers, maps, loader, look_up, val, counts, steps, stored, args, **kept):
-    """Train the student in place. look_up: what the loader gives -> Batch; val: () -> scores of
-    held-out pairs, or None; counts: pairs of a batch in each process; steps: of the run and of its
-    warm-up; stored: a checkpoint to go on from, or None; kept: more for checkpoints -> Place"""
-    student, pairs = learner.student, loader.dataset
+def train(run, learner, setup, maps, loader, look_up, stored, args, **kept):
+    """Train the student in place. look_up: what the loader gives -> Batch; stored: a checkpoint to
+    go on from, or None; kept: more for the checkpoints -> Place"""
+    student, pairs, val, texts = learner.student, loader.dataset, setup.val, None
+    if val and not text_trains(student):
+        texts = encode_texts(run, student, setup.tokenizer, val.retrieval().texts, args.max_text)
     at = learner.load(stored)
-    at.steps, warmup = steps
+    at.steps = setup.steps
     best = stored["best"] if stored else -1.0
     for images, used, _ in run.batches(loader, at):
         # ---- one step ------------------------------------------------------------------
-        lr = args.lr * rate(at.step, at.steps, warmup)
+        lr = args.lr * rate(at.step, setup.steps, setup.warmup)
         for group in learner.optimizer.param_groups:
             group["lr"] = lr
         learner.optimizer.zero_grad(set_to_none=True)
-        losses = step(run, learner, teachers, maps, look_up(images, used, at.epoch), counts,
-                      draw_mix(args, at.step, student.config.image_size),
+        losses = step(run, learner, setup.teachers, maps, look_up(images, used, at.epoch),
+                      setup.counts, draw_mix(args, at.step, student.config.image_size),
                       term_weights(args, text_trains(student), at.step / at.steps),
-                      args.micro_batch or counts[0], args.seed * 1_000_003 + at.step)
+                      args.micro_batch or setup.counts[0], args.seed * 1_000_003 + at.step)
         run.sum_gradients(learner.parameters)
         fine = run.update(learner.optimizer, learner.parameters, learner.scaler, args.grad_clip,
                           losses["loss"])
@@ -541,7 +513,7 @@ def train(run, learner, teachers, maps, loader, look_up, val, counts, steps, sto
         due = run.tick(at, losses, args.batch_size, functools.partial(name_images, pairs, used),
                        lr=lr, scale=student.logit_scale.detach().exp())
         if val and (at.batch == 0 or at.step == at.steps):
-            scores = val(learner.tested)
+            scores = recalls(run, learner.tested, setup.tokenizer, val, args, texts)
             run.log(at.step, "val", **scores)
             if scores["mean_recall"] > best:
                 best = scores["mean_recall"]
@@ -552,11 +524,56 @@ def train(run, learner, teachers, maps, loader, look_up, val, counts, steps, sto
 
 
 # -----------------------------------------------------------------------------
-# Opening the student and the data
+# Student, teachers and data
 
-def open_student(args, first):
-    """The CLIP that learns, on the CPU -> model, tokenizer. Its text tower is that of the `first`
-    teacher, frozen unless --train-text, or one of its own."""
+def open_setup(run, args):
+    """What the command line names, opened and checked, models on the device -> a namespace: pairs,
+    val, test (PairSet or None), labelled (ImageSets of --zero-shot), stored (Stored or None),
+    teachers, student, tokenizer, steps, warmup, counts (pairs of a batch in each process)."""
+    where = {"data_dir": args.data_dir, "layout": args.layout, "caption_file": args.caption_file,
+             "image_column": args.image_column, "caption_column": args.caption_column}
+    pairs = open_pairs(args.data, "train", **where)
+    val, test = (open_pairs(args.data, split, **where) if pairs.counts.get(split) else None
+                 for split in ("val", "test"))
+    labelled = [open_dataset(name, "test", args.data_dir, download=False, whole=True)
+                for name in args.zero_shot]
+    for some in filter(None, (pairs, val, test, *labelled)):
+        some.check_files()
+    for images in labelled:
+        require_words(images)
+    batches = len(PairBatches(pairs, args.batch_size, captions=args.captions))
+    steps = min(args.epochs * batches, args.max_steps or math.inf)
+    warmup = round(args.warmup if args.warmup >= 1 else args.warmup * steps)
+    if warmup >= steps:
+        raise UserError(f"--warmup {args.warmup:g} is {warmup} steps and the training has {steps}, "
+                        f"{batches} an epoch: nothing comes after it")
+    steps, warmup = (2, 1) if args.dry_run else (steps, warmup)
+    stored = Stored(args.reinforced) if args.reinforced else None
+    if stored:
+        stored.check(pairs)
+    teachers = stored.teachers if stored else open_teachers(
+        args.teacher, args.teacher_activation, args.tokenizer if args.text_tower == "teacher" else
+        None)
+    scales = args.teacher_scale or [teacher.scale for teacher in teachers]
+    if len(scales) != len(teachers):
+        raise UserError(f"--teacher-scale: {len(scales)} numbers for {len(teachers)} teachers")
+    for teacher, teacher.scale in zip(teachers, scales):
+        if not stored:
+            run.move(teacher.model).fuse_attention(run.fused_attention)
+    student, tokenizer = open_student(run, teachers[0], pairs.captions[:8], args)
+    if args.export:
+        weights.check_layout(student.config, args.export)
+    counts = [len(range(rank, args.batch_size, run.world_size)) for rank in range(run.world_size)]
+    if args.hint + args.attention and 0 < args.micro_batch < counts[0]:
+        raise UserError("--hint and --attention need the batch in one piece, without --micro-batch")
+    return types.SimpleNamespace(
+        pairs=pairs, val=val, test=test, labelled=labelled, stored=stored, teachers=teachers,
+        student=student, tokenizer=tokenizer, steps=steps, warmup=warmup, counts=counts)
+
+
+def open_student(run, first, captions, args):
+    """The CLIP that learns -> model, tokenizer. Its text tower is that of the `first` teacher,
+    frozen unless --train-text, or one of its own."""
     torch.manual_seed(args.seed)
     own = args.text_tower != "teacher"
     source = args.text_tower if own else args.teacher[0] if args.teacher else first.path
@@ -570,88 +587,49 @@ def open_student(args, first):
             activation=args.teacher_activation or first.activation)
     vocabulary = model.vocabulary or model.text_kind == "bpe"
     tokenizer = for_model(model, args.tokenizer or (None if vocabulary else source))
-    if not own and not args.train_text:
-        for name, p in model.named_parameters():
-            p.requires_grad_(name.startswith(("visual.", "logit_scale")))
+    run.move(model).fuse_attention(run.fused_attention)
+    if own or args.train_text:
+        return model, tokenizer
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith(("visual.", "logit_scale")))
+    ours = encode_texts(run, model, tokenizer, captions, args.max_text)
+    theirs = first.texts[:len(ours)] if first.model is None else encode_texts(
+        run, first.model, first.tokenizer, captions, args.max_text)
+    if ours.shape != theirs.shape or (ours * theirs).sum(dim=1).min() < 0.99:
+        raise UserError(f"the student's frozen text tower is not that of the teacher {first.name}; "
+                        f"give that teacher, or add --train-text")
     return model, tokenizer
 
 
-def check_texts(run, student, tokenizer, first, captions, args):
-    """Raise UserError unless a frozen text tower gives what the student is taught by: with
-    --weights or a stored teacher it may be another one."""
-    some, texts = encode_texts(run, student, tokenizer, captions, args.max_text), first.texts
-    if texts is None:
-        texts = encode_texts(run, first.model, first.tokenizer, captions, args.max_text)
-    if some.shape[1] != first.dim or (some * texts[:len(some)]).sum(dim=1).min() < 0.99:
-        raise UserError(f"the student's frozen text tower is not that of the teacher {first.name}; "
-                        f"give that teacher, or add --train-text")
-
-
-def open_splits(args):
-    """-> {"train", "val", "test": PairSet or None}"""
-    where = {"data_dir": args.data_dir, "layout": args.layout, "caption_file": args.caption_file,
-             "image_column": args.image_column, "caption_column": args.caption_column}
-    sets = {"train": open_pairs(args.data, "train", **where)}
-    for split in ("val", "test"):
-        held = sets["train"].counts.get(split)
-        sets[split] = open_pairs(args.data, split, **where) if held else None
-    for pairs in filter(None, sets.values()):
-        pairs.check_files()
-    return sets
-
-
-def open_labelled(args):
-    """The test images of --zero-shot."""
-    labelled = [open_dataset(name, "test", args.data_dir, download=False, whole=True)
-                for name in args.zero_shot]
-    for images in labelled:
-        require_words(images)
-        images.check_files()
-    return labelled
-
-
-def count_steps(args, pairs):
-    """-> steps, and how many of them warm up. UserError for a warm-up without an end."""
-    batches = len(PairBatches(pairs, args.batch_size, captions=args.captions))
-    steps = min(args.epochs * batches, args.max_steps or math.inf)
-    warmup = round(args.warmup if args.warmup >= 1 else args.warmup * steps)
-    if warmup >= steps:
-        raise UserError(f"--warmup {args.warmup:g} is {warmup} steps and the training has {steps}, "
-                        f"{batches} an epoch: nothing comes after it")
-    return (2, 1) if args.dry_run else (steps, warmup)
-
-
-def prepare(run, student, tokenizer, teachers, stored, sets, args):
+def prepare(run, setup, args):
     """Decode, tokenize and encode once what does not change -> the loader, and what it gives
     (images, used, epoch) -> Batch, on the device."""
-    train, options, looks = sets["train"], run.loader_options(args.workers), [look_of(student)]
-    tokens = other = None
-    for teacher in teachers if not stored else ():
+    train, stored, looks = setup.pairs, setup.stored, [look_of(setup.student)]
+    captions, options, tokens, other = train.captions, run.loader_options(args.workers), None, None
+    for teacher in () if stored else setup.teachers:
         looks.append(teacher.look)
-        teacher.texts = encode_texts(run, teacher.model, teacher.tokenizer, train.captions,
-                                     args.max_text)
-    if text_trains(student):
-        tokens = tokenizer(train.captions, context_length=args.max_text)
+        teacher.texts = encode_texts(run, teacher.model, teacher.tokenizer, captions, args.max_text)
+    if text_trains(setup.student):
+        tokens = setup.tokenizer(captions, context_length=args.max_text)
     if args.text_teacher:
-        other = ask_texts(run, args.text_teacher, train.captions, args.max_text)
-    for pairs in filter(None, (train, sets["val"])):
+        other = ask_texts(run, args.text_teacher, captions, args.max_text)
+    for pairs in filter(None, (train, setup.val)):
         pairs.cache(run, max(size for size, *_ in looks) * 8 // 7, run.out / "cache",
                     int(args.cache_gb * 2 ** 30), options["workers"])
-    for note in train.notes:
-        run.say(note)
     if args.workers < 0 and train.pixels is not None:
         options.update(workers=0, multiprocessing_context=None)  # there is little to do
-    views = stored.views(looks) if stored else Views(looks, args.seed, args.crop, args.randaugment)
-    shown = ShownPairs(train, views, len(stored.images), args.seed) if stored else (
-        train.with_transform(views))
+    if stored:
+        shown = ShownPairs(train, stored.views(looks), len(stored.images), args.seed)
+    else:
+        shown = train.with_transform(Views(looks, args.seed, args.crop, args.randaugment))
     loader = make_pair_loader(shown, args.batch_size, args.seed, args.captions, run.rank,
                               run.world_size, **options)
 
     def look_up(images, used, epoch):
+        views = dict(zip(shown.transform.looks, map(run.move, images)))
+        keys = [run.move(teacher.texts[used]) for teacher in setup.teachers]
         answers = stored and [run.move(x) for x in stored.answers(shown, epoch, used)]
-        keys = [run.move(teacher.texts[used]) for teacher in teachers]
-        return Batch(dict(zip(views.looks, map(run.move, images))),
-                     None if tokens is None else tokens[used], keys[0], keys, answers,
+        return Batch(views, None if tokens is None else tokens[used], keys[0], keys, answers,
                      None if other is None else run.move(other[used]))
     return loader, look_up
 
@@ -659,18 +637,12 @@ def prepare(run, student, tokenizer, teachers, stored, sets, args):
 # -----------------------------------------------------------------------------
 # A run
 
-def export(run, student, folder, tokenizer, args):
-    if args.export:
-        run.say("wrote " + run.on_first(lambda: str(weights.export(
-            student, folder / "export", args.export, tokenizer))))
-
-
-def report(run, student, tokenizer, sets, labelled, at, facts, args):
-    """Score the student, write and return what the run found. facts: more to write."""
-    scores = score(run, student, tokenizer, sets, labelled, args)
+def report(run, student, setup, at, facts, args):
+    """Score the student, write and return what the run found, and `facts`."""
+    scores = score(run, student, setup.tokenizer, setup, args)
     run.log(at.step, "test", **scores)
     results = run.finish({
-        "method": "distill", "data": sets["train"].name, **facts, **scores,
+        "method": "distill", "data": setup.pairs.name, **facts, **scores,
         **{f"student_{key}": x for key, x in measure(run, student).items()}, "steps": at.step,
         "epochs": at.epoch, "scale": float(student.logit_scale.detach().exp()),
         "batch_size": args.batch_size, "dry_run": args.dry_run})
@@ -682,91 +654,71 @@ def report(run, student, tokenizer, sets, labelled, at, facts, args):
     return results
 
 
+def open_result(run, path, setup, args):
+    """The student that a run left, exported if that is asked for."""
+    student = run.move(weights.load(path)).fuse_attention(run.fused_attention)
+    if args.export and not args.eval_only:
+        run.say("wrote " + run.on_first(lambda: str(weights.export(
+            student, pathlib.Path(path) / "export", args.export, setup.tokenizer))))
+    return student
+
+
 def main(args):
     """Train (or score) one student -> the results."""
     run = start(args.device, args.precision, args.seed, args.deterministic)
-    sets, labelled = open_splits(args), open_labelled(args)
-    stored = Stored(args.reinforced) if args.reinforced else None
-    if stored:
-        stored.check(sets["train"])
-    own = args.tokenizer if args.text_tower == "teacher" else None
-    teachers = stored.teachers if stored else open_teachers(args.teacher, args.teacher_activation,
-                                                            own)
-    if args.teacher_scale and len(args.teacher_scale) != len(teachers):
-        raise UserError(f"--teacher-scale: {len(args.teacher_scale)} numbers for {len(teachers)} "
-                        f"teachers")
-    for teacher, scale in zip(teachers, args.teacher_scale or ()):
-        teacher.scale = scale
-    student, tokenizer = open_student(args, teachers[0])
-    for model in (student, *(teacher.model for teacher in teachers if not stored)):
-        run.move(model).fuse_attention(run.fused_attention)
-    if not text_trains(student):
-        check_texts(run, student, tokenizer, teachers[0], sets["train"].captions[:8], args)
-    steps = count_steps(args, sets["train"])
-    counts = [len(range(rank, args.batch_size, run.world_size)) for rank in range(run.world_size)]
-    in_pieces = 0 < args.micro_batch < counts[0]
-    if args.export:
-        weights.check_layout(student.config, args.export)
-    if args.hint + args.attention and in_pieces:
-        raise UserError("--hint and --attention need the batch in one piece; leave --micro-batch "
-                        "out")
-    norms = training_mode(student) and (in_pieces or run.world_size > 1)
-    words = json.dumps(tokenizer.facts(), sort_keys=True).encode()
+    setup = open_setup(run, args)
+    student, first, stored = setup.student, setup.teachers[0], setup.stored
+    pieces = [args.micro_batch, run.world_size] if (
+        0 < args.micro_batch < setup.counts[0] or run.world_size > 1) else None
+    norms = training_mode(student) and pieces
+    words = json.dumps(setup.tokenizer.facts(), sort_keys=True).encode()
     name, kind = args.model or student.origin["name"], "stored" if stored else "live"
-    weights_of = student.origin["sha256"]
-    if not text_trains(student) and not args.weights:  # checkpoints need not hold that tower again
-        student.origin |= {"path": teachers[0].path, "sha256": teachers[0].sha256, "side": "text"}
     identity = run_identity(
         args, but=("teacher", "reinforced", "weights", "tokenizer"), method="distill", model=name,
-        data=sets["train"].fingerprint, weights=weights_of,
-        teachers=[(teacher.sha256, teacher.scale) for teacher in teachers],
+        data=setup.pairs.fingerprint, weights=student.origin["sha256"],
+        teachers=[(teacher.sha256, teacher.scale) for teacher in setup.teachers],
         vocabulary=hashlib.sha256(words).hexdigest(), stored=stored and stored.facts,
-        pieces=[args.micro_batch, run.world_size] if norms else None)
-    folder = run_folder(args, "distill", f"{sets['train'].name}_{pathlib.Path(name).name}_{kind}")
+        pieces=pieces if norms else None)
+    folder = run_folder(args, "distill", f"{setup.pairs.name}_{pathlib.Path(name).name}_{kind}")
     begun, finished = run.begin(folder, args, identity)
     if finished:
-        export(run, weights.load(folder), folder, tokenizer, args)
+        open_result(run, folder, setup, args)
         return finished
-    facts = {"model": name, "teachers": [teacher.name for teacher in teachers]}
-    at = Place(begun["epoch"], begun["batch"], begun["step"]) if begun else Place()
+    facts = {"model": name, "teachers": [teacher.name for teacher in setup.teachers]}
+    if args.eval_only and begun:
+        at = Place(begun["epoch"], begun["batch"], begun["step"])
+        student = open_result(run, folder if args.resume == "auto" else args.resume, setup, args)
+        return report(run, student, setup, at, facts, args)
+    if args.eval_only and args.weights:
+        return report(run, student, setup, Place(), facts, args)
     if args.eval_only:
-        if not begun and not args.weights:
-            raise UserError(f"--eval-only finds no checkpoint in {folder}; name the run with "
-                            f"--output-dir, or the weights with --weights")
-        if begun:
-            student = weights.load(folder if args.resume == "auto" else args.resume)
-        student = run.move(student).fuse_attention(run.fused_attention)
-        return report(run, student, tokenizer, sets, labelled, at, facts, args)
+        raise UserError(f"--eval-only finds no checkpoint in {folder}; name the run with "
+                        f"--output-dir, or the weights with --weights")
 
-    loader, look_up = prepare(run, student, tokenizer, teachers, stored, sets, args)
+    if not text_trains(student) and not args.weights:  # checkpoints need not hold that tower again
+        student.origin |= {"path": first.path, "sha256": first.sha256, "side": "text"}
     average = Average(student, args.ema) if args.ema else None  # a copy, before there are hooks
-    maps = Maps(student, teachers[0].model) if args.hint + args.attention else None
-    heads = run.move(Heads(student.config.embed_dim, [teacher.dim for teacher in teachers],
+    maps = Maps(student, first.model) if args.hint + args.attention else None
+    heads = run.move(Heads(student.config.embed_dim, [teacher.dim for teacher in setup.teachers],
                            maps and maps.channels))
     learner = Learner(run, student, heads, average, args)
-    for note in (*student.origin["notes"], *["BatchNorm takes its statistics from each piece: the "
-                                             "gradient is not exactly the batch's"] * norms):
+    loader, look_up = prepare(run, setup, args)
+    for note in (*student.origin["notes"], *setup.pairs.notes, *["BatchNorm takes the statistics "
+                 "of each piece: the gradient is not exactly the batch's"] * bool(norms)):
         run.say(note)
     run.say(f"{name}: {sum(p.numel() for p in learner.parameters):,} weights train, {len(loader)} "
             f"steps an epoch of {args.batch_size} pairs; {kind} teachers: " + ", ".join(
-                f"{teacher.name} (scale {teacher.scale:.4g})" for teacher in teachers))
+                f"{teacher.name} (scale {teacher.scale:.4g})" for teacher in setup.teachers))
     told = begun["teacher"] if begun else {}
     if not begun and not stored:
-        told = score(run, teachers[0].model, teachers[0].tokenizer, sets, labelled, args)
+        told = score(run, first.model, first.tokenizer, setup, args)
         run.log(0, "teacher", **told)
-    val = sets["val"]
-    if val:
-        texts = None if text_trains(student) else encode_texts(
-            run, student, tokenizer, val.retrieval().texts, args.max_text)
-        val = functools.partial(recalls, run, tokenizer=tokenizer, pairs=val, args=args, texts=texts)
-    at = train(run, learner, teachers, maps, loader, look_up, val, counts, steps, begun, args,
-               teacher=told, card=weights.card(student, tokenizer))
-    student = run.move(weights.load(folder)).fuse_attention(run.fused_attention)
-    export(run, student, folder, tokenizer, args)
+    at = train(run, learner, setup, maps, loader, look_up, begun, args, teacher=told,
+               card=weights.card(student, setup.tokenizer))
     if not stored:
-        told |= measure(run, teachers[0].model)
+        told |= measure(run, first.model)
     facts |= {f"teacher_{key}": x for key, x in told.items()}
-    return report(run, student, tokenizer, sets, labelled, at, facts, args)
+    return report(run, open_result(run, folder, setup, args), setup, at, facts, args)
 
 
 # -----------------------------------------------------------------------------
@@ -778,37 +730,29 @@ DEMO = {"teacher": [str(pathlib.Path(__file__).resolve().parent / "assets" / "de
         "model": "tiny-vit", "image_size": 64, "epochs": 30, "batch_size": 64, "lr": 2e-3,
         "crop": 0.6, "zero_shot": ["demo"]}
 ALIASES = {
-    "--dataset": "--data", "--train-data": "--data", "--data-path": "--data",
-    "--root": "--data-dir", "--backbone": "--model", "--arch": "--model", "--student": "--model",
-    "--pretrained": "--weights", "--distill-model": "--teacher", "--max-epochs": "--epochs",
-    "--learning-rate": "--lr", "--weight-decay": "--wd", "--warmup-steps": "--warmup",
-    "--num-workers": "--workers", "--out-dir": "--output-dir", "--output": "--output-dir",
-    "--max-grad-norm": "--grad-clip", "--zeroshot": "--zero-shot", "--smoke": "--dry-run",
-    "--distill-logit-scale": "--teacher-scale"}
+    "--dataset": "--data", "--train-data": "--data", "--root": "--data-dir", "--arch": "--model",
+    "--backbone": "--model", "--student": "--model", "--pretrained": "--weights",
+    "--distill-model": "--teacher", "--learning-rate": "--lr", "--weight-decay": "--wd",
+    "--max-epochs": "--epochs", "--num-workers": "--workers", "--output": "--output-dir",
+    "--max-grad-norm": "--grad-clip", "--zeroshot": "--zero-shot", "--smoke": "--dry-run"}
 PIECES = "the batch is exact whatever fits; --micro-batch says how many pairs are encoded at a time"
 REFUSED = {
     "--accum-freq": PIECES, "--accum-steps": PIECES, "--gradient-accumulation-steps": PIECES,
     "--write-reinforced": "it is a program: python -m tools.reinforce",
-    "--views": "it belongs to python -m tools.reinforce",
-    "--inherit": "python -m tools.convert shrink cuts a student out of a CLIP, for --weights",
-    "--relation": "take --hint or --attention", "--shared-proj": "two heads that are one fold into "
-    "one matrix each; the frozen text tower keeps the teacher's",
-    "--bn": "BatchNorm takes its statistics from each piece"}
+    "--views": "it is a flag of python -m tools.reinforce"}
 
 
 def get_args(argv=None):
     """The command line as a namespace. Exits with code 2 and one line on a wrong one."""
     parser = Parser(description="A small CLIP learns from large ones.", aliases=ALIASES,
-                    refused=REFUSED, epilog="example: python train_distill.py --data flickr8k "
-                    "--teacher ViT-B/16 --model mobilenet_v3_small")
+                    refused=REFUSED)
     add_pair_flags(parser)
     add = parser.add_argument_group("student").add_argument
     add("--model", help="its image tower: [timm:]NAME[:WEIGHTS] of torchvision or timm, a size "
         "such as ViT-T/16, or a CLIP's file (default: mobilenet_v3_small)")
     add("--weights", help="a CLIP to go on from, instead of --model")
     add("--image-size", type=whole(8), help="pixels per side (default: the tower's own)")
-    add("--text-tower", default="teacher", help="the first teacher's; or one to train, a folder of "
-        "the BERT family or NAME:none (default: teacher)")
+    add("--text-tower", default="teacher", help="or one to train: a BERT's folder, or NAME:none")
     add("--train-text", action="store_true", help="train the teacher's text tower on")
     add("--tokenizer", help="file or folder of the text tower's vocabulary")
     add("--max-text", type=whole(3), default=77, help="tokens of a text (default: 77)")
@@ -818,12 +762,9 @@ def get_args(argv=None):
         help="of each, 100 for OpenAI's (default: what it learned)")
     add("--teacher-activation", choices=("quick_gelu", "gelu"), help="where its file does not say")
     add("--reinforced", metavar="FOLDER", help="a stored teacher, see python -m tools.reinforce")
-    add("--text-teacher", metavar="FOLDER", help="a BERT: texts that it finds alike count less "
-        "against each other in the task")
-    add("--text-teacher-weight", type=number(0, 1), default=0.2, help="its share of the task's "
-        "targets (default: 0.2)")
-    add("--ema-teacher", type=number(0, 0.5), default=0.0, metavar="W", help="weight of the "
-        "student's own average as one more teacher (default: 0)")
+    add("--text-teacher", metavar="FOLDER", help="a BERT; what it finds alike is no plain negative")
+    add("--text-teacher-weight", type=number(0, 1), default=0.2, help="in the task (default: 0.2)")
+    add("--ema-teacher", type=number(0, 0.5), default=0.0, help="weight of the student's average")
     add = parser.add_argument_group("method").add_argument
     for name, default, what in (
             ("task", 0.25, "InfoNCE on the pairs"), ("crd", 1.0, "the teachers' similarities"),
@@ -835,44 +776,37 @@ def get_args(argv=None):
             f" (default: {default:g})" if default is not None else ""))
     add("--mixup", type=number(), default=0.0, help="alpha of Beta (default: 0, off)")
     add("--cutmix", type=number(), default=0.0, help="alpha of Beta (default: 0, off)")
-    add("--crop", type=number(0, 1), help="smallest share of an image that a view keeps; 0: all of "
-        "it, always (default: 0.4)")
+    add("--crop", type=number(0, 1), help="least share of an image that a view shows, 0: all")
     add("--randaugment", action="store_true", help="distort the views: two of RandAugment's")
-    add("--ema", type=number(0, 0.999999), default=0.0, help="decay of averaged weights, which are "
-        "scored and exported then (default: 0, off)")
+    add("--ema", type=number(0, 0.999999), default=0.0, help="decay of averaged, tested weights")
     add("--epochs", type=whole(1), help="default: 30")
     add("--max-steps", type=whole(0), default=0, help="stop earlier")
     add("--batch-size", type=whole(2), help="pairs compared in a step, over all processes")
-    add("--micro-batch", type=whole(0), default=0, help="pairs encoded at a time per process; the "
-        "gradient stays the batch's (default: 0: all)")
+    add("--micro-batch", type=whole(0), default=0, help="encoded at a time (default: 0, all)")
     add("--lr", type=number(0, 1e3, above=True), help="default: 1e-3")
     add("--wd", type=number(), default=0.1, help="weight decay, on all but gains and biases")
     add("--warmup", type=number(), default=0.05, help="steps, or below 1 a share of all")
     add("--grad-clip", type=number(), default=1.0, help="largest norm, 0: none (default: 1)")
     add = parser.add_argument_group("scores").add_argument
-    add("--zero-shot", nargs="+", metavar="DATA", help="labelled images to classify: names such as "
-        "imagenet or eurosat, or folders of class folders")
+    add("--zero-shot", nargs="+", metavar="DATA", help="labelled images: names, or class folders")
     add("--templates", nargs="+", metavar="TEXT", help="prompts with {} for the class")
     add_run_flags(parser)
     args = parser.parse_args(argv)
 
-    demo, taught = args.data == "demo", args.hint + args.attention
-    for wrong, line in {
-            "--weights brings its image tower; leave --model out": args.weights and args.model,
-            "--teacher is missing: a CLIP's name, file or folder":
-                not (args.teacher or args.reinforced or demo),
-            "--ema-teacher needs --ema, the average's decay": args.ema_teacher and not args.ema,
-            "--hint and --attention look into a teacher that runs; leave --reinforced out":
-                args.reinforced and taught,
-            "--reinforced brings its views; leave --crop and --randaugment out":
-                args.reinforced and (args.crop is not None or args.randaugment),
-            "--task, --crd and --fd are 0: nothing to learn": not args.task + args.crd + args.fd,
-            }.items():
-        if line:
-            parser.error(wrong)
+    demo, look_inside = args.data == "demo", args.hint + args.attention
+    for wrong, line in (
+            (args.weights and args.model, "--weights brings its image tower; leave --model out"),
+            (not (args.teacher or args.reinforced or demo), "--teacher is missing: name a CLIP"),
+            (args.ema_teacher and not args.ema, "--ema-teacher needs --ema, the average's decay"),
+            (args.reinforced and look_inside, "--hint and --attention need a teacher that runs"),
+            (args.reinforced and (args.crop is not None or args.randaugment),
+             "--reinforced brings its views; leave --crop and --randaugment out"),
+            (not args.task + args.crd + args.fd, "--task, --crd and --fd are 0: nothing to learn")):
+        if wrong:
+            parser.error(line)
     for name, value in {**DEFAULTS, **(DEMO if demo else {})}.items():
-        given = getattr(args, name) is not None or name == "teacher" and args.reinforced
-        if not given and not (name == "model" and args.weights):
+        brought = {"teacher": args.reinforced, "model": args.weights}.get(name)
+        if getattr(args, name) is None and not brought:
             setattr(args, name, value)
     return args
 
