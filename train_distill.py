@@ -354,11 +354,11 @@ class Average:
 
     def __init__(self, model, decay):
         self.decay, self.updates = decay, torch.zeros((), device=model.logit_scale.device)
-        frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
-        self.model = copy.deepcopy(model, frozen).eval().requires_grad_(False)
+        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        self.model = copy.deepcopy(model, {id(p): p for p in frozen.values()}).eval()
         theirs = model.state_dict()
-        self.pairs = {name: (x, theirs[name]) for name, x in self.model.state_dict().items()
-                      if x.data_ptr() != theirs[name].data_ptr()}
+        self.pairs = {name: (x, theirs[name]) for name, x in self.model.requires_grad_(False)
+                      .state_dict().items() if name not in frozen}
 
     @torch.no_grad()
     def update(self, fine):
