@@ -650,10 +650,12 @@ class Run:
     def _refuse_other(self, theirs, where, keys=None):
         """Raise UserError unless `theirs` is this run's identity (or its `keys` are)."""
         ours, theirs = self._identity, theirs if isinstance(theirs, dict) else {}
+        if theirs.get("method") != ours.get("method"):
+            keys = ["method"]  # nothing else need be compared
         changed = {key: f"{key} was {theirs.get(key)!r}, now {ours.get(key)!r}"
                    for key in keys or sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)}
-        what, advice = "another run", ("choose another --output-dir, or give the old values; a CLIP "
-                                       "to start from goes to --weights")
+        what, advice = "another run", ("choose another --output-dir, or give the old values; a "
+                                       "CLIP to start from goes to --weights")
         if {*changed} <= {"epochs", "max_steps"} and pathlib.Path(where, "results.json").exists():
             what, advice = "a finished run", (
                 f"to train on from its best weights: --weights {where} --output-dir OTHER")

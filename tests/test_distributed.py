@@ -192,8 +192,8 @@ def test_several_processes_print_the_numbers_of_one(run_of, name, count):
             assert theirs[key] == (value if not isinstance(value, float) else
                                    pytest.approx(value, rel=1e-4, abs=1e-5)), key
     first, second = (checkpoint(run_of(name, n))["weights"] for n in (1, count))
-    for key in first:  # a key's bias has no gradient but rounding, and Adam makes steps of it
-        assert "in_proj_bias" in key or torch.allclose(first[key], second[key], atol=1e-5), key
+    for key in first:  # where a gradient is all rounding, Adam still makes steps of it
+        assert torch.allclose(first[key], second[key], atol=2e-4), key
 
 
 def test_two_processes_of_which_one_was_killed_go_on_to_the_same_bits(run_of, data, tmp_path):

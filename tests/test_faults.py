@@ -214,17 +214,19 @@ def test_code_in_a_file_is_refused_by_every_flag_that_reads_one(name, data, tmp_
 @pytest.mark.parametrize("name", NAMES)
 def test_another_run_and_another_method_are_refused_and_data_that_changed_is_named(
         name, data, whole, tmp_path):
-    folder = whole(name)
-    for more, word in ((("--lr", 0.01), "lr"), (("--epochs", 30), "--weights"),
-                       (("--seed", 7), "seed"), (("--resume", "none"), "--overwrite")):
+    folder, advice = whole(name), "--from-stage" if name == "staged" else "--output-dir"
+    for more, word in ((("--lr", 0.01), "lr"), (("--seed", 7), "seed"),
+                       (("--epochs", 30), "epochs" if name == "staged" else "--weights")):
         result = in_child(script, f"train_{name}", *flags(name, data, folder, *more))
-        one_line(result, 2, word, "--output-dir")
+        one_line(result, 2, word, advice)
+    result = in_child(script, f"train_{name}", *flags(name, data, folder, "--resume", "none"))
+    one_line(result, 2, "--overwrite", "--output-dir")
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
     changed = copy / ("classes/train/red/9.png" if name == "clipfit" else "pairs/pairs.csv")
     changed.write_bytes((copy / "pairs/1.png").read_bytes() if name == "clipfit" else
                         changed.read_bytes() + b"1.png,a new caption,train\n")
-    one_line(in_child(script, f"train_{name}", *flags(name, copy, folder)), 2, "--output-dir")
+    one_line(in_child(script, f"train_{name}", *flags(name, copy, folder)), 2, "data", advice)
     other = "contrastive" if name != "contrastive" else "clipfit"
     result = in_child(script, f"train_{other}", *flags(other, data, folder))
     one_line(result, 2, "method", "--weights", "--output-dir")
