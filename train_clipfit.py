@@ -5,7 +5,7 @@ of the image tower; in ViT-B/16 64 tensors, 46,080 of 149.6 M numbers. All else 
 scale too, and nothing is added. Per step, over a batch of images and one prompt per class:
 
     loss  = ce + reg_weight * drift
-    ce    = cross-entropy(100 cos(image, prompts), label)
+    ce    = cross-entropy(exp(logit_scale) cos(image, prompts), label); that factor is 100
     drift = 1 - mean over classes of cos(prompt feature now, prompt feature before training)
 
     python train_clipfit.py                                       the bundled demo, under a minute
@@ -13,23 +13,23 @@ scale too, and nothing is added. Per step, over a batch of images and one prompt
     python train_clipfit.py --data dtd --shots 1 2 4 8 16 --seeds 1 2 3    a table with mean +- std
     python train_clipfit.py --data food101 --setting base2new     train on half of the classes
     python train_clipfit.py --data imagenet --setting dg          test on ImageNet-V2/-Sketch/-A/-R
-    torchrun --nproc-per-node 2 train_clipfit.py --data dtd       two processes, the same numbers
+    torchrun --nproc-per-node 2 train_clipfit.py --data dtd       two processes, the same batch
 
 Recipe (the official README): SGD with momentum 0.9, batch 32, lr 0.002 with one epoch at 1e-5 and
 then a cosine, weight decay 5e-4 on all trainable tensors, 100 epochs (Food101 and ImageNet 10),
 reg_weight 8 for DTD, SUN397 and every base-to-new run and 2 elsewhere. The last epoch's weights are
-the result: no image of val or test chooses anything. Different from the official code:
-- the prompts pass the text tower once per step instead of twice, cut to the longest (equal result);
+the result: no validation or test image selects a model. Different from the official code:
+- the prompts pass the text tower once per step instead of twice, without the padding behind the
+  longest (the same result: a causal tower does not see what follows);
 - `--micro-batch 8` gives the gradient of the whole batch in less memory;
-- zero-shot accuracy, with the same prompts, stands beside the result;
-- fp32 weights, or autocast over them; the official run keeps fp16 biases, whose small updates
-  round away, and its autocast branch forgets the drift term;
-- a missing list of images is an error, not a silent new split; seed 0 means seed 0;
+- trainable tensors stay fp32 in every precision; the official run keeps fp16 biases, whose small
+  updates round away, and its autocast branch forgets the drift term;
+- a missing list of images is an error, not a silent new split; seed 0 is a seed, not "none";
 - a ResNet has no LayerNorm: only the text biases train, and BatchNorm keeps its statistics (the
-  official code lets them drift). A BERT's text biases are each layer's second MLP bias, too.
+  official code lets them drift). Of a BERT text tower the same biases train.
 
 A checkpoint holds the trainable tensors, their momentum, the place in the epoch and the random
-state: resuming is exact to the bit, and the file can be another run's --weights.
+state: resuming is exact to the bit. As another run's --weights it brings the frozen ones along.
 """
 import argparse
 import csv
@@ -65,7 +65,7 @@ def choose_trainable(model):
     """Freeze `model` but for what CLIPFit trains -> {name: Parameter} of that."""
     model.requires_grad_(False)
     for name, p in model.named_parameters():   # text tower: the bias of each MLP's second layer
-        if TEXT_BIAS.fullmatch(name):
+        if TEXT_BIAS.fullmatch(name):          # names of the image tower begin with "visual."
             p.requires_grad_(True)
     for module in model.visual.modules():      # image tower: every LayerNorm
         if isinstance(module, nn.LayerNorm):
@@ -75,26 +75,26 @@ def choose_trainable(model):
 
 def encode_prompts(model, prompts):
     """Unit features of the class prompts, (C, D). prompts: what `text_pieces` made of them."""
-    pieces, places = prompts
+    pieces, places = prompts  # sorted by length; places: where each prompt of the given order is
     return torch.cat([model.encode_text(tokens, normalize=True, ends=ends)
                       for tokens, ends in pieces])[places]
 
 
 def learning_rate(epoch, epochs, lr, warmup):
-    """Of an epoch, counted from 0: 1e-5 for `warmup` epochs, then a cosine from its start, with a
-    period of all `epochs` as in the official code, so that it ends a little above zero."""
+    """Learning rate of `epoch` (from 0): 1e-5 during warm-up, then a cosine from `lr` on. As in the
+    official code its period is `epochs`, not `epochs - warmup`, so it ends above zero."""
     if epoch < warmup:
         return 1e-5
     return 0.5 * lr * (1 + math.cos(math.pi * (epoch - warmup) / epochs))
 
 
-def add_gradients(run, model, images, labels, batch, prompts, pretrained, args, scaler):
-    """Add the gradient of this process's part of a batch -> {name of a loss: its part of it}.
+def add_gradients(run, model, images, labels, batch_size, prompts, pretrained, args, scaler):
+    """Add the gradient of this process's share of a batch -> {loss or term: this process's share}.
 
-    images (b, 3, R, R), labels (b,) with -1 for an unreadable one; batch: images over all
-    processes; pretrained (C, D): the prompts' features before training. In pieces the images meet
-    the prompts' features at a cut in the graph, `texts`, which collects the gradient of all pieces;
-    the text tower's backward pass then runs once. Exact: nothing here depends on the batch.
+    images (b, 3, R, R); labels (b,), -1 for an image that cannot be read, which then has no ce;
+    batch_size: of all processes; pretrained (C, D): the prompts' features before training. The text
+    tower runs once. `texts` is a detached copy of its output: each piece of images backpropagates
+    into `texts.grad`, which then goes through the text tower. Exact: no layer mixes images.
     """
     with run.autocast():
         text_features = encode_prompts(model, prompts)  # (C, D), once for both terms of the loss
@@ -105,12 +105,12 @@ def add_gradients(run, model, images, labels, batch, prompts, pretrained, args, 
         with run.autocast():
             features = model.encode_image(some, normalize=True)               # (b, D)
         logits = model.logit_scale.exp() * features @ texts.T                 # (b, C), in fp32
-        share = len(truth) / batch  # of the batch; all shares of all processes add up to 1
-        ce = F.cross_entropy(logits, truth, reduction="sum", ignore_index=-1) / batch
+        share = len(truth) / batch_size  # all shares of all processes add up to 1
+        ce = F.cross_entropy(logits, truth, reduction="sum", ignore_index=-1) / batch_size
         drift = share * (1 - (texts * pretrained).sum(dim=-1).mean())         # 0 at the first step
         loss = ce + args.reg_weight * drift
         scaler.scale(loss).backward()
-        right = 100 * (logits.argmax(dim=-1) == truth).sum() / batch
+        right = 100 * (logits.argmax(dim=-1) == truth).sum() / batch_size
         sums += torch.stack([loss, ce, drift, right]).detach()
     text_features.backward(texts.grad)
     return dict(zip(("loss", "ce", "drift", "batch_accuracy"), sums))  # the last on augmented crops
@@ -147,19 +147,22 @@ def train(run, task, few, stored, args):
     for images, labels, indices in run.batches(loader, at):
         images, labels = run.move(images, labels)
         images = normalise(images, model.image_mean, model.image_std)
-        batch = loader.batch_sampler.global_size(at.batch)
+        batch_size = loader.batch_sampler.global_size(at.batch)
 
         # ---- one step -------------------------------------------------------
         lr = learning_rate(at.epoch, args.epochs, args.lr, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
-        losses = add_gradients(run, model, images, labels, batch, prompts, pretrained, args, scaler)
+        losses = add_gradients(run, model, images, labels, batch_size, prompts, pretrained, args,
+                               scaler)
         run.sum_gradients(trainable.values())
+        # Changes nothing at all if the loss or a gradient is not finite.
         run.update(optimizer, trainable.values(), scaler, args.grad_clip, loss=losses["loss"])
         # ---------------------------------------------------------------------
 
-        if run.tick(at, losses, samples=batch, lr=lr,
+        # `tick` moves `at` on and logs sums over processes; True: save.
+        if run.tick(at, losses, samples=batch_size, lr=lr,
                     describe=lambda some=indices: ", ".join(few.paths[i] for i in some.tolist())):
             run.save_training(at, trainable, optimizer, scaler, card=card(model, task.tokenizer))
     return at.step
@@ -183,11 +186,12 @@ class Task:
 
 def run_once(run, task, few, folder, args, identity):
     """Train on the images `few` and test -> the results."""
+    # stored: the checkpoint to go on from, or to score; results: of a run that is finished.
     stored, results = run.begin(folder, args, identity)
     run.restore({"weights": task.pretrained, "buffers": {}}, task.trainable)
     if results is None:
         task.zero_shot = task.zero_shot or evaluate(run, task, args)
-        step, trained = 0, task.zero_shot
+        step, after = 0, task.zero_shot
         if not stored:
             log_scores(run, 0, "zero-shot", task.zero_shot)
         if args.eval_only and stored:
@@ -199,9 +203,9 @@ def run_once(run, task, few, folder, args, identity):
                 run.say(note)
             step = train(run, task, few, stored, args)
         if step:
-            trained = evaluate(run, task, args)
-            log_scores(run, step, "test", trained)
-        results = report(run, task, few, step, trained, args, identity)
+            after = evaluate(run, task, args)
+            log_scores(run, step, "test", after)
+        results = report(run, task, few, step, after, args, identity)
     elif stored:
         run.restore(stored, task.trainable)
     if args.export:
@@ -258,7 +262,8 @@ def write_tables(run, name, images, before, after):
     """predictions_*.csv, per_class_*.csv and confusion_*.json of one test set, to look into."""
     names, columns = images.classnames, ("zero_shot", "tuned")
     truth = [names[i] if i >= 0 else "unreadable" for i in after["labels"].tolist()]
-    guesses = ([names[i] for i in score["predictions"].tolist()] for score in (before, after))
+    guesses = ([names[i] if label != "unreadable" else label for i, label in zip(
+        score["predictions"].tolist(), truth)] for score in (before, after))
     run.write(f"predictions_{name}.csv", csv_text(("path", "label", *columns),
                                                   *zip(images.paths, truth, *guesses)))
     counts = after["confusion"].sum(axis=1).tolist()
@@ -288,10 +293,11 @@ def tabulate(run, results, args):
                        "mean", "std", "95 % CI", "gain"]], {}
     for place, shots in enumerate(args.shots):  # results come shots by shots, seed by seed
         runs, means = results[place * len(args.seed):(place + 1) * len(args.seed)], []
-        for key in (*keys, "accuracy"):
+        for key in (*keys, "accuracy"):  # the last is the run's headline, of dg ImageNet's
             values, name = [result[key] for result in runs], key.removesuffix("_accuracy")
             mean, std, half = spread(values)
-            if key == "accuracy" and args.setting == "base2new":  # H of the means, as published
+            # H of the means, as published; its std and interval are of the seeds' own H.
+            if key == "accuracy" and args.setting == "base2new":
                 name, mean = "H", headline(means, args.setting)
             means.append(mean)
             before = runs[0][f"zero_shot_{key}"]
@@ -449,8 +455,7 @@ ALIASES = {
     "--num-workers": "--workers", "--output": "--output-dir", "--max-grad-norm": "--grad-clip"}
 REFUSED = {
     "--accum-steps": "--micro-batch says how many images are in memory at a time",
-    "--text-memory": "all prompts are encoded at once; --precision bf16 halves their memory",
-    "--momentum": "it is the paper's 0.9", "--download": "absent images are fetched by themselves"}
+    "--download": "absent images are fetched by themselves"}
 
 
 def get_args(argv=None):
