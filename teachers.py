@@ -98,7 +98,8 @@ class Views:
         found = []
         for i in range(0, len(pairs.paths), -(-len(pairs.paths) // 8)):
             try:
-                found.append(self(pairs.store.image(pairs.paths[i]), 0, i)[0].float().mean(dim=(1, 2)).tolist())
+                view = self(pairs.store.image(pairs.paths[i]), 0, i)[0]
+                found.append(view.float().mean(dim=(1, 2)).tolist())
             except UnreadableImage:
                 found.append([0.0, 0.0, 0.0])
         return found
@@ -143,8 +144,9 @@ class Stored:
         found = self.images[[shown.view(epoch, i) for i in images], images].split(self.dims, dim=1)
         for rows in found:
             if len(odd := ((rows.norm(dim=1) - 1).abs() < 1e-3).logical_not().nonzero()):
-                raise DataError(f"the stored teacher has no answer for {shown.paths[images[odd[0]]]}"
-                                f", which was not readable then, or is damaged; write it again")
+                path = shown.paths[images[odd[0]]]
+                raise DataError(f"the stored teacher has no answer for {path}, which was not "
+                                f"readable then, or is damaged; write it again")
         return found
 
 

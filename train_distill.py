@@ -1,32 +1,33 @@
 """Distillation: a phone-size CLIP learns from large ones.
 
-The student is a small image tower beside the teacher's own text tower, which stays frozen: every
-caption is encoded once, and a step is the small tower alone. Of a batch of N pairs, with unit rows
-u, v of the student and p, q of a teacher, scales s and t (`exp(logit_scale)`), and CE the mean
-cross-entropy of rows to targets:
+The student is a small image tower beside the teacher's own text tower, which stays frozen, so that
+every caption is encoded once. Of a batch of N pairs, with unit rows u, v of the student and p, q of
+a teacher, scales s and t (`exp(logit_scale)`), s' a scale of ICL's own, and CE(T, z) the mean over
+rows of the cross-entropy of softmax(z) to targets T (I: the target of row i is column i):
 
-    task  1/2 CE(pairs, s u v^T) + 1/2 CE(pairs, s v u^T)         InfoNCE, Radford et al. 2021
+    task  1/2 CE(I, s u v^T) + 1/2 CE(I, s v u^T)                 InfoNCE, Radford et al. 2021
     crd   the same to T = 1/K sum_k softmax(t_k p_k q_k^T), and   MobileCLIP, Vasu et al. 2024 §3.1;
           to T' = 1/K sum_k softmax(t_k q_k p_k^T)                CRD in CLIP-KD, Yang et al. 2024
-    fd    mean of 1 - cos(u, p), and of 1 - cos(v, q)             FD in CLIP-KD
-    icl   1/2 CE(pairs, s' u q^T) + 1/2 CE(pairs, s' v p^T)       ICL in CLIP-KD
+    fd    mean of 1 - cos(u, p), plus mean of 1 - cos(v, q)       FD in CLIP-KD
+    icl   1/2 CE(I, s' u q^T) + 1/2 CE(I, s' v p^T)               ICL in CLIP-KD
     loss = 0.25 task + 1 crd + 8 fd   (+ 1 icl when a text tower is trained)
 
-Off unless asked for: `hint` and `attention` compare maps inside the image towers; `ema` takes the
-student's own average for one more teacher of crd; a text teacher (a BERT) softens the task's pairs.
+The pairs weigh less: captions are noisy, and the teacher knows it. Off unless asked for: --hint and
+--attention compare maps inside the image towers; --ema scores a moving average of the student, and
+--ema-teacher W adds W * crd against it; --text-teacher, a BERT, softens the targets of the task.
 
     python train_distill.py                                   the demo on a CPU, under a minute
-    python train_distill.py --task 1 --crd 0 --fd 0           its student alone, without a teacher
+    python train_distill.py --task 1 --crd 0 --fd 0           its student, taught by the pairs alone
     python train_distill.py --teacher ViT-B/16 --data flickr8k --data-dir DIR
     python -m tools.reinforce --teacher ViT-B/16 --data flickr8k --data-dir DIR --output stored
     python train_distill.py --reinforced stored --data flickr8k --data-dir DIR
     torchrun --standalone --nproc-per-node 8 train_distill.py --teacher ViT-L/14 \
         --data shards/{000..127}.tar --model mobilenet_v3_small:IMAGENET1K_V1
 
-A stored teacher was asked once about a few random views of every image (Faghri et al. 2023); then
-no teacher runs in the training. `--batch-size` is what is compared, over all processes, and
-`--micro-batch` what is encoded at a time, with the gradient of the whole batch; only BatchNorm
-takes the statistics of each piece.
+A stored teacher was asked once about a few random views of every image (Faghri et al. 2023): a step
+is then the small tower alone. `--batch-size` is what is compared, over all processes, and
+`--micro-batch` what is encoded at a time, with the gradient of the whole batch (Gao et al. 2021);
+only BatchNorm takes the statistics of each piece.
 
 Different from the released codes, with the reason:
 - teachers are averaged after each softmax, rows and columns apart; MobileCLIP's code transposes the
@@ -34,8 +35,7 @@ Different from the released codes, with the reason:
 - FD is 1 - cos. CLIP-KD's 2000 * MSE is 4000/D of that: 8 at D = 512, but 63 at D = 64;
 - ICL's own scale is exp(.), at most 100; CLIP-KD's is used as it is, a temperature of 0.4;
 - with a frozen text tower ICL repeats the task and FD of texts is constant: both are off;
-- under Mixup and CutMix the teacher sees the mixed images; of a stored one the embeddings are
-  mixed. Two pairs that mix stand half a batch apart, the same for any number of processes.
+- under Mixup and CutMix the teacher sees the mixed images; a stored one's embeddings are mixed.
 
 Logged: loss, its terms without their weights, scale, lr. Results: retrieval of the student and of
 a live teacher on held-out pairs (%), zero_shot_..., parameters and latency (ms) of image towers.
@@ -68,7 +68,7 @@ from scores import embed, encode_texts, recall_at_k, zero_shot
 from teachers import ask_texts, look_of, open_teachers, ShownPairs, Stored, Views
 from tokenizer import for_model
 
-MAX_SCALE = math.log(100)  # CLIP's clamp of a logit scale
+TERMS = ("task", "crd", "fd", "icl", "ema", "hint", "attention")
 RECALLS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "mean_recall")
 
 
@@ -85,22 +85,15 @@ class Pairs(typing.NamedTuple):
     texts: torch.Tensor
 
 
-class Labels(typing.NamedTuple):
-    """Column at[i] belongs to row i; under Mixup `share` of it and 1 - share of partner[i]."""
-    at: torch.Tensor          # (n,)
-    partner: torch.Tensor     # (n,)
-    share: float = 1.0
-
-
-def info_nce(ours, theirs, labels):
+def info_nce(ours, theirs, at, partner, share=1.0):
     """Images of `ours` against texts of `theirs`, texts against images: the task with itself, ICL
-    with a teacher."""
+    with a teacher. Column at[i] is right for row i, or `share` right and the rest partner[i]."""
     def loss(rows, at, partner, columns, scale):
         logits = (scale * rows) @ columns.T                                    # (m, N)
-        return (labels.share * F.cross_entropy(logits, at, reduction="sum")
-                + (1 - labels.share) * F.cross_entropy(logits, partner, reduction="sum"))
-    images = by_rows(loss, (ours.image, *labels[:2]), (theirs.texts, ours.scale))
-    texts = by_rows(loss, (ours.text, *labels[:2]), (theirs.images, ours.scale))
+        return (share * F.cross_entropy(logits, at, reduction="sum")
+                + (1 - share) * F.cross_entropy(logits, partner, reduction="sum"))
+    images = by_rows(loss, (ours.image, at, partner), (theirs.texts, ours.scale))
+    texts = by_rows(loss, (ours.text, at, partner), (theirs.images, ours.scale))
     return (images + texts) / (2 * len(ours.images))
 
 
@@ -134,10 +127,8 @@ class Mix(typing.NamedTuple):
     box: tuple | None = None  # CutMix: top, left, bottom, right, each from 0 to 1
 
     def partners(self, n):
-        """Pairs half of this process's share apart mix with each other; an odd one is left."""
-        half = n // 2
-        return torch.cat([torch.arange(half, 2 * half), torch.arange(half),
-                          torch.arange(2 * half, n)])
+        """Pairs half of this process's share apart mix, n even, which are half the batch apart."""
+        return (torch.arange(n) + n // 2) % n
 
     def blend(self, x):
         """Unit rows (n, D) of the images before mixing -> what stands for the mixed ones."""
@@ -158,8 +149,7 @@ class Mix(typing.NamedTuple):
 
 
 def draw_mix(args, step, size):
-    """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) of a step, by the seed alone. CutMix's
-    share is that of the pixels which stay, in an image of `size`."""
+    """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) of a step, by the seed alone."""
     draw = random.Random(sample_seed(args.seed, 2, step))
     if not args.mixup + args.cutmix:
         return Mix()
@@ -169,7 +159,7 @@ def draw_mix(args, step, size):
     y, x = draw.random(), draw.random()
     top, left, bottom, right = (round(size * min(1, max(0, edge))) / size
                                 for edge in (y - half, x - half, y + half, x + half))
-    return Mix(1 - (bottom - top) * (right - left), (top, left, bottom, right))
+    return Mix(1 - (bottom - top) * (right - left), (top, left, bottom, right))  # pixels that stay
 
 
 # -----------------------------------------------------------------------------
@@ -254,25 +244,30 @@ class Heads(nn.Module):
         self.hint = nn.Conv2d(*channels, 1) if channels else None
 
 
-def objective(ours, labels, told, heads, weights, other=None, average=None):
-    """The terms on embeddings that have a weight -> {name: this process's part}. told: K teachers;
-    other: the text teacher, which softens the labels of the task; average: the averaged student."""
+def objective(ours, labels, told, heads, weight, other=None, average=None):
+    """The terms on embeddings that have a weight -> {name: this process's part}. labels: the last
+    arguments of info_nce; told: K teachers; other: the text teacher; average: of the student."""
     N, trains, terms = len(ours.images), ours.text.requires_grad, {}
-    if weights["task"]:
-        terms["task"] = info_nce(ours, ours, labels)
-        if other:
-            terms["task"] = terms["task"].lerp(crd(ours, [other]), weights["other"])
-    if weights["crd"]:
+    if weight["task"]:
+        terms["task"] = info_nce(ours, ours, *labels)
+        if other:  # whose similarities soften the targets
+            terms["task"] = terms["task"].lerp(crd(ours, [other]), weight["other"])
+    if weight["crd"]:
         terms["crd"] = crd(ours, told)
-    if weights["ema"]:
+    if weight["ema"]:
         terms["ema"] = crd(ours, [average])
-    for k, theirs in enumerate(told if weights["fd"] + weights["icl"] else ()):
-        image, text = heads.image[k](ours.image), heads.text[k](ours.text) if trains else None
-        near = fd(image, theirs.image, N) + (fd(text, theirs.text, N) if trains else 0.0)
-        terms["fd"] = terms.get("fd", 0.0) + near / len(told)
-        if weights["icl"]:
-            mapped = Pairs(heads.icl_scale.exp(), unit(image), unit(text), *ours[3:])
-            terms["icl"] = terms.get("icl", 0.0) + info_nce(mapped, theirs, labels) / len(told)
+    images = [head(ours.image) for head in heads.image]  # as wide as each teacher's
+    texts = [head(ours.text) for head in heads.text]
+    if weight["fd"]:
+        near = sum(fd(u, theirs.image, N) for u, theirs in zip(images, told))
+        if trains:
+            near = near + sum(fd(v, theirs.text, N) for v, theirs in zip(texts, told))
+        terms["fd"] = near / len(told)
+    if weight["icl"]:
+        scale = heads.icl_scale.exp()
+        terms["icl"] = sum(
+            info_nce(Pairs(scale, unit(u), unit(v), *ours[3:]), theirs, *labels)
+            for u, v, theirs in zip(images, texts, told)) / len(told)
     return terms
 
 
@@ -286,14 +281,14 @@ class Batch(typing.NamedTuple):
     other: torch.Tensor | None     # (n, D') of the text teacher
 
 
-def step(run, learner, teachers, maps, batch, counts, mix, weights, micro, seed):
+def step(run, learner, teachers, maps, batch, counts, mix, weight, micro, seed):
     """Add this process's part of the batch's gradient to `.grad` -> its part of {"loss", terms}.
-    counts: pairs of each process; weights: of the terms; micro: pairs in a piece; seed: of dropout,
+    counts: pairs of each process; weight: of the terms; micro: pairs in a piece; seed: of dropout,
     another one for every step."""
     student, n, first = learner.student, counts[run.rank], sum(counts[:run.rank])
     pieces = [slice(i, min(n, i + micro)) for i in range(0, n, micro)]
     at = first + torch.arange(n, device=run.device)
-    labels = Labels(at, first + mix.partners(n).to(run.device), mix.share)
+    labels = at, first + mix.partners(n).to(run.device), mix.share
 
     def encoder(model):
         pixels = batch.images[look_of(model)]
@@ -309,7 +304,7 @@ def step(run, learner, teachers, maps, batch, counts, mix, weights, micro, seed)
 
     # ---- encode -------------------------------------------------------------------
     said = [mix.blend(p) for p in batch.stored or ()]                          # K of (n, D_k)
-    taught = sum(weights[name] for name in ("crd", "fd", "icl", "hint", "attention"))
+    taught = sum(weight[name] for name in ("crd", "fd", "icl", "hint", "attention"))
     if batch.stored is None and taught:
         said = [ask(encoder(teacher.model), pieces) for teacher in teachers]
     image = TwoPass(run, encoder(student), pieces, 2 * seed, student.visual)
@@ -327,18 +322,19 @@ def step(run, learner, teachers, maps, batch, counts, mix, weights, micro, seed)
     ours, average = both(student.logit_scale.exp(), image.features, v), None
     told = [both(teacher.scale, p, q) for teacher, p, q in zip(teachers, said, batch.keys)]
     other = batch.other is not None and both(10.0, mix.blend(batch.other), batch.other)
-    if weights["ema"]:
+    if weight["ema"]:
         model = learner.average.model
         q = v if text is None else ask(functools.partial(encode_text, model=model), parts)[places]
         average = both(model.logit_scale.exp(), ask(encoder(model), pieces), q)
-    terms = objective(ours, labels, told, learner.heads, weights, other, average)
+    terms = objective(ours, labels, told, learner.heads, weight, other, average)
     inside = {name: x / sum(counts) for name, x in maps.losses(learner.heads.hint).items()
               } if maps else {}
-    loss = sum(weights[name] * x for name, x in terms.items())
-    more = sum(weights[name] * x for name, x in inside.items())
+    loss = sum(weight[name] * x for name, x in terms.items())
+    more = sum(weight[name] * x for name, x in inside.items())
     # -------------------------------------------------------------------------------
 
-    learner.scaler.scale(loss).backward()  # as far as the features, which are leaves
+    if terms:
+        learner.scaler.scale(loss).backward()  # as far as the features, which are leaves
     if text:
         text.backward()
     image.backward(also=learner.scaler.scale(more) if maps else None)
@@ -395,14 +391,15 @@ class Learner:
         self.run.save_training(at, self.kept, self.optimizer, self.scaler, self.buffers, name,
                                heads=self.heads.state_dict(), **more)
 
-    def load(self, stored):
+    def load(self, checkpoint):
         """Go on from a checkpoint, or begin (None) -> Place"""
-        at = self.run.load_training(stored, self.kept, self.optimizer, self.scaler, self.buffers)
-        if stored:
-            self.heads.load_state_dict(stored["heads"])
-        if stored and self.average:
-            self.average.updates.copy_(stored["updates"])
-            self.average.model.load_state_dict(stored["ema"], strict=False)  # the rest is frozen
+        at = self.run.load_training(checkpoint, self.kept, self.optimizer, self.scaler,
+                                    self.buffers)
+        if checkpoint:
+            self.heads.load_state_dict(checkpoint["heads"])
+        if checkpoint and self.average:
+            self.average.updates.copy_(checkpoint["updates"])
+            self.average.model.load_state_dict(checkpoint["ema"], strict=False)  # less the frozen
         return at
 
 
@@ -411,7 +408,7 @@ def text_trains(student):
                if not name.startswith(("visual.", "logit_")))
 
 
-def training_mode(student):
+def set_training_mode(student):
     """Dropout and BatchNorm's statistics on, but not in what is frozen -> whether it has those."""
     student.train()
     for module in student.modules():
@@ -423,16 +420,16 @@ def training_mode(student):
 
 
 def rate(step, steps, warmup):
-    """Factor on the learning rate in a step (from 0): up in equal stages, then a cosine to 0."""
+    """Factor on the learning rate in a step (from 0): a linear warm-up, then a cosine to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def term_weights(args, text_trains, done):
+def term_weights(args, with_text, done):
     """The weight of each term when a share `done` of the training is over. The averaged student
     comes in over the first tenth: at first it knows nothing."""
-    icl = (1.0 if args.icl is None else args.icl) * text_trains
+    icl = (1.0 if args.icl is None else args.icl) * with_text
     return {"task": args.task, "crd": args.crd, "fd": args.fd, "icl": icl, "hint": args.hint,
             "attention": args.attention, "other": args.text_teacher_weight,
             "ema": args.ema_teacher * min(1.0, 10 * done)}
@@ -465,10 +462,10 @@ def measure(run, model):
     """Parameters of the image tower, and its time for one image on this device."""
     image = run.move(torch.zeros(1, 3, *[model.config.image_size] * 2))
     with evaluating(model), run.autocast():
-        for number in range(12):
-            if number == 2:  # it has warmed up
-                run.synchronize()
-                began = time.perf_counter()
+        model.encode_image(image)  # warms up
+        run.synchronize()
+        began = time.perf_counter()
+        for _ in range(10):
             model.encode_image(image)
         run.synchronize()
     return {"image_parameters": sum(p.numel() for p in model.visual.parameters()),
@@ -482,15 +479,15 @@ def name_images(pairs, used):
     return "the batch of " + ", ".join(pairs.paths[pairs.owner[c]] for c in used[:8].tolist())
 
 
-def train(run, learner, setup, maps, loader, look_up, stored, args, **kept):
-    """Train the student in place. look_up: what the loader gives -> Batch; stored: a checkpoint to
-    go on from, or None; kept: more for the checkpoints -> Place"""
+def train(run, learner, setup, maps, loader, look_up, checkpoint, args, **kept):
+    """Train the student in place. look_up: what the loader gives -> Batch; checkpoint: to go on
+    from, or None; kept: more for the checkpoints -> Place"""
     student, pairs, val, texts = learner.student, loader.dataset, setup.val, None
     if val and not text_trains(student):
         texts = encode_texts(run, student, setup.tokenizer, val.retrieval().texts, args.max_text)
-    at = learner.load(stored)
+    at = learner.load(checkpoint)
     at.steps = setup.steps
-    best = stored["best"] if stored else -1.0
+    best = checkpoint["best"] if checkpoint else -1.0
     for images, used, _ in run.batches(loader, at):
         # ---- one step ------------------------------------------------------------------
         lr = args.lr * rate(at.step, setup.steps, setup.warmup)
@@ -506,7 +503,7 @@ def train(run, learner, setup, maps, loader, look_up, stored, args, **kept):
                           losses["loss"])
         with torch.no_grad():
             for scale in (student.logit_scale, learner.heads.icl_scale):
-                scale.clamp_(0, MAX_SCALE)
+                scale.clamp_(0, math.log(100))  # CLIP's
         if learner.average:
             learner.average.update(fine)
         # --------------------------------------------------------------------------------
@@ -537,6 +534,8 @@ def open_setup(run, args):
                  for split in ("val", "test"))
     labelled = [open_dataset(name, "test", args.data_dir, download=False, whole=True)
                 for name in args.zero_shot]
+    if val and test and test.paths == val.paths:
+        test = None
     for some in filter(None, (pairs, val, test, *labelled)):
         some.check_files()
     for images in labelled:
@@ -557,13 +556,17 @@ def open_setup(run, args):
     scales = args.teacher_scale or [teacher.scale for teacher in teachers]
     if len(scales) != len(teachers):
         raise UserError(f"--teacher-scale: {len(scales)} numbers for {len(teachers)} teachers")
-    for teacher, teacher.scale in zip(teachers, scales):
+    for teacher, scale in zip(teachers, scales):
+        teacher.scale = scale
         if not stored:
             run.move(teacher.model).fuse_attention(run.fused_attention)
     student, tokenizer = open_student(run, teachers[0], pairs.captions[:8], args)
     if args.export:
         weights.check_layout(student.config, args.export)
     counts = [len(range(rank, args.batch_size, run.world_size)) for rank in range(run.world_size)]
+    if args.mixup + args.cutmix and args.batch_size % (2 * run.world_size):
+        raise UserError(f"--mixup and --cutmix mix two by two: --batch-size {args.batch_size} must "
+                        f"be a multiple of {2 * run.world_size}")
     if args.hint + args.attention and 0 < args.micro_batch < counts[0]:
         raise UserError("--hint and --attention need the batch in one piece, without --micro-batch")
     return types.SimpleNamespace(
@@ -639,10 +642,14 @@ def prepare(run, setup, args):
 
 def report(run, student, setup, at, facts, args):
     """Score the student, write and return what the run found, and `facts`."""
-    scores = score(run, student, setup.tokenizer, setup, args)
-    run.log(at.step, "test", **scores)
+    scores, held = score(run, student, setup.tokenizer, setup, args), setup.test or setup.val
+    run.log(at.step, held.split if held else "test", **scores)
+    if held and not setup.test:
+        run.say("NOTE: there are no test pairs, and the val pairs chose the best epoch: the score "
+                "flatters")
     results = run.finish({
-        "method": "distill", "data": setup.pairs.name, **facts, **scores,
+        "method": "distill", "data": setup.pairs.name, "scored_on": held and held.split,
+        **facts, **scores,
         **{f"student_{key}": x for key, x in measure(run, student).items()}, "steps": at.step,
         "epochs": at.epoch, "scale": float(student.logit_scale.detach().exp()),
         "batch_size": args.batch_size, "dry_run": args.dry_run})
@@ -668,9 +675,7 @@ def main(args):
     run = start(args.device, args.precision, args.seed, args.deterministic)
     setup = open_setup(run, args)
     student, first, stored = setup.student, setup.teachers[0], setup.stored
-    pieces = [args.micro_batch, run.world_size] if (
-        0 < args.micro_batch < setup.counts[0] or run.world_size > 1) else None
-    norms = training_mode(student) and pieces
+    pieces = [args.micro_batch, run.world_size] if set_training_mode(student) else None
     words = json.dumps(setup.tokenizer.facts(), sort_keys=True).encode()
     name, kind = args.model or student.origin["name"], "stored" if stored else "live"
     identity = run_identity(
@@ -678,22 +683,20 @@ def main(args):
         data=setup.pairs.fingerprint, weights=student.origin["sha256"],
         teachers=[(teacher.sha256, teacher.scale) for teacher in setup.teachers],
         vocabulary=hashlib.sha256(words).hexdigest(), stored=stored and stored.facts,
-        pieces=pieces if norms else None)
+        pieces=pieces)  # of which BatchNorm takes statistics
     folder = run_folder(args, "distill", f"{setup.pairs.name}_{pathlib.Path(name).name}_{kind}")
-    begun, finished = run.begin(folder, args, identity)
+    checkpoint, finished = run.begin(folder, args, identity)
     if finished:
         open_result(run, folder, setup, args)
         return finished
     facts = {"model": name, "teachers": [teacher.name for teacher in setup.teachers]}
-    if args.eval_only and begun:
-        at = Place(begun["epoch"], begun["batch"], begun["step"])
-        student = open_result(run, folder if args.resume == "auto" else args.resume, setup, args)
-        return report(run, student, setup, at, facts, args)
-    if args.eval_only and args.weights:
-        return report(run, student, setup, Place(), facts, args)
+    if args.eval_only and not (checkpoint or args.weights):
+        raise UserError(f"--eval-only: no checkpoint in {folder}; give --output-dir or --weights")
     if args.eval_only:
-        raise UserError(f"--eval-only finds no checkpoint in {folder}; name the run with "
-                        f"--output-dir, or the weights with --weights")
+        at = Place(*(checkpoint[key] for key in ("epoch", "batch", "step")) if checkpoint else ())
+        path = folder if args.resume == "auto" else args.resume
+        student = open_result(run, path, setup, args) if checkpoint else student
+        return report(run, student, setup, at, facts, args)
 
     if not text_trains(student) and not args.weights:  # checkpoints need not hold that tower again
         student.origin |= {"path": first.path, "sha256": first.sha256, "side": "text"}
@@ -703,21 +706,20 @@ def main(args):
                            maps and maps.channels))
     learner = Learner(run, student, heads, average, args)
     loader, look_up = prepare(run, setup, args)
-    for note in (*student.origin["notes"], *setup.pairs.notes, *["BatchNorm takes the statistics "
-                 "of each piece: the gradient is not exactly the batch's"] * bool(norms)):
+    for note in (*student.origin["notes"], *setup.pairs.notes):
         run.say(note)
     run.say(f"{name}: {sum(p.numel() for p in learner.parameters):,} weights train, {len(loader)} "
             f"steps an epoch of {args.batch_size} pairs; {kind} teachers: " + ", ".join(
                 f"{teacher.name} (scale {teacher.scale:.4g})" for teacher in setup.teachers))
-    told = begun["teacher"] if begun else {}
-    if not begun and not stored:
-        told = score(run, first.model, first.tokenizer, setup, args)
-        run.log(0, "teacher", **told)
-    at = train(run, learner, setup, maps, loader, look_up, begun, args, teacher=told,
+    teacher_scores = checkpoint["teacher"] if checkpoint else {}
+    if not checkpoint and not stored:
+        teacher_scores = score(run, first.model, first.tokenizer, setup, args)
+        run.log(0, "teacher", **teacher_scores)
+    at = train(run, learner, setup, maps, loader, look_up, checkpoint, args, teacher=teacher_scores,
                card=weights.card(student, setup.tokenizer))
     if not stored:
-        told |= measure(run, first.model)
-    facts |= {f"teacher_{key}": x for key, x in told.items()}
+        teacher_scores |= measure(run, first.model)
+    facts |= {f"teacher_{key}": x for key, x in teacher_scores.items()}
     return report(run, open_result(run, folder, setup, args), setup, at, facts, args)
 
 
@@ -744,12 +746,11 @@ REFUSED = {
 
 def get_args(argv=None):
     """The command line as a namespace. Exits with code 2 and one line on a wrong one."""
-    parser = Parser(description="A small CLIP learns from large ones.", aliases=ALIASES,
-                    refused=REFUSED)
+    parser = Parser(description="Distillation of CLIP.", aliases=ALIASES, refused=REFUSED)
     add_pair_flags(parser)
     add = parser.add_argument_group("student").add_argument
-    add("--model", help="its image tower: [timm:]NAME[:WEIGHTS] of torchvision or timm, a size "
-        "such as ViT-T/16, or a CLIP's file (default: mobilenet_v3_small)")
+    add("--model", help="image tower: [timm:]NAME[:WEIGHTS] of torchvision or timm, ViT-T/16, "
+        "or a CLIP's file (default: mobilenet_v3_small)")
     add("--weights", help="a CLIP to go on from, instead of --model")
     add("--image-size", type=whole(8), help="pixels per side (default: the tower's own)")
     add("--text-tower", default="teacher", help="or one to train: a BERT's folder, or NAME:none")
@@ -758,8 +759,7 @@ def get_args(argv=None):
     add("--max-text", type=whole(3), default=77, help="tokens of a text (default: 77)")
     add = parser.add_argument_group("teachers").add_argument
     add("--teacher", nargs="+", help="one CLIP or several: names, files or folders")
-    add("--teacher-scale", nargs="+", type=number(0, 1000, above=True), metavar="S",
-        help="of each, 100 for OpenAI's (default: what it learned)")
+    add("--teacher-scale", nargs="+", type=number(0, 1e3, True), help="default: what each learned")
     add("--teacher-activation", choices=("quick_gelu", "gelu"), help="where its file does not say")
     add("--reinforced", metavar="FOLDER", help="a stored teacher, see python -m tools.reinforce")
     add("--text-teacher", metavar="FOLDER", help="a BERT; what it finds alike is no plain negative")
@@ -780,7 +780,7 @@ def get_args(argv=None):
     add("--randaugment", action="store_true", help="distort the views: two of RandAugment's")
     add("--ema", type=number(0, 0.999999), default=0.0, help="decay of averaged, tested weights")
     add("--epochs", type=whole(1), help="default: 30")
-    add("--max-steps", type=whole(0), default=0, help="stop earlier")
+    add("--max-steps", type=whole(0), default=0, help="stop after so many steps; 0: after --epochs")
     add("--batch-size", type=whole(2), help="pairs compared in a step, over all processes")
     add("--micro-batch", type=whole(0), default=0, help="encoded at a time (default: 0, all)")
     add("--lr", type=number(0, 1e3, above=True), help="default: 1e-3")
@@ -794,14 +794,17 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
 
     demo, look_inside = args.data == "demo", args.hint + args.attention
+    with_text = args.train_text or args.text_tower != "teacher"
     for wrong, line in (
             (args.weights and args.model, "--weights brings its image tower; leave --model out"),
             (not (args.teacher or args.reinforced or demo), "--teacher is missing: name a CLIP"),
             (args.ema_teacher and not args.ema, "--ema-teacher needs --ema, the average's decay"),
+            (args.icl and not with_text, "--icl needs --train-text: with frozen text it is --task"),
             (args.reinforced and look_inside, "--hint and --attention need a teacher that runs"),
             (args.reinforced and (args.crop is not None or args.randaugment),
              "--reinforced brings its views; leave --crop and --randaugment out"),
-            (not args.task + args.crd + args.fd, "--task, --crd and --fd are 0: nothing to learn")):
+            (not any(term_weights(args, with_text, 1)[name] for name in TERMS),
+             "--task, --crd and --fd are 0: nothing to learn")):
         if wrong:
             parser.error(line)
     for name, value in {**DEFAULTS, **(DEMO if demo else {})}.items():
