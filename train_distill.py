@@ -645,8 +645,7 @@ def report(run, student, setup, at, facts, args):
     scores, held = score(run, student, setup.tokenizer, setup, args), setup.test or setup.val
     run.log(at.step, held.split if held else "test", **scores)
     if held and not setup.test:
-        run.say("NOTE: there are no test pairs, and the val pairs chose the best epoch: the score "
-                "flatters")
+        run.say("NOTE: no test pairs: val chose the best epoch and is scored, which flatters")
     results = run.finish({
         "method": "distill", "data": setup.pairs.name, "scored_on": held and held.split,
         **facts, **scores,
@@ -732,11 +731,10 @@ DEMO = {"teacher": [str(pathlib.Path(__file__).resolve().parent / "assets" / "de
         "model": "tiny-vit", "image_size": 64, "epochs": 30, "batch_size": 64, "lr": 2e-3,
         "crop": 0.6, "zero_shot": ["demo"]}
 ALIASES = {
-    "--dataset": "--data", "--train-data": "--data", "--root": "--data-dir", "--arch": "--model",
-    "--backbone": "--model", "--student": "--model", "--pretrained": "--weights",
-    "--distill-model": "--teacher", "--learning-rate": "--lr", "--weight-decay": "--wd",
-    "--max-epochs": "--epochs", "--num-workers": "--workers", "--output": "--output-dir",
-    "--max-grad-norm": "--grad-clip", "--zeroshot": "--zero-shot", "--smoke": "--dry-run"}
+    "--dataset": "--data", "--train-data": "--data", "--arch": "--model", "--student": "--model",
+    "--backbone": "--model", "--pretrained": "--weights", "--distill-model": "--teacher",
+    "--learning-rate": "--lr", "--weight-decay": "--wd", "--max-epochs": "--epochs",
+    "--num-workers": "--workers", "--output": "--output-dir", "--zeroshot": "--zero-shot"}
 PIECES = "the batch is exact whatever fits; --micro-batch says how many pairs are encoded at a time"
 REFUSED = {
     "--accum-freq": PIECES, "--accum-steps": PIECES, "--gradient-accumulation-steps": PIECES,
@@ -749,8 +747,7 @@ def get_args(argv=None):
     parser = Parser(description="Distillation of CLIP.", aliases=ALIASES, refused=REFUSED)
     add_pair_flags(parser)
     add = parser.add_argument_group("student").add_argument
-    add("--model", help="image tower: [timm:]NAME[:WEIGHTS] of torchvision or timm, ViT-T/16, "
-        "or a CLIP's file (default: mobilenet_v3_small)")
+    add("--model", help="image tower: [timm:]NAME[:WEIGHTS] of torchvision or timm, or a CLIP's")
     add("--weights", help="a CLIP to go on from, instead of --model")
     add("--image-size", type=whole(8), help="pixels per side (default: the tower's own)")
     add("--text-tower", default="teacher", help="or one to train: a BERT's folder, or NAME:none")
