@@ -53,8 +53,8 @@ class Stage:
     positives: str = key("multi", one_of("multi", "mask", "diag"), "pairs with an equal image or "
                          "caption: positives too (multi), left out (mask), negatives (diag)")
     replay: dict = key((), number(0, 0.9, above=True), "shares of a batch from earlier stages")
-    wise: tuple = key((), number(0, 1), "shares of the new weights in a mean with the stage's "
-                      "start; the best on held-out pairs so far is kept as wise_best.pt")
+    wise: tuple = key((), number(0, 1), "shares of the best weights in a mean with the stage's "
+                      "start; the mean best on held-out pairs is kept for `from` NAME:wise")
     # optimisation
     epochs: int = key(5, whole(1), "passes over its data")
     batch_size: int = key(128, whole(2), "pairs contrasted per step, over all processes")
@@ -70,10 +70,10 @@ class Stage:
     def __post_init__(self):
         self.replay = dict(self.replay)
         self.lr = self.lr or LR_AT_1024 * self.batch_size / 1024
-        # What read_stages, open_data, preflight and settle find out:
-        self.parent = self.folder = self.start = None    # parent: a Stage; start: its file
-        self.train = self.held_out = None                # PairSets
-        self.sizes, self.steps, self.warmup_steps = [], 0, 0  # sizes: pairs of each set in a batch
+        # What a run finds out. parent: a Stage; start: its file; train, held_out: PairSets
+        self.parent = self.start = self.folder = self.train = self.held_out = None
+        self.parts, self.sizes = [self], []  # stages with pairs in its batches, and how many
+        self.steps = self.warmup_steps = 0
         self.kept, self.again, self.done = set(), False, False  # kept: what its files hold
 
 
@@ -121,8 +121,8 @@ def read_plan(args):
     return plan
 
 
-def refuse(stage, wrong, why):
-    if wrong:
+def refuse(stage, why, *, when):
+    if when:
         raise UserError(f"stage {stage.name!r}: {why}")
 
 
@@ -163,15 +163,15 @@ def read_stages(plan, args):
         stage.from_ = stage.from_ or next(reversed(stages), "init")
         parent, _, which = stage.from_.partition(":")
         stage.parent = stages.get(parent)
-        refuse(stage, stage.name in (*stages, *RESERVED) or not re.fullmatch(
-            r"[\w-]{1,40}", stage.name), f"a name is a folder; expected letters, digits, - and _, "
-            f"40 at most, and none of {', '.join((*RESERVED, *stages))}")
-        refuse(stage, stage.from_ != "init" and (stage.parent is None or which not in FILES or (
-            which == "wise" and not stage.parent.wise)) or set(stage.replay) - set(stages) or (
-            sum(stage.replay.values()) > 0.9), f"from {stage.from_!r}, replay {stage.replay}: "
-            f"expected init or earlier stages ({', '.join(stages) or 'there is none'}), :wise of "
-            f"one that has it, and shares of at most 0.9 together")
-        stage.replay = {name: stage.replay[name] for name in stages if name in stage.replay}
+        earlier, taken = ", ".join(stages) or "there is none", (*RESERVED, *stages)
+        refuse(stage, f"a name is a folder: expected 1 to 40 letters, digits, - and _, and none of "
+               f"{taken}", when=stage.name in taken or not re.fullmatch(r"[\w-]{1,40}", stage.name))
+        known = stage.parent and which in FILES and (which != "wise" or stage.parent.wise)
+        refuse(stage, f"from {stage.from_!r}: expected init or an earlier stage ({earlier}), :wise "
+               f"of one that has it", when=stage.from_ != "init" and not known)
+        refuse(stage, f"replay {stage.replay}: expected earlier stages ({earlier}), 0.9 at most",
+               when=set(stage.replay) - set(stages) or sum(stage.replay.values()) > 0.9)
+        stage.parts += [stages[name] for name in stages if name in stage.replay]
         stages[stage.name] = stage
     if args.from_stage not in (None, *stages):
         raise UserError(f"--from-stage {args.from_stage}: expected one of {', '.join(stages)}")

@@ -7,12 +7,12 @@ of every stage: a matrix, stages x test sets, in which a column that falls is fo
 
 For a batch of N pairs, images v_i and texts t_i as unit vectors, and z_ij = exp(s) v_i . t_j:
 
-    loss = 1/2N sum_i [ L_i(row i of z) + L_i(column i of z) ]
-    L_i(z) = - mean over j in P(i) of log softmax(z)_j
+    loss = 1/(2N) sum_i [ L_i(row i of z) + L_i(column i of z) ]
+    L_i(x) = - mean over j in P(i) of log softmax(x)_j
 
-P(i) is pair i with all pairs that have an equal image or caption (Khosla et al. 2020, eq. 2); if
-all captions differ this is CLIP's loss (Radford et al. 2021). Small sets repeat their captions, and
-plain InfoNCE would push equal ones apart.
+P(i) is i itself and all pairs with an equal image or caption (as in Khosla et al. 2020, eq. 2, but
+with i itself); if no image or caption repeats this is CLIP's loss (Radford et al. 2021). That is
+`positives` multi; mask leaves the other equal pairs out; diag, plain InfoNCE, pushes them apart.
 
     python train_staged.py                               three themes of the demo, under a minute
     python train_staged.py --plan docs/recipes/chinese_clip.json --check-plan     reads no image
@@ -26,13 +26,16 @@ The keys of a stage are the fields of `plans.Stage`; most are flags too, which t
 stage that does not say otherwise. Without a plan the flags are one stage.
 
 Against forgetting, all off by default: `replay` mixes pairs of earlier stages into every batch;
-`wise` averages the weights with those the stage started from (Wortsman et al. 2022, WiSE-FT);
-`freeze` and `layer_decay` hold what need not change.
+`freeze` and `layer_decay` hold what need not change; `wise` averages the stage's best weights with
+those it started from (Wortsman et al. 2022, WiSE-FT). The average is one more row of the matrix;
+the next stage, forgetting, the run's scores and --export do not use it unless a later stage says
+"from": "NAME:wise". As a file it is RUN/NAME/wise_best.pt.
 
 Different from Chinese-CLIP's trainer: recall is measured on the whole held-out set, not inside
-batches; a missing parent, a stage without steps and an endless warm-up are refused before any work;
-the gradient is that of the whole batch on any number of processes; gains and biases do not decay;
-BatchNorm keeps its statistics. Scores are in %; r1 is the mean of both directions' R@1.
+batches; a missing parent, a batch larger than the data and a warm-up as long as the stage are
+refused before any work; the gradient is that of the whole batch on any number of processes; the
+gains of BERT's LayerNorm, which its rule by names misses, do not decay either; BatchNorm keeps its
+statistics. Scores are in %; r1 is the mean of both directions' R@1.
 """
 import argparse
 import copy
@@ -45,11 +48,9 @@ import re
 import sys
 import time
 
-from device import (add_run_flags, guard, Parser, run_folder, run_identity, start, UserError,
-                    whole)
+from device import add_run_flags, guard, Parser, run_folder, run_identity, start, UserError, whole
 import numpy as np  # device before torch, which reads what it sets
 import torch
-from torch import nn
 
 from clip_model import evaluating, HEADS, project, text_pieces, unit
 from data import EXTRAS, nearest, Preprocess
@@ -60,13 +61,12 @@ from plans import (add_stage_flags, FILES, FLAGS, KEYS, OF_THE_RUN, read_plan, r
                    refuse, Stage)
 from scores import bootstrap, embed, frozen_features, image_features, recalls, retrieval_ranks
 from tokenizer import for_model
-from weights import (add_model_flags, card, check_layout, digest, export, load, open_clip,
-                     sha256_of)
+from weights import add_model_flags, card, check_layout, digest, export, load, open_clip, sha256_of
 
 MAX_SCALE = 100.0     # CLIP's clamp of exp(s)
 BOOTSTRAPS = 1000     # for each test set and row
 DRY_IMAGES = 64       # of each test set: a dry run shows that all works, not how well
-FEW = 2000            # images are read sooner than processes for it are started
+FEW = 2000            # up to so many images, reading them here is faster than starting workers
 SCORES = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "mean_recall", "r1")
 
 
@@ -74,9 +74,9 @@ SCORES = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "mean_re
 # The loss and the step
 
 def row_losses(rows, at, others, scale, ids, positives):
-    """Sum of L_i over some rows of z -> (). rows (n, D): features of one side, at (n,) their places
-    in the batch; others (N, D): all features of the other side; ids (N, k): pairs that are equal in
-    any column belong together."""
+    """The sum of L_i over n rows of z -> (). rows (n, D): features of one side; at (n,): their
+    places in the batch; others (N, D): all features of the other side; ids (N, k): pairs that are
+    equal in any column have an equal image or caption."""
     z = scale * rows @ others.T                                               # (n, N)
     alike = together(ids, at)                                                 # (n, N) bool
     pair = torch.zeros_like(alike).scatter_(1, at[:, None], True)
@@ -154,32 +154,34 @@ def freeze(model, stage):
         bare = rule.removeprefix("!")
         hit = set(towers.get(bare) or fnmatch.filter(names, bare))
         frozen = frozen | hit if bare == rule else frozen - hit
-        refuse(stage, not hit, f"freeze {rule!r} names nothing{nearest(bare, [*towers, *names])}")
+        refuse(stage, f"freeze {rule!r} names nothing{nearest(bare, [*towers, *names])}",
+               when=not hit)
     trainable = {name: p for name, p in model.named_parameters() if name not in frozen}
-    refuse(stage, set(trainable) <= {"logit_scale"}, f"freeze {[*stage.freeze]} leaves nothing to "
-           f"train")
+    refuse(stage, f"freeze {[*stage.freeze]} leaves nothing to train",
+           when=set(trainable) <= {"logit_scale"})
     for name, p in model.named_parameters():
         p.requires_grad_(name in trainable)
     return trainable
 
 
-def optimizer_groups(trainable, stage):
-    """Groups for AdamW. Matrices decay; gains and biases do not. The rate falls by `layer_decay`
-    for each block that lies between a parameter and the head of its tower."""
-    below = {name: blocks_below(name) for name in trainable}
-    top = {side: max([below[n] for n in trainable if n.startswith("visual.") == side
-                      and below[n] < math.inf], default=0) for side in (True, False)}
+def optimizer_groups(model, stage):
+    """Groups for AdamW of what trains. Matrices decay; gains and biases do not. The rate falls by
+    `layer_decay` for each block, frozen or not, from a parameter's own to the head of its tower."""
+    below = {name: blocks_below(name) for name, _ in model.named_parameters()}
+    top = {visual: max(n for name, n in below.items() if name.startswith("visual.") == visual
+                       and n < math.inf) for visual in (True, False)}      # of the whole tower
     groups = {}
-    for name, p in trainable.items():
+    for name, p in model.named_parameters():
         away = max(0, top[name.startswith("visual.")] + 1 - below[name])
         key = stage.lr * stage.layer_decay ** away, stage.wd if p.ndim > 1 else 0.0
-        groups.setdefault(key, []).append(p)
+        if p.requires_grad:
+            groups.setdefault(key, []).append(p)
     return [{"params": some, "lr": lr, "full_lr": lr, "weight_decay": wd}
             for (lr, wd), some in groups.items()]
 
 
 def rate(step, steps, warmup):
-    """Factor on every learning rate in a step, from 0 on: up in a line, then half a cosine."""
+    """Factor on every learning rate in step 0, 1, ...: a linear warm-up, then half a cosine."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
@@ -187,12 +189,11 @@ def rate(step, steps, warmup):
 
 def training_mode(model, trainable):
     """Dropout in the towers that train; BatchNorm keeps its statistics."""
-    trains = {name.startswith("visual.") for name in trainable
-              if not name.startswith((*HEADS, "logit_"))}
-    model.train(False in trains)
-    model.visual.train(True in trains)
+    below_heads = [name for name in trainable if not name.startswith((*HEADS, "logit_"))]
+    model.train(any(not name.startswith("visual.") for name in below_heads))    # the text tower
+    model.visual.train(any(name.startswith("visual.") for name in below_heads))
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()
 
 
@@ -218,12 +219,13 @@ def evaluate(run, model, pairs, tokenizer, args, draws=0):
 
 
 def forgetting_of(rows, score):
-    """-> {set: how far the last stage is below the best row so far}, and backward transfer: what
-    later stages did to the sets of earlier ones, on average (Lopez-Paz and Ranzato 2017)."""
-    plain = [row for row in rows if row["stage"] or row is rows[0]]
-    last = {name: x[score] for name, x in plain[-1]["sets"].items()}
-    lost = {name: max(row["sets"][name][score] for row in plain) - last[name] for name in last}
-    gains = [last[row["stage"]] - row["sets"][row["stage"]][score] for row in plain[1:-1]]
+    """-> {set: how far the last stage is below the best row}, and backward transfer: what later
+    stages did to the sets of earlier ones, on average (Lopez-Paz and Ranzato 2017). Rows of `wise`
+    do not count."""
+    rows = [row for row in rows if row["kind"] != "wise"]
+    last = {name: x[score] for name, x in rows[-1]["sets"].items()}
+    lost = {name: max(row["sets"][name][score] for row in rows) - last[name] for name in last}
+    gains = [last[row["stage"]] - row["sets"][row["stage"]][score] for row in rows[1:-1]]
     return lost, sum(gains) / len(gains) if gains else None
 
 
@@ -261,18 +263,18 @@ def milliseconds(run, model, encode, x):
 # -----------------------------------------------------------------------------
 # One stage
 
-def train(run, model, stage, loader, tokens, judge, stored):
+def train(run, model, stage, loader, tokens, judge, checkpoint):
     """Train `model` in place -> {"score", "step", ...} of the best weights, and where it stopped.
     loader: batches of the stage's pairs and of those it replays; tokens (M, L): of all their
-    captions; judge: () -> scores on the held-out pairs, None where there are none."""
+    captions; judge: () -> scores on its held-out pairs; checkpoint: to go on from, or None."""
     trainable, pairs = freeze(model, stage), loader.dataset
     kept = {n: x for n, x in model.state_dict(keep_vars=True).items() if n in stage.kept}
-    optimizer = torch.optim.AdamW(optimizer_groups(trainable, stage), betas=(0.9, 0.98), eps=1e-6,
+    optimizer = torch.optim.AdamW(optimizer_groups(model, stage), betas=(0.9, 0.98), eps=1e-6,
                                   fused=run.fused_optimizer)
     scaler, ids = run.scaler(), identities(pairs)
     counts = [len(range(rank, stage.batch_size, run.world_size)) for rank in range(run.world_size)]
-    at = run.load_training(stored, kept, optimizer, scaler)
-    best = dict(stored["best"]) if stored else {
+    at = run.load_training(checkpoint, kept, optimizer, scaler)
+    best = dict(checkpoint["best"]) if checkpoint else {
         "stage": stage.name, "score": None, "step": 0, "stale": 0, "over": False}
 
     def save(name, *moments):
@@ -281,18 +283,18 @@ def train(run, model, stage, loader, tokens, judge, stored):
 
     def consider():
         """Score the weights as they are, and keep them if they are the best so far."""
-        scores = judge()
+        scores = judge() if stage.held_out else None
         score = scores["mean_recall"] if scores else None
         best["stale"] += 1
         if scores is None or best["score"] is None or score > best["score"]:
             best.update(score=score, step=at.step, stale=0)
-            best.setdefault("begun", score)
+            best.setdefault("start_score", score)
             save(FILES["best"])
         if scores:
             run.log(at.step, f"{stage.name} val", **{name: scores[name] for name in SCORES})
         best["over"] = at.step == stage.steps or 0 < stage.early_stop <= best["stale"]
 
-    if stored is None:  # what the stage starts from is its first candidate
+    if checkpoint is None:  # what the stage starts from is its first candidate
         consider()
     at.steps = at.step if best["over"] else stage.steps
     training_mode(model, trainable)
@@ -322,13 +324,15 @@ def train(run, model, stage, loader, tokens, judge, stored):
     return best, at
 
 
-def run_stage(run, model, stage, stages, stored, tokenizer, args):
-    """Train a stage from the weights that are in `model` -> what its results.json says. Its folder
-    then holds checkpoint_best.pt, checkpoint_last.pt and, with `wise`, wise_best.pt."""
-    begun = copy.deepcopy(model.state_dict()) if stage.wise else None
-    earlier = stages[:stages.index(stage)]
+def run_stage(run, model, stage, stages, tokenizer, args, about):
+    """Train a stage from the weights that are in `model`, or from its checkpoint -> its results.
+    Its folder then holds checkpoint_best.pt, checkpoint_last.pt and, with `wise`, wise_best.pt."""
+    run, flags = run.enter(args.seed), {name: getattr(stage, name) for name in FLAGS}
+    checkpoint, _ = run.begin(stage.folder, argparse.Namespace(**{
+        **vars(args), **flags, "overwrite": stage.again}), identity_of(stage, args, about))
+    start_weights = copy.deepcopy(model.state_dict()) if stage.wise else None
     options = run.loader_options(args.workers)
-    parts = [stage.train, *(other.train for other in earlier if other.name in stage.replay)]
+    parts = [part.train for part in stage.parts]
     for pairs in parts:
         pairs.cache(run, model.config.image_size * 8 // 7, stage.folder.parent / "cache",
                     int(args.cache_gb * 2 ** 30), options["workers"])
@@ -341,20 +345,20 @@ def run_stage(run, model, stage, stages, stored, tokenizer, args):
     tokens = tokenizer(loader.dataset.captions, context_length=args.max_text)
     loader, tokens = keep_frozen(run, model, stage, loader, tokens, args)
 
-    def judge():
-        return stage.held_out and evaluate(run, model, stage.held_out, tokenizer, args)
     model.recompute_blocks(bool(stage.recompute))
-    best, at = train(run, model, stage, loader, tokens, judge, stored)
+    judge = functools.partial(evaluate, run, model, stage.held_out, tokenizer, args)
+    best, at = train(run, model, stage, loader, tokens, judge, checkpoint)
     model.recompute_blocks(False)
     trainable = [p for p in model.parameters() if p.requires_grad]
     found = {"method": "staged", "stage": stage.name, "steps": at.step, "epochs": at.epoch,
-             "begun": best["begun"], "best": best["score"], "best_step": best["step"],
+             "start_score": best["start_score"], "best": best["score"], "best_step": best["step"],
              "trainable_parameters": sum(p.numel() for p in trainable),
              "trainable_tensors": len(trainable)}
     model.requires_grad_(True)
     if stage.wise:
-        judges = [other.held_out for other in (*earlier, stage) if other.held_out]
-        found["wise"] = average(run, model, stage, begun, judges, tokenizer, args)
+        so_far = stages[:stages.index(stage) + 1]
+        judges = [other.held_out for other in so_far if other.held_out]
+        found["wise"] = average(run, model, stage, start_weights, judges, tokenizer, args)
     found = run.finish(found)
     # A finished stage needs no optimiser state, two thirds of its last checkpoint.
     run.save(FILES["last"], {**run.load(FILES["last"]), "optimizer": {}, "scaler": {}})
@@ -362,14 +366,14 @@ def run_stage(run, model, stage, stages, stored, tokenizer, args):
     return found
 
 
-def average(run, model, stage, begun, judges, tokenizer, args):
-    """WiSE-FT: (1 - a) begun + a best for every a of `wise`. The weights with the highest mean
+def average(run, model, stage, start_weights, judges, tokenizer, args):
+    """WiSE-FT: (1 - a) start + a best for every a of `wise`. The weights with the highest mean
     recall over the held-out pairs of all stages so far are kept -> {a: that mean}."""
     end, means, kept = load(run.out / FILES["best"]).state_dict(), {}, None
     for share in stage.wise:
         model.load_state_dict({
             name: torch.lerp(x, run.move(end[name]), share) if x.is_floating_point() else x
-            for name, x in begun.items()})
+            for name, x in start_weights.items()})
         scores = [evaluate(run, model, pairs, tokenizer, args)["mean_recall"] for pairs in judges]
         mean = sum(scores) / max(1, len(scores))
         if mean > max(means.values(), default=-1.0):
@@ -390,30 +394,30 @@ def keep_frozen(run, model, stage, loader, tokens, args):
     images = [frozen_features(run, model, part, stage.folder.parent / "cache",
                               digest(model, "image"), workers=args.workers)
               for part in loader.dataset.parts]
-    pieces, places = text_pieces(tokens, 256, model.text_pad)
+    pieces, places = text_pieces(tokens, 64, model.text_pad)
     with evaluating(model), run.autocast():
         texts = [model.pooled_text(*run.move(*piece)).float().cpu() for piece in pieces]
     return FeatureLoader(loader, torch.cat(images)), torch.cat(texts)[places]
 
 
 # -----------------------------------------------------------------------------
-# Data, and what speaks against a plan
+# Data, and checking a plan
 
 def open_split(source, split, stage, args, whole=False):
     """A split of `source` -> PairSet; of the stage's own data only what matches. whole: data
     without splits is not cut."""
-    own = source == stage.data
-    captions = stage.caption_file if own else None
+    of_stage = source == stage.data
+    captions = stage.caption_file if of_stage else None
     pairs = open_pairs(source, split, args.data_dir, args.layout, captions, args.image_column,
                        args.caption_column, whole)
-    if own and stage.matching:
+    if of_stage and stage.matching:
         wanted = re.compile(stage.matching, re.IGNORECASE)
         pairs = pairs.subset([i for i, name in enumerate(pairs.paths) if wanted.search(
             "\n".join([name, *pairs.texts_of(i)]))])
     if args.dry_run and split != "train":
         pairs = pairs.subset(range(min(DRY_IMAGES, len(pairs.paths))))
-    refuse(stage, len(pairs.paths) < 2, f"too few {split} images of {source} match "
-           f"{stage.matching!r}: {len(pairs.paths)}")
+    refuse(stage, f"{len(pairs.paths)} {split} images of {source} match {stage.matching!r}: "
+           f"expected 2 or more", when=len(pairs.paths) < 2)
     pairs.check_files()
     return pairs
 
@@ -427,50 +431,54 @@ def open_data(stages, eval_sets, args):
             source = getattr(stage, split) or stage.data
             if source != stage.data or stage.train.counts.get(split):
                 found[split] = open_split(source, split, stage, args, source != stage.data)
-        refuse(stage, not found, f"{stage.data} has neither val nor test pairs; name some in test")
+        refuse(stage, f"{stage.data} has neither val nor test pairs; name some in test",
+               when=not found)
         stage.held_out = found.get("val")
         tests[stage.name] = found.get("test", stage.held_out)
     for name, source in eval_sets.items():
         extra = Stage(name=name, data=source)
-        refuse(extra, name in tests or not isinstance(source, str), "eval_sets names a stage, or "
-               "what is no data")
+        refuse(extra, f"eval_sets gives {source!r}; expected data, and before it no name of a "
+               f"stage", when=name in tests or not isinstance(source, str))
         tests[name] = open_split(source, "test", extra, args, True)
     return tests
 
 
 def preflight(run, stages, tests, model, args):
-    """Work out the steps of each stage and say in a line what it will do. UserError for what cannot
-    be meant."""
+    """Work out each stage's steps and say what it will do. UserError for what cannot work."""
     notes = [note for stage in stages for note in stage.train.notes]
     for pairs in tests.values():
         notes += [*pairs.notes, *pairs.retrieval().notes]
     for note in dict.fromkeys(notes):
         run.say(note)
     for stage in stages:
-        size, parts = stage.batch_size, [x for x in stages if x.name in stage.replay]
-        replayed = {part: round(stage.replay[part.name] * size) for part in parts}
-        stage.sizes = [size - sum(replayed.values()), *replayed.values()]
-        for part, some in zip((stage, *replayed), stage.sizes):
-            refuse(stage, not 0 < some <= len(part.train.paths) or size < run.world_size,
-                   f"batch_size {size} takes {some} of {len(part.train.paths)} images of "
-                   f"{part.name}; expected 1 or more, each once, and a pair for every process")
+        size = stage.batch_size
+        replayed = [round(stage.replay[part.name] * size) for part in stage.parts[1:]]
+        stage.sizes = [size - sum(replayed), *replayed]
+        refuse(stage, f"batch_size {size} is too small for {run.world_size} processes",
+               when=size < run.world_size)
+        for part, some in zip(stage.parts, stage.sizes):
+            images = len(part.train.paths)
+            refuse(stage, f"batch_size {size} takes {some} of the {images} images of {part.name}; "
+                   f"expected from 1 to {images}", when=not 0 < some <= images)
         epoch = len(PairBatches(stage.train, stage.sizes[0], captions=args.captions))
-        stage.steps = stage.epochs * epoch
+        stage.steps = stage.epochs * epoch   # 1 or more, as a batch is no larger than the data
         warmup = round(stage.warmup if stage.warmup >= 1 else stage.warmup * stage.steps)
-        refuse(stage, warmup >= max(stage.steps, 2), f"a warmup of {warmup} steps in {stage.steps} "
-               f"never ends; give a share such as 0.1, or more epochs")
-        refuse(stage, stage.held_out is None and (stage.early_stop or len(stage.wise) > 1),
-               "early_stop and a choice of wise need held-out pairs; name some in val")
+        refuse(stage, f"warmup takes {warmup} of {stage.steps} steps; give a share such as 0.1, or "
+               f"more epochs", when=warmup >= stage.steps)
+        refuse(stage, "early_stop and a choice of wise need held-out pairs; name some in val",
+               when=stage.held_out is None and (stage.early_stop or len(stage.wise) > 1))
         if args.dry_run:
             stage.steps, warmup = min(2, stage.steps), min(1, warmup)
         stage.warmup_steps, trainable = warmup, freeze(model, stage)
-        stage.kept = {*trainable, *(stage.parent.kept if stage.parent else ())} if model.origin[
-            "path"] else set(model.state_dict())  # random weights: no file has the rest
+        stage.kept = set(model.state_dict())
+        if model.origin["path"]:             # that file has what no stage trains
+            stage.kept = {*trainable, *(stage.parent.kept if stage.parent else ())}
         weights = sum(p.numel() for p in trainable.values())
         model.requires_grad_(True)
         run.say(f"stage {stage.name} from {stage.from_}: {len(stage.train.paths):,} images, "
                 f"{len(stage.train):,} captions; {stage.steps:,} steps, {epoch:,} an epoch, of "
-                f"{size} pairs" + "".join(f", {n} of {x.name}" for x, n in replayed.items())
+                f"{size} pairs"
+                + "".join(f", {n} of {x.name}" for x, n in zip(stage.parts[1:], replayed))
                 + f"; warm-up {warmup}, lr {stage.lr:.3g}; {weights:,} weights train; held-out "
                 f"images: {len(stage.held_out.paths) if stage.held_out else 0:,}")
 
@@ -478,43 +486,44 @@ def preflight(run, stages, tests, model, args):
 def identity_of(stage, args, about):
     """What must be equal for a stage to be continued or taken as done. "parent" tells the weights
     that it starts from: the sha256 of its parent's file, or of the tensors of the run's."""
-    own = {name: getattr(stage, field.name) for name, field in KEYS.items()
-           if name not in ("data", "val", "test", "micro_batch", "recompute")}
+    keys = {name: getattr(stage, field.name) for name, field in KEYS.items()
+            if name not in ("data", "val", "test", "micro_batch", "recompute")}
     flags = run_identity(args, (*FLAGS, *OF_THE_RUN, "plan", "from_stage", "check_plan"))
     parent = about["weights"]
     if stage.parent:
         parent = sha256_of(stage.start) if stage.start.exists() else None
     return json.loads(json.dumps({
-        **flags, **about, **own, "stage": stage.name, "seed": args.seed, "max_text": args.max_text,
+        **flags, **about, **keys, "stage": stage.name, "seed": args.seed, "max_text": args.max_text,
         "parent": parent, "data": stage.train.fingerprint,
         "val": stage.held_out and stage.held_out.fingerprint}))
 
 
-def begin(run, stage, args, about):
-    """Take the stage's folder -> its own Run, its checkpoint or None, its results or None.
-    UserError if it was trained under another plan."""
-    own, flags = run.enter(args.seed), {name: getattr(stage, name) for name in FLAGS}
+def refuse_other_plan(stage, config, identity):
+    """UserError if config.json in a stage's folder is not of this stage under this plan."""
     try:
-        return own, *own.begin(stage.folder, argparse.Namespace(**{
-            **vars(args), **flags, "overwrite": stage.again}), identity_of(stage, args, about))
-    except UserError as error:
-        raise UserError(f"{error}; --from-stage {stage.name} trains that stage and all after it "
-                        f"again") from None
+        theirs = dict(json.loads(config.read_text("utf-8"))["identity"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{config} is not of a run: choose another --output-dir") from None
+    changed = [f"{name} was {theirs.get(name)!r}, now {identity.get(name)!r}"
+               for name in theirs | identity if theirs.get(name) != identity.get(name)]
+    refuse(stage, f"{config.parent} was trained under another plan ({'; '.join(changed)}); "
+           f"--from-stage {stage.name} trains it and all after it again; --output-dir OTHER "
+           f"makes another run, --weights {config.parent} one that goes on from it", when=changed)
 
 
-def settle(run, stages, out, args, about):
-    """Find each stage's folder and whether it is done. UserError, before any work, where the plan
-    was changed since."""
+def settle(stages, out, args, about):
+    """Find each stage's folder and whether it is done. UserError where the plan was changed."""
     names = [stage.name for stage in stages]
     for i, stage in enumerate(stages):
         stage.folder = out / stage.name
         if stage.parent:
             stage.start = stage.parent.folder / FILES[stage.from_.partition(":")[2]]
         stage.again = args.overwrite or args.dry_run or args.from_stage in names[:i + 1]
-        if args.eval_only:
-            stage.done = (stage.folder / "results.json").exists()
-        elif not stage.again and (stage.folder / "config.json").exists():
-            stage.done = begin(run, stage, args, about)[2] is not None
+        config = stage.folder / "config.json"
+        if not (stage.again or args.eval_only) and config.exists():
+            refuse_other_plan(stage, config, identity_of(stage, args, about))
+        stage.done = (args.eval_only or not stage.again) and (
+            stage.folder / "results.json").exists()
 
 
 # -----------------------------------------------------------------------------
@@ -545,7 +554,7 @@ def main(args):
              "weights": digest(model, "image") + digest(model, "text"),
              "vocabulary": hashlib.sha256(repr(model.vocabulary).encode()).hexdigest()}
     out = run_folder(args, "staged", plan.get("name") or "_".join(s.name for s in stages)[:60])
-    settle(run, stages, out, args, about)
+    settle(stages, out, args, about)
     if args.check_plan:
         return {"stages": [{"name": stage.name, "steps": stage.steps, "warmup": stage.warmup_steps,
                             "done": stage.done} for stage in stages]}
@@ -559,28 +568,27 @@ def main(args):
             return finished
         run.write("plan.json", plan)
         run.on_first(lambda: (out / "results.json").unlink(missing_ok=True))
-    begun = copy.deepcopy(model.state_dict())
+    start_weights = copy.deepcopy(model.state_dict())
     model = run.move(model).fuse_attention(run.fused_attention)
     rows = []
 
-    def score(label, stage, path):
+    def score(label, stage, kind, path):
         """Score the weights that are in `model` on every test set: a row of the matrix."""
         sets = {name: evaluate(run, model, pairs, tokenizer, args, BOOTSTRAPS)
                 for name, pairs in tests.items()}
         run.say(f"{label}: r1 " + ", ".join(f"{x['r1']:.1f} on {name}" for name, x in sets.items()))
-        rows.append({"row": label, "stage": stage, "weights": str(path), "sets": sets})
-    score("before", None, args.weights)
+        rows.append(dict(row=label, stage=stage, kind=kind, weights=str(path), sets=sets))
+    score("before", None, "before", args.weights)
     for stage in stages:
         if not (stage.done or args.eval_only):
-            model.load_state_dict(load(stage.start).state_dict() if stage.parent else begun)
-            own, stored, _ = begin(run, stage, args, about)
-            run_stage(own, model, stage, stages, stored, tokenizer, args)
+            model.load_state_dict(load(stage.start).state_dict() if stage.parent else start_weights)
+            run_stage(run, model, stage, stages, tokenizer, args, about)
             stage.done = True
-        for label, word in ((stage.name, "best"), (f"{stage.name} wise", "wise")):
-            path = stage.folder / FILES[word]
-            if path.exists() and (word == "best" or stage.wise):
+        for label, kind in ((stage.name, "best"), (f"{stage.name} wise", "wise")):
+            path = stage.folder / FILES[kind]
+            if path.exists() and (kind == "best" or stage.wise):
                 model.load_state_dict(load(path).state_dict())
-                score(label, stage.name if word == "best" else None, path)
+                score(label, stage.name, kind, path)
     results = report(run, model, rows, stages, tests, tokenizer, args)
     return run.finish({**results, "tests": judged_on})
 
@@ -590,7 +598,7 @@ def report(run, model, rows, stages, tests, tokenizer, args):
     text = matrix_text(rows)
     run.write("matrix.md", text)
     run.say(text.rstrip())
-    last = ([row for row in rows if row["stage"]] or rows)[-1]
+    last = [row for row in rows if row["kind"] != "wise"][-1]
     judged = last["stage"] or next(iter(tests))
     done = {stage.name: json.loads((stage.folder / "results.json").read_text("utf-8"))
             for stage in stages if stage.done}
@@ -619,8 +627,8 @@ def write_export(run, model, path, out, tokenizer, args):
 # The command line
 
 def get_args(argv=None):
-    """The command line as a namespace; a plan's keys about the run come before it. Exits with code
-    2 and one line on a wrong one."""
+    """The command line as a namespace. Settings of the run in a plan are defaults, which flags
+    override. Exits with code 2 and one line on a wrong flag."""
     parser = Parser(
         description="Fine-tune a CLIP in stages and see what each forgets.",
         aliases={"--train-data": "--data", "--val-data": "--val", "--context-length": "--max-text",

@@ -232,19 +232,24 @@ def chinese():
         return CLIP(CONFIGS["CN-ViT-B/16"])
 
 
-def test_every_group_keeps_its_share_of_the_rate(chinese):
-    trainable = freeze(chinese, Stage())
+@pytest.mark.parametrize("rules, count", [([], 351), (["*.resblocks.[6-9].*", "*.resblocks.1?.*"],
+                                                      351 - 6 * 12)])
+def test_every_group_keeps_its_share_of_the_rate(chinese, rules, count):
+    """Frozen blocks above a parameter count too."""
+    trainable = freeze(chinese, Stage(freeze=rules))
     rates = {}
-    for group in optimizer_groups(trainable, Stage(lr=1.0, layer_decay=0.65, wd=0.3)):
+    for group in optimizer_groups(chinese, Stage(lr=1.0, layer_decay=0.65, wd=0.3)):
         for p in group["params"]:
             rates[id(p)] = group["full_lr"], group["weight_decay"]
-    assert len(rates) == len(trainable) == 351
+    assert len(rates) == len(trainable) == count
     for name, power in (("visual.proj", 0), ("text_projection", 0), ("visual.ln_post.weight", 0),
                         ("visual.transformer.resblocks.11.mlp.c_fc.weight", 1),
                         ("bert.encoder.layer.11.output.dense.weight", 1),
                         ("visual.transformer.resblocks.0.ln_1.weight", 12),
                         ("visual.conv1.weight", 13),
                         ("bert.embeddings.word_embeddings.weight", 13)):
+        if name not in trainable:
+            continue
         lr, wd = rates[id(trainable[name])]
         assert lr == pytest.approx(0.65 ** power), name
         assert wd == (0.3 if trainable[name].ndim > 1 else 0.0), name
@@ -265,6 +270,7 @@ def test_rules_of_freeze_are_read_in_order(chinese, rules, count):
 
 @pytest.mark.parametrize("change, names", [
     ({"epochs": 0}, ["cold", "epochs"]), ({"warmup": 6}, ["cold", "warmup"]),
+    ({"epochs": 1, "batch_size": 20, "warmup": 1}, ["cold", "warmup"]),
     ({"batch_size": 200}, ["cold", "batch_size"]), ({"freeze": ["visul.*"]}, ["visul"]),
     ({"freeze": ["visual", "text"]}, ["cold", "freeze"]), ({"freeze": "visual"}, ["freeze"]),
     ({"from": "cold"}, ["cold", "warm"]), ({"from": "warm:bst"}, ["warm:bst"]),
@@ -445,6 +451,10 @@ def test_a_finished_plan_does_nothing_and_config_json_runs_again(world, two_stag
     before = {path: path.stat().st_mtime_ns for path in two_stages.rglob("*.pt")}
     assert run_main(SCRIPT, *flags(world, two_stages)) == results(two_stages)
     assert {path: path.stat().st_mtime_ns for path in two_stages.rglob("*.pt")} == before
+    files = {path: path.read_bytes() for path in two_stages.rglob("*") if path.is_file()}
+    checked = run_main(SCRIPT, *flags(world, two_stages, "--check-plan"))
+    assert [stage["done"] for stage in checked["stages"]] == [True, True]
+    assert files == {path: path.read_bytes() for path in two_stages.rglob("*") if path.is_file()}
     run_main(SCRIPT, "--config", two_stages / "config.json", "--output-dir", tmp_path / "run",
              "--plan", two_stages / "plan.json")
     same_stages(two_stages, tmp_path / "run")
@@ -457,6 +467,7 @@ def test_an_edited_plan_is_stale_until_trained_again(world, two_stages, tmp_path
     kept = {path: path.read_bytes() for path in out.rglob("results.json")}
     edited = flags(world, out, plan=plan)
     refused(attempt(SCRIPT, *edited), "cold", "lr was 0.001", "--from-stage cold")
+    refused(attempt(SCRIPT, *edited, "--check-plan"), "cold", "--from-stage cold")
     refused(attempt(SCRIPT, *flags(world, out, "--seed", 2)), "warm", "seed")
     assert {path: path.read_bytes() for path in out.rglob("results.json")} == kept
     found = run_main(SCRIPT, *edited, "--from-stage", "cold")
@@ -627,7 +638,9 @@ def test_pairs_are_learned_by_heart_and_then_forgotten_and_with_replay_less(forg
 
 def test_the_matrix_and_its_sums_are_those_by_hand(forgetting):
     found = forgetting[1]["plain"]
-    assert [row["row"] for row in found["rows"]] == ["before", "colours", "bars", "bars wise"]
+    assert [(row["row"], row["stage"], row["kind"]) for row in found["rows"]] == [
+        ("before", None, "before"), ("colours", "colours", "best"), ("bars", "bars", "best"),
+        ("bars wise", "bars", "wise")]
     r1 = {row["row"]: {name: x["r1"] for name, x in row["sets"].items()} for row in found["rows"]}
     for row in found["rows"]:
         for x in row["sets"].values():
@@ -680,7 +693,7 @@ def test_a_stage_that_only_harms_ends_with_what_it_began_with(world, tmp_path):
     held = metrics(tmp_path / "run" / "warm", "warm val")
     best = max(held, key=lambda row: row["mean_recall"])  # the first of them
     stage = found["stages"]["warm"]
-    assert stage["best_step"] == best["step"] and stage["begun"] == held[0]["mean_recall"]
+    assert stage["best_step"] == best["step"] and stage["start_score"] == held[0]["mean_recall"]
     assert len(held) == 3 + held.index(best) < 10
     if best["step"] == 0:
         start, kept = (state_of(path) for path in (
