@@ -33,7 +33,7 @@ RUNS = {  # name -> more flags; the name begins with the script's
     "contrastive siglip": ["--loss", "siglip", "--positives", "multi"],
     "contrastive triplet": ["--loss", "infonce+triplet", "--grad-clip", "0.5"],
     "contrastive fp16": ["--precision", "fp16"],
-    "distill": ["--mixup", "0.4", "--ema", "0.9"],
+    "distill": ["--mixup", "0.4", "--batch-size", "8", "--ema", "0.9"],
     "staged": []}
 ON_MPS = ("clipfit", "clipfit fp16", "contrastive bert", "distill", "staged")  # the rest for time
 EXACT = [name for name in RUNS if name[-2:] != "16"]
