@@ -1,30 +1,32 @@
 """CLIP training on image-caption pairs, with an exact batch of any size (Radford et al. 2021).
 
 The loss compares every image of a batch with every text of it, so a larger batch is a harder and
-better task, and memory is what limits it. Not here: `--batch-size` is always the batch that is
-contrasted, on one device or many, and `--micro-batch` is what fits. One step:
+better task. Memory usually limits it; here it does not: `--batch-size` pairs are always contrasted,
+on one device or many, and `--micro-batch` is how many of them are encoded at a time. One step:
 
-1. Encode the batch in pieces of `--micro-batch`, without keeping activations (but the last's).
+1. Encode the batch in pieces of `--micro-batch`, keeping activations only of the last piece.
 2. Compute the loss, and its gradient for the features, some rows of the N x N matrix at a time.
-3. Encode each piece again, with the same dropout, now for its share of that gradient
+3. Encode each other piece again, with the same dropout, now for its share of that gradient
    (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup").
 
 The gradient is that of the whole batch at once, the scale's included, for 4/3 of the arithmetic;
-`--check-grad` shows it on your model and data. Processes exchange features and little else.
+`--check-grad` shows it on your model and data. Processes exchange features for the loss, and sum
+gradients once a step. The numbers stay the same up to rounding, dropout and BatchNorm aside.
 
     python train_contrastive.py                           the bundled demo, a minute on a CPU
     python train_contrastive.py --data flickr8k --data-dir DIR --model tiny    a small ViT
     python train_contrastive.py --data coco --preset clip-roberta --image-tower ViT-B/32 \
         --text-tower FOLDER                           ViT-B/32 + RoBERTa on COCO 2017
-    python train_contrastive.py --data flickr8k --preset simple-clip --image-tower resnet50 \
-        --text-tower FOLDER --batch-size 1024
-    torchrun --nproc-per-node 8 train_contrastive.py --data coco   the same numbers, faster
+    python train_contrastive.py --data flickr8k --preset simple-clip --batch-size 1024 \
+        --image-tower resnet50:IMAGENET1K_V2 --text-tower FOLDER
+    torchrun --nproc-per-node 8 train_contrastive.py --data coco        on eight GPUs
 
-Losses (`--loss`) of N pairs, cos = image @ text.T of unit rows, z = scale * cos:
+Losses (`--loss`) of N pairs, cos = image @ text.T of unit rows, z = scale * cos. The formulas are
+of `--positives diag`. The default, mask, leaves pairs that share an image or caption out of the
+negatives; multi makes them positives (for triplet: the same as mask).
     infonce          mean over rows i of (logsumexp_j z_ij - z_ii), mean over columns of the same,
-                     and the mean of both, which are cross-entropies     Radford et al. 2021
-    siglip           -1/N sum_ij log sigmoid(y_ij (z_ij + bias)), y = 1 for pairs, else -1
-                                                                         Zhai et al. 2023
+                     and the mean of both, which are cross-entropies (Radford et al. 2021)
+    siglip           -1/N sum_ij log sigmoid(y_ij (z_ij + bias)), y = 1 if i = j else -1 (Zhai 2023)
     triplet          1/N sum_i max(0, margin + cos_ij - cos_ii) both ways; over all negatives j
                      (sum: VSE), the hardest (VSE++, Faghri et al. 2018) or the semi-hard one
     infonce+triplet  infonce + triplet_weight * triplet
@@ -32,20 +34,19 @@ Losses (`--loss`) of N pairs, cos = image @ text.T of unit rows, z = scale * cos
 AdamW, weight decay on all but gains and biases, warm-up and cosine (`--schedule`); the scale is
 learned and stays in [1, 100]. After each epoch the held-out pairs are scored; checkpoint_best.pt
 has the weights of the best mean recall, which are tested, and checkpoint_last.pt everything to go
-on from. Both, and what --export writes, can be the --weights of another run.
+on from. Both, and what --export writes, can be the --weights of another run. `--eval-only` scores
+checkpoint_best.pt, else checkpoint_last.pt, else --weights; `--resume FILE` names another.
 
 Different from common practice, with the reason:
 - an epoch takes every image once, with one of its captions (`--captions all`: every caption), and
-  never one image twice in a batch; equal captions of two images do not count against each other
-  (`--positives mask`);
+  never one image twice in a batch;
 - retrieval is scored on the unique images with all captions of each, as in the papers;
-- BatchNorm cannot be exact in pieces: its statistics stay frozen then, which is said;
-- a frozen image tower without `--crop` sees every image always alike: it does so once, and its
-  features are kept.
+- BatchNorm statistics are frozen if the batch is split (pieces, processes); a message says so;
+- with `--crop 0` a frozen image tower always gives the same features, so they are computed once.
 
-Logged: loss, its terms, ln B beside them, scale, lr. Results: i2t_r1 ... t2i_r10, mean_recall (%),
-loss (of held-out pairs, one caption an image, in batches of 64), samples_per_second.
-"""
+Logged: loss, its terms, ln B (InfoNCE at chance), scale, lr. Results: i2t_r1 ... t2i_r10,
+mean_recall (%), samples_per_second, and the loss of held-out pairs. That is always InfoNCE, for any
+--loss, in batches of 64 images with one caption each."""
 import dataclasses
 import functools
 import hashlib
@@ -69,28 +70,28 @@ from scores import embed, frozen_features, image_features, recall_at_k, zero_sho
 from tokenizer import for_model
 
 MAX_SCALE = 100.0  # CLIP's clamp
-QUIET = ("rsum", "i2t_median_rank", "t2i_median_rank", "images", "captions")  # in results.json
+QUIET = ("rsum", "i2t_median_rank", "t2i_median_rank", "images", "captions")  # not logged
 
 
 # -----------------------------------------------------------------------------
-# The loss. Functions of some rows: `at` (m,) are their places among the N pairs of the batch, and
-# ids (N, k) tell which pairs belong together, see large_batch.together.
+# The loss. Functions of m rows of the N x N matrix: `own` (m,) are their numbers among the N pairs
+# of the batch. Pairs equal in a column of ids (N, k) belong together, see large_batch.together.
 
-def siglip(image, at, texts, scale, bias, ids, positives):
+def siglip(image, own, texts, scale, bias, ids, positives):
     """image (m, D), texts (N, D) -> the sum over these rows, ()."""
     z = scale * image @ texts.T + bias                                         # (m, N)
     sign = torch.full_like(z, -1)
     if positives != "diag":
-        sign.masked_fill_(together(ids, at), 1 if positives == "multi" else 0)
-    sign.scatter_(1, at[:, None], 1)
+        sign.masked_fill_(together(ids, own), 1 if positives == "multi" else 0)
+    sign.scatter_(1, own[:, None], 1)
     return -(sign.abs() * F.logsigmoid(sign * z)).sum()
 
 
-def triplet(anchors, at, others, ids, kind, margin):
+def triplet(anchors, own, others, ids, kind, margin):
     """anchors (m, D) of one side, others (N, D) of the other -> the sum over these anchors, ()."""
     cosine = anchors @ others.T                                                # (m, N)
-    near = cosine.gather(1, at[:, None])                                       # of the pair itself
-    far = cosine.masked_fill(together(ids, at), -math.inf)                     # of its negatives
+    near = cosine.gather(1, own[:, None])                                       # of the pair itself
+    far = cosine.masked_fill(together(ids, own), -math.inf)                     # of its negatives
     if kind == "semi-hard":  # the nearest of those that are farther than the pair
         far = far.masked_fill(cosine >= near, -math.inf)
     if kind != "sum":
@@ -104,20 +105,20 @@ def batch_loss(run, model, image, text, ids, counts, args):
     counts: how many pairs each process has."""
     texts, ids = run.gather(text, counts), run.gather(ids, counts)             # (N, D), (N, 2)
     N, scale, bias = len(texts), model.logit_scale.exp(), model.logit_bias
-    places = torch.arange(N, device=texts.device)
-    at = places.split(counts)[run.rank]
+    every = torch.arange(N, device=texts.device)
+    own = every.split(counts)[run.rank]  # numbers of this process's pairs
     if args.positives == "diag":
-        ids = places[:, None]  # each pair belongs to itself alone
+        ids = every[:, None]  # each pair belongs to itself alone
     terms = {}
-    if "infonce" in args.loss:  # 1/2N sum_i (logsumexp_j z_ij - z_ii), and the same of columns
-        terms["infonce"] = info_nce(run, image, texts, scale, at, ids, args.positives)
+    if "infonce" in args.loss:  # a column's log-sum-exp is combined across processes in there
+        terms["infonce"] = info_nce(run, image, texts, scale, own, ids, args.positives)
     if args.loss == "siglip":
-        rows = functools.partial(siglip, ids=ids, positives=args.positives)
-        terms["siglip"] = by_rows(rows, (image, at), (texts, scale, bias)) / N
+        formula = functools.partial(siglip, ids=ids, positives=args.positives)
+        terms["siglip"] = by_rows(formula, (image, own), (texts, scale, bias)) / N
     if "triplet" in args.loss:
-        rows = functools.partial(triplet, ids=ids, kind=args.triplet, margin=args.margin)
+        formula = functools.partial(triplet, ids=ids, kind=args.triplet, margin=args.margin)
         images = run.gather(image, counts)
-        hinges = by_rows(rows, (image, at), (texts,)) + by_rows(rows, (text, at), (images,))
+        hinges = by_rows(formula, (image, own), (texts,)) + by_rows(formula, (text, own), (images,))
         terms["triplet"] = args.triplet_weight * hinges / N
     return {"loss": sum(terms.values()), **terms}
 
@@ -126,10 +127,9 @@ def add_gradient(run, model, images, tokens, ids, counts, args, scaler, seed):
     """Add the gradient of the batch to `.grad`, this process's part -> the losses, detached.
 
     images (n, 3, S, S) uint8 or kept features (n, F), tokens (n, L), ids (n, 2): this process's
-    pairs, on the host; seed: of dropout, another one for every step.
-    """
+    pairs, on the host; seed: of dropout, another one for every step."""
     micro = args.micro_batch or max(1, len(images))
-    texts, places = text_pieces(tokens, micro, model.text_pad)
+    texts, places = text_pieces(tokens, micro, model.text_pad)  # by length; places undo the order
 
     def encode_text(piece):
         tokens, ends = run.move(*piece)
@@ -140,8 +140,8 @@ def add_gradient(run, model, images, tokens, ids, counts, args, scaler, seed):
     text = TwoPass(run, encode_text, texts, 2 * seed + 1, model)
     losses = batch_loss(run, model, image.features, text.features[run.move(places)], run.move(ids),
                         counts, args)
-    scaler.scale(losses["loss"]).backward()
-    image.backward()
+    scaler.scale(losses["loss"]).backward()  # to the features, and to scale and bias
+    image.backward()                         # from there into the towers, piece by piece
     text.backward()
     return {name: loss.detach() for name, loss in losses.items()}
 
@@ -217,7 +217,8 @@ def parameter_groups(model, args):
 
 
 def rate(step, steps, warmup, schedule):
-    """Factor on the learning rates in a step (from 0): up in equal stages, then down to 0."""
+    """Factor in [0, 1] on the learning rates of a step (from 0): linear warm-up, then cosine or
+    linear towards 0, or constant."""
     if step < warmup:
         return (step + 1) / warmup
     share = (step - warmup) / max(1, steps - warmup)
@@ -227,7 +228,7 @@ def rate(step, steps, warmup, schedule):
 
 def training_mode(model, whole_batch):
     """Dropout on, but not in a frozen tower; BatchNorm keeps its statistics unless one piece is the
-    whole batch -> whether that froze any."""
+    whole batch -> the BatchNorm modules that this froze."""
     model.train()
     for side, tower in (("image", model.visual),
                         ("text", model.bert if model.config.text else model.transformer)):
@@ -236,25 +237,28 @@ def training_mode(model, whole_batch):
         m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.train(whole_batch)
-    return bool(norms) and not whole_batch
+    return [] if whole_batch else norms
 
 
 # -----------------------------------------------------------------------------
 # Evaluation
 
 def evaluate(run, model, pairs, pooled, tokenizer, args):
-    """Retrieval both ways, and the loss, of held-out pairs -> dict of floats."""
+    """Retrieval both ways, and InfoNCE (whatever --loss is), of held-out pairs -> dict of floats.
+    pooled: the features kept of the images, or None. Changes no module's mode."""
     image, text, relevant = embed(run, model, pairs, tokenizer, workers=args.workers,
                                   max_text=args.max_text, pooled=pooled)
-    scores = recall_at_k(image, text, relevant)
+    scores = {**recall_at_k(image, text, relevant), "images": len(image), "captions": len(text)}
+    # relevant (R, 2): numbers of a text and of its image. The loss takes an image's first text.
     first = torch.full((len(image),), len(text)).scatter_reduce_(
-        0, relevant[:, 1], relevant[:, 0], "amin")           # one caption of each image
-    asks = first < len(text)
+        0, relevant[:, 1], relevant[:, 0], "amin")
+    has_caption = first < len(text)
+    image, text = image[has_caption], text[first[has_caption]]
     loss, scale = 0.0, model.logit_scale.detach().exp().cpu()
-    for rows, columns in zip(image[asks].split(64), text[first[asks]].split(64)):
-        z, at = scale * rows @ columns.T, torch.arange(len(rows))
-        loss += len(rows) * float(F.cross_entropy(z, at) + F.cross_entropy(z.T, at)) / 2
-    return {**scores, "loss": loss / int(asks.sum()), "images": len(image), "captions": len(text)}
+    for some, captions in zip(image.split(64), text.split(64)):
+        z, labels = scale * some @ captions.T, torch.arange(len(some))
+        loss += len(some) * float(F.cross_entropy(z, labels) + F.cross_entropy(z.T, labels)) / 2
+    return {**scores, "loss": loss / len(image)}
 
 
 def log_scores(run, step, split, scores):
@@ -269,26 +273,29 @@ def train(run, model, data, stored, args):
     loader, pairs = data.loader, data.loader.dataset
     counts = shares(run, args)
     whole_batch = run.world_size == 1 and not 0 < args.micro_batch < args.batch_size
-    if training_mode(model, whole_batch):
-        run.say("BatchNorm statistics are frozen: in pieces they would not be the batch's")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     kept, buffers = kept_state(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, args), betas=(0.9, args.beta2),
                                   eps=args.eps, fused=run.fused_optimizer)
     scaler = run.scaler()
     at = run.load_training(stored, kept, optimizer, scaler, buffers)
-    at.steps = args.epochs * len(loader)
-    at.steps = min(at.steps, args.max_steps) if args.max_steps else at.steps
+    if norms := training_mode(model, whole_batch):
+        run.say("BatchNorm statistics are frozen: the batch is split over pieces or processes")
+    if any(norm.track_running_stats and bool((norm.running_var == 1).all()) for norm in norms):
+        run.say("WARNING: BatchNorm was never trained and normalises nothing. Use trained weights "
+                "(--image-tower resnet50:IMAGENET1K_V2), or --micro-batch 0 in one process")
+    at.steps = min(args.epochs * len(loader), args.max_steps or math.inf)
     warmup = round(args.warmup if args.warmup >= 1 else args.warmup * at.steps)
     if warmup >= at.steps:
         run.say(f"note: {at.steps} steps never leave the warm-up of {warmup}")
     card = weights.card(model, data.tokenizer)
     best, replaced = stored["best"] if stored else -1.0, 0
+    # asked: the captions planned; used: those read, others where an image cannot be read.
     for images, used, asked in run.batches(loader, at):
         # ---- one step ------------------------------------------------------------------
-        lr = rate(at.step, at.steps, warmup, args.schedule)
+        factor = rate(at.step, at.steps, warmup, args.schedule)
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * lr
+            group["lr"] = group["base_lr"] * factor
         optimizer.zero_grad(set_to_none=True)
         losses = add_gradient(run, model, images, data.tokens[used], data.ids[used], counts, args,
                               scaler, args.seed * 1_000_003 + at.step)
@@ -299,9 +306,9 @@ def train(run, model, data, stored, args):
         # --------------------------------------------------------------------------------
         due = run.tick(at, losses, samples=args.batch_size, ln_batch=math.log(args.batch_size),
                        describe=functools.partial(name_images, pairs, used),
-                       scale=model.logit_scale.detach().exp(), lr=args.lr * lr)
+                       scale=model.logit_scale.detach().exp(), lr=args.lr * factor)  # `at` moves on
         replaced += int((used != asked).sum())
-        if at.batch == 0 or at.step == at.steps:
+        if at.batch == 0 or at.step == at.steps:  # an epoch has just ended, or the run
             if lost := run.sum(replaced):
                 run.say(f"{lost} images could not be read; other pairs took their places")
             replaced = 0
@@ -365,8 +372,8 @@ def open_model(args):
 
 def open_splits(args, model):
     """-> {"train", "val", "test": PairSet or None} with their transforms."""
-    where = dict(data_dir=args.data_dir, layout=args.layout, caption_file=args.caption_file,
-                 image_column=args.image_column, caption_column=args.caption_column)
+    names = ("data_dir", "layout", "caption_file", "image_column", "caption_column")
+    where = {name: getattr(args, name) for name in names}
     sets = {"train": open_pairs(args.data, "train", **where)}
     sets |= {split: open_pairs(args.data, split, **where) if sets["train"].counts.get(split)
              else None for split in ("val", "test")}
@@ -409,7 +416,7 @@ def prepare(run, model, sets, tokenizer, folder, args):
                               int(args.cache_gb * 2 ** 30), options["workers"])
     data.val, data.test = ((sets[split], pooled.get(split)) if sets[split] else None
                            for split in ("val", "test"))
-    notes = [note for pairs in sets.values() if pairs for note in pairs.notes]
+    notes = [note for pairs in filter(None, sets.values()) for note in pairs.notes]
     notes += data.test[0].retrieval().notes if data.test else []
     if data.val and (not data.test or data.test[0].paths == data.val[0].paths):
         data.test = data.val
@@ -417,7 +424,7 @@ def prepare(run, model, sets, tokenizer, folder, args):
                      "the same val images, and the score flatters")
     if training and still and args.crop:
         notes.append("with --crop 0 the frozen image tower would see each image only once")
-    for note in dict.fromkeys(notes):
+    for note in dict.fromkeys([*model.origin["notes"], *notes]):
         run.say(note)
     if args.eval_only:
         return data
@@ -468,9 +475,17 @@ def report(run, model, data, labelled, folder, at, tested, args):
 
 
 def export(run, model, tokenizer, folder, args):
-    path = run.on_first(lambda: str(weights.export(model, folder / "export", args.export,
-                                                   tokenizer)))
+    to = folder / "export"
+    path = run.on_first(lambda: str(weights.export(model, to, args.export, tokenizer)))
     run.say(f"wrote {path}")
+
+
+def restore_best(run, model, stored=None):
+    """Give the model the weights of checkpoint_best.pt in the run's folder, or of `stored` where
+    there is none, as with --eval-only, for which `Run.begin` chose -> the checkpoint, or None."""
+    if best := run.load("checkpoint_best.pt") or stored:
+        run.restore(best, *kept_state(model))
+    return best
 
 
 def main(args):
@@ -486,7 +501,7 @@ def main(args):
         PairBatches(sets["train"], args.batch_size, captions=args.captions)
     folder = run_folder(args, "contrastive", f"{sets['train'].name}_{model.origin['name']}")
     words = hashlib.sha256(json.dumps(tokenizer.facts(), sort_keys=True).encode()).hexdigest()
-    identity = run_identity(args, but=("preset", "zero_shot", "tokenizer", "check_grad"),
+    identity = run_identity(args, but=("preset", "tokenizer", "check_grad"),
                             method="contrastive", data=sets["train"].fingerprint,
                             model=model.origin["name"], weights=model.origin["sha256"],
                             vocabulary=words[:16])
@@ -498,41 +513,38 @@ def main(args):
                         f"weights; name the run with --output-dir, or the weights")
     if finished:
         if args.export:
-            run.restore(run.load("checkpoint_best.pt") or stored, *kept_state(model))
+            if not restore_best(run, model, stored):
+                raise UserError(f"--export finds no checkpoint in {folder}")
             export(run, model, tokenizer, folder, args)
         return finished
     model = run.move(model).fuse_attention(run.fused_attention)
-    free = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    run.say(f"{model.origin['name']}: {free:,} of {sum(p.numel() for p in model.parameters()):,} "
-            f"weights train")
-    for note in model.origin["notes"]:
-        run.say(note)
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    run.say(f"{model.origin['name']}: {sum(n for n, trains in sizes if trains):,} of "
+            f"{sum(n for n, _ in sizes):,} weights train")
     data = prepare(run, model, sets, tokenizer, folder, args)
     if args.check_grad:
         images, used, _ = next(iter(data.loader))
         return check_grad(run, model, (images, data.tokens[used], data.ids[used]),
                           shares(run, args), args)
     if args.eval_only:
-        at = Place()
-        if stored:
-            run.restore(stored, *kept_state(model))
-            at = Place(stored["epoch"], stored["batch"], stored["step"])
+        tested = restore_best(run, model, stored)
+        at = Place(tested["epoch"], tested["batch"], tested["step"]) if tested else Place()
         return report(run, model, data, labelled, folder, at, at.step, args)
-    at, tested = train(run, model, data, stored, args), None
-    if best := run.load("checkpoint_best.pt"):
-        run.restore(best, *kept_state(model))
-        tested = best["step"]
-        run.say(f"testing the weights of step {tested}, the best mean recall on val")
-    return report(run, model, data, labelled, folder, at, tested or at.step, args)
+    at = train(run, model, data, stored, args)
+    step = at.step
+    if best := restore_best(run, model):
+        step = best["step"]
+        run.say(f"testing the weights of step {step}, the best mean recall on val")
+    return report(run, model, data, labelled, folder, at, step, args)
 
 
 # -----------------------------------------------------------------------------
 # The command line
 
 # What a preset sets where the command line does not. clip-roberta and simple-clip are two public
-# projects' recipes: Hugging Face's run_clip.py on COCO, and ResNet50 + DistilBERT on Flickr, whose
-# plateau schedule is constant here.
-DEFAULTS = {  # of clip-scratch, the paper's but for what its 400 M pairs allow
+# projects' recipes: Hugging Face's run_clip.py on COCO, and ResNet50 + DistilBERT on Flickr. The
+# latter lowers lr when the loss stalls; here it stays constant.
+DEFAULTS = {  # clip-scratch: the paper's, except epochs, batch and crop, which suit smaller data
     "loss": "infonce", "margin": 0.2, "epochs": 30, "batch_size": 256, "lr": 5e-4, "wd": 0.2,
     "warmup": 0.1, "schedule": "cosine", "beta2": 0.98, "eps": 1e-6, "grad_clip": 0.0, "seed": 1,
     "captions": "one", "crop": 0.6, "embed_dim": 512, "proj": "linear", "weights": "none",
@@ -545,39 +557,38 @@ PRESETS = {
                      "batch_size": 64, "beta2": 0.999, "eps": 1e-8, "grad_clip": 1.0, "seed": 42,
                      "captions": "all", "crop": 0.0},
     "simple-clip": {"loss": "infonce+triplet", "epochs": 30, "image_lr": 1e-4, "text_lr": 1e-5,
-                    "lr": 1e-3, "wd": 1e-3, "tower_wd": 0.0, "warmup": 0.0,
+                    "lr": 1e-3, "wd": 1e-3, "tower_wd": 0.0, "warmup": 0.0, "crop": 0.0,
                     "schedule": "constant", "batch_size": 32, "beta2": 0.999, "eps": 1e-8,
-                    "captions": "all", "crop": 0.0, "squash": True, "embed_dim": 256,
-                    "proj": "mlp"}}
+                    "captions": "all", "squash": True, "embed_dim": 256, "proj": "mlp"}}
 DEMO = {"epochs": 6, "batch_size": 128, "lr": 3e-4, "crop": 0.9, "weights": "auto",
-        "zero_shot": "demo", "freeze": ["token_embedding"]}  # for the size of its checkpoints
+        "zero_shot": "demo", "freeze": ["token_embedding"]}  # frozen, so that checkpoints are small
 ALIASES = {
     "--dataset": "--data", "--data-path": "--data", "--root": "--data-dir",
     "--backbone": "--model", "--arch": "--model", "--pretrained": "--weights",
     "--model-name-or-path": "--weights", "--model-path": "--weights",
     "--num-train-epochs": "--epochs", "--max-epochs": "--epochs", "--learning-rate": "--lr",
     "--weight-decay": "--wd", "--warmup-steps": "--warmup", "--num-workers": "--workers",
-    "--dataloader-num-workers": "--workers", "--output": "--output-dir", "--out-dir":
-    "--output-dir", "--overwrite-output-dir": "--overwrite", "--max-grad-norm": "--grad-clip",
-    "--max-seq-length": "--max-text", "--logging-steps": "--log-every", "--save-steps":
-    "--save-every", "--zeroshot": "--zero-shot"}
-PIECES = "the batch is exact whatever fits; --micro-batch says how many pairs are encoded at a time"
+    "--dataloader-num-workers": "--workers", "--output": "--output-dir",
+    "--out-dir": "--output-dir", "--overwrite-output-dir": "--overwrite",
+    "--max-grad-norm": "--grad-clip", "--max-seq-length": "--max-text",
+    "--logging-steps": "--log-every", "--save-steps": "--save-every", "--zeroshot": "--zero-shot"}
+PIECES = "the batch is always exact; --micro-batch says how many pairs are encoded at a time"
 REFUSED = {
-    "--do-train": "it is what happens without --eval-only", "--do-eval": "each epoch is scored",
-    "--fp16": "take --precision fp16", "--fp16-opt-level": "take --precision",
-    "--loss-scale": "fp16 finds its own; take --precision fp16", "--optim": "it is AdamW, fused "
-    "where the device can; see --lr, --wd", "--use-combine-grad": "gradients always are",
+    "--do-train": "a run trains without --eval-only", "--do-eval": "each epoch is scored",
+    "--fp16": "use --precision fp16", "--fp16-opt-level": "use --precision",
+    "--loss-scale": "it is automatic; use --precision fp16", "--optim": "it is always AdamW; see "
+    "--lr, --wd", "--use-combine-grad": "gradients are always combined",
     "--remove-unused-columns": "see --image-column and --caption-column",
     "--dataset-name": "name a folder with --data", "--dataset-config-name": "see --data",
     "--dataloader-drop-last": "batches are always full",
-    "--per-device-train-batch-size": "take --batch-size, of all processes together",
-    "--per-device-eval-batch-size": "scores do not depend on it",
-    "--train-file": "take --data FILE, with a column split", "--validation-file":
-    "take --data FILE, with a column split", "--skip-steps": "warming up is not counted",
-    "--accum-freq": PIECES, "--accum-steps": PIECES, "--gradient-accumulation-steps": PIECES,
-    "--local-negatives": "all processes' pairs are contrasted", "--cache": "take --cache-gb; "
-    "features are kept where --freeze image and --crop 0 allow", "--bn": "BatchNorm is frozen "
-    "where the batch comes in pieces", "--eval-protocol": "R@K as in the papers, and the loss"}
+    "--per-device-train-batch-size": "use --batch-size, of all processes together",
+    "--per-device-eval-batch-size": "scores do not depend on it", **dict.fromkeys(
+        ("--train-file", "--validation-file"), "use --data FILE, with a column named split"),
+    "--skip-steps": "every step is timed", **dict.fromkeys(
+        ("--accum-freq", "--accum-steps", "--gradient-accumulation-steps"), PIECES),
+    "--local-negatives": "all processes' pairs are contrasted", "--cache": "use --cache-gb; "
+    "features are kept with --freeze image --crop 0", "--bn": "BatchNorm statistics are frozen "
+    "if the batch is split", "--eval-protocol": "it is R@K as in the papers, and the loss"}
 
 
 def get_args(argv=None):
@@ -592,8 +603,8 @@ def get_args(argv=None):
         "or clip-finetune where --weights are given)")
     add("--loss", choices=("infonce", "siglip", "triplet", "infonce+triplet"),
         help="what is minimised (default: infonce)")
-    add("--positives", choices=("diag", "mask", "multi"), default="mask", help="pairs with an "
-        "equal image or caption: negatives, left out, or positives too (default: mask)")
+    add("--positives", choices=("diag", "mask", "multi"), default="mask", help="pairs that share "
+        "an image or caption are negatives (diag), left out (mask) or positives (multi)")
     add("--triplet", choices=("sum", "hardest", "semi-hard"), default="hardest",
         help="the negatives of its hinge (default: hardest)")
     add("--triplet-weight", type=number(), help="default: 0.1 beside infonce, else 1")
@@ -604,28 +615,30 @@ def get_args(argv=None):
         "0: no augmentation (default: 0.6)")
     add("--max-text", type=whole(3), default=77, help="tokens of a text (default: 77)")
     add("--epochs", type=whole(1), help="default: 30, or the preset's")
-    add("--max-steps", type=whole(0), default=0, help="stop earlier")
+    add("--max-steps", type=whole(0), default=0, help="total steps, if fewer than the "
+        "epochs'; the schedule ends there")
     add("--batch-size", type=whole(2), help="pairs contrasted in a step, over all processes")
     add("--micro-batch", type=whole(0), default=64, help="pairs encoded at a time per process; the "
         "gradient stays the batch's (default: 64; 0: all)")
     add("--lr", type=number(0, 1e3, above=True), help="default: 5e-4, or the preset's")
     add("--image-lr", type=number(0, 1e3, above=True), help="of the image tower (default: --lr)")
     add("--text-lr", type=number(0, 1e3, above=True), help="of the text tower (default: --lr)")
-    add("--wd", type=number(), help="weight decay, on all but gains and biases")
-    add("--warmup", type=number(), help="steps, or below 1 a share of all")
+    add("--wd", type=number(), help="weight decay (default: 0.2, or the preset's)")
+    add("--warmup", type=number(), help="steps, or a share below 1 (default: 0.1, or the preset's)")
     add("--schedule", choices=("cosine", "linear", "constant"), help="of lr (default: cosine)")
     add("--grad-clip", type=number(), help="largest norm (default: 0, none)")
-    add("--zero-shot", metavar="DATA", help="at the end also classify this labelled data set")
+    add("--zero-shot", metavar="DATA", help="at the end also classify this labelled data set; "
+        "for a finished run: with --eval-only")
     add("--check-grad", action="store_true", help="compare the gradient of a step in pieces with "
         "that in one piece, and stop")
     add_run_flags(parser)
     parser.set_defaults(seed=None, captions=None, embed_dim=None, proj=None, weights=None)
     args = parser.parse_args(argv)
+    demo = args.data == "demo" and args.model in (None, "tiny") and not (
+        args.preset or args.weights or args.image_tower or args.text_tower)
     args.preset = args.preset or (
         "clip-scratch" if args.weights in (None, "none") else "clip-finetune")
-    plain = not (args.weights or args.image_tower or args.text_tower) and (
-        args.data, args.preset, args.model or "tiny") == ("demo", "clip-scratch", "tiny")
-    for name, value in {**DEFAULTS, **(DEMO if plain else PRESETS[args.preset])}.items():
+    for name, value in {**DEFAULTS, **(DEMO if demo else PRESETS[args.preset])}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     if args.triplet_weight is None:

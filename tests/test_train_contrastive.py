@@ -270,8 +270,9 @@ def test_batch_norm_moves_only_where_one_piece_is_the_batch(pairs, run, tmp_path
     assert error(step(run, model, batch, options(micro_batch=4))[1], theirs) < 1e-5
     for micro, moves in ((3, False), (0, True)):
         folder = tmp_path / str(micro)
-        run_main(SCRIPT, *flags(pairs, "--image-tower", "tiny-rn:none", "--micro-batch", micro,
-                                "--output-dir", folder))
+        result = attempt(SCRIPT, *flags(pairs, "--image-tower", "tiny-rn:none", "--micro-batch",
+                                        micro, "--output-dir", folder))
+        assert ("WARNING: BatchNorm" in result.ok().out) == (not moves)
         means = [x for n, x in checkpoint(folder)["buffers"].items() if "running_mean" in n]
         assert means and all(bool(mean.any()) == moves for mean in means)
     model.visual.requires_grad_(False)
@@ -339,6 +340,7 @@ PRESETS = [
     (["--preset", "simple-clip", "--positives", "diag"],
      dict(loss="infonce+triplet", image_lr=1e-4, text_lr=1e-5, lr=1e-3, wd=1e-3, tower_wd=0.0,
           proj="mlp", embed_dim=256, squash=True, positives="diag")),
+    (["--preset", "clip-scratch"], dict(weights="none", lr=5e-4, zero_shot=None, freeze=[])),
     (["--loss", "triplet"], dict(triplet_weight=1.0)),
     (["--model_name_or_path", "w", "--num-train-epochs=3", "--max_seq_length", "32"],
      dict(weights="w", epochs=3, max_text=32))]
@@ -454,6 +456,14 @@ def test_any_file_of_a_run_is_weights_for_the_next(pairs, finished, tmp_path):
         scores = run_main(SCRIPT, "--data", pairs, "--weights", folder / name, "--eval-only",
                           "--device", "cpu", "--workers", 0, "--output-dir", tmp_path)
         assert scores["mean_recall"] == results["mean_recall"]
+
+
+def test_a_finished_run_does_not_pass_for_scored_on_another_data_set(finished, tmp_path):
+    words, folder, results = finished
+    words = *words, "--output-dir", folder, "--zero-shot", helpers.class_folder(tmp_path / "shot")
+    refused(attempt(SCRIPT, *words), "zero_shot")
+    scores = run_main(SCRIPT, *words, "--eval-only")
+    assert "zero_shot_accuracy" in scores and scores["mean_recall"] == results["mean_recall"]
 
 
 def test_best_weights_come_along_when_a_checkpoint_is_named(pairs, tmp_path, monkeypatch):
