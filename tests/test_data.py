@@ -159,6 +159,7 @@ def test_damaged_files_bombs_and_programs_are_refused_by_name(tmp_path, monkeypa
         refused(partial(read_image, write(tmp_path / f"{name}.jpg", content)), f"{name}.jpg")
         with pytest.raises(UnreadableImage):
             read_image(tmp_path / f"{name}.jpg")
+    refused(partial(read_image, tmp_path / "bomb.jpg"), "pixels are too many")
     refused(partial(read_image, tmp_path / "absent.jpg"), "absent.jpg")
 
 

@@ -110,6 +110,7 @@ def test_the_device_asked_for_is_used_or_refused(monkeypatch, capsys):
     assert capsys.readouterr().out.count("\n") == 1 and run.precision in ("fp32", "bf16", "fp16")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert start("cpu").device.type == "cpu"
     refused(lambda: start("cuda:7"), "cuda:7", "cuda:0 to cuda:1")
 
     def busy(index):
