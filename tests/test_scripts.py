@@ -256,7 +256,7 @@ def test_a_wrong_command_line_is_one_line_before_any_work(name, sources, tmp_pat
     distill = name == "train_distill"
     if distill and flag == "--weights" or flag == "--device" and torch.cuda.is_available():
         pytest.skip("its students are named by --model; or the GPU is there")
-    given = {"--data": sources.get(name, sources["pairs"]), "--output-dir": tmp_path / "out",
+    given = {"--data": sources.get(name, sources["pairs"]), "--output-dir": tmp_path / "out", "--batch-size": 8,
              "--teacher" if distill else "--model": "tiny", flag: value}
     if flag == "--weights":
         given.pop("--model")
