@@ -1,52 +1,40 @@
 """Text in, token ids out: CLIP's byte-pair encoding, BERT's WordPiece, RoBERTa's byte-level BPE.
 
-| class              | text towers                    | ids equal to                   |
-|--------------------|--------------------------------|--------------------------------|
-| BPETokenizer       | CLIP's own                     | OpenAI's SimpleTokenizer       |
-| WordPieceTokenizer | BERT, DistilBERT               | transformers' BertTokenizer    |
-| ChineseTokenizer   | Chinese-CLIP                   | Chinese-CLIP's own tokenizer   |
-| ByteBPETokenizer   | RoBERTa                        | transformers' RobertaTokenizer |
+    tokenizer = BPETokenizer()       # or open_tokenizer(path), or for_model(model)
+    tokenizer("a photo of a cat")    # LongTensor (1, 77)
+    tokenizer.encode("a cat")        # [320, 2368]; `decode` goes back
 
-All have `encode(text)`, `decode(ids)`, `tokenizer(texts)`, `statistics(texts)`, `start_id`,
-`end_id`, `pad_id`, `vocab_size` and `truncated`; `open_tokenizer(path)` picks the class by the
-files that it finds, or by the `vocabulary` that a checkpoint carries.
+Ids are those of OpenAI's SimpleTokenizer (BPETokenizer), transformers' BertTokenizer
+(WordPieceTokenizer) and RobertaTokenizer (ByteBPETokenizer), and Chinese-CLIP (ChineseTokenizer).
 
 CLIP (Radford et al. 2021). A caption is cleaned (mojibake repaired, HTML entities resolved twice,
-white space folded, lower case), cut by a regular expression into pieces that never span white
-space, and every piece is merged bottom-up from bytes:
+white space folded, lower case), cut by a regular expression into pieces without white space, and
+every piece is merged bottom-up from bytes (Sennrich et al. 2016):
 
-1. Each UTF-8 byte is written as one printable character, so that the merge list can be a plain
-   text file: 188 bytes are printable already and stand for themselves, the other 68 borrow the
-   characters from U+0100 on. A space becomes U+0120, for instance.
-2. The last character of a piece carries "</w>", so "cat" at the end of a word and "cat" inside
-   "category" are different symbols.
+1. Each UTF-8 byte is written as one printable character, so that the merge list can be a text file.
+2. The last character of a piece carries "</w>": "cat" at the end of a word is another symbol than
+   "cat" inside "category".
 3. Of all neighbouring pairs the one that stands first in the merge list is joined, wherever it
    occurs, until no neighbouring pair is in the list.
 
-The vocabulary follows from the list: 256 bytes, the same 256 with "</w>", 48,894 merges, start of
-text 49406, end of text 49407. Id 0 is the real token "!", and it is also the padding, so padding
-cannot be told by value: what counts is the first end of text, which is the largest id there is.
+The vocabulary follows from the list: 256 bytes, the same 256 with "</w>", 48,894 merges, start and
+end of text. Id 0 is the real token "!" and also the padding, so padding cannot be told by value:
+what counts is the first end of text, the largest id there is.
 
-RoBERTa (Liu et al. 2019, GPT-2's scheme). Steps 1 and 3 on the text as it is: case is kept and
-nothing is repaired, and the space before a word belongs to the word's piece.
-
-BERT (Devlin et al. 2019). Control characters are dropped, every ideograph and punctuation mark is
-a word of its own, accents are stripped, letters are lower case; then the longest known beginning of
+RoBERTa (Liu et al. 2019): steps 1 and 3 on the text as it is, with the space before each word.
+BERT (Devlin et al. 2019): control characters are dropped, every ideograph and punctuation mark is a
+word of its own, accents are stripped, letters are lower case; then the longest known beginning of
 the word is taken off, and again from what is left, marked "##". A word that cannot be spelled so is
-[UNK] as a whole.
-
-Text never becomes a special token of BERT or RoBERTa: "[MASK]" and "<mask>" in a caption are
-spelled out, as in transformers with `split_special_tokens=True`; without that it gives their ids.
-OpenAI's tokenizer does take its two special strings from text, and so does ours.
-
-Nothing is read at import and there is no global instance.
+[UNK] as a whole. Text never becomes a special token ("[MASK]" is spelled out), as in transformers
+with `split_special_tokens=True`. OpenAI's tokenizer takes its two from text, and so does ours.
 """
-import functools
 import gzip
 import hashlib
-import heapq
 import html
+import itertools
 import json
+import math
+import operator
 import pathlib
 import unicodedata
 import zlib
@@ -58,55 +46,51 @@ import torch
 MERGES = pathlib.Path(__file__).resolve().parent / "assets" / "bpe_simple_vocab_16e6.txt.gz"
 MERGE_COUNT = 48_894  # the file goes on to 262,145 merges; CLIP uses the first of them
 MERGES_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"  # of those lines
+CHINESE_SHA256 = "8550a78ca2dd304e6a4b45baa9780db8a93cfacc564b4d1c319905db0122f1e4"  # of the tokens
+CACHED_LENGTH, CACHED_CHUNKS = 64, 1_000_000  # a longer run is no word that comes again
+LONGEST_PIECE = 1_000  # symbols merged together: the loop is quadratic, and no word is so long
+# Step 1 above: the printable character of each byte, and back.
+_printable, _borrowed = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
+CHARACTERS = tuple(chr(b if b in _printable else next(_borrowed)) for b in range(256))
+BYTES = {character: bytes([b]) for b, character in enumerate(CHARACTERS)}
 
-PIECES = regex.compile(
+CLIP_PIECES = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
     regex.IGNORECASE)
 BYTE_PIECES = regex.compile(
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
-
-# Unicode's normal form orders such a run by class, and ftfy's way to it takes O(n^2): minutes for a
-# megabyte. In order already it takes O(n).
+# Unicode orders a run of accents by class: ftfy takes O(n^2) for that, and O(n) once it is sorted.
 ACCENT_RUN = regex.compile(r"[^\p{ccc=0}]{100,}")
 
-# BERT's character classes as transformers has them: U+2B820 to U+2B91F are missing among its
-# ideographs. Characters newer than Unicode 8 can fall into other classes there than here.
+# BERT's character classes. transformers' ideographs lack U+2B820 to U+2B91F, Chinese-CLIP's do not.
 SPACE = r"\t\n\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 IDEOGRAPH = (r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b81f"
              r"\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f")
-MARK = r"!-/:-@\[-`{-~\p{P}"
-WORDS = regex.compile(rf"[^{SPACE}]+")
-WORDS_AND_IDEOGRAPHS = regex.compile(rf"[{IDEOGRAPH}]|[^{SPACE}{IDEOGRAPH}]+")
-PUNCTUATED = regex.compile(rf"[{MARK}]|[^{MARK}]+")
-DROPPED = regex.compile(r"[\p{Cc}\p{Cf}\p{Co}\p{Cs}\ufffd]")
+MARKS_AND_REST = regex.compile(r"[!-/:-@\[-`{-~\p{P}]|[^!-/:-@\[-`{-~\p{P}]+")
 ACCENTS = regex.compile(r"\p{Mn}")
-
-CACHED_LENGTH = 64  # a longer run without a space is not a word that comes again
-CACHED_CHUNKS = 1_000_000
 
 
 class TokenizerError(ValueError):
-    """A vocabulary file or text that cannot be used; `exit_code` marks it as the user's to fix."""
+    """A vocabulary or a text that cannot be used; `exit_code` marks it as the user's to mend."""
     exit_code = 2
 
 
 class Tokenizer:
-    """What the three kinds share: the cache, the tensor, the special ids.
+    """What all kinds share. A kind cuts a text into chunks whose ids depend on nothing outside the
+    chunk and finds the ids of one, which are kept: captions do not repeat, but their words do."""
+    kind = text_kind = "bpe"  # text_kind: as `CLIP.text_kind` has it
+    unknown_id = None         # the id of what cannot be spelled, where there is such a thing
+    rules = {}                # arguments of the class beside the vocabulary
 
-    A kind cuts a text into chunks whose ids depend on nothing outside the chunk (`_chunks`) and
-    finds the ids of one (`_encode_chunk`). Captions do not repeat, but their words do.
-    """
-    text_kind = "bpe"    # as in `CLIP.text_kind`
-    unknown_id = None    # the id of what cannot be spelled, where there is such a thing
-    vocabulary = None    # plain values to put into a checkpoint; `open_tokenizer` takes them back
-
-    def __init__(self, ids, start, end, pad):
-        self.ids = ids  # symbol -> id
-        self.symbols = {i: symbol for symbol, i in ids.items()}
+    def __init__(self, ids, start, end, pad, merges=None):
+        """ids: {symbol: id}; start, end and pad: three of the symbols; merges: pairs of symbols."""
+        self.ids, self.symbols = ids, {i: symbol for symbol, i in ids.items()}
         self.start_id, self.end_id, self.pad_id = ids[start], ids[end], ids[pad]
         self.vocab_size = max(self.symbols) + 1
-        self.truncated = 0
-        self._cache = {}  # chunk -> ids
+        self.tokens = [self.symbols.get(i) for i in range(self.vocab_size)]  # None: a hole
+        self.ranks = {pair: rank for rank, pair in enumerate(merges or ())}
+        self.truncated = 0  # how many texts had to be cut so far
+        self._cache = {}    # chunk -> ids
 
     def encode(self, text):
         """The ids of `text`, without start and end of text: list[int]."""
@@ -120,126 +104,80 @@ class Tokenizer:
             ids += known
         return ids
 
-    def __call__(self, texts, context_length=77, truncate=True):
+    def __call__(self, texts, context_length=77):
         """Token ids of one text or a list of N texts: LongTensor (N, context_length).
 
-        Start of text, the ids, end of text, then padding. A text that is too long is cut so that
-        the end of text stays in the last place, and counted in `self.truncated`; with
-        `truncate=False` it raises TokenizerError instead. `context_length=None` is the length of
-        the longest of the texts.
+        Start of text, the ids, end of text, then padding. A text that is too long is cut before
+        its end of text and counted in `self.truncated`. `context_length=None` fits the longest.
         """
         if context_length is not None and context_length < 2:
-            raise TokenizerError(f"context_length is {context_length}; start and end of text alone "
-                                 f"need 2")
-        texts = [texts] if isinstance(texts, str) else list(texts)
+            raise TokenizerError(f"context_length is {context_length}; expected at least 2")
         flat, lengths = [], []
-        for text in texts:
+        for text in [texts] if isinstance(texts, str) else texts:
             ids = self.encode(text)
             if context_length is not None and len(ids) > context_length - 2:
-                if not truncate:
-                    raise TokenizerError(f"a text has {len(ids) + 2} tokens and the model takes "
-                                         f"{context_length}: {text[:60]!r}; shorten it or allow "
-                                         f"truncation")
                 self.truncated += 1
                 ids = ids[:context_length - 2]
             flat += [self.start_id, *ids, self.end_id]
             lengths.append(len(ids) + 2)
-        if context_length is None:
-            context_length = max(lengths, default=2)
+        width = max(lengths, default=2) if context_length is None else context_length
         # The padding, five sixths of CLIP's tensor, never exists as Python numbers.
-        tokens = torch.full((len(texts), context_length), self.pad_id)
-        used = torch.arange(context_length) < torch.tensor(lengths, dtype=torch.long)[:, None]
+        tokens = torch.full((len(lengths), width), self.pad_id)
+        used = torch.arange(width) < torch.tensor(lengths, dtype=torch.long)[:, None]
         return tokens.masked_scatter_(used, torch.tensor(flat, dtype=torch.long))
 
-    def statistics(self, texts, context_length):
-        """What of `texts` a tower of so many positions gets, as a dict of numbers: texts; tokens,
-        without start and end; longest, of one text with both; truncated, how many texts are over
-        `context_length`; unknown, how many tokens stand for something that cannot be spelled."""
-        ids = [self.encode(text) for text in texts]
-        lengths = [len(row) + 2 for row in ids]
-        return {"texts": len(ids), "tokens": sum(map(len, ids)), "longest": max(lengths, default=2),
-                "truncated": sum(length > context_length for length in lengths),
-                "unknown": sum(row.count(self.unknown_id) for row in ids)}
+    def decode(self, ids):
+        """The text of `ids` up to the first end of text, less what encoding loses. TokenizerError
+        on an id outside the vocabulary."""
+        ids = itertools.takewhile(lambda i: i != self.end_id, map(int, ids))
+        try:
+            return self._join([self.symbols[i] for i in ids if i != self.start_id])
+        except KeyError as error:
+            raise TokenizerError(f"token id {error} is outside the vocabulary") from None
 
-    def _symbols(self, ids, left_out):
-        """The symbols of `ids` up to the first end of text, without the ids in `left_out`."""
-        for i in map(int, ids):
-            if i == self.end_id:
-                return
-            if i in left_out:
-                continue
-            if i not in self.symbols:
-                raise TokenizerError(f"token id {i} is outside the vocabulary (0 to "
-                                     f"{self.vocab_size - 1})")
-            yield self.symbols[i]
+    def facts(self):
+        """What `from_facts` needs to make this tokenizer again, as a dict of plain values."""
+        merges = {"merges": [" ".join(pair) for pair in self.ranks]} if self.ranks else {}
+        return {"kind": self.kind, "vocab": self.tokens, **merges, **self.rules}
 
-
-@functools.lru_cache(maxsize=None)
-def byte_characters():
-    """The printable character of each byte, as a tuple of 256 strings (step 1 above)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
-                 *range(ord("®"), ord("ÿ") + 1)]
-    borrowed = iter(range(256, 512))
-    return tuple(chr(b if b in printable else next(borrowed)) for b in range(256))
+    def save(self, folder):
+        """Write the files that transformers reads; `theirs`: the class and settings it takes."""
+        files = {"tokenizer_config.json": json.dumps(self.theirs, indent=2)}
+        if self.ranks:
+            files["vocab.json"] = json.dumps(self.ids, ensure_ascii=False)
+            files["merges.txt"] = "\n".join(["#version: 0.2", *map(" ".join, self.ranks), ""])
+        else:
+            files["vocab.txt"] = "\n".join([*(token or "" for token in self.tokens), ""])
+        for name, text in files.items():
+            (pathlib.Path(folder) / name).write_text(text, "utf-8", newline="\n")
 
 
-@functools.lru_cache(maxsize=None)
-def character_bytes():
-    """byte_characters() the other way: {character: one byte}."""
-    return {character: bytes([byte]) for byte, character in enumerate(byte_characters())}
+def from_characters(text):
+    """The text whose bytes are written as these characters; half a character becomes U+FFFD."""
+    found = b"".join(BYTES.get(c) or c.encode("utf-8", "replace") for c in text)
+    return found.decode("utf-8", errors="replace")
 
 
-def from_byte_characters(text):
-    """The bytes that `text` stands for; a character that stands for none is itself."""
-    return b"".join(character_bytes().get(c) or c.encode("utf-8", "replace") for c in text)
-
-
-def merge_pairs(symbols, ranks):
-    """Join the symbols of one piece by rank: list[str] -> list[str], in O(n log n).
-
-    The textbook loop looks at every pair again after each merge, which is quadratic: hours for
-    a megabyte without a space. Here a heap holds the mergeable pairs and a linked list the
-    symbols. All pairs of one rank are joined left to right before the next rank is looked at,
-    as in OpenAI's loop: pairs that come into being meanwhile wait for the next round.
-    """
-    count = len(symbols)
-    following = list(range(1, count + 1))
-    previous = list(range(-1, count - 1))
-    heap = []
-
-    def offer(left):
-        right = following[left]
-        if right < count:
-            rank = ranks.get((symbols[left], symbols[right]))
-            if rank is not None:
-                heapq.heappush(heap, (rank, left, symbols[left], symbols[right]))
-
-    for left in range(count - 1):
-        offer(left)
-    while heap:
-        rank, joined = heap[0][0], []
-        while heap and heap[0][0] == rank:
-            _, left, first, second = heapq.heappop(heap)
-            right = following[left]
-            if right == count or symbols[left] != first or symbols[right] != second:
-                continue  # one of the two was joined to something else since
-            symbols[left], symbols[right] = first + second, None
-            following[left] = following[right]
-            if following[right] < count:
-                previous[following[right]] = left
-            joined.append(left)
-        for left in joined:
-            offer(left)
-            if previous[left] >= 0:
-                offer(previous[left])
-    return [symbol for symbol in symbols if symbol is not None]
-
-
-# ------------------------------------------------------------------------------------------ CLIP
-
-def in_order(text):
-    """`text` with its long runs of accents as Unicode's normal form orders them."""
-    return ACCENT_RUN.sub(lambda run: "".join(sorted(run[0], key=unicodedata.combining)), text)
+def merge(symbols, ranks):
+    """Join the neighbours of the lowest rank, all of them left to right, until none has a rank ->
+    list of symbols. ranks: {(left, right): rank}. A piece of more than LONGEST_PIECE symbols is
+    merged in parts; where two meet, ids may differ from the official."""
+    done = []
+    for start in range(0, len(symbols), LONGEST_PIECE):
+        part = symbols[start:start + LONGEST_PIECE]
+        while len(part) > 1:
+            found = [ranks.get(pair, math.inf) for pair in zip(part, part[1:])]
+            lowest = min(found)
+            if lowest == math.inf:
+                break
+            joined, i = [], 0
+            while i < len(part):
+                taken = 2 if i < len(found) and found[i] == lowest else 1
+                joined.append("".join(part[i:i + taken]))
+                i += taken
+            part = joined
+        done += part
+    return done
 
 
 def is_plain(text):
@@ -250,197 +188,114 @@ def is_plain(text):
 def clean(text):
     """What OpenAI's tokenizer sees of `text`: repaired, unescaped, single spaces, lower case."""
     if not is_plain(text):
-        text = in_order(text)
+        text = ACCENT_RUN.sub(lambda run: "".join(sorted(run[0], key=unicodedata.combining)), text)
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return regex.sub(r"\s+", " ", text.strip()).strip().lower()
 
 
 class BPETokenizer(Tokenizer):
-    """CLIP's tokenizer.
+    """CLIP's tokenizer, of its merge list at `path`; TokenizerError when that is another."""
+    theirs = {"tokenizer_class": "CLIPTokenizer", "bos_token": "<|startoftext|>", **dict.fromkeys(
+        ["eos_token", "unk_token", "pad_token"], "<|endoftext|>"), "model_max_length": 77}
 
-    `tokenizer(texts)` gives the (N, 77) ids that a text tower takes. `tokenizer.truncated` counts
-    the texts that had to be cut since the tokenizer was made. Raises TokenizerError when the merge
-    list is missing or is not CLIP's.
-    """
-    start_id, end_id, pad_id, vocab_size = 49_406, 49_407, 0, 49_408
-
-    def __init__(self, path=None):
-        path = pathlib.Path(path or MERGES)
+    def __init__(self, path=MERGES):
         try:
             with gzip.open(path, "rt", encoding="utf-8") as file:
                 lines = file.read().split("\n")[1:MERGE_COUNT + 1]  # line 0 names the version
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-            raise TokenizerError(f"cannot read the merge list {path} ({error}); expected CLIP's "
-                                 f"bpe_simple_vocab_16e6.txt.gz, which this project keeps in "
-                                 f"assets/") from None
+            if hashlib.sha256("\n".join(lines).encode()).hexdigest() != MERGES_SHA256:
+                raise ValueError("other lines, so that every id would differ")
+        except (OSError, EOFError, zlib.error, ValueError) as error:
+            raise TokenizerError(f"{path} is not CLIP's merge list ({error}); expected the "
+                                 f"bpe_simple_vocab_16e6.txt.gz of assets/") from None
         merges = [tuple(line.split()) for line in lines]
-        if hashlib.sha256("\n".join(lines).encode()).hexdigest() != MERGES_SHA256:
-            raise TokenizerError(f"{path} is not CLIP's merge list: the {MERGE_COUNT:,} lines "
-                                 f"after the first differ, and every id would")
         # CLIP numbers the bytes by their printable character's place, not by their value.
-        symbols = sorted(byte_characters())
+        symbols = sorted(CHARACTERS)
         symbols += [symbol + "</w>" for symbol in symbols]
-        symbols += ["".join(merge) for merge in merges] + ["<|startoftext|>", "<|endoftext|>"]
+        symbols += ["".join(pair) for pair in merges] + ["<|startoftext|>", "<|endoftext|>"]
         super().__init__({symbol: i for i, symbol in enumerate(symbols)},
-                         "<|startoftext|>", "<|endoftext|>", "!")
-        self.ranks = {merge: rank for rank, merge in enumerate(merges)}
+                         "<|startoftext|>", "<|endoftext|>", "!", merges)
 
     def _chunks(self, text):
-        # No piece spans white space, so words are independent. All that cleaning does to plain
-        # text is to fold spaces and lower case, which can wait until a word is new.
+        # Words are independent, and lower case, all that is left to do of `clean`, can wait.
         return text.split() if is_plain(text) else clean(text).split(" ")
 
     def _encode_chunk(self, word):
         ids = []
-        for piece in PIECES.findall(word.lower()):  # cleaned words are lower case already
+        for piece in CLIP_PIECES.findall(word.lower()):  # cleaned words are lower case already
             if piece in ("<|startoftext|>", "<|endoftext|>"):
                 ids.append(self.ids[piece])
             else:
-                symbols = [byte_characters()[b] for b in piece.encode()]
+                symbols = [CHARACTERS[b] for b in piece.encode()]
                 symbols[-1] += "</w>"
-                ids += [self.ids[symbol] for symbol in merge_pairs(symbols, self.ranks)]
+                ids += [self.ids[symbol] for symbol in merge(symbols, self.ranks)]
         return ids
 
-    def decode(self, ids):
-        """The text of `ids`; start, end and everything after the first end are left out.
+    def _join(self, symbols):
+        return from_characters("".join(symbols).replace("</w>", " ")).strip()
 
-        White space and case were folded by `encode`, so this is the cleaned text, with a space
-        after every piece ("don 't"). Raises TokenizerError on an id outside the vocabulary.
-        """
-        out = bytearray()
-        for symbol in self._symbols(ids, left_out={self.start_id}):
-            ends = symbol.endswith("</w>")
-            out += from_byte_characters(symbol[:-4] if ends else symbol) + b" " * ends
-        return out.decode("utf-8", errors="replace").strip()
+    def facts(self):
+        return {"kind": self.kind}  # always the same
 
 
-# ----------------------------------------------------------------------- vocabularies from files
+class ByteBPETokenizer(Tokenizer):
+    """RoBERTa's tokenizer: of a vocab.json and a merges.txt, a tokenizer.json, a folder with them,
+    or the lists of tokens and of merges ("a b"). TokenizerError when they do not fit."""
+    kind = text_kind = "bytebpe"
+    theirs = {"tokenizer_class": "RobertaTokenizer"}
 
-def read_text(path):
-    try:
-        return path.read_text("utf-8")
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"cannot read {path} ({error}); expected a vocabulary in UTF-8, as "
-                             f"Hugging Face saves it") from None
+    def __init__(self, vocab, merges=None):
+        _, ids, pairs, _ = read_vocabulary(vocab, self.kind, merges)
+        super().__init__(ids, "<s>", "</s>", "<pad>", pairs)
 
+    def _chunks(self, text):
+        return BYTE_PIECES.findall(text)
 
-def read_json(path):
-    text = read_text(path)
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} is not JSON ({error}); fetch it again") from None
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path} holds a {type(content).__name__}; expected a JSON object")
-    return content
+    def _encode_chunk(self, piece):
+        symbols = [CHARACTERS[b] for b in piece.encode("utf-8", errors="replace")]
+        return [self.ids[symbol] for symbol in merge(symbols, self.ranks)]
 
-
-def read_tokenizer_json(path, **expected):
-    """The content of a tokenizer.json, whose parts must have the `expected` types."""
-    content = read_json(path)
-    for part, kind in expected.items():
-        if not isinstance(content.get(part), dict) or content[part].get("type") != kind:
-            raise TokenizerError(f"{path} has another {part} than {kind}; expected BERT's or "
-                                 f"RoBERTa's tokenizer")
-    return content
-
-
-def find_files(path, *names):
-    """(files, config): of a folder `names` or else tokenizer.json, and its tokenizer_config.json."""
-    if not path.is_dir():
-        return [path], {}  # a file is meant as it is
-    config = path / "tokenizer_config.json"
-    config = read_json(config) if config.exists() else {}
-    for choice in (names, ("tokenizer.json",)):
-        if all((path / name).is_file() for name in choice):
-            return [path / name for name in choice], config
-    raise TokenizerError(f"{path} has neither {' and '.join(names)} nor tokenizer.json")
-
-
-def check_vocabulary(path, ids, needed):
-    """Raises TokenizerError unless `ids` maps text to distinct ids and has all the `needed`."""
-    values = list(ids.values()) if isinstance(ids, dict) else [None]
-    if not all(type(i) is int and i >= 0 for i in values) or len(set(values)) < len(values):
-        raise TokenizerError(f"{path} is damaged: expected a different id of 0 or more for every "
-                             f"token; fetch it again")
-    missing = [token for token in needed if token not in ids]
-    if missing:
-        raise TokenizerError(f"{path} lacks {' '.join(missing[:5])} of the {len(needed)} tokens "
-                             f"that this kind of vocabulary needs")
-
-
-# ------------------------------------------------------------------------------------------ BERT
-
-def read_wordpiece(path):
-    """(token -> id, settings by their names in tokenizer_config.json, the file read). In the place
-    of a path, a list of tokens in the order of their ids will do."""
-    if isinstance(path, (list, tuple)):
-        if not all(isinstance(token, str) for token in path):
-            raise TokenizerError("a vocabulary of something else than text; expected its tokens")
-        return {token: i for i, token in enumerate(path)}, {}, "the vocabulary of a checkpoint"
-    (path,), config = find_files(path, "vocab.txt")
-    if path.suffix != ".json":
-        # Not splitlines(): the Chinese vocabulary has a row that is a line separator, U+2028.
-        lines = read_text(path).removesuffix("\n").split("\n")
-        return {line: i for i, line in enumerate(lines)}, config, path
-    content = read_tokenizer_json(path, model="WordPiece", normalizer="BertNormalizer",
-                                  pre_tokenizer="BertPreTokenizer")
-    model, normalizer = content["model"], content["normalizer"]
-    if model.get("continuing_subword_prefix") != "##" or normalizer.get("clean_text") is not True:
-        raise TokenizerError(f"{path} is not BERT's: expected clean_text and the prefix '##'")
-    config = {"do_lower_case": normalizer.get("lowercase"),
-              "strip_accents": normalizer.get("strip_accents"),
-              "tokenize_chinese_chars": normalizer.get("handle_chinese_chars")} | config
-    return model.get("vocab"), config, path
+    def _join(self, symbols):
+        return from_characters("".join(symbols))
 
 
 class WordPieceTokenizer(Tokenizer):
-    """BERT's tokenizer, of a vocab.txt, a tokenizer.json or a Hugging Face folder with one of them.
+    """BERT's tokenizer: of a vocab.txt, a tokenizer.json, a folder with one of them, or the list of
+    tokens. The arguments win over what the folder says. Where nothing is said, letters are lowered
+    unless the vocabulary has capitals, accents are stripped if letters are lowered, and ideographs
+    are split. A word of more than `longest_word` characters is [UNK]. Raises TokenizerError."""
+    kind = text_kind = "wordpiece"
+    ideographs, final_sigma = IDEOGRAPH, False
+    dropped = regex.compile(r"[\p{Cc}\p{Cf}\p{Co}\p{Cs}\ufffd]")
 
-    Where the folder does not say otherwise, letters are lowered, accents stripped if letters are
-    lowered, and ideographs split; `lowercase` wins over the folder. A word of more than
-    `longest_word` characters is [UNK]: transformers has 100, Chinese-CLIP's own tokenizer 200.
-    `vocab` can also be the list of tokens. Raises TokenizerError when a file is missing, damaged
-    or of another kind.
-    """
-    text_kind = "wordpiece"
-
-    def __init__(self, vocab, lowercase=None, longest_word=100):
-        ids, config, path = read_wordpiece(vocab if isinstance(vocab, (list, tuple)) else
-                                           pathlib.Path(vocab))
-        check_vocabulary(path, ids, ["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+    def __init__(self, vocab, lowercase=None, strip_accents=None, split=None, longest_word=100):
+        _, ids, _, config = read_vocabulary(vocab, self.text_kind)
         super().__init__(ids, "[CLS]", "[SEP]", "[PAD]")
-        if lowercase is None:
-            lowercase = config.get("do_lower_case") is not False
-        strip, split = config.get("strip_accents"), config.get("tokenize_chinese_chars")
-        self.lowercase, self.strip_accents = lowercase, lowercase if strip is None else strip
-        self.words = WORDS if split is False else WORDS_AND_IDEOGRAPHS
-        self.split, self.unknown_id = split is not False, ids["[UNK]"]
-        self.longest_word, self.longest_symbol = longest_word, max(map(len, ids))
 
-    @property
-    def vocabulary(self):
-        """The tokens in the order of their ids, and the rules, as plain values. None if an id has
-        no token."""
-        tokens = [self.symbols.get(i) for i in range(self.vocab_size)]
-        return None if None in tokens else {
-            "kind": "wordpiece", "tokens": tokens, "lowercase": self.lowercase,
-            "strip_accents": self.strip_accents, "split": self.split,
-            "longest_word": self.longest_word}
+        def rule(given, name, default):
+            return next(x for x in (given, config.get(name), default) if x is not None)
+        capitals = sum(token[:1].isupper() for token in ids)  # a handful are special tokens
+        self.lowercase = rule(lowercase, "do_lower_case", capitals <= 100)
+        self.strip_accents = rule(strip_accents, "strip_accents", self.lowercase)
+        self.split, self.longest_word = rule(split, "tokenize_chinese_chars", True), longest_word
+        alone = self.ideographs if self.split else ""
+        self.words = regex.compile(rf"[^{SPACE}{alone}]+" + (rf"|[{alone}]" if alone else ""))
+        self.unknown_id, self.longest_token = ids["[UNK]"], max(map(len, ids))
+        self.rules = {"lowercase": self.lowercase, "strip_accents": self.strip_accents,
+                      "split": self.split, "longest_word": longest_word}
+        self.theirs = {"tokenizer_class": "BertTokenizer", "do_lower_case": self.lowercase,
+                       "strip_accents": self.strip_accents, "tokenize_chinese_chars": self.split}
 
     def _chunks(self, text):
         # All that follows works on characters or between two spaces, so it can come after this.
         return self.words.findall(text)
 
     def _encode_chunk(self, chunk):
-        chunk = DROPPED.sub("", chunk)
-        if self.strip_accents:
-            # One by one: normalize() takes O(n^2) for a run of n accents, and lower() knows the
-            # final sigma, which transformers does not.
+        chunk = self.dropped.sub("", chunk)
+        if self.strip_accents:  # one by one: normalize() takes O(n^2) for a run of n accents
             chunk = ACCENTS.sub("", "".join(unicodedata.normalize("NFD", c) for c in chunk))
-        if self.lowercase:
-            chunk = "".join(map(str.lower, chunk))
-        return [i for word in PUNCTUATED.findall(chunk) for i in self._encode_word(word)]
+        if self.lowercase:  # str.lower of the whole chunk knows the final sigma
+            chunk = chunk.lower() if self.final_sigma else "".join(map(str.lower, chunk))
+        return [i for word in MARKS_AND_REST.findall(chunk) for i in self._encode_word(word)]
 
     def _encode_word(self, word):
         if len(word) > self.longest_word:
@@ -448,7 +303,7 @@ class WordPieceTokenizer(Tokenizer):
         ids, start = [], 0
         while start < len(word):
             mark = "##" if start else ""
-            for end in range(min(len(word), start + self.longest_symbol), start, -1):
+            for end in range(min(len(word), start + self.longest_token), start, -1):
                 found = self.ids.get(mark + word[start:end])
                 if found is not None:
                     break
@@ -458,213 +313,154 @@ class WordPieceTokenizer(Tokenizer):
             start = end
         return ids
 
-    def decode(self, ids):
-        """The words of `ids`, parted by spaces; start, padding and all after the end are left out.
-
-        Case, accents and what stood between the words are gone, and an unknown word is "[UNK]".
-        Raises TokenizerError on an id outside the vocabulary.
-        """
-        return " ".join(self._symbols(ids, {self.start_id, self.pad_id})).replace(" ##", "")
-
-
-CHINESE_SHA256 = "8550a78ca2dd304e6a4b45baa9780db8a93cfacc564b4d1c319905db0122f1e4"  # of the rows
-ALL_IDEOGRAPHS = IDEOGRAPH + r"\U0002b820-\U0002b91f"
-CHINESE_WORDS = regex.compile(rf"[{ALL_IDEOGRAPHS}]|[^{SPACE}{ALL_IDEOGRAPHS}]+")
-ASCII_MARKS = frozenset("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
-
-
-def is_mark(character):
-    """Punctuation as BERT has it: all of ASCII that is no letter, digit, space or control."""
-    return character in ASCII_MARKS or unicodedata.category(character)[0] == "P"
+    def _join(self, symbols):
+        return " ".join(symbols).replace(" ##", "")
 
 
 class ChineseTokenizer(WordPieceTokenizer):
     """Chinese-CLIP's tokenizer: the ids of its own code, which is Google's BERT of 2018.
 
-    Different from transformers' BertTokenizer, seldom and on purpose: characters of private use,
-    lone surrogates and words of 101 to 200 characters count, all ideographs stand alone, and the
-    final sigma is known. What is punctuation or an accent is up to this Python's Unicode, as there.
+    Different from transformers': characters of private use, lone surrogates and words of 101 to 200
+    characters count, all ideographs stand alone, and the final sigma is known. `straight_quotes`:
+    curly quotes, which the vocabulary lacks, become straight ones first, as in the authors'
+    training and evaluation but not in their `tokenize`."""
+    kind = "chinese"
+    ideographs, final_sigma = IDEOGRAPH + r"\U0002b820-\U0002b91f", True
+    dropped = regex.compile(r"[\p{Cc}\p{Cf}\ufffd]")
 
-    `vocab`: the vocab.txt, a folder with it, or the list of tokens. TokenizerError if it is not
-    the one all released models share, unless `any_vocab`: with another one every id means another
-    word. `straight_quotes`: curly quotes, which are not in the vocabulary, become \", and the text
-    lower case before all else, as the authors do in training and evaluation and not in `tokenize`.
-    """
-
-    def __init__(self, vocab, straight_quotes=True, any_vocab=False):
-        super().__init__(vocab, lowercase=True, longest_word=200)
-        self.strip_accents, self.words, self.split = True, CHINESE_WORDS, True
-        self.straight_quotes = straight_quotes
-        tokens = [self.symbols.get(i, "") for i in range(self.vocab_size)]
-        found = hashlib.sha256("\n".join(tokens).encode("utf-8", "replace")).hexdigest()
-        if found != CHINESE_SHA256 and not any_vocab:
-            raise TokenizerError(f"{vocab if isinstance(vocab, (str, pathlib.Path)) else 'this'} "
-                                 f"is not the vocabulary of Chinese-CLIP (21,128 tokens, those of "
-                                 f"Google's bert-base-chinese): its ids would mean other words. "
-                                 f"For a model with a vocabulary of its own, say any_vocab=True")
-
-    def __call__(self, texts, context_length=52, truncate=True):
-        return super().__call__(texts, context_length, truncate)
-
-    @property
-    def vocabulary(self):
-        known = super().vocabulary
-        return known and {"kind": "chinese", "tokens": known["tokens"],
-                          "straight_quotes": self.straight_quotes}
+    def __init__(self, vocab, straight_quotes=True):
+        super().__init__(vocab, lowercase=True, strip_accents=True, split=True, longest_word=200)
+        self.straight_quotes, self.rules = straight_quotes, {"straight_quotes": straight_quotes}
 
     def _chunks(self, text):
         if self.straight_quotes:
             text = text.lower().replace("\u201c", '"').replace("\u201d", '"')
-        return self.words.findall(text)
-
-    def _encode_chunk(self, chunk):
-        chunk = "".join(c for c in chunk
-                        if c != "\ufffd" and unicodedata.category(c) not in ("Cc", "Cf")).lower()
-        chunk = in_order(chunk)
-        chunk = [c for c in unicodedata.normalize("NFD", chunk) if unicodedata.category(c) != "Mn"]
-        words = [[]]
-        for character in chunk:
-            if is_mark(character):
-                words += [[character], []]
-            else:
-                words[-1].append(character)
-        return [i for word in words if word for i in self._encode_word("".join(word))]
+        return super()._chunks(text)
 
 
-# --------------------------------------------------------------------------------------- RoBERTa
-
-def read_byte_bpe(path, merges=None):
-    """(token -> id, merges as tuples of two tokens, the file of the vocabulary)."""
-    (path, *more), config = find_files(path, "vocab.json", "merges.txt")
-    merges = more[0] if more else merges
-    if merges is None:
-        content = read_tokenizer_json(path, model="BPE", pre_tokenizer="ByteLevel")
-        ids, pairs = content["model"].get("vocab"), content["model"].get("merges")
-        config = content["pre_tokenizer"] | config
-        if content.get("normalizer") or not config.get("use_regex", True):
-            raise TokenizerError(f"{path} is not RoBERTa's: expected no normalizer, and use_regex")
-    else:
-        ids = read_json(path)
-        pairs = [line for line in read_text(pathlib.Path(merges)).split("\n")
-                 if line and not line.startswith("#version")]
-    if config.get("add_prefix_space"):
-        raise TokenizerError(f"{path} goes with add_prefix_space, which changes the text first; "
-                             f"expected RoBERTa's tokenizer, where it is false")
-    if not isinstance(pairs, list):
-        raise TokenizerError(f"{path} has no list of merges")
-    pairs = [map(str, pair) if isinstance(pair, list) else str(pair).split(" ") for pair in pairs]
-    return ids, [tuple(pair) for pair in pairs], path
+NEEDED = {"wordpiece": ["[PAD]", "[UNK]", "[CLS]", "[SEP]"],
+          "bytebpe": ["<s>", "<pad>", "</s>", *CHARACTERS], "bpe": []}
+FAST = {("WordPiece", "BertNormalizer", "BertPreTokenizer"): "wordpiece",  # of a tokenizer.json
+        ("BPE", None, "ByteLevel"): "bytebpe"}
+SETTINGS = {  # those that change ids, as they are here; tokenizer_config.json may say otherwise
+    "clean_text": "True", "do_basic_tokenize": "True", "add_prefix_space": "False",
+    "tokenizer_class": "(Bert|DistilBert|Electra|Roberta|Bart|PreTrained)Tokenizer(Fast)?"
+                       "|TokenizersBackend"}
 
 
-class ByteBPETokenizer(Tokenizer):
-    """RoBERTa's tokenizer, of a vocab.json and a merges.txt, or of a Hugging Face folder with them.
+def read_vocabulary(vocab, wanted=None, merges=None):
+    """-> kind, {token: id}, merges as pairs of tokens, config by transformers' names.
 
-    A tokenizer.json, or a folder with only that, will do as well. Raises TokenizerError when a
-    file is missing, damaged or of another kind, or when a byte or a merge has no id.
+    vocab: vocab.txt, vocab.json (with `merges`, or merges.txt beside it), tokenizer.json, a folder
+    with them, or the list of tokens (with the list of `merges`). A tokenizer_config.json there is
+    obeyed. TokenizerError when it is not what the kind, or the one `wanted`, needs.
     """
-    text_kind = "bytebpe"
-
-    def __init__(self, vocab, merges=None):
-        ids, pairs, path = read_byte_bpe(pathlib.Path(vocab), merges)
-        check_vocabulary(path, ids, ["<s>", "<pad>", "</s>", *byte_characters()])
-        for pair in pairs:
-            if len(pair) != 2 or not {*pair, "".join(pair)} <= ids.keys():
-                raise TokenizerError(f"the merge {' '.join(pair)[:60]!r} does not fit {path}; "
-                                     f"expected two tokens that join to a third")
-        super().__init__(ids, "<s>", "</s>", "<pad>")
-        self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
-
-    def _chunks(self, text):
-        return BYTE_PIECES.findall(text)
-
-    def _encode_chunk(self, piece):
-        symbols = [byte_characters()[b] for b in piece.encode("utf-8", errors="replace")]
-        return [self.ids[symbol] for symbol in merge_pairs(symbols, self.ranks)]
-
-    def decode(self, ids):
-        """The text of `ids`, exactly; start, padding and all after the first end are left out.
-
-        Raises TokenizerError on an id outside the vocabulary.
-        """
-        symbols = self._symbols(ids, {self.start_id, self.pad_id})
-        return from_byte_characters("".join(symbols)).decode("utf-8", errors="replace")
-
-
-def stored_vocabulary(path):
-    """The `vocabulary` that a checkpoint carries: out of a safetensors file's header, or a file of
-    torch.save, read without running it. Raises TokenizerError."""
-    found = None
     try:
-        if path.suffix == ".safetensors":
-            with path.open("rb") as file:
-                header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 1 << 27)))
-            found = json.loads(header["__metadata__"].get("vocabulary", "null"))
+        if isinstance(vocab, (list, tuple)):
+            kind, pairs, config = wanted, merges or [], {}
+            ids = {token: i for i, token in enumerate(vocab) if token is not None}
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            found = content.get("vocabulary")
-    except Exception as error:  # a damaged or hostile file can raise anything
-        raise TokenizerError(f"{path} is not a checkpoint that can be read "
-                             f"({str(error).splitlines()[:1]})") from None
-    if not isinstance(found, dict):
-        raise TokenizerError(f"{path} carries no vocabulary; name its vocab.txt or folder")
-    return found
+            kind, ids, pairs, config = read_files(pathlib.Path(vocab).expanduser(), merges)
+        pairs = [(left, right) for left, right in (
+            pair.split(" ") if isinstance(pair, str) else pair for pair in pairs)]
+        needed = [*NEEDED[wanted or kind], *(t for a, b in pairs for t in (a, b, a + b))]
+        odd = [f"no {token}" for token in needed if token not in ids]
+        odd += [f"{name} {config[name]}" for name, known in SETTINGS.items()
+                if config.get(name) is not None and not regex.fullmatch(known, str(config[name]))]
+        if len(set(ids.values())) < len(ids) or any(operator.index(i) < 0 for i in ids.values()):
+            odd.append("an id twice or below 0")
+        if odd or kind == "bytebpe" and not pairs:
+            raise ValueError(", ".join(odd[:5]) or "no merges")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise TokenizerError(f"{str(vocab)[:200]} holds no vocab.txt, vocab.json and merges.txt or "
+                             f"tokenizer.json of CLIP, BERT or RoBERTa ({type(error).__name__} "
+                             f"{' '.join(str(error).split())})") from None
+    return kind, ids, pairs, config
 
 
-def from_vocabulary(known):
-    """A tokenizer again from its `vocabulary`. Raises TokenizerError."""
-    tokens = known.get("tokens")
-    if not isinstance(tokens, (list, tuple)) or known.get("kind") not in ("wordpiece", "chinese"):
-        raise TokenizerError("a vocabulary of no known kind; expected wordpiece or chinese, with "
-                             "its tokens")
-    if known["kind"] == "chinese":  # who wrote the checkpoint has answered for the tokens
-        return ChineseTokenizer(tokens, known.get("straight_quotes") is not False, any_vocab=True)
-    found = WordPieceTokenizer(tokens, bool(known.get("lowercase")), known.get("longest_word", 100))
-    found.strip_accents, found.split = bool(known.get("strip_accents")), known.get("split", True)
-    found.words = WORDS_AND_IDEOGRAPHS if found.split else WORDS
-    return found
+def read_files(path, merges=None):
+    """What `read_vocabulary` gives, unchecked. Raises anything."""
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir():
+        files = [path / name for name in ("vocab.txt", "vocab.json", "tokenizer.json")]
+        path = next((file for file in files if file.is_file()), files[0])
+
+    def lines(file):  # not splitlines(): the Chinese vocabulary has a row that is U+2028
+        return pathlib.Path(file).read_text("utf-8").removesuffix("\n").split("\n")
+    config = {}
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            config |= json.loads((folder / name).read_text("utf-8"))
+    if path.suffix != ".json":
+        return "wordpiece", {line: i for i, line in enumerate(lines(path))}, [], config
+    content = json.loads(path.read_text("utf-8"))
+    parts = [content.get(name) or {} for name in ("model", "normalizer", "pre_tokenizer")]
+    model, normalizer, cut = parts
+    ids = content if path.name != "tokenizer.json" else model["vocab"]
+    if "<|startoftext|>" in ids:
+        return "bpe", ids, [], {}  # compared with CLIP's own
+    if ids is content:
+        pairs = lines(merges or folder / "merges.txt")
+        return "bytebpe", ids, [pair for pair in pairs if pair[:8] not in ("", "#version")], config
+    fast = {**normalizer, **cut, "do_lower_case": normalizer.get("lowercase"),
+            "tokenize_chinese_chars": normalizer.get("handle_chinese_chars")}
+    kind = FAST[tuple(part.get("type") for part in parts)]
+    return kind, ids, model.get("merges", []), {**fast, **config}
+
+
+def from_facts(facts):
+    """A tokenizer again from its `facts()`. Raises TokenizerError."""
+    kinds = BPETokenizer, WordPieceTokenizer, ChineseTokenizer, ByteBPETokenizer
+    try:
+        make = next(kind for kind in kinds if kind.kind == facts["kind"])
+        return make(**{key: x for key, x in facts.items() if key != "kind"})
+    except (KeyError, TypeError, StopIteration):  # a checkpoint can hold anything
+        raise TokenizerError("a checkpoint's vocabulary is of no known kind") from None
 
 
 def open_tokenizer(path):
-    """The tokenizer of a file or a Hugging Face folder, of the kind that its files show.
-
-    vocab.txt: WordPiece; vocab.json and merges.txt: byte-level BPE, or CLIP's, which Hugging Face
-    saves under the same names; tokenizer.json: any of them; *.txt.gz: CLIP's merge list; the folder
-    of a ChineseCLIPModel: Chinese-CLIP's own; a checkpoint (.safetensors, .pt): the vocabulary that
-    it carries. That `vocabulary`, a dict, will do in the place of a path. Raises TokenizerError
-    when there is nothing of this or it cannot be read.
-    """
+    """The tokenizer of a file or a Hugging Face folder, of the kind that its files show: vocab.txt:
+    WordPiece, or Chinese-CLIP's beside such a model; vocab.json and merges.txt: byte-level BPE, or
+    CLIP's; tokenizer.json: any; *.txt.gz: CLIP's merge list. Or of `facts()`. TokenizerError."""
     if isinstance(path, dict):
-        return from_vocabulary(path)
-    path = pathlib.Path(path)
-    if path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
-        return from_vocabulary(stored_vocabulary(path))
-    if (path / "vocab.txt").is_file() and (path / "config.json").is_file() and (
-            read_json(path / "config.json").get("model_type") == "chinese_clip"):
-        return ChineseTokenizer(path, any_vocab=True)
-    if path.suffix == ".gz":
+        return from_facts(path)
+    if pathlib.Path(path).suffix == ".gz":
         return BPETokenizer(path)
-    if path.name in ("vocab.json", "merges.txt"):
-        path = path.parent
-    if path.suffix == ".txt" or (path / "vocab.txt").is_file():
-        return WordPieceTokenizer(path)
-    try:
-        (vocab, *merges), _ = find_files(path, "vocab.json", "merges.txt")
-        content = read_json(vocab)
-    except TokenizerError as error:
-        raise TokenizerError(f"no tokenizer in {path}: {error}; expected vocab.txt, vocab.json and "
-                             f"merges.txt, tokenizer.json, or CLIP's .txt.gz") from None
-    model = {"vocab": content} if merges else content.get("model")
-    model = model if isinstance(model, dict) else {}
-    if "<|startoftext|>" in (model.get("vocab") or {}):
-        tokenizer = BPETokenizer()
-        if tokenizer.ids != model["vocab"]:
-            raise TokenizerError(f"{vocab} looks like CLIP's vocabulary and differs from it")
-        return tokenizer
-    return WordPieceTokenizer(path) if model.get("type") == "WordPiece" else ByteBPETokenizer(path)
+    kind, ids, _, config = read_vocabulary(path)
+    if kind == "wordpiece":
+        chinese = config.get("model_type") == "chinese_clip"
+        return ChineseTokenizer(path) if chinese else WordPieceTokenizer(path)
+    tokenizer = BPETokenizer() if kind == "bpe" else ByteBPETokenizer(path)
+    if tokenizer.ids != ids:
+        raise TokenizerError(f"{path} looks like CLIP's vocabulary and differs from it")
+    return tokenizer
 
 
-if __name__ == "__main__":  # a worked example
-    tokenizer = BPETokenizer()
-    print(tokenizer.encode("A photo of a polka-dotted mug."))  # [320, 1125, 539, 320, 29476, ...
-    print(tokenizer.decode(tokenizer.encode("Hello  world!! don't &amp; naïve 123")))
-    # hello world !! don 't & naïve 1 2 3
+def for_model(model, path=None):
+    """The tokenizer of the text tower of `model`, a `clip_model.CLIP`: of `path` if one is given;
+    else what the model's file said of it; else CLIP's for CLIP's own tower; else what lies in or
+    beside the model's file. TokenizerError when there is none, or it is not of this tower: another
+    kind, more tokens than the tower has, another padding."""
+    origin = model.origin
+    place = path or model.vocabulary or ({"kind": "bpe"} if model.text_kind == "bpe" else None)
+    if place is None:
+        home = pathlib.Path(origin["path"])
+        place = home if home.is_dir() else home.parent
+        if not origin["path"] or not [*place.glob("vocab.*"), *place.glob("tokenizer.json")]:
+            raise TokenizerError(f"the text tower of {origin['name']} needs its {model.text_kind} "
+                                 f"vocabulary: name the folder with --tokenizer")
+    tokenizer, size = open_tokenizer(place), model.config.vocab_size
+    if not isinstance(place, dict) and (
+            origin["layout"] == "chinese_clip" or origin["name"].startswith("CN-")):
+        tokenizer = ChineseTokenizer(place)
+        tokens = "\n".join(token or "" for token in tokenizer.tokens).encode("utf-8", "replace")
+        if size == 21_128 and hashlib.sha256(tokens).hexdigest() != CHINESE_SHA256:
+            raise TokenizerError(f"{place} is not the vocabulary of Chinese-CLIP: ids would mean "
+                                 f"other words; the package cn_clip has the right one")
+    ours = tokenizer.text_kind, tokenizer.pad_id, tokenizer.vocab_size
+    theirs = model.text_kind, model.pad_id, size
+    if ours[:2] != theirs[:2] or ours[2] > theirs[2]:
+        raise TokenizerError("the tokenizer {} is a {} with padding {} and {:,} tokens, the text "
+                             "tower takes a {} with padding {} and {:,}; --tokenizer names another"
+                             .format(path or "", *ours, *theirs))
+    return tokenizer

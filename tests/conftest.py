@@ -1,4 +1,4 @@
-"""What every test shares: the import path, one torch thread, no network, and the optional real data."""
+"""What every test shares: the import path, one torch thread, no network, optional real data."""
 import os
 import pathlib
 import socket
@@ -6,6 +6,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the product is top-level files, not a package
+sys.path.insert(0, str(ROOT / "tests"))
 
 # Subprocesses started by tests inherit these: repeatable sums, and no run that waits for a hub.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -30,8 +31,8 @@ def pytest_cmdline_main(config):
         config.option.loadscopereorder = False  # it puts files of many tests first, not long ones
 
 
-LONG = ("train_clipfit", "devices", "distributed", "train_contrastive", "train_distill", "repo",
-        "train_staged", "tokenizer", "device", "faults", "students", "clip_model", "staged_report")
+LONG = ("scripts", "train_staged", "train_distill", "train_contrastive", "train_clipfit", "devices",
+        "faults", "distributed", "repo", "tokenizer", "device", "parity", "clip_model", "weights")
 
 
 def pytest_addoption(parser):
@@ -67,7 +68,7 @@ def no_network(monkeypatch):
 
 @pytest.fixture(scope="session")
 def shared():
-    """The folder of real development data beside the checkout; tests that need it skip without it."""
+    """The folder of real development data beside the checkout, if it is here."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("the real development data (../shared/data) is not here")

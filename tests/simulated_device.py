@@ -3,7 +3,7 @@
     python tests/simulated_device.py npu train_clipfit.py --data demo --device npu
 
 runs a script on a machine that seems to have such a device. It cannot say whether Apple's or
-Ascend's kernels are right (`python device.py` on the machine itself does); it says whether a
+Ascend's kernels are right (`python -m tools.doctor` on the machine itself does); it says whether a
 program puts its tensors where they belong and asks of the device what it has:
 
 - tensors of different devices do not meet, except for numbers (0-dim) and CPU indices;
@@ -27,6 +27,7 @@ import os
 import pathlib
 import runpy
 import sys
+import types
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a second accelerator would confuse both
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
@@ -307,6 +308,7 @@ class Module:
     def manual_seed(self, seed): seed_generator(seed)
     def manual_seed_all(self, seed): seed_generator(seed)
     def is_bf16_supported(self): return True
+    utils = types.SimpleNamespace(is_support_inf_nan=lambda: True)
     def get_amp_supported_dtype(self): return [torch.float16, torch.bfloat16]
     def _is_in_bad_fork(self): return False
 

@@ -1,21 +1,15 @@
-"""device.py: choosing, processes, the run's folder, checkpoints that survive, signals, exits."""
-import argparse
-import dataclasses
-import gzip
-import io
+"""device.py: choosing, the update of a step, the run's folder, checkpoints, signals, exits."""
+import itertools
 import json
 import math
 import os
-import pathlib
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import types
-import zipfile
 
 import numpy
 import pytest
@@ -23,627 +17,491 @@ import torch
 import torch.nn.functional as F
 
 import device
-from device import guard, load_checkpoint, SafeStop, start, UserError
+from device import guard, load_checkpoint, Parser, SafeStop, start, UserError
+from helpers import (at_call, cli, damaged_files, die, differences, in_child, metrics,
+                     Payload, python, refused, results, same_run)
 
 
-def finish_of(code, *arguments, timeout=60, **options):
-    """Run Python source in a process of its own -> CompletedProcess with text."""
-    environment = {**os.environ, **options.pop("env", {})}
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], text=True,
-                          capture_output=True, timeout=timeout, env=environment, **options)
+# -----------------------------------------------------------------------------
+# A toy script with everything that a run has. BATCH + 1 is a batch that is not finite.
+
+def get_args(words=()):
+    parser = Parser(aliases={"--learning-rate": "--lr"}, refused={"--optim": "AdamW is all"})
+    device.add_run_flags(parser, log_every=1)
+    parser.add_argument("--lr", type=device.number(0, above=True), default=0.1)
+    parser.add_argument("--epochs", type=device.whole(1), default=3)
+    parser.add_argument("--template", default="a {}")
+    return parser.parse_args(list(map(str, words)))
 
 
-def one_line_error(call, *words):
-    """`call` raises a UserError of one line with all `words` in it."""
-    with pytest.raises(UserError) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text and all(word in text for word in words), text
-    return text
+class Loader:
+    """4 batches of 8 a epoch, a function of epoch and number."""
+    def __init__(self):
+        self.batch_sampler = self
+
+    def set_epoch(self, epoch, first_batch=0):
+        self.epoch, self.first = epoch, first_batch
+
+    def __len__(self):
+        return 4
+
+    def __iter__(self):
+        for batch in range(self.first, 4):
+            generator = torch.Generator().manual_seed(100 * self.epoch + batch)
+            yield torch.randn(8, 3, generator=generator)
+
+
+def main(args, bad=(), every=lambda step: None):
+    run = start("cpu", args.precision, args.seed)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Dropout())
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, fused=run.fused_optimizer)
+    scaler, trainable = run.scaler(), dict(model.named_parameters())
+    identity = device.run_identity(args, method="toy", data="d41d", model="tiny", weights="c0de")
+    stored, finished = run.begin(device.run_folder(args, "toy", "a/b:c"), args, identity)
+    if finished:
+        return finished
+    buffers, best = dict(model.named_buffers()), stored["best"] if stored else math.inf
+    if args.eval_only:
+        run.restore(stored, trainable, buffers)
+        return {"weight": model[0].weight.tolist(), "step": stored["step"]}
+    at = run.load_training(stored, trainable, optimizer, scaler, buffers)
+    at.steps = 2 if args.dry_run else 4 * args.epochs
+    for batch in run.batches(Loader(), at):
+        optimizer.zero_grad(set_to_none=True)
+        with run.autocast():
+            loss = model(batch * (math.nan if at.step in bad else 1.0)).square().mean().float()
+        scaler.scale(loss).backward()
+        run.update(optimizer, trainable.values(), scaler, 1.0, loss=loss)
+        every(at.step)
+        due = run.tick(at, {"loss": loss}, samples=8, lr=args.lr,
+                       describe=lambda step=at.step: f"{step}.png")
+        if at.batch == 0:
+            run.log(at.step, "val", loss=loss.item())
+            if loss.item() < best:
+                best = loss.item()
+                run.save_training(at, trainable, None, None, buffers, "checkpoint_best.pt",
+                                  best=best)
+        if due:
+            run.save_training(at, trainable, optimizer, scaler, buffers, best=best)
+    return run.finish({"accuracy": torch.tensor(1.5)})
+
+
+def toy(folder, *flags, **options):
+    return main(get_args(["--output-dir", folder, *flags]), **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy") / "whole"
+    toy(folder)
+    return folder
 
 
 # -----------------------------------------------------------------------------
 # Choosing
 
-def test_a_device_that_is_not_here_is_refused_and_what_is_here_is_said():
+def test_the_device_asked_for_is_used_or_refused(monkeypatch, capsys):
     for name in ("cuda", "npu", "mps"):
         if device.KINDS[name].absent():
-            one_line_error(lambda: start(name), name, "Here there is:", "cpu")
-    one_line_error(lambda: start("cpu:1"), "cpu:1 does not exist")
-    for nonsense in ("gpu", "auto:1", "cuda:x", ""):
-        one_line_error(lambda: start(nonsense), "unknown device", "cuda")
-
-
-def test_a_number_beyond_the_gpus_is_refused(monkeypatch):
+            refused(lambda name=name: start(name), "--device", name, "cpu")
+    for nonsense in ("gpu", "auto:1", "cuda:x", "", "cpu:1"):
+        refused(lambda word=nonsense: start(word), "--device")
+    run = start()
+    assert capsys.readouterr().out.count("\n") == 1 and run.precision in ("fp32", "bf16", "fp16")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    one_line_error(lambda: start("cuda:7"), "cuda:7 does not exist", "cuda:0 to cuda:1")
-    monkeypatch.setattr(torch.cuda, "set_device", broken)
-    one_line_error(lambda: start("cuda:1"), "cuda:1 is listed but does not work", "busy")
+    assert start("cpu").device.type == "cpu"
+    refused(lambda: start("cuda:7"), "cuda:7", "cuda:0 to cuda:1")
+
+    def busy(index):
+        raise RuntimeError(f"number {index}\nis busy")
+    monkeypatch.setattr(torch.cuda, "set_device", busy)
+    refused(lambda: start("cuda:1"), "cuda:1", "number 1 is busy")
+    for name, value in dict(WORLD_SIZE=3, RANK=1, LOCAL_RANK=1, MASTER_ADDR="localhost",
+                            MASTER_PORT=1).items():
+        monkeypatch.setenv(name, str(value))
+    refused(lambda: start("cuda:1"), "3 processes")
+    refused(lambda: start("cuda"), "number 1 is busy")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as Slurm shows each its own
+    refused(lambda: start("cuda"), "number 0 is busy")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    refused(lambda: start("mps"), "mps", "one process")
+    monkeypatch.setenv("RANK", "zero")
+    refused(lambda: start("cpu"), "WORLD_SIZE", "torchrun")
+    monkeypatch.delenv("RANK")
+    refused(lambda: start("cpu"), "RANK", "torchrun")
 
 
-def broken(*args, **kwargs):
-    raise RuntimeError("the GPU is\nbusy")
-
-
-def test_a_torch_npu_that_does_not_import_is_quoted(tmp_path, monkeypatch):
-    if hasattr(torch, "npu"):
-        pytest.skip("torch_npu is here")
-    one_line_error(lambda: start("npu"), "torch_npu is not installed", "pip install torch_npu")
+def test_a_broken_torch_npu_is_one_line(tmp_path):
+    """torch imports such a package by itself, as long as it is not told otherwise."""
     (tmp_path / "torch_npu.py").write_text("raise OSError('libascendcl.so: cannot open')")
-    monkeypatch.syspath_prepend(tmp_path)
-    one_line_error(lambda: start("npu"), "libascendcl.so: cannot open", "pip install torch_npu")
+    info = tmp_path / "torch_npu-2.6.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_npu\nVersion: 2.6\n")
+    (info / "entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:autoload\n")
+    code = ("import sys, device\n"
+            "sys.exit(device.guard(lambda name: device.start(name), lambda argv: sys.argv[1]))")
+    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}"}
+    refused(python(code, "npu", env=environment), "libascendcl.so", "torch_npu")
+    assert python(code, "cpu", env=environment).ok().out.startswith("device cpu")
 
 
-def test_the_first_line_says_what_was_chosen_and_why(capsys, monkeypatch):
-    monkeypatch.setitem(device.KINDS, "cuda", device.KINDS["cpu"])  # as absent as can be told
-    monkeypatch.delitem(device.KINDS, "cuda")
-    run = start()
-    line = capsys.readouterr().out
-    assert line.count("\n") == 1 and torch.__version__ in line and "processes 1" in line
-    assert run.device.type in line and f"precision {run.precision} (auto" in line
-    start("cpu", "fp16")
-    assert "slow" in capsys.readouterr().out
-
-
-def test_a_precision_the_device_lacks_is_refused(monkeypatch):
-    one_line_error(lambda: start("cpu", "fp8"), "fp8", "expected auto, fp32, bf16, fp16")
-    old_gpu = torch.device("cuda", 0)
-    # an old GPU emulates bf16
+def test_the_precision_is_what_the_device_has(monkeypatch):
+    refused(lambda: start("cpu", "fp8"), "--precision", "fp8")
+    assert start("cpu").precision == "fp32"
+    gpu = torch.device("cuda", 0)  # an old GPU emulates bf16
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True:
                         including_emulation)
-    one_line_error(lambda: device._pick_precision(old_gpu, "bf16"), "cuda:0", "fp32, fp16")
+    refused(lambda: device.pick_precision(gpu, "bf16"), "--precision", "cuda:0")
     for capability, name in (((7, 5), "fp16"), ((6, 1), "fp32")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d, c=capability: c)
-        assert device._pick_precision(old_gpu, "auto")[0] == name
+        assert device.pick_precision(gpu, "auto")[0] == name
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert device._pick_precision(old_gpu, "auto")[0] == "bf16"
+    assert device.pick_precision(gpu, "auto")[0] == "bf16"
+    for version, has in (("2.7.1", False), ("2.8.0+cu128", True), ("2.10.0", True)):
+        monkeypatch.setattr(torch, "__version__", version)
+        assert ("fp16" in device.KINDS["mps"].precisions("cpu")) == has
 
 
-def test_autocast_and_scaler_do_what_the_precision_says():
+def test_autocast_attention_optimiser_and_workers_suit_device_and_precision(monkeypatch):
     weight = torch.ones(4, 4)
     for precision in ("fp32", "bf16", "fp16"):
         run = start("cpu", precision)
         with run.autocast():
             assert F.linear(weight, weight).dtype == run.dtype == device.PRECISIONS[precision]
         assert run.scaler().is_enabled() == (precision == "fp16")
-    assert start("cpu").precision == "fp32" and not run.scaler(enabled=False).is_enabled()
+        assert run.fused_attention == (precision != "bf16") and run.fused_optimizer
+    assert run.loader_options(3)["workers"] == 3 and not run.loader_options()["pin_memory"]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    assert run.loader_options(-1)["workers"] == 1
+    mps = device.Run(torch.device("mps"), "fp32", 0, 1, 0)
+    assert not mps.fused_attention and mps.fused_optimizer is None
+    assert mps.loader_options(-1) == {"workers": 0, "pin_memory": False,
+                                      "multiprocessing_context": None}
+    assert mps.loader_options(1)["multiprocessing_context"] == "spawn"
+    assert torch.is_tensor(run.move(weight)) and len(run.move(weight, weight)) == 2
+    assert isinstance(run.move(torch.nn.Linear(2, 2)), torch.nn.Linear)
 
 
-def test_a_seed_repeats_all_generators_and_a_bad_one_is_refused():
+def test_a_seed_repeats_all_generators():
     def draws():
         return random.random(), numpy.random.rand(), torch.rand(1).item()
     run = start("cpu", seed=5)
     first = draws()
     assert draws() != first
-    run.enter("", seed=5)
+    run.enter(5)
     assert draws() == first
-    for seed in (-1, 2 ** 32, 1.5, True, "1"):
-        one_line_error(lambda: start("cpu", seed=seed), "seed", "4294967295")
-
-
-def test_move_gives_one_or_several_and_models():
-    run = start("cpu")
-    one = run.move(torch.ones(2))
-    assert torch.is_tensor(one) and len(run.move(one, one)) == 2
-    assert isinstance(run.move(torch.nn.Linear(2, 2)), torch.nn.Linear)
-
-
-def test_loader_options_suit_the_device(monkeypatch):
-    run = start("cpu")
-    assert run.loader_options(3)["workers"] == 3 and not run.loader_options()["pin_memory"]
-    assert 0 <= run.loader_options(-1)["workers"] <= 4
-    one_line_error(lambda: run.loader_options(-2), "workers -2")
-    run.kind = device.KINDS["mps"]
-    assert run.loader_options(-1) == {
-        "workers": 0, "pin_memory": False, "multiprocessing_context": None}
-    assert run.loader_options(1)["multiprocessing_context"] == "spawn"
-
-
-def test_deterministic_is_asked_of_torch():
-    code = ("import os, torch; from device import start; start('cpu', deterministic=True);"
-            "assert torch.are_deterministic_algorithms_enabled();"
-            "assert os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8';"
-            "assert os.environ['PYTORCH_ENABLE_MPS_FALLBACK'] == '1'")
-    assert finish_of(code).returncode == 0
 
 
 # -----------------------------------------------------------------------------
-# Processes
+# The update
 
-def worker(rank, world_size, port, folder):
-    arguments = rank, world_size, port, folder
-    sys.exit(guard(lambda args: facts_about_processes(*args), lambda argv: arguments, []))
-
-
-def facts_about_processes(rank, world_size, port, folder):
-    """Everything that can be said of several processes, in one start of them."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    run = start("cpu", out=folder, seed=1)
-    assert (run.rank, run.world_size) == (rank, world_size)
-    start("cpu")  # the group is there already
-
-    for counts in ([2] * world_size, [3, 1, 2][:world_size]):  # even and uneven shares
-        both, weight, given = contrastive_problem(sum(counts))
-        mine = slice(sum(counts[:rank]), sum(counts[:rank + 1]))
-        local = both[:, mine] @ weight
-        everyone = [run.gather(x, counts) for x in local]
-        assert torch.equal(torch.cat([run.gather(torch.full((n, 1), rank), counts)
-                                      for n in [counts[rank]]]).flatten(),
-                           torch.cat([torch.full((n,), r) for r, n in enumerate(counts)]))
-        labels = torch.arange(sum(counts))[mine]
-        loss = sum(F.cross_entropy(a @ b.T * given, labels, reduction="sum")
-                   for a, b in zip(local, reversed(everyone))) / sum(counts)
-        loss.backward()
-        unused, once = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
-        if rank == world_size - 1:
-            once.grad = torch.full((2,), 3.0)
-        run.sum_gradients([weight, unused, once, given])
-        expected, whole = one_process_gradient(sum(counts))
-        assert (weight.grad - expected).abs().max() < 1e-12
-        assert abs(run.sum(loss.item()) - whole) < 1e-12
-        assert unused.grad is None and once.grad.tolist() == [3, 3]
-        bits = run.gather_objects(weight.grad.tolist())
-        assert all(other == bits[0] for other in bits)
-
-    if world_size > 2:
-        return
-    assert run.sum(2) == 4 and run.sum(0.5) == 1.0 and type(run.sum(2)) is int
-    assert torch.equal(run.sum(torch.tensor([rank, 1])), torch.tensor([1, 2]))
-    model = run.wrap(torch.nn.Linear(2, 1))
-    model(torch.full((1, 2), float(rank))).sum().backward()
-    assert model.module.weight.grad.tolist() == [[0.5, 0.5]]
-
-    # The folder: every process calls, one writes; what one finds wrong, all raise.
-    run.claim(identity={"a": 1}, resume=True)
-    run.log(1, loss=0.5)
-    run.save("checkpoint_last.pt", {"rank": rank, "rng": run.gather_objects(run.rng_state())})
-    state = run.load("checkpoint_last.pt")
-    assert state["rank"] == 0 and len(state["rng"]) == 2
-    run.set_rng_state(state["rng"])
-    for bad, error in ((object(), TypeError), (torch.tensor(math.nan), SafeStop)):
-        with pytest.raises(error):
-            run.save("checkpoint_last.pt", {"x": bad})
-    with pytest.raises(UserError):
-        run.enter(folder).claim()
-    with pytest.raises(SafeStop, match="batch 3 of process 1"):
-        run.check_finite([1.0, *[torch.tensor(math.inf if rank else 1.0)] * 3],
-                         lambda i: f"batch {i} of process {rank}")
-    run.check_finite([], str)
-
-    # A signal to one stops all.
-    run.watch_signals()
-    assert run.stop_requested() == 0
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # the echo torchrun makes is not a second one
-    assert run.stop_requested() == signal.SIGTERM and run.interrupted().exit_code == 143
-    run.unwatch_signals()
-    assert run.finish({"x": 1})["processes"] == 2
-    run.barrier()
-    torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter
+OPTIMIZERS = {
+    "adamw": lambda p, fused: torch.optim.AdamW(p, 0.1, weight_decay=0.1, fused=fused),
+    "sgd": lambda p, fused: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1, fused=fused)}
 
 
-def contrastive_problem(n):
-    """Two towers' inputs (2, n, 3), their weight (3, 4), a scale: float64, the same everywhere."""
-    generator = torch.Generator().manual_seed(n)
-    both = torch.randn(2, n, 3, generator=generator, dtype=torch.float64)
-    weight = torch.randn(3, 4, generator=generator, dtype=torch.float64).requires_grad_()
-    return both, weight, torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("name, precision, fused", [*itertools.product(
+    OPTIMIZERS, ("fp32", "fp16"), (False, True))])
+def test_a_bad_step_changes_nothing(name, precision, fused):
+    """Weights, moments, decay, scale and buffers are those of a run without the bad steps."""
+    ends = {}
+    for bad in (False, True):
+        run = start("cpu", precision, seed=1)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+        optimizer, scaler = OPTIMIZERS[name](model.parameters(), fused), run.scaler()
+        run.load_training(None, {}, optimizer, scaler, dict(model.named_buffers()))
+        for step in range(6):
+            for how in ("loss", "gradient", "") if bad else ("",):
+                optimizer.zero_grad(set_to_none=True)
+                x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+                loss = model(x * (math.inf if how == "loss" else 1)).square().mean()
+                scaler.scale(loss).backward()
+                if how == "gradient":
+                    model[0].bias.grad[1] = math.nan
+                    loss = loss * math.nan if precision == "fp16" else None
+                moved = run.update(optimizer, model.parameters(), scaler, 0.5, loss=loss)
+                assert bool(moved) == (how == "")
+        ends[bad] = [model.state_dict(), optimizer.state_dict()["state"], scaler.state_dict()]
+    assert differences(*ends.values()) == []
 
 
-def one_process_gradient(n):
-    both, weight, given = contrastive_problem(n)
-    a, b = both @ weight
-    labels = torch.arange(n)
-    loss = F.cross_entropy(a @ b.T * given, labels) + F.cross_entropy(b @ a.T * given, labels)
-    loss.backward()
-    return weight.grad, loss.item()
+def test_the_update_unscales_and_clips_as_torch_does():
+    for clip in (0.0, 0.3):
+        ours, theirs = (torch.nn.Linear(3, 2) for _ in range(2))
+        theirs.load_state_dict(ours.state_dict())
+        run, x = start("cpu", "fp16"), torch.randn(4, 3)
+        scaler = run.scaler()
+        steps = [torch.optim.SGD(model.parameters(), 0.1) for model in (ours, theirs)]
+        scaler.scale(ours(x).square().mean()).backward()
+        run.update(steps[0], ours.parameters(), scaler, clip)
+        theirs(x).square().mean().backward()
+        if clip:
+            assert torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip) > clip
+        steps[1].step()
+        assert torch.allclose(ours.weight, theirs.weight, atol=1e-6)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_several_processes_are_exact_and_agree(world_size, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.start_processes(
-        worker, (world_size, port, str(tmp_path / "run")), world_size, start_method="spawn")
-    if world_size == 2:
-        lines = (tmp_path / "run" / "log.txt").read_text().splitlines()
-        assert sum(line.startswith("device cpu") for line in lines) == 1
-        assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
-
-
-def test_alone_everything_passes_through():
-    run = start("cpu")
-    x = torch.ones(2, 3, requires_grad=True)
-    assert run.gather(x) is x and run.sum(3) == 3 and run.gather_objects(x)[0] is x
-    model = torch.nn.Linear(2, 2)
-    assert run.wrap(model) is model and run.sum_gradients(model.parameters()) is None
-    run.barrier()
-    assert not torch.distributed.is_initialized()
-
-
-def test_half_of_torchruns_environment_is_explained(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    one_line_error(lambda: start("cpu"), "WORLD_SIZE=4", "RANK", "torchrun --nproc-per-node")
-    for name, value in (("RANK", "zero"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost"),
-                        ("MASTER_PORT", "1")):
-        monkeypatch.setenv(name, value)
-    one_line_error(lambda: start("cpu"), "RANK", "torchrun")
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    one_line_error(lambda: start("mps"), "mps has one GPU", "4")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    one_line_error(lambda: start("cuda:1"), "without a number")
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    one_line_error(lambda: start("cuda"), "cuda:3 does not exist", "cuda:0 to cuda:1")
-
-
-def test_one_failing_process_ends_the_others_and_tells_its_own_error(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys, types; from device import guard, start, UserError\n"
-        "def main(args):\n"
-        "    run = start('cpu')\n"
-        "    if run.rank == 1: raise UserError('the file is missing')\n"
-        "    run.barrier()\n"
-        "sys.exit(guard(main, lambda argv: types.SimpleNamespace()))\n")
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(script)], text=True, capture_output=True, timeout=60)
-    assert result.returncode != 0 and "process 1: error: the file is missing" in result.stderr
+def test_bad_steps_are_named_and_the_third_in_a_row_stops(tmp_path, capsys):
+    toy(tmp_path / "a", bad=(1, 2, 4, 6))
+    said = capsys.readouterr().out
+    assert [f"{i}.png" in said for i in range(7)] == [i in (1, 2, 4, 6) for i in range(7)]
+    with pytest.raises(SafeStop, match=r"7\.png") as caught:
+        toy(tmp_path / "b", "--log-every", 100, bad=(1, 5, 6, 7))
+    assert caught.value.exit_code == 3
+    assert load_checkpoint(tmp_path / "b" / "checkpoint_last.pt")["step"] == 4
+    # The scale of fp16 is still falling: no failure until it can fall no more.
+    run, p = start("cpu", "fp16"), torch.nn.Parameter(torch.zeros(()))
+    optimizer, scaler, at = torch.optim.SGD([p], 0.1), run.scaler(), device.Place(steps=99)
+    with pytest.raises(SafeStop):
+        while True:
+            scaler.scale(p * math.inf).backward()
+            run.update(optimizer, [p], scaler, loss=torch.tensor(1.0))
+            optimizer.zero_grad()
+            run.tick(at, {}, 1)
+    assert at.step == 19  # 65536 = 2 ** 16 halvings, then three that count
 
 
 # -----------------------------------------------------------------------------
 # The folder
 
-def test_a_run_leaves_its_files_and_numbers(tmp_path, capsys):
-    run = start("cpu", seed=1, out=tmp_path / "中" / "run")
-    assert not run.out.exists()  # nothing before claim
-    assert not run.claim({"model": "tiny", "out": run.out}, {"model": "tiny"})
-    run.say("猫 \udcff")
-    run.log(5, 10, epoch=1, samples=50, waited=0.0, loss=torch.tensor(0.25), lr=1e-5, hits=7)
-    run.log(5, split="val", loss=math.nan)
-    assert run.finish({"accuracy": torch.tensor(1.5)})["accuracy"] == 1.5
-    config = json.loads((run.out / "config.json").read_text())
-    assert config == {"model": "tiny", "out": str(run.out), "identity": {"model": "tiny"}}
-    assert sys.argv[0] in (run.out / "command.txt").read_text()
-    assert json.loads((run.out / "env.json").read_text())["torch"] == torch.__version__
-    log = (run.out / "log.txt").read_text("utf-8").splitlines()
-    assert log[0].startswith("device cpu") and log[1].startswith("猫") and "5/10" in log[2]
-    for word in ("loss 0.25", "lr 1e-05", "hits 7", "samples/s", "MB", "eta"):
-        assert word in log[2]
-    train, val = map(json.loads, (run.out / "metrics.jsonl").read_text().splitlines())
-    assert set(train) == {"step", "epoch", "split", "loss", "lr", "hits", "samples_per_second",
-                          "data_wait", "memory_mb", "time"}
-    assert train["loss"] == 0.25 and train["samples_per_second"] > 0 and val["loss"] == "nan"
-    results = json.loads((run.out / "results.json").read_text())
-    assert {"seconds", "peak_memory_mb", "device", "precision", "processes", "git"} < set(results)
-    assert results["peak_memory_mb"] > 50 and "eta" not in capsys.readouterr().out.splitlines()[3]
+def test_what_a_run_leaves(whole, monkeypatch):
+    names = sorted(path.name for path in whole.iterdir())
+    assert names == ["checkpoint_best.pt", "checkpoint_last.pt", "checkpoint_prev.pt",
+                     "command.txt", "config.json", "env.json", "log.txt", "metrics.jsonl",
+                     "results.json"]
+    config = json.loads((whole / "config.json").read_text())
+    assert config["epochs"] == 3 and config["identity"]["method"] == "toy"
+    assert json.loads((whole / "env.json").read_text())["torch"] == torch.__version__
+    assert sys.argv[0] in (whole / "command.txt").read_text()
+    assert {"seconds", "peak_memory_mb", "device", "precision", "processes", "git", "torch",
+            "samples_per_second"} < set(results(whole)) and results(whole)["accuracy"] == 1.5
+    log = (whole / "log.txt").read_text("utf-8").splitlines()
+    assert log[0].startswith("device cpu") and log[1].startswith(" 1/12  loss ")
+    for word in ("lr 0.1", "samples/s", "wait", "MB", "eta"):
+        assert word in log[1]
+    train, val = metrics(whole, "train"), metrics(whole, "val")
+    assert [row["step"] for row in val] == [4, 8, 12] and len(train) == 12
+    assert set(train[0]) == {"step", "epoch", "split", "loss", "lr", "samples_per_second",
+                             "data_wait", "memory_mb", "time"}
+    assert [row["epoch"] for row in train] == [1] * 4 + [2] * 4 + [3] * 4
+    assert load_checkpoint(whole / "checkpoint_last.pt")["format"] == "toy/2"
 
 
-def test_samples_per_second_counts_from_the_last_line(tmp_path, monkeypatch):
+def test_speed_wait_and_eta_are_of_training_alone(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    run = start("cpu", out=tmp_path)
-    run.rewind(10)  # resumed: the ETA rests on the steps of this process only
-    for step, seconds in ((12, 4.0), (14, 2.0)):
-        now[0] += seconds
-        run.log(step, 20, samples=64, waited=1.0)
-    now[0] += 1000
-    run.log(14, split="val")
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["samples_per_second"] for line in lines] == [16, 32, 0]
-    assert [line["data_wait"] for line in lines] == [0.25, 0.5, 0]
-    assert "eta 0:00:09" in (tmp_path / "log.txt").read_text()  # 6 steps of 6/4 s
+
+    class Slow(Loader):
+        def __iter__(self):
+            for batch in super().__iter__():
+                now[0] += 1  # waiting for data
+                yield batch
+    run, args, p = start("cpu"), get_args(["--log-every", 2]), torch.nn.Parameter(torch.ones(1))
+    run.begin(tmp_path / "run", args, {"method": "toy"})
+    at, optimizer = device.Place(steps=8), torch.optim.SGD([p], 0.1)
+    for _ in run.batches(Slow(), at):
+        now[0] += 3
+        run.update(optimizer, [p], run.scaler())
+        run.tick(at, {"loss": 1.0}, samples=8)
+        now[0] += 1000  # validation and saving
+        run.log(at.step, "val", accuracy=1.0)
+    rows = metrics(tmp_path / "run", "train")
+    assert [row["samples_per_second"] for row in rows] == [2.0] * 4
+    assert [row["data_wait"] for row in rows] == [0.25] * 4
+    etas = [x.split("eta ")[1] for x in (tmp_path / "run/log.txt").read_text().splitlines()
+            if "eta " in x]
+    assert etas == ["0:00:24", "0:00:16", "0:00:08", "0:00:00"]
+    assert run.finish({})["samples_per_second"] == 2.0
 
 
-def test_a_folder_that_is_not_free_is_refused(tmp_path):
+def test_a_folder_that_cannot_be_used_is_refused(whole, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        one_line_error(lambda: start("cpu", out=out).claim(), "cannot be used", "--output-dir")
-    run = start("cpu", out=tmp_path / "run")
-    run.claim(identity={"batch_size": 32, "model": "tiny"})
-    run.save("checkpoint_last.pt", {"step": 1})
-    again = run.enter(run.out)
-    run.enter(tmp_path / "other").claim()
-    assert (tmp_path / "other" / "log.txt").read_text().startswith("device cpu")
-    one_line_error(again.claim, "already holds a run", "--resume", "--overwrite")
-    text = one_line_error(lambda: again.claim({}, {"batch_size": 64, "model": "tiny"}, resume=True),
-                          "batch_size was 32, now 64")
-    assert "model" not in text
-    assert again.claim({"epochs": 3}, {"batch_size": 32, "model": "tiny"}, resume=True)
-    assert len((run.out / "command.txt").read_text().splitlines()) >= 2
-    assert again.load("checkpoint_last.pt") == {"step": 1}
-    (run.out / "mine.npy").write_text("kept")
-    assert not again.claim({}, {"batch_size": 64}, resume=True, overwrite=True)
-    assert again.load("checkpoint_last.pt") is None and (run.out / "mine.npy").exists()
-    (run.out / "config.json").write_text('{"hidden_size": 4}')  # a downloaded model's
-    one_line_error(lambda: again.claim(overwrite=True), "not of a run of this program")
-
-
-def test_a_read_only_folder_is_refused():
+        with pytest.raises(SystemExit):  # already the command line
+            toy(out)
+        assert "--output-dir" in capsys.readouterr().err
+    refused(lambda: toy(whole, "--resume", "none"), whole, "--overwrite", "--output-dir")
+    refused(lambda: toy(whole, "--lr", 0.5), "lr was 0.1, now 0.5", "--output-dir")
+    line = refused(lambda: toy(whole, "--epochs", 30), f"--weights {whole}", "--output-dir")
+    assert "lr" not in line
+    assert toy(whole, "--log-every", 7, "--device", "cpu")["seconds"] == results(whole)["seconds"]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"hidden_size": 4}')  # a downloaded model's
+    for more in ((), ("--overwrite",)):
+        refused(lambda more=more: toy(tmp_path / "model", *more), "config.json", "--output-dir")
     with tempfile.TemporaryDirectory() as folder:
-        run = start("cpu", out=folder)
         os.chmod(folder, 0o555)
-        child = os.fork()
-        if child == 0:  # root may write anywhere, so be nobody
-            try:
-                if os.geteuid() == 0:
-                    os.setuid(65534)
-                run.claim()
-            except UserError:
-                os._exit(2)
-            os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+
+        def as_nobody():  # root may write anywhere
+            if os.geteuid() == 0:
+                os.setuid(65534)
+            refused(lambda: device.Run(torch.device("cpu"), "fp32", 0, 1, 0).begin(
+                folder, get_args(), {}), folder, "--output-dir")
+        assert in_child(as_nobody).code == 0
 
 
-def test_rewind_drops_what_was_logged_after_the_step(tmp_path):
-    run = start("cpu", out=tmp_path)
-    for step in range(1, 6):
-        run.log(step, loss=step / 3)
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 6, "lo')  # killed in the middle of a line
-    before = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    run.rewind(3)
-    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == before[:3]
-    assert "after step 3; 3 later" in (tmp_path / "log.txt").read_text()
+def test_overwrite_and_a_dry_run_start_again(tmp_path):
+    toy(tmp_path / "run", "--epochs", 1)
+    (tmp_path / "run" / "mine.npy").write_text("kept")
+    toy(tmp_path / "run", "--epochs", 2, "--overwrite")
+    assert len(metrics(tmp_path / "run", "train")) == 8
+    assert (tmp_path / "run" / "mine.npy").exists()
+    for _ in range(2):
+        toy(tmp_path / "run", "--dry-run")
+    assert len(metrics(tmp_path / "run_dry_run", "train")) == 2
+    assert len(metrics(tmp_path / "run", "train")) == 8
 
 
-def test_a_folder_is_not_needed():
+def test_eval_only_scores_the_best_and_claims_nothing(whole, tmp_path):
+    before = {path: path.read_bytes() for path in whole.iterdir()}
+    best = load_checkpoint(whole / "checkpoint_best.pt")
+    found = toy(whole, "--eval-only", "--lr", 0.7)  # a fair question
+    assert found["step"] == best["step"] and found["weight"] == best["weights"]["0.weight"].tolist()
+    path = whole / "checkpoint_last.pt"
+    assert toy(tmp_path / "none", "--eval-only", "--resume", path)["step"] == 12
+    assert before == {path: path.read_bytes() for path in whole.iterdir()}
+    assert not (tmp_path / "none").exists()
     run = start("cpu")
-    run.claim({"a": 1})
-    run.log(1, loss=1.0)
-    run.rewind(0)
-    run.save("checkpoint_last.pt", {})
-    assert run.load("checkpoint_last.pt") is None
-    assert run.finish({})["device"] == "cpu"
+    identity = {"method": "toy", "model": "other", "weights": "c0de"}
+    refused(lambda: run.begin(whole, get_args(["--eval-only"]), identity), "model")
+    refused(lambda: run.begin(whole, get_args(["--eval-only"]), {**identity, "method": "x"}),
+            "--weights")
+    refused(lambda: run.restore(best, {"0.weight": torch.ones(3, 3)}), "--model")
 
 
 # -----------------------------------------------------------------------------
 # Checkpoints
 
-def test_a_kill_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path):
-    # Forks of one process, as a new interpreter for each kill would take seconds.
-    run, best, moment = start("cpu", out=tmp_path), 0, random.Random(0)
-    for attempt in range(40):
-        child = os.fork()
-        if child == 0:
-            for n in range(best + 1, 10 ** 9):
-                for name in ("checkpoint_last.pt", "checkpoint_best.pt"):
-                    run.save(name, {"n": n, "w": torch.full((100_000,), float(n))})
-        time.sleep(moment.uniform(0.002, 0.06))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        for state in (run.load("checkpoint_best.pt"), run.load("checkpoint_last.pt")):
-            assert state or best == 0
-            if state:
-                assert state["w"].eq(state["n"]).all()
-        assert not state or state["n"] >= best
-        best = state["n"] if state else best
-    assert best > 20
-    run.claim(resume=True)
-    assert not list(tmp_path.glob("*.tmp"))
+KILLS = [(device.os, "replace", n) for n in (1, 4, 9, 10, 11, 12)] + [
+    (device.os, "fsync", n) for n in (2, 6, 7, 8)] + [(torch, "save", n) for n in (1, 3, 4)]
 
 
-def test_the_previous_checkpoint_is_kept_and_steps_in(tmp_path, capsys):
-    run = start("cpu", out=tmp_path)
-    for n in (1, 2, 3):
-        run.save("checkpoint_last.pt", {"n": n})
-        run.save("checkpoint_best.pt", {"n": n})
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["checkpoint_best.pt", "checkpoint_last.pt", "checkpoint_prev.pt"]
-    last = tmp_path / "checkpoint_last.pt"
-    assert load_checkpoint(last) == {"n": 3}
-    last.write_bytes(last.read_bytes()[:-200])
-    capsys.readouterr()
-    assert run.load(last) == {"n": 2}
-    assert "cut short" in capsys.readouterr().out
-    with pytest.raises(UserError):
-        run.load(last, fallback=False)
+@pytest.mark.parametrize("owner, name, number", KILLS)
+def test_a_kill_inside_any_write_resumes_to_the_same_bits(whole, tmp_path, owner, name, number):
+    def dying():
+        at_call(owner, name, number, die)
+        toy(tmp_path / "run", "--save-every", 3)
+    assert in_child(dying).code == 128 + signal.SIGKILL
+    toy(tmp_path / "run", "--save-every", 3)
+    same_run(whole, tmp_path / "run", ("checkpoint_last.pt", "checkpoint_best.pt"))
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("step", [0, 4, 7])
+def test_a_kill_between_writes_resumes_to_the_same_bits(whole, tmp_path, step):
+    def dying():
+        toy(tmp_path, every=lambda at: die() if at == step else None)
+    assert in_child(dying).code == 128 + signal.SIGKILL
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')  # killed in the middle of a line
+    toy(tmp_path, "--workers", 3)
+    same_run(whole, tmp_path, ("checkpoint_last.pt", "checkpoint_best.pt"))
+
+
+def test_a_checkpoint_of_another_folder_goes_on_with_its_best(whole, tmp_path):
+    def stop(at):
+        if at == 9:
+            raise KeyError
+    with pytest.raises(KeyError):
+        toy(tmp_path / "a", every=stop)
+    last = tmp_path / "a" / "checkpoint_last.pt"
+    refused(lambda: toy(tmp_path / "b", "--resume", last, "--lr", 0.5), "lr", "--output-dir")
+    assert not (tmp_path / "b").exists()
+    toy(tmp_path / "b", "--resume", last)
+    for name in ("checkpoint_last.pt", "checkpoint_best.pt"):
+        ours, theirs = (load_checkpoint(folder / name) for folder in (tmp_path / "b", whole))
+        assert differences(ours["weights"], theirs["weights"]) == []
+    assert [row["step"] for row in metrics(tmp_path / "b", "train")] == [9, 10, 11, 12]
+    assert "eta" in (tmp_path / "b" / "log.txt").read_text().splitlines()[2]
+
+
+def test_each_kind_of_damage_is_named_and_the_previous_one_steps_in(tmp_path, capsys):
+    toy(tmp_path / "run", "--epochs", 2)
+    last, before = (tmp_path / "run" / f"checkpoint_{name}.pt" for name in ("last", "prev"))
+    good = last.read_bytes()
+    for kind, path in damaged_files(tmp_path / "bad", last).items():
+        assert refused(lambda path=path: load_checkpoint(path), path.name)
+        last.write_bytes(path.read_bytes())
+        run = start("cpu")
+        stored = run.load(last)
+        assert stored["step"] == 4 and last.name in capsys.readouterr().out, kind
     last.unlink()  # the instant between the two renames
-    assert run.load("checkpoint_last.pt") == {"n": 2}
-    (tmp_path / "checkpoint_prev.pt").unlink()
-    assert run.load("checkpoint_last.pt") is None
-
-
-def test_each_kind_of_damage_is_named(tmp_path):
-    path = tmp_path / "checkpoint_last.pt"
-    run = start("cpu", out=tmp_path)
-    run.save(path, {"w": torch.arange(5000.0)})
-    good = path.read_bytes()
-    flipped = bytearray(good)
-    flipped[good.index(torch.tensor([2500.0]).numpy().tobytes())] ^= 4
-    for content, word in (
-            (b"", "empty"), (good[:9000], "cut short"), (good[:-30], "cut short"),
-            (bytes(flipped), "checksum"), (random.Random(0).randbytes(4000), "does not start"),
-            (b"\n<!DOCTYPE html><html>Log in</html>", "web page"),
-            (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
-            (gzip.compress(good), "gzip")):
-        path.write_bytes(content)
-        one_line_error(lambda: load_checkpoint(path), path.name, word)
-    assert torch.load(io.BytesIO(flipped), weights_only=True)  # torch alone would train on this
-    one_line_error(lambda: load_checkpoint(tmp_path / "none.pt"), "No such file")
-    one_line_error(lambda: load_checkpoint(tmp_path), "directory")
-    torch.save([1], path)
-    one_line_error(lambda: load_checkpoint(path), "holds a list")
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("ViT/constants.pkl", b"")
-    one_line_error(lambda: load_checkpoint(path), "TorchScript", "--weights")
-
-
-class Payload:
-    def __init__(self, canary):
-        self.canary = canary
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.canary}",)
-
-
-def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path):
+    assert run.load(last)["step"] == 4
+    before.unlink()
+    assert run.load(last) is None
+    refused(lambda: load_checkpoint(tmp_path), tmp_path)
+    torch.save([1], last)
+    refused(lambda: load_checkpoint(last), last.name, "list")
+    last.write_bytes(good)
     canary = tmp_path / "canary"
-    torch.save({"w": torch.ones(1), "x": Payload(canary)}, tmp_path / "x.pt")
-    one_line_error(lambda: load_checkpoint(tmp_path / "x.pt"), "refused")
+    torch.save({"x": Payload(canary)}, before)
+    refused(lambda: load_checkpoint(before), before.name)
     assert not canary.exists()
 
 
-def test_what_would_not_load_again_is_not_saved(tmp_path):
-    run = start("cpu", out=tmp_path)
-    run.save("a_last.pt", {"good": 1})
-    for bad in (numpy.float64(1), numpy.ones(2), pathlib.Path("x"), types.SimpleNamespace(),
-                {numpy.int64(1): 1}, lambda: 0, torch.ones(2).max(0)):
-        with pytest.raises(TypeError, match=r"state\['deep'\]\[0\]"):
-            run.save("a_last.pt", {"deep": [bad]})
+def test_what_would_not_load_again_or_is_not_finite_is_not_saved(tmp_path):
+    run = start("cpu")
+    path = tmp_path / "a_last.pt"
+    run.save(path, {"good": 1})
+    for bad in (numpy.float64(1), numpy.ones(2), path, types.SimpleNamespace(), torch.float32,
+                lambda: 0):
+        with pytest.raises(TypeError, match="cannot hold"):
+            run.save(path, {"deep": [bad]})
     for bad in (math.nan, math.inf):
-        with pytest.raises(SafeStop, match=r"state\['model'\]\['w'\] holds nan or inf"):
-            run.save("a_last.pt", {"model": {"w": torch.tensor([1.0, bad])}})
-    assert load_checkpoint(tmp_path / "a_last.pt") == {"good": 1}
-
-
-def test_what_training_holds_is_saved_and_no_more_than_that(tmp_path):
-    run = start("cpu", "fp16", out=tmp_path)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.randn(4, 3)).sum().backward()
-    optimizer.step()
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-             "scaler": run.scaler().state_dict(), "rng": run.rng_state(), "best": -math.inf,
-             "empty": torch.ones(0), "half": torch.ones(2).half(), "view": torch.ones(10**6)[:2]}
-    run.save("a_last.pt", state)
-    loaded = run.load("a_last.pt")
-    assert (tmp_path / "a_last.pt").stat().st_size < 100_000
-    model.load_state_dict(loaded["model"])
-    optimizer.load_state_dict(loaded["optimizer"])
-    assert loaded["best"] == -math.inf and loaded["view"].tolist() == [1, 1]
+        with pytest.raises(SafeStop, match="a_last.pt"):
+            run.save(path, {"model": {"w": torch.tensor([1.0, bad])}})
+    assert load_checkpoint(path) == {"good": 1}
+    run.save(path, {"view": torch.ones(10 ** 6)[:2], "empty": torch.ones(0), "best": -math.inf})
+    assert path.stat().st_size < 10_000 and load_checkpoint(path)["best"] == -math.inf
 
 
 def test_a_full_disk_stops_safely_and_keeps_the_old_checkpoint(tmp_path):
-    code = ("import resource, sys, torch; from device import guard, start\n"
-            "def main(args):\n"
-            "    run = start('cpu', out=sys.argv[1])\n"
-            "    run.save('a_last.pt', {'n': 1})\n"
-            "    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
-            "    run.save('a_last.pt', {'w': torch.ones(1_000_000)})\n"
-            "sys.exit(guard(main, lambda argv: None))")
-    result = finish_of(code, tmp_path)
-    assert result.returncode == 3 and result.stderr.count("\n") == 1, result.stderr
-    assert "needs about 4000000 bytes" in result.stderr and " are free" in result.stderr
+    result = python(
+        "import resource, sys, torch, pathlib; from device import guard, start\n"
+        "def main(path):\n"
+        "    run = start('cpu')\n"
+        "    run.save(path, {'n': 1})\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
+        "    run.save(path, {'w': torch.ones(1_000_000)})\n"
+        "sys.exit(guard(main, lambda argv: sys.argv[1]))", tmp_path / "a_last.pt")
+    assert result.code == 3 and result.err.count("\n") == 1 and "intact" in result.err
     assert [path.name for path in tmp_path.iterdir()] == ["a_last.pt"]
     assert load_checkpoint(tmp_path / "a_last.pt") == {"n": 1}
-
-
-def test_a_write_that_reads_back_wrong_is_not_put_in_place(tmp_path, monkeypatch):
-    run = start("cpu", out=tmp_path)
-    run.save("a_last.pt", {"n": 1})
-    torch_save = torch.save
-
-    def save(state, file):  # a disk that loses a block
-        torch_save(state, file)
-        file.seek(-300, os.SEEK_END)
-        file.write(bytes(100))
-    monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(SafeStop, match="intact"):
-        run.save("a_last.pt", {"n": 2})
-    assert load_checkpoint(tmp_path / "a_last.pt") == {"n": 1}
-
-
-def test_the_random_state_survives_a_checkpoint(tmp_path, capsys):
-    def draws():
-        return [random.random(), random.gauss(0, 1), numpy.random.randn(), torch.randn(2).tolist()]
-    run = start("cpu", seed=3, out=tmp_path)
-    draws()
-    run.save("a_last.pt", {"rng": run.gather_objects(run.rng_state())})
-    expected = draws()
-    state = run.load("a_last.pt")["rng"]
-    run.set_rng_state(state)
-    assert draws() == expected
-    run.set_rng_state(state[0] | {"device_type": "cuda", "device": torch.ones(16).byte()})
-    assert draws() == expected and "state of cuda" in capsys.readouterr().out
-    run.set_rng_state(state * 2)
-    assert draws() == expected and "2 processes, not 1" in capsys.readouterr().out
-
-
-def test_losses_that_are_not_finite_are_named_and_the_third_in_a_row_stops(capsys):
-    run, bad = start("cpu"), torch.tensor(math.nan)
-    run.check_finite([1.0, torch.tensor(2.0)], str)
-    run.check_finite([1.0, bad, math.inf], lambda i: f"image {i}.png")
-    said = capsys.readouterr().out
-    assert "image 0.png" not in said and "image 1.png" in said and "image 2.png" in said
-    run.check_finite([1.0, bad, -math.inf], str)       # a good one in between: two in a row again
-    with pytest.raises(SafeStop, match="3 steps in a row .* image 0.png") as caught:
-        run.check_finite([bad], lambda i: f"image {i}.png")
-    assert caught.value.exit_code == 3
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_gradient_that_is_not_finite_counts_as_zero(bad):
-    run = start("cpu")
-    p, q, frozen = (torch.nn.Parameter(torch.ones(3)) for _ in range(3))
-    p.grad, q.grad = torch.tensor([1.0, 3e38, 0]), torch.tensor([3e38, -3e38, 1])
-    assert run.drop_bad_gradients([p, q, frozen]) and p.grad[0] == 1 and frozen.grad is None
-    q.grad[1] = bad
-    assert not run.drop_bad_gradients([p, q, frozen])
-    assert p.grad.tolist() == q.grad.tolist() == [0, 0, 0] and frozen.grad is None
 
 
 # -----------------------------------------------------------------------------
 # Signals and exits
 
-STOPPABLE = """
-import sys, time
-from device import guard, start
-def main(args):
-    run = start("cpu", out=sys.argv[1])
-    run.watch_signals()
-    print("ready", flush=True)
-    for step in range(1, 2000):
-        time.sleep(0.01)
-        if run.stop_requested() and sys.argv[2] == "once":
-            run.save("checkpoint_last.pt", {"step": step})
-            raise run.interrupted()
-sys.exit(guard(main, lambda argv: None))
-"""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_a_second_exits_at_once(whole, tmp_path, number):
+    def one(at):
+        if at == 5:
+            os.kill(os.getpid(), number)
+
+    def two(at):
+        one(at)
+        one(at)
+
+    def run(folder, every):
+        return guard(lambda args: main(args, every=every), get_args, ["--output-dir", str(folder)])
+    stopped = in_child(run, tmp_path / "one", one)
+    assert stopped.code == 128 + number and "--resume auto" in stopped.out
+    assert load_checkpoint(tmp_path / "one" / "checkpoint_last.pt")["step"] == 6
+    toy(tmp_path / "one")
+    same_run(whole, tmp_path / "one")
+    assert in_child(run, tmp_path / "two", two).code == 128 + number
+    assert load_checkpoint(tmp_path / "two" / "checkpoint_last.pt")["step"] == 4
 
 
-def test_one_signal_saves_and_a_second_exits_at_once(tmp_path):
-    children = []
-    for number, times in ((signal.SIGINT, "once"), (signal.SIGTERM, "once"),
-                          (signal.SIGTERM, "twice")):
-        folder = tmp_path / f"{number}{times}"
-        children.append((number, times, folder, subprocess.Popen(
-            [sys.executable, "-c", STOPPABLE, str(folder), times], text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE)))
-    for number, times, folder, child in children:
-        assert "device" in child.stdout.readline() and "ready" in child.stdout.readline()
-        child.send_signal(number)
-        if times == "twice":
-            time.sleep(0.2)
-            assert child.poll() is None
-            child.send_signal(number)
-        _, said = child.communicate(timeout=20)
-        assert child.returncode == 128 + number, said
-        assert (folder / "checkpoint_last.pt").exists() == (times == "once")
-        assert ("after saving" in said) == (times == "once")
-
-
-def test_signals_go_back_to_whoever_had_them():
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    run = start("cpu")
-    run.watch_signals()
-    run.watch_signals()
-    other = run.enter("")
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert other.stop_requested() == signal.SIGTERM  # of the process, not of one run in it
-    assert signal.getsignal(signal.SIGTERM) != before[1]
-    other.unwatch_signals()
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    run.watch_signals()
-    assert run.stop_requested() == 0
-    run.unwatch_signals()
+def test_handlers_go_back_even_when_the_loop_is_left_early():
+    def handlers():
+        return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    run, before = start("cpu"), handlers()
+    for _ in run.batches(Loader(), device.Place(steps=9)):
+        assert handlers() != before
+        break
+    assert handlers() == before
 
 
 class OwnError(Exception):
@@ -655,82 +513,46 @@ class OwnError(Exception):
     (OwnError("mine"), 2, "error: mine\n"), (SafeStop("nan"), 3, "error: nan\n"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried"), 3, "--micro-batch"),
     (RuntimeError("MPS backend out of memory (MPS allocated: 1)"), 3, "--micro-batch"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 3, "--micro-batch"),
-    (MemoryError(), 3, "out of memory (MemoryError)"), (KeyboardInterrupt(), 130, "interrupted"),
-    (device.Interrupted("saved", 143), 143, "error: saved\n"),
-    (BrokenPipeError(), 141, None), (ZeroDivisionError("a bug"), 1, "Traceback")])
-def test_exit_codes_are_real(error, code, said, capsys, monkeypatch):
-    monkeypatch.setattr(device, "_leave_stdout", lambda: None)
-
-    def main(args):
+    (MemoryError(), 3, "out of memory"), (KeyboardInterrupt(), 130, "interrupted"),
+    (KeyboardInterrupt(signal.SIGTERM), 143, "SIGTERM"),
+    (BrokenPipeError("a worker's"), 3, "has ended"), (ZeroDivisionError("a bug"), 1, "Traceback")])
+def test_exit_codes_are_real(error, code, said, capsys):
+    def failing(args):
         if error:
             raise error
-    assert guard(main, lambda argv: types.SimpleNamespace(debug=False)) == code
+    assert guard(failing, lambda argv: types.SimpleNamespace(debug=False), []) == code
     text = capsys.readouterr().err
     assert said in text if said else text == ""
     assert ("Traceback" in text) == (code == 1)
-    if code in (2, 3):
-        guard(main, lambda argv: types.SimpleNamespace(debug=True))
-        assert "Traceback" in capsys.readouterr().err
-        monkeypatch.setenv("WORLD_SIZE", "2")  # all processes find a wrong flag: one says so
-        for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
-            monkeypatch.setenv(name, "1")
-        monkeypatch.setenv("MASTER_ADDR", "localhost")
-        assert guard(main, lambda argv: types.SimpleNamespace(debug=False)) == code
-        assert capsys.readouterr().err == ""
-
-
-def test_argparse_keeps_its_own_exit():
-    with pytest.raises(SystemExit):
-        guard(print, argparse.ArgumentParser().parse_args, ["--nonsense"])
-
-
-def test_the_command_line_takes_other_spellings_and_a_stored_run(tmp_path, capsys):
-    parser = device.Parser(aliases={"--learning-rate": "--lr"})
-    parser.add_argument("--lr", type=float, default=0.1)
-    parser.add_argument("--batch-size", type=int, default=8)
-    assert parser.parse_args(["--batch_size=4", "--learning_rate", "2"]).batch_size == 4
-    assert parser.parse_args(["--learning_rate", "2"]).lr == 2
-    for words, hint in ((["--batch-sise", "1"], "did you mean --batch-size?"),
-                        (["--l", "1"], "unknown argument --l"),
-                        (["--config", str(tmp_path / "none")], "is not a run's config.json")):
-        with pytest.raises(SystemExit) as caught:
-            parser.parse_args(words)
-        text = capsys.readouterr().err
-        assert caught.value.code == 2 and hint in text and text.count("\n") == 1
-    stored = tmp_path / "config.json"
-    stored.write_text(json.dumps({"lr": 0.5, "batch_size": 2, "resume": "none", "identity": {}}))
-    args = parser.parse_args(["--config", str(stored), "--batch-size", "16"])
-    assert (args.lr, args.batch_size) == (0.5, 16) and not hasattr(args, "identity")
+    guard(failing, lambda argv: None, ["--debug"])
+    assert ("Traceback" in capsys.readouterr().err) == (error is not None)
 
 
 TALKER = """
 import sys
 from device import guard, start
 def main(args):
-    print(chr(0x732b))
-    run = start("cpu", out=sys.argv[1])
-    run.claim()
+    print(chr(0x732b), flush=True)
+    say = start("cpu").say if sys.argv[1] == "run" else print
     for n in range(3000):
-        run.say(f"{chr(0x732b)} {n} " + "x" * 50)
+        say(f"{chr(0x732b)} {n} " + "x" * 50)
+    open(sys.argv[2], "w").write("done")
 sys.exit(guard(main, lambda argv: None))
 """
 
 
-def test_a_closed_pipe_and_a_c_locale_do_not_end_a_run(tmp_path):
-    command = [sys.executable, "-c", TALKER, str(tmp_path / "pipe")]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@pytest.mark.parametrize("who, code", [("run", 0), ("tool", 141)])
+def test_a_closed_pipe_ends_a_tool_and_not_a_run(tmp_path, who, code):
+    child = subprocess.Popen([sys.executable, "-c", TALKER, who, str(tmp_path / "end")],
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     child.stdout.readline()
     child.stdout.close()  # as `| head -1` does
-    assert child.wait(timeout=60) == 0 and child.stderr.read() == b""
+    assert child.wait(timeout=60) == code and child.stderr.read() == b""
     child.stderr.close()
-    assert "猫 2999" in (tmp_path / "pipe" / "log.txt").read_text("utf-8")
+    assert (tmp_path / "end").exists() == (code == 0)
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
                   "PYTHONIOENCODING": "ascii:strict"}
-    result = finish_of(TALKER, tmp_path / "locale", env=ascii_only)
-    assert result.returncode == 0, result.stderr
-    assert r"\u732b 2999" in result.stdout
-    assert "猫 2999" in (tmp_path / "locale" / "log.txt").read_text("utf-8")
+    assert r"\u732b 2999" in python(TALKER, who, tmp_path / "end", env=ascii_only).ok().out
 
 
 def test_progress_is_for_terminals_only(capsys, monkeypatch):
@@ -744,83 +566,41 @@ def test_progress_is_for_terminals_only(capsys, monkeypatch):
     assert capsys.readouterr().out == "\rencoding 1/9\r" + " " * 12 + "\rdone\n"
 
 
-def test_git_commit_never_fails(tmp_path, monkeypatch):
-    assert device.git_commit() == "" or len(device.git_commit().split("-")[0]) == 40
-    monkeypatch.setattr(device, "__file__", str(tmp_path / "device.py"))
-    assert device.git_commit() == ""
-    monkeypatch.setenv("PATH", "")
-    assert device.git_commit() == ""
-
-
 # -----------------------------------------------------------------------------
-# The doctor
+# The command line
 
-def test_the_doctor_finds_this_cpu_right_and_says_which_flags_to_use(capsys):
-    assert guard(device.doctor, device.doctor_args, ["--device", "cpu", "--seconds", "0.05",
-                                                     "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
+def test_the_command_line_takes_other_spellings_and_a_stored_run(whole):
+    assert get_args(["--output_dir=x", "--learning_rate", "2"]).lr == 2
+    args = get_args(["--config", whole / "config.json", "--epochs", 16, "--seed", 3])
+    assert (args.output_dir, args.epochs, args.seed) == (str(whole), 16, 3)
+    again = get_args(["--config", whole / "config.json"])
+    stored = json.loads((whole / "config.json").read_text())
+    assert {**vars(again), "config": None} == {
+        **{key: stored[key] for key in stored if key != "identity"}}
+    several = Parser()
+    device.add_run_flags(several, several_seeds=True)
+    assert several.parse_args(["--seed", "1", "2"]).seed == [1, 2]
+
+
+@pytest.mark.parametrize("words, names", [
+    (["--output-dri", "x"], ["--output-dir"]), (["--outp", "x"], ["--outp"]),
+    (["--optim", "sgd"], ["--optim", "AdamW"]), (["--config", "none.json"], ["--config"]),
+    (["--lr", "0"], ["--lr"]), (["--lr", "nan"], ["--lr"]), (["--lr", "x"], ["--lr"]),
+    (["--epochs", "1.5"], ["--epochs"]), (["--epochs", "0"], ["--epochs"]),
+    (["--seed", str(2 ** 32)], ["--seed"]), (["--workers", "-2"], ["--workers"]),
+    (["--resume", "true"], ["--resume"]), (["--precision", "fp8"], ["--precision"])])
+def test_a_wrong_command_line_gets_one_line(words, names, capsys):
+    with pytest.raises(SystemExit) as caught:
+        get_args(words)
+    text = capsys.readouterr().err
+    assert caught.value.code == 2 and text.count("\n") == 1 and all(x in text for x in names)
+
+
+def test_the_doctor_finds_this_cpu_right(tmp_path):
+    report = json.loads(cli("-m", "tools.doctor", "--device", "cpu", "--seconds", 0,
+                            "--json").ok().out)
     cpu, = report["devices"]
-    errors = {(row["precision"], row["attention"]): row["error"] for row in cpu["rows"]}
-    assert len(errors) == 6 and all(row["wrong"] == "" for row in cpu["rows"])
-    assert max(errors["fp32", "fused"], errors["fp32", "plain"]) < 5e-4
-    for precision in ("fp16", "bf16"):  # measured, not assumed: they do round
-        assert 1e-3 < errors[precision, "plain"] < device.LIMITS[precision] / 2
-    assert all(row["speed"] > 0 for row in cpu["rows"]) and cpu["transfer"] is None
-    assert cpu["verdict"].startswith("cpu: fp32 exact, bf16 usable (gradient error ")
-    assert cpu["verdict"].endswith("use --device cpu --precision fp32")
-    assert set(report["absent"]) == {name for name, kind in device.KINDS.items() if kind.absent()}
-
-
-attention, sgd_step = F.scaled_dot_product_attention, torch.optim.SGD.step
-
-
-@pytest.mark.parametrize("owner, name, wrong, which", [
-    (F, "scaled_dot_product_attention", lambda *qkv, is_causal: attention(*qkv), "fused"),
-    (F, "scaled_dot_product_attention", lambda *qkv, is_causal: attention(*qkv, is_causal=is_causal)
-     * 1.02, "fused"),
-    (F, "scaled_dot_product_attention", lambda q, k, v, is_causal: v * math.nan, "fused"),
-    (torch.optim.SGD, "step", lambda self, closure=None: None, "fused and plain"),
-    (F, "layer_norm", lambda x, *_, **__: missing(), "fused and plain")])
-def test_the_doctor_sees_a_wrong_kernel(owner, name, wrong, which, capsys, monkeypatch):
-    fp32_only = dataclasses.replace(device.KINDS["cpu"], precisions=lambda device: ["fp32"])
-    monkeypatch.setattr(device, "KINDS", {"cpu": fp32_only})
-    truth = device._outcome
-
-    def outcome(run, *arguments, **options):  # another device has other kernels: the truth stays
-        with monkeypatch.context() as patch:
-            if arguments[1].dtype == torch.float32:
-                patch.setattr(owner, name, wrong)
-            return truth(run, *arguments, **options)
-    monkeypatch.setattr(device, "_outcome", outcome)
-    assert guard(device.doctor, device.doctor_args, ["--seconds", "0"]) == 3
-    out, err = capsys.readouterr()
-    assert f"cpu: fp32 WRONG with {which} attention; do not train on it\n" in out
-    assert err.startswith(f"error: cpu fp32 with {which.split()[0]} attention ")
-    assert err.count("\n") == 1
-
-
-def missing():
-    raise NotImplementedError("an operation it has not")
-
-
-def test_the_doctor_lists_what_is_absent_or_broken_and_refuses_it_when_asked(capsys, monkeypatch):
-    cpu = dataclasses.replace(device.KINDS["cpu"], precisions=lambda device: ["fp32"])
-    busy = dataclasses.replace(device.KINDS["cuda"], absent=lambda: "", count=lambda: 1,
-                               select=broken, precisions=lambda device: ["fp32"])
-    gone = dataclasses.replace(device.KINDS["mps"], absent=lambda: "there is no Apple GPU")
-    monkeypatch.setattr(device, "KINDS", {"cuda": busy, "mps": gone, "cpu": cpu})
-    assert guard(device.doctor, device.doctor_args, ["--seconds", "0"]) == 0
-    out = capsys.readouterr().out
-    assert "mps  absent: there is no Apple GPU\n" in out and "cpu: fp32 exact; use --device" in out
-    assert "cuda absent: cuda:0 is listed but does not work: the GPU is busy\n" in out
-    for name, words in (("cuda", "does not work"), ("mps", "no Apple GPU"), ("gpu", "unknown")):
-        assert guard(device.doctor, device.doctor_args, ["--device", name]) == 2
-        error = capsys.readouterr().err
-        assert words in error and error.count("\n") == 1
-
-
-def test_the_doctor_is_a_command():
-    run = subprocess.run([sys.executable, device.__file__, "--device", "npu:99"], text=True,
-                         capture_output=True)
-    assert run.returncode == 2 and run.stderr.startswith("error: device npu")
-    assert run.stderr.count("\n") == 1
+    assert len(cpu["rows"]) == 6 and not any(row["wrong"] for row in cpu["rows"])
+    assert all(row["error"] < 5e-4 for row in cpu["rows"] if row["precision"] == "fp32")
+    assert cpu["verdict"].endswith("--device cpu --precision fp32") and cpu["transfer"] is None
+    refused(cli("-m", "tools.doctor", "--device", "npu:99"), "--device")

@@ -1,21 +1,25 @@
-"""Equal to transformers and open_clip on the same random weights, in both directions, to 1e-5."""
+"""Equal to transformers, open_clip and torchvision on shared random weights, to 1e-5, both ways;
+and what a configuration asks that this CLIP does not have is refused by its name."""
+import copy
 import dataclasses
 import json
 import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
+from helpers import images_for, refused, tiny_clip
 
-from clip_model import CLIP, CONFIGS, load, save
+from clip_model import BERTS, CLIP, CONFIGS, BertConfig, bert_fields
+from layouts import to_hugging_face
+from weights import load, save
 
 VOCAB, TOLERANCE = 96, 1e-5
-
-
-def make(name="tiny-vit", **changes):
-    torch.manual_seed(0)
-    model = CLIP(dataclasses.replace(CONFIGS[name], vocab_size=VOCAB, **changes)).eval()
-    shake(model)
-    return model
+BERT = {
+    "bert": BertConfig("bert", VOCAB, 32, 3, 2, 48, 24),
+    "roberta": BertConfig("roberta", VOCAB, 32, 3, 2, 48, 24, type_vocab=1, pad_id=1, eps=1e-5),
+    "distilbert": BertConfig("distilbert", VOCAB, 32, 3, 2, 48, 24, type_vocab=0, pool="first"),
+}
 
 
 @torch.no_grad()
@@ -27,114 +31,314 @@ def shake(model):
             tensor.mul_(1.5)
         elif tensor.is_floating_point() and tensor.dim():
             tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator))
+    return model.eval()
 
 
-def inputs(model):
-    generator = torch.Generator().manual_seed(2)
-    size = model.config.image_size
-    images = torch.randn(3, 3, size, size, generator=generator)
-    tokens = torch.zeros(4, 77, dtype=torch.long)
-    for row, length in zip(tokens, (2, 9, 30, 77)):
-        row[:length] = torch.randint(1, VOCAB - 2, (length,), generator=generator)
-        row[0], row[length - 1] = VOCAB - 2, VOCAB - 1
-    return images, tokens
+def make(name="tiny-vit", bert=None, **changes):
+    fields = bert_fields(bert) if bert else {"vocab_size": VOCAB}
+    return shake(tiny_clip(config=name, **{**fields, **changes}))
 
 
-def assert_equal_features(ours, encode_image, encode_text):
-    images, tokens = inputs(ours)
+def texts(model):
+    """Four texts as the model's tower takes them: of 2 tokens, of all that it has, and between."""
+    generator, longest = torch.Generator().manual_seed(2), model.config.context_length
+    tokens = torch.full((4, longest), model.pad_id)
+    for row, length in zip(tokens, (2, 9, longest // 2, longest)):
+        row[:length] = torch.randint(3, VOCAB - 2, (length,), generator=generator)
+        if not model.config.text:
+            row[0], row[length - 1] = VOCAB - 2, VOCAB - 1
+    return tokens
+
+
+def same_features(ours, encode_image=None, encode_text=None):
     with torch.no_grad():
-        for found, expected in ((ours.encode_image(images), encode_image(images)),
-                                (ours.encode_text(tokens), encode_text(tokens))):
-            assert found.shape == expected.shape and expected.std() > 0.01  # nothing is trivially equal
-            assert (found - expected).abs().max() <= TOLERANCE
+        for our, their, x in ((ours.encode_image, encode_image, images_for(ours, 3)),
+                              (ours.encode_text, encode_text, texts(ours))):
+            if their:
+                found, expected = our(x), their(x)
+                assert found.shape == expected.shape and expected.std() > 0.01
+                assert (found - expected).abs().max() <= TOLERANCE
 
 
-def assert_equal_logits(ours, logits):
-    images, tokens = inputs(ours)
+def same_logits(ours, logits):
+    images, tokens = images_for(ours, 3), texts(ours)
     with torch.no_grad():
         image, text, scale = ours(images, tokens)
         assert (scale * image @ text.t() - logits(images, tokens)).abs().max() <= TOLERANCE
 
-
-# -----------------------------------------------------------------------------
-# transformers
 
 @pytest.fixture(scope="module")
 def transformers():
     return pytest.importorskip("transformers", reason="transformers is not installed")
 
 
-def assert_equal_to_hugging_face(ours, theirs):
+@pytest.fixture(scope="module")
+def open_clip():
+    return pytest.importorskip("open_clip", reason="open_clip is not installed",
+                               exc_type=(ImportError, RuntimeError, OSError))
+
+
+@pytest.fixture(scope="module")
+def models():
+    return pytest.importorskip("torchvision.models", reason="torchvision is not installed",
+                               exc_type=(ImportError, RuntimeError, OSError))
+
+
+# -----------------------------------------------------------------------------
+# transformers
+
+def mask(model, tokens):
+    return (tokens != model.pad_id).long() if model.config.text else None
+
+
+def same_as_hugging_face(ours, theirs):
+    pooled = ours.config.text is None or ours.config.text.pool == "pooler"
+
     def encode_image(images):
         return theirs.visual_projection(theirs.vision_model(images).pooler_output)
 
     def encode_text(tokens):
-        return theirs.text_projection(theirs.text_model(tokens).pooler_output)
-    assert_equal_features(ours, encode_image, encode_text)
-    assert_equal_logits(ours, lambda images, tokens: theirs(
-        input_ids=tokens, pixel_values=images).logits_per_image)
+        out = theirs.text_model(tokens, attention_mask=mask(ours, tokens))
+        return theirs.text_projection(out.pooler_output if pooled else out[0][:, 0])
+    same_features(ours, encode_image, encode_text)
+    same_logits(ours, lambda images, tokens: theirs(
+        input_ids=tokens, pixel_values=images, attention_mask=mask(ours, tokens)).logits_per_image)
 
 
-@pytest.mark.parametrize("changes", [{}, {"activation": "gelu"}, {"vision_head": 16, "text_head": 32}])
-def test_transformers_computes_the_same_from_our_folder(tmp_path, transformers, changes):
-    ours = make(**changes)
-    save(ours, tmp_path / "hf", layout="hf")
-    theirs, report = transformers.CLIPModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
-    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert_equal_to_hugging_face(ours, theirs.eval())
+@pytest.mark.parametrize("text, kind", [
+    ("", "CLIPModel"), ("bert", "VisionTextDualEncoderModel"),
+    ("roberta", "VisionTextDualEncoderModel"), ("first", "ChineseCLIPModel")])
+@pytest.mark.parametrize("changes", [{}, {"activation": "gelu", "vision_head": 16}])
+def test_transformers_computes_the_same_from_our_folder(tmp_path, transformers, text, kind,
+                                                        changes):
+    bare = dataclasses.replace(BERT["bert"], pool="first")
+    ours = make(bert={"first": bare, **BERT}.get(text), **changes)
+    ours.image_resize, ours.image_mean = "squash", (0.5, 0.4, 0.3)
+    folder = save(ours, tmp_path / "hf", layout="hf").parent
+    theirs, report = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
+    assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    same_as_hugging_face(ours, theirs.eval())
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    assert tuple(processor.image_mean) == (0.5, 0.4, 0.3) and not processor.do_center_crop
+    again = load(folder)
+    assert again.config == ours.config and again.pixels == ours.pixels
 
 
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-@pytest.mark.parametrize("form", ["safetensors", "bin", "file"])
-def test_we_compute_the_same_from_a_transformers_folder(tmp_path, transformers, activation, form):
-    torch.manual_seed(3)
+def hugging_face_clip(transformers, text=(), vision=(), **more):
+    """A small CLIPModel with some settings changed."""
     text = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=256, num_hidden_layers=3,
-                num_attention_heads=2, max_position_embeddings=77, hidden_act=activation,
-                eos_token_id=VOCAB - 1, bos_token_id=VOCAB - 2, pad_token_id=0)
-    vision = dict(hidden_size=48, intermediate_size=192, num_hidden_layers=2, num_attention_heads=3,
-                  image_size=40, patch_size=8, hidden_act=activation)
-    theirs = transformers.CLIPModel(transformers.CLIPConfig(
-        text_config=text, vision_config=vision, projection_dim=24)).eval()
-    shake(theirs)
+                num_attention_heads=2, max_position_embeddings=77, eos_token_id=VOCAB - 1,
+                bos_token_id=VOCAB - 2, pad_token_id=0) | dict(text)
+    vision = dict(hidden_size=48, intermediate_size=192, num_hidden_layers=2, image_size=40,
+                  num_attention_heads=3, patch_size=8) | dict(vision)
+    torch.manual_seed(3)
+    return shake(transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=text, vision_config=vision, projection_dim=24, **more)))
+
+
+GELU = {"hidden_act": "gelu"}
+
+
+@pytest.mark.parametrize("text, vision, name", [  # name: of what is refused
+    ({}, {}, ""), (GELU, GELU, ""), ({"eos_token_id": 2}, {}, ""),
+    ({"num_attention_heads": 4}, {"num_attention_heads": 6}, ""),
+    ({"eos_token_id": 5}, {}, "eos_token_id"), (GELU, {}, "hidden_act"), ({}, GELU, "hidden_act"),
+    ({"hidden_act": "gelu_new"}, {"hidden_act": "gelu_new"}, "gelu_new"),
+    ({"layer_norm_eps": 1e-6}, {}, "layer_norm_eps"),
+    ({}, {"layer_norm_eps": 1e-12}, "layer_norm_eps"),
+    ({"intermediate_size": 100}, {}, "c_fc")])
+def test_a_transformers_folder_is_computed_alike_or_refused_by_name(tmp_path, transformers, text,
+                                                                    vision, name):
+    theirs = hugging_face_clip(transformers, text, vision)
     theirs.save_pretrained(tmp_path)
-    path = tmp_path
-    if form != "safetensors":
+    if name:
+        refused(lambda: load(tmp_path), name)
+        return
+    same_as_hugging_face(load(tmp_path), theirs)
+    if not text:  # the same from a .bin, alone or in its folder
         (tmp_path / "model.safetensors").unlink()
-        path = tmp_path / "pytorch_model.bin"
-        torch.save(theirs.state_dict(), path)
-        path = tmp_path if form == "bin" else path
-    ours = load(path)
-    assert ours.config.activation == activation
-    assert (ours.config.vision_head, ours.config.text_head) == (16, 32)
-    assert ours.origin["layout"] == "hf" and all(p.is_contiguous() for p in ours.parameters())
-    assert_equal_to_hugging_face(ours, theirs)
+        torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+        same_as_hugging_face(load(tmp_path / "pytorch_model.bin"), theirs)
+
+
+def test_shards_are_read_together_each_verified_and_a_shard_alone_is_named(tmp_path, transformers):
+    theirs = hugging_face_clip(transformers)
+    theirs.save_pretrained(tmp_path, max_shard_size="200KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    ours = load(tmp_path)
+    same_as_hugging_face(ours, theirs)
+    index = load(tmp_path / "model.safetensors.index.json")
+    assert index.origin == ours.origin | {"name": "model.safetensors.index.json"}
+    refused(lambda: load(shards[1]), shards[1].name, "index.json", f"{len(shards)}")
+    whole = shards[1].read_bytes()
+    shards[1].write_bytes(whole[:-8])
+    refused(lambda: load(tmp_path), shards[1].name)
+    shards[1].write_bytes(shards[0].read_bytes())  # a whole file, of other tensors
+    refused(lambda: load(tmp_path), shards[1].name)
+    shards[1].unlink()
+    refused(lambda: load(tmp_path), shards[1].name)
+    shards[1].write_bytes(whole)
+    assert load(tmp_path).origin["sha256"] == ours.origin["sha256"]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("text", list(BERT))
+def test_we_compute_the_same_from_their_dual_encoder(tmp_path, transformers, text, wrapped):
+    vision = transformers.CLIPVisionConfig(hidden_size=48, intermediate_size=192, image_size=32,
+                                           num_hidden_layers=2, num_attention_heads=3, patch_size=8)
+    theirs = shake(transformers.VisionTextDualEncoderModel(
+        transformers.VisionTextDualEncoderConfig(
+            vision_config=vision.to_dict(), projection_dim=24,
+            text_config=their_bert(transformers, text).config.to_dict())))
+    theirs.save_pretrained(tmp_path)
+    if wrapped:  # as transformers before 5 named them
+        (tmp_path / "model.safetensors").unlink()
+        torch.save({name.replace("vision_model.", "vision_model.vision_model."): tensor
+                    for name, tensor in theirs.state_dict().items()},
+                   tmp_path / "pytorch_model.bin")
+    ours = load(tmp_path)
+    assert ours.config.vision_head == 16 and ours.config.text == BERT[text]
+    if text == "distilbert":  # transformers looks for a pooler that is not there
+        same_features(ours, None, lambda tokens: theirs.text_projection(
+            theirs.text_model(tokens, attention_mask=mask(ours, tokens))[0][:, 0]))
+    else:
+        same_as_hugging_face(ours, theirs)
+
+
+def test_one_tower_of_a_clip_is_read_alone(tmp_path, transformers):
+    theirs = hugging_face_clip(transformers, {"projection_dim": 24}, {"projection_dim": 24})
+    theirs.save_pretrained(tmp_path)
+    for name, kind in (("v", transformers.CLIPVisionModelWithProjection),
+                       ("t", transformers.CLIPTextModelWithProjection)):
+        kind.from_pretrained(tmp_path).save_pretrained(tmp_path / name)
+    ours = load(image_tower=tmp_path / "v", text_tower=tmp_path / "t", embed_dim=24)
+    with torch.no_grad():
+        ours.logit_scale.copy_(theirs.logit_scale)  # belongs to neither tower
+    same_as_hugging_face(ours, theirs)
+    refused(lambda: load(tmp_path / "v"), "v", "text_projection")
+
+
+def test_other_model_types_of_transformers_are_refused_by_name(tmp_path, transformers):
+    hugging_face_clip(transformers).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for part, family in ((config["vision_config"], "vit"), (config, "metaclip_2"),
+                         (config, "siglip"), (config, None)):
+        part["model_type"] = family
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        refused(lambda: load(tmp_path), f"model_type {family!r}")  # noqa: B023
+
+
+# -----------------------------------------------------------------------------
+# The BERT family of transformers
+
+def their_bert(transformers, family, **changes):
+    more = dict(vocab_size=VOCAB, max_position_embeddings=24)
+    if family == "distilbert":
+        config = transformers.DistilBertConfig(dim=32, n_layers=3, n_heads=2, hidden_dim=48, **more)
+        return shake(transformers.DistilBertModel(config))
+    more |= dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48)
+    if family == "bert":
+        return shake(transformers.BertModel(transformers.BertConfig(**more)))
+    return shake(transformers.RobertaModel(transformers.RobertaConfig(
+        type_vocab_size=1, layer_norm_eps=1e-5, **more)))
+
+
+def their_features(theirs, tokens, pad_id, pool):
+    seen = (tokens != pad_id).long()
+    out = theirs(input_ids=tokens, attention_mask=seen)
+    if pool == "mean":  # of sentence-transformers
+        return (out[0] * seen[..., None]).sum(1) / seen.sum(1, keepdim=True)
+    return out.pooler_output if pool == "pooler" else out[0][:, 0]
+
+
+@pytest.mark.parametrize("family, pool", [
+    ("bert", "pooler"), ("bert", "first"), ("bert", "mean"), ("roberta", "pooler"),
+    ("roberta", "mean"), ("distilbert", "first"), ("distilbert", "mean")])
+def test_a_text_tower_and_its_gradients_are_transformers_own(tmp_path, transformers, family, pool):
+    theirs = their_bert(transformers, family)
+    theirs.save_pretrained(tmp_path)
+    ours = load(image_tower="tiny-vit:none", text_tower=tmp_path, pool=pool).double()
+    assert ours.config.text == dataclasses.replace(BERT[family], pool=pool)
+    theirs, tokens = theirs.double(), texts(ours)
+    found = ours.bert(tokens)
+    expected = their_features(theirs, tokens, ours.pad_id, pool)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    weight = torch.randn(4, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    (found * weight).sum().backward()
+    (expected * weight).sum().backward()
+
+    def sizes(model):  # names differ; the gradients of equal tensors have equal sums of squares
+        return sorted(p.grad.square().sum().item() for p in model.parameters()
+                      if p.grad is not None and p.grad.any())
+    torch.testing.assert_close(torch.tensor(sizes(ours.bert)), torch.tensor(sizes(theirs)))
+
+
+def test_pooling_is_what_sentence_transformers_wrote_beside(tmp_path, transformers):
+    theirs = their_bert(transformers, "bert")
+    theirs.save_pretrained(tmp_path)
+    pooling = tmp_path / "1_Pooling" / "config.json"
+    pooling.parent.mkdir()
+    for content, pool in (({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False},
+                           "mean"), ({"pooling_mode": "mean"}, "mean"),
+                          ({"pooling_mode_cls_token": True}, "first"), ({}, "pooler")):
+        pooling.write_text(json.dumps(content))
+        ours = load(image_tower="tiny-vit:none", text_tower=tmp_path)
+        assert ours.config.text.pool == pool
+        expected = their_features(theirs, texts(ours), 0, pool)
+        assert (ours.bert(texts(ours)) - expected).abs().max() <= TOLERANCE
+        assert load(save(ours, tmp_path / "a.safetensors")).config == ours.config
+    pooling.write_text(json.dumps({"pooling_mode_max_tokens": True}))
+    refused(lambda: load(image_tower="tiny-vit:none", text_tower=tmp_path), "max_tokens")
+
+
+def test_other_families_and_settings_of_a_bert_are_refused_by_name(tmp_path, transformers):
+    their_bert(transformers, "bert").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key, value in (("model_type", "ernie"), ("model_type", "xlm-roberta"),
+                       ("model_type", "camembert"), ("model_type", "electra"),
+                       ("hidden_act", "relu"), ("hidden_act", "gelu_new"), ("is_decoder", True),
+                       ("position_embedding_type", "relative_key"), ("num_attention_heads", 5)):
+        (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+        refused(lambda: load(image_tower="tiny-vit:none", text_tower=tmp_path),
+                "heads" if value == 5 else f"{key} {value!r}")  # noqa: B023
+
+
+def test_clip_roberta_has_the_published_count_and_their_names(transformers):
+    with torch.device("meta"):
+        ours = CLIP(dataclasses.replace(CONFIGS["ViT-B/32"], **bert_fields(BERTS["roberta-base"])))
+        theirs = transformers.VisionTextDualEncoderModel(transformers.VisionTextDualEncoderConfig(
+            vision_config=transformers.CLIPVisionConfig().to_dict(),
+            text_config=transformers.RobertaConfig(
+                max_position_embeddings=514, type_vocab_size=1).to_dict()))
+    assert sum(p.numel() for p in ours.parameters()) == 212_888_065
+    assert {key: t.shape for key, t in to_hugging_face(ours.state_dict()).items()} == {
+        key: t.shape for key, t in theirs.state_dict().items()}
 
 
 # -----------------------------------------------------------------------------
 # open_clip
 
-@pytest.fixture(scope="module")
-def open_clip():
-    try:
-        import open_clip
-    except (ImportError, RuntimeError, OSError) as error:  # it needs a torchvision that imports
-        pytest.skip(f"open_clip does not import here: {error}")
-    return open_clip
-
-
-def assert_equal_to_open_clip(ours, theirs):
-    assert_equal_features(ours, theirs.encode_image, theirs.encode_text)
-    assert_equal_logits(ours, lambda images, tokens: theirs.get_logits(images, tokens)[0])
+def same_as_open_clip(ours, theirs):
+    same_features(ours, theirs.encode_image, theirs.encode_text)
+    same_logits(ours, lambda images, tokens: theirs.get_logits(images, tokens)[0]
+                - (theirs.logit_bias if theirs.logit_bias is not None else 0))
 
 
 @pytest.mark.parametrize("name", ["tiny-vit", "tiny-rn"])
-@pytest.mark.parametrize("changes", [
-    {}, {"activation": "gelu"}, {"vision_head": 16, "text_head": 32}])
+@pytest.mark.parametrize("changes", [{}, {"activation": "gelu"},
+                                     {"vision_head": 16, "text_head": 32}])
 def test_open_clip_computes_the_same_from_our_folder(tmp_path, open_clip, name, changes):
     ours = make(name, **changes)
+    ours.image_mean, ours.image_resize = (0.5, 0.4, 0.3), "squash"
+    ours.logit_bias = torch.nn.Parameter(torch.tensor(-7.5))
     save(ours, tmp_path / "folder", layout="open_clip")
-    theirs = open_clip.create_model(f"local-dir:{tmp_path / 'folder'}").eval()
-    assert_equal_to_open_clip(ours, theirs)
+    theirs, _, prepare = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'folder'}")
+    assert theirs.logit_bias.item() == -7.5
+    assert tuple(prepare.transforms[-1].mean) == (0.5, 0.4, 0.3)
+    assert theirs.visual.preprocess_cfg["resize_mode"] == "squash"
+    same_as_open_clip(ours, theirs.eval())
 
 
 @pytest.mark.parametrize("name", ["tiny-vit", "tiny-rn"])
@@ -144,52 +348,160 @@ def test_open_clips_openai_reader_computes_the_same_from_our_file(tmp_path, open
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it tries the deprecated torch.jit.load first
         theirs = open_clip.load_openai_model(str(path), precision="fp32", device="cpu").eval()
-    assert_equal_to_open_clip(ours, theirs)
+    same_as_open_clip(ours, theirs)
 
 
-def their_model(open_clip, name, quick_gelu):
+VISION = {"vit": dict(image_size=48, layers=3, width=96, patch_size=16, head_width=32),
+          "resnet": dict(image_size=64, layers=[1, 2, 1, 1], width=8, head_width=64,
+                         patch_size=None)}
+TEXT = dict(context_length=77, vocab_size=VOCAB, width=64, heads=1, layers=2)
+
+
+def their_model(open_clip, kind="vit", custom=False, vision=(), text=(), **model):
+    config = {"embed_dim": 40, "vision_cfg": VISION[kind] | dict(vision),
+              "text_cfg": TEXT | dict(text), **model}
     torch.manual_seed(4)
-    vision = {"tiny-vit": dict(image_size=48, layers=3, width=96, patch_size=16, head_width=32),
-              "tiny-rn": dict(image_size=64, layers=(1, 2, 1, 1), width=8, head_width=64,
-                              patch_size=None)}[name]
-    text = dict(context_length=77, vocab_size=VOCAB, width=64, heads=1, layers=2)
-    model = open_clip.CLIP(40, vision, text, quick_gelu=quick_gelu).eval()
-    shake(model)
-    return model, {"embed_dim": 40, "quick_gelu": quick_gelu, "vision_cfg": vision, "text_cfg": text}
+    theirs = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**copy.deepcopy(config))
+    return shake(theirs), config | ({"custom_text": True} if custom else {})
 
 
-@pytest.mark.parametrize("name", ["tiny-vit", "tiny-rn"])
-@pytest.mark.parametrize("quick_gelu", [True, False])
-def test_we_compute_the_same_from_open_clips_weights(tmp_path, open_clip, name, quick_gelu):
-    theirs, config = their_model(open_clip, name, quick_gelu)
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+@pytest.mark.parametrize("custom", [False, True])
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+@pytest.mark.parametrize("model", [{"quick_gelu": True}, {"quick_gelu": False}, {},
+                                   {"init_logit_bias": -10.0}])
+def test_we_compute_the_same_from_open_clips_weights(tmp_path, open_clip, kind, custom, model):
+    theirs, config = their_model(open_clip, kind, custom, **model)
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({
+        "model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.4] * 3,
+                                                "interpolation": "bilinear"}}))
     torch.save(theirs.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
     ours = load(tmp_path)  # a model folder, as on the hub
-    assert ours.config.activation == ("quick_gelu" if quick_gelu else "gelu")
-    assert_equal_to_open_clip(ours, theirs)
-    package = pytest.importorskip("safetensors.torch", reason="the safetensors package is not here")
-    package.save_file(theirs.state_dict(), tmp_path / "open_clip_model.safetensors")
-    assert_equal_to_open_clip(load(tmp_path), theirs)
+    assert ours.config.activation == ("quick_gelu" if model.get("quick_gelu") else "gelu")
+    assert (ours.image_mean, ours.image_std) == ((0.5,) * 3, (0.4,) * 3)
+    assert (ours.image_resize, ours.image_interpolation) == ("shortest", "bilinear")
+    assert (ours.logit_bias is None) == ("init_logit_bias" not in model)
+    same_as_open_clip(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["tiny-vit", "tiny-rn"])
-def test_we_compute_the_same_from_open_clips_training_checkpoint(tmp_path, open_clip, name):
-    theirs, config = their_model(open_clip, name, False)
+GRID = [  # (settings of the vision tower, of the text tower, name of what is refused)
+    *(({}, {key: value}, "") for key, value in (
+        ("pool_type", "argmax"), ("no_causal_mask", False), ("proj_type", "linear"),
+        ("heads", 4), ("output_tokens", False), ("pad_id", 3))),
+    *(({key: value}, {}, "") for key, value in (
+        ("pool_type", "tok"), ("patch_dropout", 0.5), ("head_width", 48), ("no_ln_pre", False))),
+    *(({}, {key: value}, key) for key, value in (
+        ("pool_type", "eos"), ("pool_type", "last"), ("pool_type", "first"),
+        ("no_causal_mask", True), ("norm_kwargs", {"eps": 1e-6}),
+        ("act_kwargs", {"approximate": "tanh"}), ("hf_tokenizer_name", "bert-base-uncased"),
+        ("tokenizer_kwargs", {"clean": "canonicalize"}), ("final_ln_after_pool", True),
+        ("scale_attn", True), ("qk_norm", True), ("embed_cls", True), ("a_new_setting", 1))),
+    *(({key: value}, {}, key) for key, value in (
+        ("pool_type", "avg"), ("norm_kwargs", {"eps": 1e-6}), ("no_ln_pre", True),
+        ("act_kwargs", {"approximate": "tanh"}), ("pos_embed_type", "sin_cos_2d"),
+        ("attentional_pool", True), ("timm_model_name", "resnet50"), ("final_ln_after_pool", True),
+        ("scale_fc", True), ("a_new_setting", "x"))),
+    ({"mlp_ratio": 2.0}, {}, "c_fc"), ({}, {"proj_bias": True}, "proj_bias"),
+    ({"ls_init_value": 1e-4}, {}, "ls_init_value")]
+
+
+@pytest.mark.parametrize("custom", [False, True])
+def test_a_grid_of_open_clips_settings_is_computed_alike_or_refused(tmp_path, open_clip, custom):
+    accepted = rejected = 0
+    for number, (vision, text, name) in enumerate(GRID):
+        built = (vision, text) if name in ("", "c_fc") else ()  # the name alone must be enough
+        theirs, config = their_model(open_clip, "vit", custom, *built)
+        config["vision_cfg"] |= vision
+        config["text_cfg"] |= text
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+        torch.save(theirs.state_dict(), folder / "open_clip_pytorch_model.bin")
+        if name:
+            refused(lambda: load(folder), name, folder)  # noqa: B023
+            rejected += 1
+        else:
+            same_as_open_clip(load(folder), theirs)
+            accepted += 1
+    assert (accepted, rejected) == (10, 26)
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_we_compute_the_same_from_open_clips_training_checkpoint(tmp_path, open_clip, kind):
+    theirs, config = their_model(open_clip, kind, vision={"width": 128} if kind == "vit" else {})
     optimizer = torch.optim.AdamW(theirs.parameters())
     torch.save({"epoch": 3, "name": "run", "optimizer": optimizer.state_dict(), "state_dict": {
-        f"module.{key}": value for key, value in theirs.state_dict().items()}}, tmp_path / "epoch_3.pt")
-    if name == "tiny-vit":  # bare tensors do not tell heads narrower than 64
-        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
-    ours = load(tmp_path / "epoch_3.pt", activation="gelu")
+        f"module.{key}": value for key, value in theirs.state_dict().items()}},
+        tmp_path / "epoch_3.pt")
+    assert any("--activation" in note for note in load(tmp_path / "epoch_3.pt").origin["notes"])
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    ours = load(tmp_path / "epoch_3.pt")
     assert ours.origin["notes"] == ["weights found under 'state_dict'", "prefix 'module.' removed"]
-    assert_equal_to_open_clip(ours, theirs)
+    same_as_open_clip(ours, theirs)
 
 
-def test_open_clips_full_size_configs_have_our_names_and_shapes(open_clip):
-    for ours_name, theirs_name in (("ViT-B/16", "ViT-B-16-quickgelu"), ("RN50x4", "RN50x4-quickgelu")):
-        config = open_clip.get_model_config(theirs_name)
-        with torch.device("meta"):
-            theirs = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"],
-                                    quick_gelu=True).state_dict()
-            ours = CLIP(CONFIGS[ours_name]).state_dict()
-        assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+# -----------------------------------------------------------------------------
+# torchvision and timm
+
+@pytest.mark.parametrize("name, features", [
+    ("resnet18", 512), ("squeezenet1_0", 512), ("mobilenet_v3_small", 1024),
+    ("efficientnet_b0", 1280), ("vit_b_32", 768), ("regnet_x_400mf", 400)])
+def test_an_image_tower_gives_what_torchvision_would_classify(tmp_path, models, name, features):
+    torch.manual_seed(0)
+    theirs = models.get_model(name, **{"image_size": 64} if name.startswith("vit") else {})
+    images, seen = torch.randn(2, 3, 64, 64), []
+    for norm in theirs.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.momentum = 1.0
+    theirs.train()(images)  # running statistics as they start make the features vanish
+    last = [m for m in theirs.eval().modules()
+            if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))][-1]
+    last.register_forward_hook(lambda module, inputs, out: seen.append(inputs[0]))
+    theirs(images)
+    torch.save(theirs.state_dict(), tmp_path / "a.pth")
+    ours = load(image_tower=f"torchvision:{name}:{tmp_path / 'a.pth'}",
+                text_tower="tiny-vit:none", image_size=64)
+    expected = seen[0].mean((2, 3)) if name.startswith("squeezenet") else seen[0]
+    assert ours.pooled_image(images).shape == (2, features) == expected.shape
+    assert (ours.pooled_image(images) - expected).abs().max() <= TOLERANCE
+    assert expected.std() > 1e-4 and ours.image_mean == (0.485, 0.456, 0.406)
+    same_features(ours, lambda x: ours.pooled_image(x) @ ours.visual.proj)
+
+
+def test_names_of_torchvision_and_of_timm_are_both_read(tmp_path, models):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    theirs = timm.create_model("mobilenetv3_small_100", num_classes=10).eval()
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    torch.save(models.resnet18().state_dict(), tmp_path / "other.pth")
+    for prefix in ("", "timm:", "torchvision:"):
+        ours = load(image_tower=f"{prefix}mobilenetv3_small_100:{tmp_path / 'timm.pth'}",
+                    text_tower="tiny-vit:none", image_size=64)
+        assert ours.config.backbone == "timm:mobilenetv3_small_100"
+        images = images_for(ours, 2)
+        expected = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
+        assert (ours.pooled_image(images) - expected).abs().max() <= TOLERANCE
+    again = load(save(ours, tmp_path / "a.safetensors"))
+    assert torch.equal(again.encode_image(images), ours.encode_image(images))
+    refused(lambda: load(image_tower=f"efficientnet_b0:{tmp_path / 'other.pth'}",
+                         text_tower="tiny-vit:none"), "other.pth", "efficientnet_b0")
+    refused(lambda: load(image_tower=tmp_path / "other.pth", text_tower="tiny-vit:none"),
+            "other.pth", "NAME:FILE")
+
+
+def test_the_pretrained_towers_on_hand(shared, models):
+    """Real ImageNet weights, in torchvision's names and in timm's."""
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    for name, path in (("squeezenet1_0", shared / "weights" / "squeezenet1_0_imagenet.pt"),
+                       ("tf_efficientnet_lite0",
+                        shared / "weights" / "tf_efficientnet_lite0_imagenet.safetensors")):
+        ours = load(image_tower=f"{name}:{path}", text_tower="tiny-vit:none", image_size=96)
+        images = images_for(ours, 2)
+        if name == "squeezenet1_0":
+            theirs = models.squeezenet1_0()
+            theirs.load_state_dict(torch.load(path, weights_only=True))
+            expected = theirs.eval().features(images).relu().mean((2, 3))
+        else:
+            theirs = timm.create_model(name, checkpoint_path=str(path)).eval()
+            expected = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
+            assert ours.image_mean == (0.5, 0.5, 0.5)
+        assert (ours.pooled_image(images) - expected).abs().max() <= TOLERANCE
+        assert F.cosine_similarity(*ours.pooled_image(images), dim=0) < 0.99

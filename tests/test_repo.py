@@ -1,196 +1,120 @@
-"""The design as assertions: who imports whom, what stands where, and that copying works."""
+"""The design as assertions: who imports whom, how long files are, and that commands parse."""
 import ast
+import importlib
 import pathlib
 import re
 import shlex
-import shutil
-import subprocess
 import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-LEAVES = ["clip_model", "tokenizer", "data", "device"]
-SCRIPTS = sorted(path.stem for path in ROOT.glob("train_*.py"))
-PRODUCT = [ROOT / f"{name}.py" for name in LEAVES + SCRIPTS]
-PROGRAMS = PRODUCT + sorted((ROOT / "assets").glob("*.py"))
+SCRIPTS = ("train_clipfit", "train_contrastive", "train_distill", "train_staged")
+MAY_IMPORT = {  # leaf -> the leaves that it builds on
+    "files": (), "command": ("files",), "device": ("files", "command"), "clip_model": (),
+    "layouts": ("clip_model",), "weights": ("clip_model", "layouts"), "tokenizer": (),
+    "images": (), "data": ("images",), "captions": ("images", "data"),
+    "pairs": ("images", "data", "captions"), "scores": ("images", "data", "clip_model"),
+    "large_batch": (), "plans": ("device", "data"),
+    "teachers": ("images", "clip_model", "weights", "tokenizer")}
+BUDGETS = {  # lines; what is over by more than a sixth must shrink before it may grow
+    "train_clipfit": 425, "train_contrastive": 580, "train_distill": 750, "train_staged": 650,
+    "clip_model": 640, "weights": 625, "layouts": 490, "tokenizer": 400, "images": 340,
+    "data": 720, "captions": 500, "pairs": 340, "scores": 261, "large_batch": 130, "device": 670,
+    "command": 210, "files": 135, "teachers": 150, "plans": 163}
 PACKAGES = {"torch", "torchvision", "ftfy", "regex", "PIL", "numpy"}
-OPTIONAL = {"torch_npu", "onnxruntime"}  # imported where they are used, and explained when absent
+OPTIONAL = {"torch_npu", "lmdb", "timm", "onnx", "onnxruntime", "onnxscript", "matplotlib",
+            "sklearn", "tensorboard"}
+FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")])
 
 
-def tree(path):
-    return ast.parse(path.read_text("utf-8"))
-
-
-def imports(path):
-    names = set()
-    for node in ast.walk(tree(path)):
+def imported(path, top_only=False):
+    """{module: line of its import}; top_only: those that run when the file is imported."""
+    tree = ast.parse(path.read_text("utf-8"))
+    found = {}
+    for node in tree.body if top_only else ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name.split(".")[0]: node.lineno for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.split(".")[0])
-    return names
+            found[node.module.split(".")[0]] = node.lineno
+    return found
 
 
-@pytest.mark.parametrize("path", PROGRAMS, ids=lambda p: p.name)
-def test_scripts_import_leaves_and_leaves_import_no_project_file(path):
-    project = {p.stem for p in ROOT.glob("*.py")}
-    allowed = set() if path.stem in LEAVES else set(LEAVES)
-    assert imports(path) & project <= allowed
+def test_leaves_know_no_script_and_imports_make_no_circle():
+    for leaf, allowed in MAY_IMPORT.items():
+        project = set(imported(ROOT / f"{leaf}.py")) & {*MAY_IMPORT, *SCRIPTS, "tools"}
+        assert project <= set(allowed), leaf
+    for script in SCRIPTS:
+        found = imported(ROOT / f"{script}.py")
+        assert not set(found) & {*SCRIPTS, "tools"}, script
+        assert found["device"] < found["torch"], f"{script}: device sets what torch reads"
 
 
-@pytest.mark.parametrize("path", PROGRAMS, ids=lambda p: p.name)
-def test_only_the_six_packages_and_the_standard_library_are_needed(path):
-    foreign = imports(path) - set(sys.stdlib_module_names) - PACKAGES
-    assert not foreign - OPTIONAL - {p.stem for p in PROGRAMS}
-    text = (ROOT / "requirements.txt").read_text()
-    names = re.findall(r"^[A-Za-z_]+", text, re.M)
+def test_six_packages_are_enough_and_the_optional_ones_are_imported_where_used():
+    names = re.findall(r"^[A-Za-z_]+", (ROOT / "requirements.txt").read_text(), re.M)
     assert names == ["torch", "torchvision", "ftfy", "regex", "pillow", "numpy"]
+    project = {*MAY_IMPORT, *SCRIPTS, "tools"}
+    for path in FILES:
+        foreign = set(imported(path)) - set(sys.stdlib_module_names) - PACKAGES - project
+        assert foreign <= OPTIONAL, path.name
+        assert not set(imported(path, top_only=True)) & OPTIONAL, path.name
 
 
-@pytest.mark.parametrize("path", PRODUCT, ids=lambda p: p.name)
-def test_torchvision_and_optional_packages_are_imported_where_they_are_used(path):
-    top = {alias.name.split(".")[0] for node in tree(path).body if isinstance(node, ast.Import)
-           for alias in node.names}
-    top |= {node.module.split(".")[0] for node in tree(path).body
-            if isinstance(node, ast.ImportFrom)}
-    assert not top & {"torchvision", "onnx", "lmdb", "tensorboard", *OPTIONAL}
-
-
-@pytest.mark.parametrize("path", PRODUCT, ids=lambda p: p.name)
-def test_nothing_works_at_import(path):
-    """Constants may be computed; nothing is opened, printed or started."""
-    for node in tree(path).body:
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            assert path.stem == "device"  # the environment and the allocator, before torch starts
-            assert "setdefault" in ast.dump(node) or "_keep_freed_memory" in ast.dump(node)
-        else:
-            assert isinstance(node, (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign,
-                                     ast.FunctionDef, ast.ClassDef, ast.Expr, ast.If)), node.lineno
-            if isinstance(node, ast.If):
-                assert "__main__" in ast.dump(node.test)
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_import_device_before_torch(name):
-    """torch reads PYTORCH_ENABLE_MPS_FALLBACK when it is imported, and device sets it."""
-    modules = [node.names[0].name if isinstance(node, ast.Import) else node.module
-               for node in tree(ROOT / f"{name}.py").body
-               if isinstance(node, (ast.Import, ast.ImportFrom))]
-    assert modules.index("device") < modules.index("torch")
-    assert modules.index("device") < modules.index("clip_model")
-
-
-def code_words(path):
-    """(line, word) of every name, attribute and string that is neither docstring nor help."""
-    skip = set()
-    for node in ast.walk(tree(path)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
-            skip.add(node.body[0].value.lineno)
-        if isinstance(node, ast.keyword) and node.arg in ("help", "epilog", "description"):
-            skip |= {n.lineno for n in ast.walk(node.value) if hasattr(n, "lineno")}
-    for node in ast.walk(tree(path)):
-        word = (node.id if isinstance(node, ast.Name) else
-                node.attr if isinstance(node, ast.Attribute) else
-                node.arg if isinstance(node, ast.keyword) else
-                node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "")
-        if word and getattr(node, "lineno", 0) not in skip:
-            yield getattr(node, "lineno", 0), word
-
-
-@pytest.mark.parametrize("path", [p for p in PRODUCT if p.stem != "device"], ids=lambda p: p.name)
-def test_no_file_but_device_decides_by_device_or_rank(path):
-    banned = re.compile(r"\b(cuda|mps|npu|nccl|hccl|non_blocking|double|is_cuda)\b")
-    found = [(line, word) for line, word in code_words(path) if banned.search(word)]
-    assert not found
-    for node in ast.walk(tree(path)):  # `rank == 0` and `if rank`
-        if isinstance(node, (ast.Compare, ast.If, ast.IfExp)):
-            test = node if isinstance(node, ast.Compare) else node.test
-            names = {n.attr for n in ast.walk(test) if isinstance(n, ast.Attribute)}
-            inside_batches = path.stem == "data"  # which takes rank as a plain number
-            assert inside_batches or "rank" not in names, node.lineno
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_every_flag_has_help_and_no_flag_is_a_bool_type(name):
-    for node in ast.walk(tree(ROOT / f"{name}.py")):
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
-            keywords = {k.arg: k.value for k in node.keywords}
-            assert "help" in keywords, node.lineno
-            assert getattr(keywords.get("type"), "id", "") != "bool", node.lineno
-
-
-@pytest.mark.parametrize("path", PROGRAMS, ids=lambda p: p.name)
-def test_lines_and_functions_stay_readable(path):
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_files_stay_readable(path):
     text = path.read_text("utf-8")
-    assert max(map(len, text.splitlines())) <= 102
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef) and node.name != "get_args":
+    lines, budget = re.sub(r"  # noqa.*", "", text).splitlines(), BUDGETS.get(path.stem)
+    assert not budget or len(lines) <= budget * 7 / 6, f"{len(lines)} lines, budget {budget}"
+    assert max(map(len, lines), default=0) <= 100
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 90, node.name
+    assert not re.search(r"(^|[^\w./-])/(work|tmp|root|opt)/\w", text), "a path of one machine"
+
+
+def test_the_whole_is_within_its_budget():
+    def count(paths):
+        return sum(len(path.read_text("utf-8").splitlines()) for path in paths)
+    assert count(FILES) <= 12_000  # the aim is 8,400, and 8,000 of tests: may shrink, not grow
+    assert count((ROOT / "tests").glob("*.py")) <= 10_000
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.stem not in ("device", "doctor")],
+                         ids=lambda path: path.stem)
+def test_only_device_decides_by_the_kind_of_device(path):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Compare):
+            words = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+            assert not words & {"cuda", "mps", "npu", "nccl"}, node.lineno
+        assert getattr(node, "attr", "") not in ("cuda", "mps", "npu"), node.lineno
 
 
 def commands():
-    """Every `python train_*.py ...` that the documentation shows, as (where, script, flags)."""
-    texts = {path.name: path.read_text("utf-8") for path in
-             [ROOT / "README.md", ROOT / "README.zh.md"] if path.exists()}
-    texts |= {f"{name}.py": (ROOT / f"{name}.py").read_text("utf-8").split('"""')[1]
+    """Every `python train_*.py ...` of the documentation and docstrings: (where, script, flags)."""
+    documents = [ROOT / "README.md", ROOT / "README.zh.md", *(ROOT / "docs").glob("*.md")]
+    texts = {path.name: path.read_text("utf-8") for path in documents if path.exists()}
+    texts |= {f"{name}.py": ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text("utf-8")))
               for name in SCRIPTS}
+    pattern = r"(?:python|torchrun[^\n]*?) (train_\w+)\.py([^\n`|]*)"
     for where, text in texts.items():
-        text = re.sub(r"\\\n\s*", " ", text)
-        for script, flags in re.findall(r"(?:python|\d|\btorchrun[^\n]*?) (train_\w+)\.py([^\n`|]*)",
-                                        text):
-            yield where, script, re.split(r"\s{3,}|\s#", flags)[0].strip()
+        for script, flags in re.findall(pattern, re.sub(r"\\\n\s*", " ", text)):
+            yield where, script, re.split(r"\s{3,}|\s#|，|。", flags)[0].strip()
 
 
 @pytest.mark.parametrize("where, script, flags", sorted(set(commands())))
 def test_every_documented_command_parses(where, script, flags):
-    sys.path.insert(0, str(ROOT))
-    module = __import__(script)
-    args = module.get_args([word for word in shlex.split(flags) if word != "..."])
-    assert args.data or script == "train_staged"  # whose stages name theirs
+    plan = next((ROOT / "docs" / "recipes").glob("*.json"))
+    words = [str(plan) if word == "plan.json" else word for word in shlex.split(flags)]
+    assert importlib.import_module(script).get_args(words).device
 
 
-def test_documents_name_no_machine_path():
-    for path in [*PROGRAMS, *ROOT.glob("*.md"), *ROOT.glob("assets/*.md")]:
-        assert not re.search(r"(?<![\w./-])/(work|tmp|root|home)/\w", path.read_text("utf-8")), path
-
-
-def test_relative_links_of_the_documents_exist():
-    for path in ROOT.glob("*.md"):
-        for link in re.findall(r"\]\(([^)#]+)\)", path.read_text("utf-8")):
-            assert "://" in link or (ROOT / link).exists(), (path.name, link)
-
-
-def test_what_is_bundled_is_small():
-    assets = {p.name: p.stat().st_size for p in (ROOT / "assets").iterdir()}
-    merges = assets.pop("bpe_simple_vocab_16e6.txt.gz")
-    assert merges < 1.5e6 and sum(assets.values()) <= 10e6
-
-
-def test_deliberate_copies_are_equal():
-    """What the scripts repeat on purpose: same syntax tree, docstrings and comments may differ.
-    train_distill.py contrasts other sides than these two."""
-    seen = {}
-    for name in SCRIPTS:
-        copies = {"rate", "still_statistics"}
-        if name in ("train_contrastive", "train_staged"):
-            copies |= {"Sides", "Gradients", "info_nce", "pieces", "check_finite"}
-        found = [node for node in tree(ROOT / f"{name}.py").body
-                 if getattr(node, "name", "") in copies]
-        for node in found:
-            for part in ast.walk(node):
-                if isinstance(part, (ast.FunctionDef, ast.ClassDef)):
-                    part.body = part.body[ast.get_docstring(part) is not None:]
-            assert seen.setdefault(node.name, ast.dump(node)) == ast.dump(node), node.name
-        assert name == "train_clipfit" or {node.name for node in found} == copies
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_and_its_leaves_work_in_an_empty_folder(tmp_path, name):
-    for file in [name, *LEAVES]:
-        shutil.copy(ROOT / f"{file}.py", tmp_path)
-    shutil.copytree(ROOT / "assets", tmp_path / "assets")
-    done = subprocess.run([sys.executable, f"{name}.py", "--dry-run"], cwd=tmp_path, text=True,
-                          capture_output=True, env={"PATH": "", "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "runs" / name).rglob("results.json"))
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_explained_and_none_is_a_bool_type(script, capsys):
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(script).get_args(["--help"])
+    assert ended.value.code == 0
+    for entry in re.split(r"\n  (?=-)", capsys.readouterr().out)[1:]:
+        flag, *words = re.split(r"\s{2,}", entry.strip())
+        assert words and re.search(r"[a-z]{2}", " ".join(words)), flag

@@ -1,6 +1,6 @@
 """Trains tiny_clip.safetensors, the model behind `--model tiny`, from scratch on EuroSAT.
 
-    OMP_NUM_THREADS=2 python assets/pretrain_tiny.py --data-dir DIR     13 minutes on two CPU cores
+    OMP_NUM_THREADS=2 python -m tools.pretrain_tiny --data-dir DIR     13 minutes on two CPU cores
 
 DIR is as for make_demo.py. Only the train part of CoOp's split is used, with its clean look; the
 demo's images come from the other two parts and look different. Every epoch gives each image a new
@@ -22,7 +22,6 @@ import json
 import math
 import pathlib
 import random
-import sys
 import time
 import zipfile
 
@@ -31,13 +30,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from make_demo import FRAMES, PHRASES, SUBJECTS, caption, facts, measure, thresholds
+from clip_model import CLIP, CONFIGS
+from data import normalise
+from tokenizer import BPETokenizer
+from tools.make_demo import FRAMES, PHRASES, SUBJECTS, caption, facts, measure, thresholds
+from weights import save
 
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from clip_model import CLIP, CONFIGS, save  # noqa: E402
-from tokenizer import BPETokenizer  # noqa: E402
-
+ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
 # Prompts with nothing but the class name; the first one is CLIPFit's for EuroSAT.
 PROMPTS = ("a centered satellite photo of {}.", "a centered satellite photo of {}.", "{}",
            "a photo of a {}.", "a photo of {}.", "a satellite photo of {}.",
@@ -75,13 +74,6 @@ def read_images(folder, count, seed, part):
         for row, (path, _, _) in zip(pixels, entries):
             row[:] = Image.open(io.BytesIO(archive.read(f"2750/{path}"))).convert("RGB")
     return pixels, [name for _, _, name in entries]
-
-
-def normalise(pixels):
-    """(B, 3, S, S) in 0..255 -> CLIP's input."""
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-    return (pixels / 255 - mean) / std
 
 
 def augment(pixels, generator, jitter):
@@ -134,7 +126,7 @@ def info_nce(images, texts, scale, true_of):
 def accuracy(model, tokenizer, pixels, labels):
     """Zero-shot accuracy in per cent with CLIPFit's prompt."""
     prompts = model.encode_text(tokenizer([PROMPTS[0].format(c) for c in SUBJECTS]), True)
-    scores = torch.cat([model.encode_image(normalise(part.float()), True) @ prompts.t()
+    scores = torch.cat([model.encode_image(normalise(part), True) @ prompts.t()
                         for part in torch.from_numpy(pixels).permute(0, 3, 1, 2).split(256)])
     truth = torch.tensor([list(SUBJECTS).index(label) for label in labels])
     return 100 * (scores.argmax(1) == truth).double().mean().item()
@@ -203,7 +195,7 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--data-dir", required=True, help="folder with EuroSAT's zip and split file")
-    add("--output", default=str(HERE / "tiny_clip.safetensors"), help="file to write")
+    add("--output", default=str(ASSETS / "tiny_clip.safetensors"), help="file to write")
     add("--epochs", type=int, default=10, help="passes over the images")
     add("--images", type=int, default=13_500, help="training images; 13,500 is all")
     add("--batch-size", type=int, default=256, help="images per step")

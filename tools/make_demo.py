@@ -1,6 +1,6 @@
 """Makes demo.zip, the small captioned image set behind `--data demo`, from EuroSAT.
 
-    python assets/make_demo.py --data-dir DIR        the same DIR gives the same bytes
+    python -m tools.make_demo --data-dir DIR         the same DIR gives the same bytes
 
 DIR holds EuroSAT_RGB_2750.zip (27,000 Sentinel-2 tiles of 64 x 64 pixels in ten classes, Helber et
 al. 2019, MIT licence), CoOp's split_zhou_EuroSAT.json and the licence text LICENSE.phelber. The
@@ -209,11 +209,11 @@ def make(args):
 
 
 def get_args(argv=None):
-    here = pathlib.Path(__file__).resolve().parent
+    assets = pathlib.Path(__file__).resolve().parent.parent / "assets"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--data-dir", required=True, help="folder with EuroSAT's zip, split file and licence")
-    add("--output", default=str(here / "demo.zip"), help="file to write")
+    add("--output", default=str(assets / "demo.zip"), help="file to write")
     add("--train", type=int, default=64, help="training images per class")
     add("--val", type=int, default=16, help="validation images per class")
     add("--test", type=int, default=100, help="test images per class")

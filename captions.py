@@ -1,0 +1,582 @@
+"""Captioned sources: which layout lies there, and which image has which caption.
+
+    name, root, listing = list_pairs("flickr8k", "train", data_dir="data")    # no image is touched
+
+A source is found (which of LAYOUTS lies there), read (every reader gives a Listing), cleaned and
+split. What is not understood is refused with the names of the files that were not read: a wrong
+guess would train on wrong captions. No file can run code, and nothing is unpacked.
+"""
+import base64
+import dataclasses
+import fnmatch
+import functools
+import hashlib
+import io
+import json
+import os
+import pathlib
+import pickle
+import re
+import tarfile
+
+import numpy as np
+
+import data
+from data import read_table, read_text, split_word
+from images import DataError, ImageStore, is_image, leaves_folder, one_line, UnreadableImage
+
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclasses.dataclass
+class Listing:
+    """What every reader returns.
+
+    rows    {"train" | "val" | "test" | "all": [(path, caption) or (path, caption, query)]}. Rows
+            of one query are one search text with several images. With a query, path "" is a text
+            without an image, and caption "" an image without a text
+    store   where the images lie; None: they are looked for
+    lists   {stem of an image's name: its split}, where splits are lists of images
+    """
+    rows: dict = dataclasses.field(default_factory=dict)
+    store: ImageStore = None
+    lists: dict = dataclasses.field(default_factory=dict)
+    notes: list = dataclasses.field(default_factory=list)
+
+    def add(self, split, rows):
+        self.rows.setdefault(split, []).extend(rows)
+
+
+# -----------------------------------------------------------------------------
+# Where images lie
+
+class SpanStore(ImageStore):
+    """Images inside larger files, read in place: `index` maps a path to (file, offset, bytes), of
+    the image or, if `coded`, of its base64 text in either alphabet."""
+
+    def __init__(self, path, index, coded=False):
+        super().__init__(path)
+        self.index, self.coded, self.zipped = index, coded, True
+
+    def names(self):
+        return sorted(self.index)
+
+    def has(self, path):
+        return path in self.index
+
+    def raw(self, path):
+        file, offset, size = self.index[path]
+        with open(file, "rb") as source:
+            source.seek(offset)
+            content = source.read(size)
+        if len(content) < size:
+            raise OSError("the file ends inside it")
+        return content
+
+    def read(self, path):
+        try:
+            content = self.raw(path)
+            if self.coded:
+                content = content.strip().translate(bytes.maketrans(b"-_", b"+/"))
+                return base64.b64decode(content, validate=True)
+            return content
+        except (KeyError, OSError, ValueError) as error:
+            raise UnreadableImage(f"{self.path}:{path}: no image ({one_line(error)})") from error
+
+
+def locate(root, paths):
+    """The ImageStore in a folder or zip with most of `paths`: itself, a folder in it, or a zip."""
+    sample, best, most = paths[::len(paths) // 50 + 1], ImageStore(root), 0
+    for place in image_places(root):
+        found = sum(map(place.has, sample))
+        if found > most:
+            best, most = place, found
+        if most == len(sample):
+            break
+    return best
+
+
+def image_places(root):
+    """Where images may lie, the likely places first."""
+    yield ImageStore(root)
+    if os.path.isfile(root):
+        tops = {name.partition("/")[0] for name in ImageStore(root).names() if "/" in name}
+        yield from (ImageStore(root, f"{top}/") for top in sorted(tops))
+        return
+    folders = folders_in(root)
+    yield from map(ImageStore, folders)
+    for archive in sorted(pathlib.Path(root).glob("*.zip")):  # as COCO publishes its images
+        yield from (ImageStore(archive, f"{archive.stem}/"), ImageStore(archive))
+    for folder in folders:
+        yield from map(ImageStore, folders_in(folder))
+
+
+def folders_in(folder):
+    return sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
+
+
+def matching(store, pattern):
+    """The names in a folder or zip that match a pattern, sorted."""
+    if store.zipped:
+        return [name for name in store.names() if fnmatch.fnmatch(name, pattern)
+                and name.count("/") == pattern.count("/")]
+    home = pathlib.Path(store.path)
+    return sorted(path.relative_to(home).as_posix() for path in home.glob(pattern))
+
+
+# -----------------------------------------------------------------------------
+# Caption files: COCO's and Karpathy's JSON, Flickr's lines, tables
+
+IMAGE_COLUMNS = ("image", "filepath", "file_name", "filename", "path", "image_path", "image_name",
+                 "file")
+CAPTION_COLUMNS = ("caption", "title", "text", "captions", "comment")
+# Flickr's "name.jpg#0<TAB>caption", or Kaggle's "name.jpg| 0| caption", where one row of Flickr30k
+# lacks its second bar; Flickr8k has captions of one image that no copy holds
+LINE = re.compile(r"\s*(.+?)(?:#(?:\w+#)?\d+[ \t]|\s*\|\s*\d+(?:\s*\|)?)\s*(.*)")
+LINES = re.compile(r"\s*(?:image_name\||[^,\t\n]+#(?:\w+#)?\d+\s)")
+NEVER = "2258277193_586949ec62.jpg"
+
+
+@functools.lru_cache
+def split_of(name):
+    """The last of train, val, test, ... among the words of a file's name, else "all"."""
+    words = map(split_word, reversed(re.findall("[a-z]+", name.lower())))
+    return next(filter(None, words), "all")
+
+
+def read_captions(store, names, columns):
+    """Caption files, each told by its content. Several are splits by their names, else it is not
+    known which one is meant: DataError."""
+    listing, files = Listing(), {}
+    for name in names:
+        inner = ImageStore(os.path.join(store.path, name)) if name.endswith(".zip") else store
+        members = [name] if inner is store else matching(inner, "annotations/captions_*.json")
+        files |= {member: inner.read(member) for member in members}
+    for name, content in files.items():
+        for split, rows in read_caption_file(name, content, columns).items():
+            split = split_of(name) if split == "all" and len(files) > 1 else split
+            if len(files) > 1 and (split == "all" or split in listing.rows):
+                raise DataError(f"{store} holds {len(files)} caption files whose names are not "
+                                f"those of splits: {', '.join(files)}; choose one with "
+                                f"--caption-file")
+            listing.add(split, rows)
+    for name in matching(store, "Flickr_8k.*Images.txt") + matching(store, "coco-cn_*.txt"):
+        if (split := split_of(name.replace("Images", ""))) != "all":
+            for image in read_text(name, store.read(name)).split():
+                listing.lists[pathlib.PurePath(image).stem] = split
+    return listing
+
+
+def read_caption_file(name, content, columns):
+    """One file -> {split or "all": rows}."""
+    if LINES.match(content[:4096].decode("utf-8-sig", "replace")):
+        return {"all": read_lines(name, read_text(name, content))}
+    try:
+        whole = json.loads(read_text(name, content)) if name.endswith(".json") else None
+    except (json.JSONDecodeError, RecursionError):
+        whole = None  # JSON lines, perhaps: the table reader will say
+    if isinstance(whole, dict) and "images" in whole:
+        return read_json(name, whole)
+    return read_pair_table(name, content, columns)
+
+
+def read_json(name, whole):
+    """COCO's captions, or a Karpathy split (dataset_coco.json, dataset_flickr8k.json, ...), whose
+    restval counts as train, as everyone trains -> {split or "all": rows}."""
+    listing, captions = Listing(), {}
+    try:
+        for note in whole.get("annotations", ()):
+            captions.setdefault(note["image_id"], []).append(note["caption"])
+        for image in whole["images"]:
+            if "annotations" in whole:
+                path, split, texts = image["file_name"], name, captions.get(image["id"], [])
+            else:
+                path = "/".join(filter(None, (image.get("filepath"), image["filename"])))
+                split = image["split"].replace("restval", "train")
+                texts = [text["raw"] for text in image["sentences"]]
+            listing.add(split_of(split), ((path, text) for text in texts))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{name} is not a caption file of COCO or Karpathy ({error!r})") from None
+    return listing.rows
+
+
+def read_lines(name, text):
+    """Flickr's captions, those of Flickr8k-CN, Flickr30k-CN and COCO-CN -> rows."""
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if match := LINE.match(line):
+            image = match[1] if "." in match[1] else f"{match[1]}.jpg"  # COCO-CN: without suffix
+            rows += [(image, match[2])] * (not image.startswith(NEVER))
+        elif line.strip() and not line.startswith("image_name|"):
+            raise DataError(f"{name}, line {number}: expected an image, # or |, and its caption")
+    return rows
+
+
+def read_pair_table(name, content, columns):
+    """CSV, TSV, JSON lines or a JSON list -> {split or "all": rows}. Values stay text: "None",
+    "null" and "NA" are captions. The images of a metadata.* lie beside it, as Hugging Face's."""
+    wanted = [(own.lower(),) if own else known
+              for own, known in zip(columns, (IMAGE_COLUMNS, CAPTION_COLUMNS))]
+    listed, records = read_table(name, content, join=wanted[1])
+    for keys, flag in zip(wanted, ("--image-column", "--caption-column")):
+        if not set(keys) & set(listed):
+            raise DataError(f"{name} holds no captions that are understood: it has the columns "
+                            f"{listed[:9]} and none of {list(keys)}; name it with {flag}, or "
+                            f"choose another file or --layout")
+    wanted = [[key for key in keys if key in listed] for keys in wanted]
+    listing, (folder, slash, base) = Listing(), name.rpartition("/")
+    folder = folder + slash if base.startswith("metadata.") else ""
+    for line, record in records:
+        path, texts = (next(filter(None, map(record.get, keys)), "") for keys in wanted)
+        texts, word = texts if isinstance(texts, list) else [texts], record.get("split") or "all"
+        split = "all" if word == "all" else isinstance(word, str) and split_word(word)
+        if not split or any(not isinstance(x or "", str) for x in (path, *texts)):
+            raise DataError(f"{name}, line {line}: expected text as image and caption, and train, "
+                            f"val or test as split, found {str(record)[:80]}")
+        path = path.strip().replace("\\", "/").removeprefix("./")
+        listing.add(split, ((path and folder + path, text) for text in texts))
+    return listing.rows
+
+
+# -----------------------------------------------------------------------------
+# Captions in files of their own: beside each image of a folder, or of WebDataset's tars
+
+def read_beside(store, names, columns, mark="/"):
+    """Images with a text beside each, under the same name. Splits are the words of top folders, if
+    one is train, or (mark ":") of shards. The last resort, and so what refuses unknown sources."""
+    names = [name for name in store.names() if not name.endswith("/")]
+    listing, images, lost = Listing(store=store), [name for name in names if is_image(name)], 0
+    files = {(stem, kind.lower()): f"{stem}{kind}" for stem, kind in map(os.path.splitext, names)}
+    split = {name: split_of(name.partition(mark)[0]) for name in images if mark in name}
+    split = split if mark == ":" or "train" in split.values() else {}
+    for name in images:
+        texts = captions_beside(store, os.path.splitext(name)[0], files, lines=mark == "/")
+        lost += not texts
+        listing.add(split.get(name, "all"), ((name, text) for text in texts))
+    if 2 * lost > len(images) or not images:
+        unread = sorted(set(names) - set(images), key=lambda name: (name.count("/"), name))
+        raise DataError(
+            f"{store} holds no captions that are understood; not read: {', '.join(unread[:4])} "
+            f"({len(unread):,} files beside {len(images):,} images). Write a CSV of image and "
+            f"caption, or a text beside each image under its name (Parquet, Excel and packed files "
+            f"are not read), or take the names of class folders with --layout classes")
+    listing.notes += [f"{lost:,} images without a caption left out"] * bool(lost)
+    return listing
+
+
+def captions_beside(store, stem, files, lines):
+    """The "captions" of <stem>.json, or its .txt (`lines`: one a line), or "caption" or "text"."""
+    held = {}
+    for kind in (".json", ".txt"):
+        try:
+            text = read_text(stem, store.read(files[stem, kind]))
+            held |= json.loads(text) if kind == ".json" else {
+                "txt": text.splitlines() if lines else text}
+        except (KeyError, ValueError, TypeError, RecursionError):
+            continue  # there is none, or it does not count
+    for key in ("captions", "txt", "caption", "text"):
+        texts = held.get(key) if isinstance(held.get(key), list) else [held.get(key)]
+        if texts := [text for text in texts if isinstance(text, str) and text.strip()]:
+            return texts
+    return []
+
+
+def read_tars(store, names, columns):
+    """WebDataset shards: images with .txt or .json under the same key."""
+    notes, index = [], {}
+    for shard in names:
+        file = os.path.join(store.path, shard)
+        for name, offset, size in tar_members(file, notes):
+            if f"{shard}:{name}" in index:
+                raise DataError(f"{file} holds {name} twice; make the shard again")
+            index[f"{shard}:{name}"] = (file, offset, size)
+    if not index:
+        raise DataError("; ".join(notes) or f"{store} holds empty shards")
+    listing = read_beside(SpanStore(store.path, index), names, columns, mark=":")
+    listing.store.index = {name: span for name, span in index.items() if is_image(name)}
+    listing.notes += notes
+    return listing
+
+
+def tar_members(file, notes):
+    """The plain files of a tar -> (name, offset, bytes). Links, devices, sparse files and names
+    that lead out of it are passed over; what follows damage is left out and noted."""
+    size = os.path.getsize(file)
+    try:
+        with tarfile.open(file, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # or it keeps them all
+                if member.isreg() and not member.issparse() and not leaves_folder(member.name):
+                    if not 0 <= member.size <= size - member.offset_data:
+                        raise tarfile.ReadError("it ends inside a file")
+                    yield member.name, member.offset_data, member.size
+            tar.fileobj.seek(tar.offset)  # a bad header ends the loop like the end mark of zeros
+            if tar.fileobj.read(512) != bytes(512):
+                raise tarfile.ReadError("no end mark")
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        with open(file, "rb") as source:
+            if source.read(2) == b"\x1f\x8b":
+                raise DataError(f"{file} is gzipped; unpack it: shards are read in place") from None
+        notes.append(f"{file} is damaged ({one_line(error)}): only what comes before is used")
+
+
+SHARDS = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+def find_shards(text):
+    """Names with {0000..0012}, zeros kept, several joined by ::, a folder standing for its tars
+    -> their common folder, their names in it. Raises DataError."""
+    names, files = text.split("::"), []
+    for name in names:  # grows by what {0000..0012} stands for
+        path = pathlib.Path(os.path.expanduser(name)).absolute()
+        if group := SHARDS.search(name):
+            numbers = range(int(group[1]), int(group[2]) + 1)[:1 << 20]
+            names += [name.replace(group[0], f"{n:0{len(group[1])}}", 1) for n in numbers]
+        else:
+            files += sorted(path.rglob("*.tar")) if path.is_dir() else [path]
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing or not files:
+        raise DataError(f"{text}: {len(missing)} of {len(files)} shards are missing {missing[:1]}")
+    home = pathlib.Path(os.path.commonpath([file.parent for file in files]))
+    return home, [file.relative_to(home).as_posix() for file in files]
+
+
+# -----------------------------------------------------------------------------
+# Chinese-CLIP's own files: TSV with JSONL, LMDB
+
+def read_tsv(store, names, columns):
+    """<split>_imgs.tsv, "id<TAB>base64" a line (of an id that comes twice the last counts), with a
+    <split>_texts.jsonl or MUGE's <split>_queries.jsonl, whose lines are the queries."""
+    listing = Listing(store=SpanStore(store.path, {}, coded=True))
+    for name in names:
+        file, offset, split = os.path.join(store.path, name), 0, split_of(name)
+        with open(file, "rb") as source:
+            for number, line in enumerate(source, 1):
+                image, tab, content = line.removeprefix(b"\xef\xbb\xbf").partition(b"\t")
+                offset += len(line)
+                if line.strip() and not tab:
+                    raise DataError(f"{file}, line {number}: no tab between an id and its base64")
+                if tab:
+                    path = f"{name}:{image.decode('utf-8', 'replace').strip()}"
+                    listing.store.index[path] = (file, offset - len(content), len(content))
+                    listing.add(split, [(path, "", 0)])
+        texts = name.replace("_imgs.tsv", "_queries.jsonl")
+        texts = texts if store.has(texts) else name.replace("_imgs.tsv", "_texts.jsonl")
+        for number, record in read_table(texts, store.read(texts))[1]:
+            text = record.get("text", record.get("query_text"))
+            images = record.get("image_ids", record.get("item_ids")) or []
+            if not isinstance(text, str) or not isinstance(images, list):
+                raise DataError(f'{texts}, line {number}: expected {{"text_id": 1, "text": "...", '
+                                f'"image_ids": [2, 3]}}, found {str(record)[:60]}')
+            listing.add(split, [(f"{name}:{image}", text, number) for image in images]
+                        or [("", text, number)])
+    return listing
+
+
+@functools.lru_cache(maxsize=None)
+def open_lmdb(folder, pid):
+    """The LMDB in a folder; each process opens it for itself, once. Raises DataError."""
+    try:
+        import lmdb
+        opened = lmdb.open(folder, readonly=True, lock=False, readahead=False)
+        size = (opened.info()["last_pgno"] + 1) * opened.stat()["psize"]
+        if size > os.path.getsize(os.path.join(folder, "data.mdb")):
+            raise OSError("it breaks off")  # reading beyond the end would kill the process
+        return opened.begin()
+    except Exception as error:  # there is no lmdb, or one of its own exceptions
+        raise DataError(f"the LMDB {folder} cannot be read ({one_line(error)}); pip install lmdb, "
+                        f"or use the TSV and JSONL files that it was made of") from None
+
+
+class LMDBStore(SpanStore):
+    """Images in LMDBs, as base64 text under their ids. A path is <folder of the LMDB>:<id>."""
+
+    def raw(self, path):
+        folder, _, image = path.partition(":")
+        return open_lmdb(os.path.join(self.path, folder), os.getpid()).get(image.encode())
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads numbers, text and tuples: a pickle runs code through names alone, and finds none."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_lmdb(store, names, columns):
+    """<split>/pairs, pickled (image id, text id, text) under "0", "1", ..., and <split>/imgs."""
+    listing = Listing(store=LMDBStore(store.path, {}, coded=True))
+    for name in names:
+        folder = os.path.abspath(os.path.join(store.path, name.removesuffix("pairs/data.mdb")))
+        split, images = split_of(os.path.basename(folder)), name.replace("pairs/data.mdb", "imgs")
+        look = open_lmdb(os.path.join(store.path, images), os.getpid())
+        pool = [f"{images}:{key.decode('utf-8', 'replace')}"
+                for key in look.cursor().iternext(values=False) if key != b"num_images"]
+        listing.store.index |= dict.fromkeys(pool)
+        listing.add(split, ((path, "", 0) for path in pool))
+        look = open_lmdb(os.path.join(store.path, os.path.dirname(name)), os.getpid())
+        for i in range(int(look.get(b"num_samples") or look.stat()["entries"])):
+            try:
+                image, text_id, text = PlainUnpickler(io.BytesIO(look.get(b"%d" % i) or b"")).load()
+                listing.add(split, [(f"{images}:{image}", text + "", f"{text_id} {text}")])
+            except Exception as error:  # a broken pickle raises anything
+                raise DataError(f"{name}: pair {i} is refused and was not run: no (image id, text "
+                                f"id, text), {one_line(error)}") from None
+    return listing
+
+
+def read_classes(store, names, columns):
+    """Labelled images as open_dataset takes them, with captions like "a photo of a <class>." """
+    first = data.open_dataset(store.path, "train", download=False)
+    listing = Listing(store=first.store, notes=["captions are made of the names of classes"])
+    for split in filter(first.counts.get, ("train", "val", "test")):
+        images = data.open_dataset(store.path, split, download=False)
+        prompts = data.class_prompts(images.classnames, images.template)
+        listing.add(split, zip(images.paths, map(prompts.__getitem__, images.labels)))
+    return listing
+
+
+# -----------------------------------------------------------------------------
+# find -> read -> clean -> split
+
+# What to look for in a folder or zip, in this order: layout -> (patterns, reader)
+LAYOUTS = {
+    "tsv": (("*_imgs.tsv",), read_tsv),                                        # Chinese-CLIP, MUGE
+    "lmdb": (("pairs/data.mdb", "*/pairs/data.mdb", "lmdb/*/pairs/data.mdb"), read_lmdb),
+    "coco": (("annotations/captions_*.json", "annotations_trainval*.zip"), read_captions),
+    "karpathy": (("dataset_*.json",), read_captions),
+    "flickr": (("*[!a].token.txt", "*.token", "results.csv", "*/results.csv"), read_captions),
+    "lists": (("imageid.human-written-caption.txt", "*.caption.txt"), read_captions),  # COCO-CN ...
+    "imagefolder": (("metadata.jsonl", "metadata.csv", "*/metadata.jsonl", "*/metadata.csv"),
+                    read_captions),                                            # Hugging Face
+    "table": (("captions.txt", "*.csv", "*.tsv", "*.jsonl"), read_captions),
+    "webdataset": (("*.tar", "*/*.tar"), read_tars),
+    "json": (("*.json",), read_captions),
+    "texts": ((), read_beside),
+    "classes": ((), read_classes),
+}
+
+
+def find_captions(path, layout, caption_file):
+    """A folder, zip or file -> its folder or zip, the layout, the names of its caption files."""
+    home = path if path.is_dir() or path.suffix.lower() == ".zip" else path.parent
+    if caption_file:
+        return home, "table", [os.path.relpath(home / caption_file, home)]
+    for name, (patterns, reader) in LAYOUTS.items():
+        for pattern in patterns if home != path else ():
+            if path.match(pattern):
+                home = path.parents[pattern.count("/")]
+                return home, name, [path.relative_to(home).as_posix()]
+        names = {file for pattern in patterns for file in matching(ImageStore(home), pattern)}
+        many = reader is read_captions and len(names) > 12  # such as a JSON beside each image
+        if names and not many and home == path and layout in ("auto", "simple-clip", name):
+            return home, name, sorted(names)
+    other = "classes" if layout == "classes" else "texts"
+    return home, other if home == path else "table", [path.name]
+
+
+def no_words(caption):
+    """Whether it is numbers (a label, a box), an address or the name of a file."""
+    return not re.search(r"[^\W\d_]", caption) or " " not in caption and re.fullmatch(
+        r"\S+://\S+|\S+\.(?:jpe?g|png|webp|gif)", caption, re.IGNORECASE)
+
+
+def clean(root, listing):
+    """Fold the blanks in captions; drop rows without image or caption, and count them. Raises
+    DataError if nothing is left, or captions are labels, boxes, addresses or files."""
+    dropped, captions = 0, []
+    for split, rows in listing.rows.items():
+        kept, before = [], len(captions)
+        for path, caption, *query in rows:
+            caption = " ".join((caption or "").split())
+            if path and caption or query:
+                kept.append((path, caption, query[0] if query else None))
+            if path and caption:
+                captions.append(caption)
+        dropped += len(rows) - len(kept)
+        listing.rows[split] = kept if len(captions) > before else []  # MUGE hides those of its test
+    sample = captions[::len(captions) // 1000 + 1]
+    odd = list(filter(no_words, sample))
+    if 2 * len(odd) >= len(sample):
+        raise DataError(f"{root} gives {len(captions):,} captions of images, and of {len(sample)} "
+                        f"{len(odd)} hold no words {odd[:2]}; name another column or file"
+                        + "".join(f"; {note}" for note in listing.notes))
+    listing.notes += [f"{dropped:,} rows without image or caption left out"] * bool(dropped)
+
+
+def use_splits(rows, notes):
+    """The splits that a source has: rows of none are train, val stands in for a missing test."""
+    rows = {"train": [], "val": [], "test": [], **rows}
+    if rest := rows.pop("all", []):
+        notes.append(f"{len(rest):,} rows of no split are taken as train")
+        rows["train"] = rows["train"] + rest
+    if rows["val"] and not rows["test"]:
+        notes.append("there is no test split: val is used as test")
+        rows["test"] = rows["val"]
+    held_out = {row[0] for row in rows["val"] + rows["test"] if row[0]}
+    if leaks := held_out & {row[0] for row in rows["train"]}:
+        notes.append(f"{len(leaks):,} images of val or test are in train too, e.g. {min(leaks)}: "
+                     f"their scores flatter")
+    return rows
+
+
+def make_splits(listing, layout, asked, whole):
+    """Splits for a source without any: as the simple-CLIP notebook, a fifth of the image numbers,
+    drawn by NumPy with seed 42, is both val and test; or by lists of images; or all for the asked
+    one; or by the folders train, test, ... in which all images lie; or 80/10/10 by the hash of each
+    image's name, so that new images move no old ones."""
+    pairs = [row for part in listing.rows.values() for row in part]
+    images = list(dict.fromkeys(row[0] for row in pairs))
+    if layout == "simple-clip":
+        drawn = np.random.RandomState(42).choice(len(images), len(images) // 5, replace=False)
+        part_of = dict.fromkeys(images, "train") | {images[i]: "test" for i in drawn}
+        listing.notes.append("split 80/20 by image as the simple-CLIP notebook: val is also test")
+    elif listing.lists:
+        part_of = {path: listing.lists.get(pathlib.PurePath(path).stem) for path in images}
+        unused = sum(part is None for part in part_of.values())
+        listing.notes += [f"{unused} images are in no split and not used"] * bool(unused)
+    elif whole:
+        part_of = dict.fromkeys(images, asked)
+    else:
+        part_of = {path: split_of(path.partition("/")[0]) for path in images if "/" in path}
+        if not {"train"} < set(part_of.values()) <= set(SPLITS) or len(part_of) < len(images):
+            part_of = dict(zip(images, map(hashed_split, images)))
+            listing.notes.append("no splits were given: images are cut 80/10/10 by a hash of names")
+    rows = {split: [row for row in pairs if part_of[row[0]] == split] for split in SPLITS}
+    return {**rows, "val": rows["test"]} if layout == "simple-clip" else rows
+
+
+def hashed_split(path):
+    digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).digest()
+    share = int.from_bytes(digest[:6], "big") / 2 ** 48
+    return "train" if share < 0.8 else "val" if share < 0.9 else "test"
+
+
+def list_pairs(name_or_path, asked, data_dir="data", layout="auto", caption_file=None,
+               image_column=None, caption_column=None, whole=False):
+    """As pairs.open_pairs takes it -> name, the folder or zip, Listing of the three splits."""
+    text, path = os.fspath(name_or_path), pathlib.Path(os.path.expanduser(data_dir))
+    known = ("auto", "simple-clip", *LAYOUTS)
+    if asked not in SPLITS or layout not in known:
+        raise DataError(f"split {asked!r}, layout {layout!r}: expected train, val or test, and one "
+                        f"of {', '.join(known)}")
+    if "::" in text or SHARDS.search(text):
+        kind, (home, names) = "webdataset", find_shards(text)
+        path = home
+    else:
+        coco = LAYOUTS["coco"][0] if text.lower() == "coco" else ()
+        if not any(matching(ImageStore(path), pattern) for pattern in coco):
+            path = data.find_path(text, data_dir)  # else data_dir is COCO itself, as for run_clip
+        home, kind, names = find_captions(path, layout, caption_file)
+    listing = LAYOUTS[kind][1](ImageStore(home), names, (image_column, caption_column))
+    clean(text, listing)
+    given = layout != "simple-clip" and set(listing.rows) - {"all"}
+    listing.rows = (use_splits(listing.rows, listing.notes) if given else
+                    make_splits(listing, layout, asked, whole))
+    words = [word for word in path.absolute().parts if word != "lmdb" and not split_word(word)]
+    name = pathlib.PurePath(words[-1]).stem if path.is_file() else words[-1]
+    if not listing.rows[asked]:
+        having = ", ".join(key for key, rows in listing.rows.items() if rows)
+        raise DataError(f"{name} has no {asked} split, only {having}")
+    return name, str(home), listing

@@ -1,0 +1,241 @@
+"""The command line of a script: flags that all share, --config, and exit codes that are real."""
+import argparse
+import contextlib
+import difflib
+import json
+import math
+import os
+import re
+import signal
+import sys
+import traceback
+
+import torch.distributed as dist
+
+from files import expanded, one_line, refuse_unusable, UserError
+
+
+def number(least=0.0, most=math.inf, above=False, read=float):
+    """An argparse type: a finite number from `least` (or above it) to `most`."""
+    def checked(text):
+        with contextlib.suppress(ValueError):
+            value = read(str(text))
+            if least <= value <= most and math.isfinite(value) and not (above and value == least):
+                return value
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected {'a whole' if read is int else 'a'} number "
+            f"{'above' if above else 'from'} {least} to {most}")
+    return checked
+
+
+def whole(least=0, most=math.inf):
+    """An argparse type: a whole number from `least` to `most`."""
+    return number(least, most, read=int)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that exits with code 2 and one line. --flag_name and the spellings in
+    `aliases` ({"--theirs": "--ours"}) are understood, those in `refused` ({"--theirs": "what to use
+    instead"}) are not. `--config FILE` takes the flags of a run's config.json, which the command
+    line overrides. No flag may be abbreviated."""
+
+    def __init__(self, *args, aliases=None, refused=None, **options):
+        super().__init__(*args, allow_abbrev=False, **options)
+        self.aliases, self.refused = aliases or {}, refused or {}
+        self.add_argument("--config", metavar="FILE", help="take the flags of a run's config.json")
+
+    def error(self, message):
+        self.exit(2, f"error: {one_line(message)} (--help lists the flags)\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = [self.spelled(word) for word in (sys.argv[1:] if args is None else args)]
+        config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        config.add_argument("--config", nargs="?")
+        path = config.parse_known_args(words)[0].config
+        if path:
+            self.take_defaults(path)
+        parsed, odd = super().parse_known_args(words, namespace)
+        if odd:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(odd[0].partition("=")[0], flags, n=1)
+            self.error(f"unknown argument {odd[0]}" + "".join(f"; is it {x}?" for x in near))
+        resume, folder = getattr(parsed, "resume", "auto"), getattr(parsed, "output_dir", "")
+        if resume not in ("auto", "none") and not expanded(resume).is_file():
+            self.error(f"--resume {resume}: expected auto, none, or the path of a checkpoint")
+        try:
+            if folder and not getattr(parsed, "eval_only", False):
+                refuse_unusable(expanded(folder))
+        except UserError as error:
+            self.error(error)
+        return parsed, odd
+
+    def spelled(self, word):
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--"):
+            return word
+        flag = flag.replace("_", "-")
+        flag = self.aliases.get(flag, flag)
+        if flag in self.refused:
+            self.error(f"{flag} is not a flag here: {self.refused[flag]}")
+        return flag + equals + value
+
+    def take_defaults(self, path):
+        """Take the flags of a config.json. As text, argparse checks them like typed ones."""
+        try:
+            values = dict(json.loads(expanded(path).read_text("utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            self.error(f"--config {path} is not a run's config.json: {one_line(error)}")
+        for action in self._actions:
+            value = values.get(action.dest)
+            if value is not None and action.dest not in ("resume", "overwrite", "debug"):
+                typed = not isinstance(value, (bool, list))
+                self.set_defaults(**{action.dest: str(value) if typed else value})
+
+
+def add_run_flags(parser, seed=1, log_every=20, several_seeds=False, **defaults):
+    """The flags that all scripts share; `defaults` changes some of their defaults."""
+    add = parser.add_argument_group("the run").add_argument
+    add("--device", default="auto", help="auto, cuda, cuda:N, npu, npu:N, mps or cpu")
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
+        help="of matrix products; auto: bf16 on a GPU that has it, else fp32")
+    several = {"nargs": "+", "default": [seed]} if several_seeds else {"default": seed}
+    add("--seed", type=whole(0, 2 ** 32 - 1), **several, help=f"(default: {seed})")
+    add("--output-dir", default="", help="the run's folder (default: one under runs/)")
+    add("--resume", default="auto", metavar="auto|none|PATH",
+        help="go on from the folder's last checkpoint, or from the one at PATH")
+    add("--overwrite", action="store_true", help="delete the run that the folder holds")
+    add("--eval-only", action="store_true", help="score a checkpoint, train nothing")
+    add("--dry-run", action="store_true", help="two steps of everything, in a folder of its own")
+    add("--export", choices=["openai", "open_clip", "hf", "safetensors"],
+        help="also write the trained model for this library")
+    add("--workers", type=whole(-1), default=-1, help="processes that read images; -1 chooses")
+    add("--log-every", type=whole(1), default=log_every, help="steps between lines of the log")
+    add("--save-every", type=whole(0), default=0, help="steps; 0: save at an epoch's end only")
+    add("--deterministic", action="store_true", help="the same bits on a GPU, slower")
+    add("--debug", action="store_true", help="show tracebacks")
+    parser.set_defaults(**defaults)
+
+
+CHANGES_NO_RESULT = """device workers output_dir resume overwrite eval_only dry_run export log_every
+save_every debug config data_dir no_download deterministic micro_batch cache cache_gb""".split()
+
+
+def run_identity(args, but=(), **facts):
+    """What must be equal for a run to be continued: every flag but those that change no result
+    (and those in `but`), and `facts`, which win: method, data (fingerprint), model (name),
+    weights (sha256), micro_batch where it matters."""
+    return {key: value for key, value in {**vars(args), **facts}.items()
+            if key in facts or key not in CHANGES_NO_RESULT and key not in but}
+
+
+def run_folder(args, method, name):
+    """--output-dir, or runs/METHOD/name; a dry run has its own beside it."""
+    folder = expanded(args.output_dir or f"runs/{method}/{re.sub(r'[/:]+', '-', name)}")
+    return folder.with_name(folder.name + "_dry_run") if args.dry_run else folder
+
+
+def guard(main, get_args, argv=None):
+    """`sys.exit(guard(main, get_args))`: run a script, turn what it raises into an exit code.
+
+    0 done, 2 the user can fix it, 3 stopped safely (out of memory too), 128 + n by a signal,
+    1 a bug: the only one that shows a traceback, unless --debug asks for it.
+    """
+    tolerate_any_locale()
+    debug, code = "--debug" in (sys.argv[1:] if argv is None else argv), 0
+    try:
+        sigterm_as_ctrl_c()
+        main(get_args(argv))
+        print(end="", flush=True)
+    except (Exception, KeyboardInterrupt) as error:
+        code, line = verdict(error)
+        report(error, line, debug or code == 1)
+    if dist.is_available() and dist.is_initialized():
+        if code or argv is None:
+            # After a failure the others may be waiting for this process: do not wait for them in
+            # turn. After success all is written, and taking the group down races with their
+            # leaving: gloo's threads ended this process by SIGABRT a few times in a day of tests.
+            sys.stderr.flush()
+            show("", end="")
+            os._exit(code)
+        dist.destroy_process_group()
+    return code
+
+
+def verdict(error):
+    """What ended a script -> its exit code, and what to say of it."""
+    text = one_line(error)
+    if isinstance(error, KeyboardInterrupt):
+        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
+        return 128 + number, f"interrupted by {number.name}; --resume auto goes on, if it can"
+    if isinstance(error, BrokenPipeError) and not show(""):
+        return 128 + 13, ""  # as if SIGPIPE had ended it, which is how `| head` ends programs
+    if hasattr(error, "exit_code"):
+        return error.exit_code, text
+    if is_oom(error):
+        return 3, (f"out of memory ({text[:150]}): a smaller --micro-batch gives the same result "
+                   "in less, --precision bf16 halves most of it; the last checkpoint is intact")
+    if is_lost(error):
+        return 3, (f"a process that this one works with has ended ({text[:150]}): what it said "
+                   "itself tells why; the last checkpoint is intact")
+    return 1, ""
+
+
+def report(error, line, debug):
+    """Say what ended the run on stderr; an error that all processes share is said once."""
+    joined = dist.is_available() and dist.is_initialized()
+    rank = dist.get_rank() if joined else int(os.environ.get("RANK") or 0)
+    if rank and (not joined or getattr(error, "shared", False)):
+        return
+    with contextlib.suppress(BrokenPipeError):
+        if debug:
+            traceback.print_exception(error)
+        if line:
+            print(f"process {rank}: " * bool(rank) + f"error: {line}", file=sys.stderr, flush=True)
+
+
+def is_oom(error):
+    """Whether memory ran out: each device has its own type or words."""
+    return isinstance(error, MemoryError) or isinstance(error, (RuntimeError, OSError)) and bool(
+        re.search("out of memory|allocate memory", str(error), re.I))
+
+
+def is_lost(error):
+    """Whether another process went away: of the group, or one that reads images."""
+    words = re.search("^DataLoader worker|closed by peer|reset by peer|Broken pipe", str(error))
+    return (isinstance(error, (BrokenPipeError, ConnectionResetError, dist.DistError))
+            or isinstance(error, RuntimeError) and bool(words))
+
+
+def sigterm_as_ctrl_c():
+    """From now on SIGTERM ends the run as Ctrl-C does: loader workers are stopped, a line is said.
+    A second one ends it at once. Not in a group: Python could not answer while it waits there."""
+    owner = os.getpid()
+
+    def handle(number, frame):
+        if os.getpid() != owner:  # a loader's worker
+            os._exit(128 + number)
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt(number)  # which no `except Exception` on the way swallows
+    if os.environ.get("WORLD_SIZE", "") in ("", "0", "1"):
+        signal.signal(signal.SIGTERM, handle)
+
+
+def tolerate_any_locale():
+    """A terminal that knows ASCII only shows \\u4e2d instead of ending the run."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def show(text, end="\n"):
+    """Print -> whether somebody reads it. When `| head` has seen enough, the rest of stdout goes
+    nowhere, and the run and its log go on."""
+    try:
+        print(text, end=end, flush=True)
+        return True
+    except (OSError, ValueError, AttributeError):  # or there is no console at all
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
+        return False

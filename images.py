@@ -1,0 +1,394 @@
+"""From files to batches: what labelled images and image-caption pairs share.
+
+    image = read_image("cat.jpg")                        # upright RGB, or UnreadableImage
+    pixels = Preprocess(224)(image)                      # uint8 (3, 224, 224), as torchvision's
+    pixels = normalise(pixels[None])                     # float32 (1, 3, 224, 224), on any device
+
+Everything random is a function of plain numbers: the order of an epoch of (seed, epoch), the crop
+of an image of (seed, epoch, index). So a run is the same for any number of workers and processes,
+and goes on from the middle of an epoch with nothing saved but two integers. Files are never
+trusted: nothing is unpacked, image bombs are refused by their header.
+"""
+import contextlib
+import functools
+import importlib
+import io
+import math
+import os
+import pathlib
+import re
+import warnings
+import zipfile
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Sampler, default_collate, get_worker_info
+
+
+class DataError(ValueError):
+    """Something the user can fix, said in one line; scripts leave with `exit_code`."""
+    exit_code = 2
+
+
+class UnreadableImage(DataError):
+    """One image is missing, damaged, not an image or too large; the message names it."""
+
+
+class LostWorker(DataError):
+    """A process that reads images died or hangs; the message names what it was reading."""
+    exit_code = 3
+
+
+def one_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# -----------------------------------------------------------------------------
+# Pixels: from any file to RGB, from RGB to what the image tower takes
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_PIXELS = 178_956_970     # where Pillow itself gives up: 0.5 GB once decoded to RGB
+MAX_FILE_BYTES = 1 << 29     # of one image file; the header of a zip may claim anything
+LONGEST_STRIP = 64           # a strip of 1 x 5000 pixels would be resized to a gigabyte
+RUNS_A_PROGRAM = ("EPS", "WMF")   # Pillow hands these to Ghostscript, or to Windows
+EXTRAS = {"colour": lambda transforms: transforms.ColorJitter(0.2, 0.2, 0.2),
+          "randaugment": lambda transforms: transforms.RandAugment(num_ops=2, magnitude=9)}
+
+
+def to_rgb(image):
+    """PIL image of any mode -> RGB, 8 bits. Alpha is dropped, as CoOp's loader does. A palette goes
+    through RGBA, where its transparency is understood. 16-bit grey is scaled, where Pillow would
+    give white; ValueError for pixels whose white is not known."""
+    if image.mode == "F" or image.mode == "I" and image.getextrema()[1] > 65535:
+        raise ValueError("pixels of 32 bits have no defined white; save 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey = (np.asarray(image).clip(0, 65535).astype(np.uint32) + 128) // 257  # rounded
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode in ("P", "PA", "La", "RGBa"):
+        image = image.convert("RGBA" if image.mode != "La" else "LA")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def read_image(source, name=None, look=None):
+    """Path or binary file -> upright RGB image. Raises UnreadableImage, whatever is wrong with it.
+
+    The EXIF orientation is applied (CoOp ignores it, so the few photos that carry one differ). An
+    animation gives its first frame. `look` is shown the image before its pixels are decoded.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd tags and near bombs: the checks here decide
+            with Image.open(source) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width}x{image.height} pixels are too many")
+                if image.format in RUNS_A_PROGRAM:
+                    raise ValueError(f"{image.format} is not read; save it as PNG")
+                if look:
+                    look(image)
+                image.load()
+                with contextlib.suppress(Exception):  # damaged tags around sound pixels
+                    ImageOps.exif_transpose(image, in_place=True)
+                return to_rgb(image)
+    except Exception as error:  # Pillow's readers raise ten kinds of exception on damaged files
+        raise UnreadableImage(f"{name or source}: no readable image ({one_line(error)})") from error
+
+
+def sample_seed(seed, epoch, index):
+    """Three integers (or arrays of uint64) -> a seed below 2**63, mixed well in its low 32 bits,
+    all that torch's CPU generator keeps. The finaliser is splitmix64's."""
+    state = 0
+    for number in (seed, epoch, index):
+        state = (state + number + 0x9E3779B97F4A7C15) & (2**64 - 1)
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & (2**64 - 1)
+        state ^= state >> 31
+    return state >> 1
+
+
+def crop_box(width, height, generator, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
+    """A random (left, top, right, bottom), draw for draw as torchvision's RandomResizedCrop: area
+    uniform, aspect log-uniform, ten tries, then the largest central box of an allowed aspect."""
+    low, high = torch.tensor(ratio).log().tolist()  # rounded to fp32, as there
+    for _ in range(10):
+        area = width * height * torch.empty(1).uniform_(*scale, generator=generator).item()
+        aspect = torch.empty(1).uniform_(low, high, generator=generator).exp().item()
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top = torch.randint(0, height - h + 1, (1,), generator=generator).item()
+            left = torch.randint(0, width - w + 1, (1,), generator=generator).item()
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+class Preprocess:
+    """PIL image, or uint8 (H, W, 3) array -> uint8 (3, size, size); `normalise` finishes a batch.
+
+    Evaluation: the short side to `size`, then the centre, or with resize="squash" the whole image
+    to size x size; the pixels of torchvision's Resize + CenterCrop, bit for bit. Training (CoOp's):
+    a random resized crop of `scale` times the area (None: no crop) and, with `flip`, a flip:
+    torchvision's own under torch.manual_seed(sample_seed(seed, epoch, index)). Then `augment`, some
+    of: "colour", ColorJitter(0.2, 0.2, 0.2); "randaugment", two operations of RandAugment (Cubuk et
+    al. 2020) at magnitude 9. Both are torchvision's; DataError without it. No draw depends on
+    `size`: a student and a teacher of another size see the same view.
+    """
+
+    def __init__(self, size, train=False, seed=0, scale=(0.08, 1.0), flip=True, resize="shortest",
+                 interpolation="bicubic", augment=()):
+        self.size, self.train, self.seed, self.scale, self.flip = size, train, seed, scale, flip
+        self.squash = {"shortest": False, "squash": True}[resize]
+        self.filter = getattr(Image.Resampling, interpolation.upper())
+        if not set(augment) <= set(EXTRAS):
+            raise DataError(f"augment {list(augment)}: expected some of {', '.join(EXTRAS)}")
+        self.extras = [EXTRAS[name](import_torchvision("transforms")) for name in augment if train]
+
+    @classmethod
+    def of(cls, model, train=False, **options):
+        """The transform that a CLIP was trained for: its size, resize mode and interpolation."""
+        return cls(model.config.image_size, train, resize=model.image_resize,
+                   interpolation=model.image_interpolation, **options)
+
+    def __call__(self, image, epoch=0, index=0):
+        image = to_rgb(image if isinstance(image, Image.Image) else Image.fromarray(image))
+        if not self.train:
+            return to_tensor(self.fit(image, whole=self.squash))
+        generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch, index))
+        if self.scale:
+            image = image.crop(crop_box(*image.size, generator, self.scale))
+        image = self.fit(image, whole=self.scale or self.squash)
+        if self.flip and torch.rand(1, generator=generator).item() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.extras:
+            with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+                torch.manual_seed(sample_seed(self.seed + 1, epoch, index))
+                for extra in self.extras:
+                    image = extra(image)
+        return to_tensor(image)
+
+    def fit(self, image, whole):
+        """The whole image, or its middle, at size x size."""
+        size, (width, height) = self.size, image.size
+        if whole:
+            return image.resize((size, size), self.filter)
+        short, long = sorted((width, height))
+        spare = max(0, (long - LONGEST_STRIP * short) // 2)  # cut off both ends of a strip
+        if spare:
+            x, y = (spare, 0) if width > height else (0, spare)
+            image = image.crop((x, y, width - x, height - y))
+        long = int(size * (long - 2 * spare) / short)  # torchvision rounds down here, to even below
+        image = image.resize((size, long) if width <= height else (long, size), self.filter)
+        left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+        return image.crop((left, top, left + size, top + size))
+
+
+def to_tensor(image):
+    """RGB image -> uint8 (3, H, W)."""
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+
+
+def import_torchvision(part):
+    try:
+        return importlib.import_module(f"torchvision.{part}")
+    except (ImportError, RuntimeError, OSError) as error:  # built for another torch
+        raise DataError(f"torchvision.{part} is needed here and does not import ({one_line(error)})"
+                        f"; install the build for torch {torch.__version__}") from None
+
+
+def normalise(images, mean=CLIP_MEAN, std=CLIP_STD):
+    """Pixel values 0 .. 255, uint8 or float (B, 3, H, W) on any device -> a new float32 tensor
+    there, (images / 255 - mean) / std; the bits of torchvision's ToTensor + Normalize on a CPU."""
+    images = images.to(torch.float32, copy=True).div_(255)
+    for channel, (m, s) in enumerate(zip(mean, std, strict=True)):  # a tensor would be an upload
+        images[:, channel].sub_(m).div_(s)
+    return images
+
+
+# -----------------------------------------------------------------------------
+# Where images lie: a folder or a zip
+
+IMAGE_SUFFIXES = (  # of what Pillow reads by itself
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".gif", ".webp",
+    ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".jpx", ".tga",
+    ".pcx", ".dds", ".qoi", ".sgi", ".xbm", ".xpm", ".ico", ".icns", ".psd")
+
+
+def leaves_folder(name):
+    """Whether a relative name would point outside the folder (or archive) it belongs to."""
+    return ".." in re.split(r"[/\\]", name) or name[:1] in ("/", "\\") or name[1:2] == ":"
+
+
+def is_litter(name):
+    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+
+def is_image(name):
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def walk(folder):
+    """Every posix path below `folder`; directories end in "/". A directory reached twice through
+    links is entered once, so a loop of links ends. Raises DataError."""
+    def refuse(error):
+        raise DataError(f"cannot list {error.filename} ({error.strerror}); make it readable")
+    seen = set()
+    for at, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        base = "" if at == os.fspath(folder) else f"{os.path.relpath(at, folder)}/"
+        if os.path.realpath(at) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(at))
+        folders[:] = [name for name in folders if not is_litter(name)]
+        yield from (f"{base}{name}/".replace(os.sep, "/") for name in folders)
+        yield from (f"{base}{name}".replace(os.sep, "/") for name in files if not is_litter(name))
+
+
+class ImageStore:
+    """A folder of images, or a zip read in place, never unpacked. `prefix` goes before each path.
+
+    Picklable. Every process opens the zip for itself: two processes that share one open file after
+    a fork also share its read position, and would read each other's bytes.
+    """
+
+    def __init__(self, path, prefix=""):
+        self.path, self.prefix = os.fspath(path), prefix
+        self.zipped = os.path.isfile(self.path)
+        self._zip = self._pid = None
+
+    def __getstate__(self):
+        return {**self.__dict__, "_zip": None, "_pid": None}
+
+    def __str__(self):
+        return os.path.join(self.path, self.prefix) if self.prefix else self.path
+
+    def archive(self):
+        if self._pid != os.getpid():
+            try:
+                self._zip = zipfile.ZipFile(self.path)
+                bad = [name for name in self._zip.namelist() if leaves_folder(name)]
+                if bad:
+                    raise zipfile.BadZipFile(f"its member {bad[0]!r} lies outside of it")
+            except (OSError, zipfile.BadZipFile) as error:
+                raise DataError(f"{self.path} is no sound zip ({error}); fetch it again, or zip "
+                                f"the folder with relative names") from None
+            self._pid = os.getpid()
+        return self._zip
+
+    def names(self):
+        """Sorted paths of everything inside, the prefix included; directories end in "/"."""
+        if not self.zipped:
+            return sorted(walk(self.path))
+        return sorted(name for name in self.archive().namelist()
+                      if not any(map(is_litter, name.rstrip("/").split("/"))))
+
+    def has(self, path):
+        if not self.zipped:
+            return os.path.isfile(os.path.join(self.path, self.prefix, path))
+        return self.prefix + path in self.archive().NameToInfo
+
+    def has_some(self, paths):
+        """Whether any of about 200 of these is there: a set may lie there in part."""
+        return any(map(self.has, paths[::max(1, len(paths) // 200)]))
+
+    def read(self, path):
+        """The bytes of one file, of a zip's with its CRC checked. Raises UnreadableImage."""
+        file = pathlib.Path(self.path, self.prefix, path)
+        try:
+            info = self.archive().getinfo(self.prefix + path) if self.zipped else file.stat()
+            size = info.file_size if self.zipped else info.st_size
+            if size > MAX_FILE_BYTES:
+                raise ValueError(f"{size:,} bytes are too many")
+            return self.archive().read(info) if self.zipped else file.read_bytes()
+        except Exception as error:  # zlib.error, BadZipFile, an encrypted member, a disk fault ...
+            raise UnreadableImage(f"{self}/{path}: cannot be read ({one_line(error)})") from error
+
+    def image(self, path):
+        return read_image(io.BytesIO(self.read(path)), f"{self}/{path}")
+
+
+# -----------------------------------------------------------------------------
+# Batches
+
+class Batches(Sampler):
+    """Yields lists of (epoch, index). Global batch b is perm[b*B : (b+1)*B] with perm a function of
+    (seed, epoch); rank r of W takes every W-th from r on, so the union over ranks is the same for
+    any W (a rank's share of a short last batch may be empty).
+
+    drop_last None is Dassl's rule: a training set drops the remainder unless it is smaller than one
+    batch, which is then a single short batch; without shuffling nothing is dropped.
+    """
+
+    def __init__(self, n, batch_size, seed=0, rank=0, world_size=1, shuffle=True, drop_last=None):
+        if batch_size < 1:
+            raise DataError(f"batch size {batch_size}: expected 1 or more")
+        self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
+        self.rank, self.world_size = rank, world_size
+        self.drop_last = shuffle and n >= batch_size if drop_last is None else drop_last
+        self.epoch = self.first_batch = 0
+
+    def set_epoch(self, epoch, first_batch=0):
+        """The epoch to yield next, and how many of its batches are done already."""
+        self.epoch, self.first_batch = epoch, first_batch
+
+    def __len__(self):
+        """Batches in a whole epoch."""
+        return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
+
+    def global_size(self, batch):
+        """Images in global batch number `batch`, over all ranks."""
+        return max(0, min(self.batch_size, self.n - batch * self.batch_size))
+
+    def __iter__(self):
+        order = list(range(self.n))
+        if self.shuffle:  # index -1 is no image: the order has a stream of its own
+            generator = torch.Generator().manual_seed(sample_seed(self.seed, self.epoch, -1))
+            order = torch.randperm(self.n, generator=generator).tolist()
+        epoch = self.epoch
+        for batch in range(self.first_batch, len(self)):
+            share = order[batch * self.batch_size:(batch + 1) * self.batch_size]
+            yield [(epoch, index) for index in share[self.rank::self.world_size]]
+
+
+def collate(items, size):
+    """Items of an ImageSet -> images (B, 3, S, S), labels (B,), indices (B,); B may be 0."""
+    if not items:
+        nothing = torch.zeros(0, 3, size, size, dtype=torch.uint8)
+        return [nothing, *torch.zeros(2, 0, dtype=torch.long)]
+    return default_collate(items)
+
+
+class Loader(DataLoader):
+    """A DataLoader that names what its workers were reading when one of them dies or hangs."""
+
+    def __iter__(self):
+        try:
+            yield from super().__iter__()
+        except RuntimeError as error:
+            if not str(error).startswith(("DataLoader worker", "DataLoader timed out")):
+                raise
+            places = self.worker_init_fn.args[0].tolist()
+            reading = ", ".join(self.dataset.paths[index] for index in places if index >= 0)
+            raise LostWorker(f"{one_line(error).split('. ')[0]} while reading {reading or '?'}: "
+                             f"look at these files and at the memory that is free, or read with "
+                             f"--workers 0; the last checkpoint is intact") from error
+
+
+def tell_reading(places, worker):
+    """Run in each new worker: from now on it keeps in `places` the position that it is reading."""
+    get_worker_info().dataset.reading = places[worker:worker + 1].numpy()
+
+
+def load_batches(dataset, batches, workers, options):
+    """A Loader over any data set with .transform, .paths and .reading, as `batches` order it."""
+    if workers:
+        places = torch.full((workers,), -1).share_memory_()
+        options = {"persistent_workers": True, "timeout": 600,
+                   "worker_init_fn": functools.partial(tell_reading, places), **options}
+    else:
+        for key in ("persistent_workers", "multiprocessing_context", "prefetch_factor", "timeout"):
+            options.pop(key, None)
+    join = functools.partial(collate, size=dataset.transform.size)
+    return Loader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=join,
+                  generator=torch.Generator(), **options)  # else it draws from the global one

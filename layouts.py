@@ -1,0 +1,562 @@
+"""What other libraries call a CLIP's tensors and settings. No file is read or written here.
+
+Inside, names are OpenAI's, with `bert.` for a text tower of the BERT family as in Chinese-CLIP.
+Settings that change the features leave no trace in the tensors' shapes: activation, heads, pooling,
+epsilons, masks, pixel statistics. `known_from_*` read them from a library's configuration, and
+refuse by its name what `clip_model` does not have: never is it passed over.
+"""
+import contextlib
+import dataclasses
+import math
+import re
+
+import torch
+from torch import nn
+
+from clip_model import (
+    ACTIVATIONS, CLIP, CONFIGS, FAMILIES, HEAD_OF_WIDTH, BertConfig, CLIPConfig, Pixels,
+    bert_fields)
+
+LAYOUTS = ("safetensors", "openai", "open_clip", "hf", "chinese_clip")
+
+
+class WeightsError(ValueError):
+    """A name or file that gives no CLIP; `exit_code` marks it as something the user can fix."""
+    exit_code = 2
+
+
+@contextlib.contextmanager
+def about(what):
+    """What goes wrong in here with a file's content becomes a WeightsError: "what: why"."""
+    try:
+        yield
+    except KeyError as error:
+        raise WeightsError(f"{what}: there is no {error}") from None
+    except (ValueError, TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError,
+            ImportError, OSError) as error:
+        raise WeightsError(f"{what}: {one_line(error)}") from None
+
+
+def one_line(error):
+    """The telling line of an exception; of torch's, what a pickle asked for."""
+    text = re.sub(r"\s+", " ", str(error)) or type(error).__name__
+    wish = re.search(r"Unsupported (global|class|operand)[^.]*\.\S*|GLOBAL \S+", text)
+    return text if isinstance(error, WeightsError) else (wish[0] if wish else text)[:200]
+
+
+def allow(table, **allowed):
+    """Refuse by its name a setting of another library that is not among those allowed."""
+    for key, values in allowed.items():
+        if key in table and table[key] not in values:
+            raise WeightsError(f"{key} {table[key]!r} is not supported; expected "
+                               f"{' or '.join(map(repr, values))}")
+
+
+# -----------------------------------------------------------------------------
+# Names
+
+def state_in(content):
+    """The named tensors in what a file holds -> (state, notes).
+
+    Finds the state dict inside a training checkpoint and takes off the prefixes that wrappers
+    leave (`module.` of DDP, `_orig_mod.` of torch.compile, `model.` of Lightning).
+    """
+    notes, wrappers = [], ("state_dict", "model", "model_state_dict", "module", "net", "weights",
+                           "ema", "model_ema", "state_dict_ema")
+    while isinstance(content, dict) and len(notes) < 8:  # a hostile file can hold itself
+        inner = [key for key in wrappers if isinstance(content.get(key), dict) and content[key]]
+        if not inner:
+            break
+        notes.append(f"weights found under {inner[0]!r}")
+        content = content[inner[0]]
+    state = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)
+             and isinstance(name, str)} if isinstance(content, dict) else {}
+    if not state:
+        raise WeightsError("no tensors under names; expected a state dict")
+    for name, tensor in state.items():  # a stride of 0 makes terabytes of four bytes
+        if (tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized
+                or tensor.nbytes > tensor.untyped_storage().nbytes()
+                or tensor.is_floating_point() and not torch.isfinite(tensor).all()):
+            raise WeightsError(f"{name!r} is not a plain tensor of finite numbers")
+    prefixes = ("module.", "_orig_mod.", "model.", "clip.")
+    while found := next((p for p in prefixes if all(n.startswith(p) for n in state)), None):
+        state = {name.removeprefix(found): value for name, value in state.items()}
+        notes.append(f"prefix {found!r} removed")
+    return state, notes
+
+
+HF_NAMES = [  # (OpenAI's, Hugging Face's); whole names first, then beginnings, then fragments
+    ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
+    ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
+    ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    ("visual.proj", "visual_projection.weight"),
+    ("text_projection", "text_projection.weight"),
+    ("token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
+    ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    ("visual.ln_pre.", "vision_model.pre_layrnorm."),  # their spelling
+    ("visual.ln_post.", "vision_model.post_layernorm."),
+    ("ln_final.", "text_model.final_layer_norm."),
+    ("visual.transformer.resblocks.", "vision_model.encoder.layers."),
+    ("transformer.resblocks.", "text_model.encoder.layers."),
+    (".ln_1.", ".layer_norm1."), (".ln_2.", ".layer_norm2."),
+    (".mlp.c_fc.", ".mlp.fc1."), (".mlp.c_proj.", ".mlp.fc2."),
+    (".attn.out_proj.", ".self_attn.out_proj."),
+    ("bert.", "text_model."),  # last: what is left of a text_model that is no CLIP's
+]
+DISTILBERT_NAMES = [  # (BERT's, DistilBERT's)
+    ("encoder.layer.", "transformer.layer."),
+    (".attention.self.query.", ".attention.q_lin."), (".attention.self.key.", ".attention.k_lin."),
+    (".attention.self.value.", ".attention.v_lin."),
+    (".attention.output.dense.", ".attention.out_lin."),
+    (".attention.output.LayerNorm.", ".sa_layer_norm."), (".intermediate.dense.", ".ffn.lin1."),
+    (".output.dense.", ".ffn.lin2."), (".output.LayerNorm.", ".output_layer_norm."),
+]
+TURNED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
+
+
+def rename(name, table, source, target):
+    for pair in table:
+        old, new = pair[source], pair[target]
+        if name == old:
+            return new
+        if old.startswith("."):
+            name = name.replace(old, new)
+        elif old.endswith(".") and name.startswith(old):
+            name = new + name[len(old):]
+    return name
+
+
+def to_hugging_face(state):
+    """OpenAI's names -> Hugging Face's: q, k, v apart, the two projections transposed."""
+    out = {}
+    for name, tensor in state.items():
+        theirs = rename(name, HF_NAMES, 0, 1)
+        stem, fused, kind = theirs.partition(".attn.in_proj_")
+        if fused:
+            for letter, part in zip("qkv", tensor.chunk(3)):
+                out[f"{stem}.self_attn.{letter}_proj.{kind}"] = part.contiguous()
+        else:
+            out[theirs] = tensor.t().contiguous() if name in TURNED else tensor
+    return out
+
+
+def from_hugging_face(state):
+    """Hugging Face's names -> OpenAI's; KeyError when one of q, k, v is missing."""
+    out = {}
+    for name, tensor in state.items():
+        ours = rename(name, HF_NAMES, 1, 0)
+        if ".self_attn.q_proj." in name:
+            parts = [state[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
+            out[ours.replace(".self_attn.q_proj.", ".attn.in_proj_")] = torch.cat(parts)
+        elif not re.search(r"\.self_attn\.[kv]_proj\.|position_ids$", name):
+            out[ours] = tensor.t() if name in TURNED.values() else tensor
+    return out
+
+
+def from_bert(state):
+    """A text tower of the BERT family under BERT's own names after `bert.`, beside what belongs to
+    a CLIP. Heads for other tasks are left out."""
+    table, out = "embeddings.word_embeddings.weight", {}
+    stem = next(name for name in state if name.endswith(table)).removesuffix(table)
+    for name, tensor in state.items():
+        part = name.removeprefix(stem)
+        if name.startswith(("visual.", "text_projection", "logit_")):
+            out[name] = tensor
+        elif name.startswith(stem) and re.match(r"(embeddings|encoder|transformer|pooler)\.(?!"
+                                                r".*(position|type)_ids$)", part):
+            part = rename(part, DISTILBERT_NAMES, 1, 0) if part[0] == "t" else part
+            part = re.sub(r"gamma$", "weight", re.sub(r"beta$", "bias", part))  # TensorFlow's
+            out["bert." + part] = tensor
+    return out
+
+
+def openai_names(state):
+    """The names of any layout -> (state under OpenAI's, layout)."""
+    def any_begins(*beginnings):
+        return any(name.startswith(beginnings) for name in state)
+    layout = "openai"  # OpenCLIP's CLIP keeps the same names
+    state = {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] not in (
+        "input_resolution", "context_length", "vocab_size", "attn_mask")}
+    if any_begins("vision_model.", "text_model."):
+        layout = "hf"  # transformers before 5 wrapped a dual encoder's image tower once more
+        state = from_hugging_face({re.sub(r"^(vision_model\.){2}", r"\1", name): tensor
+                                   for name, tensor in state.items()})
+    elif "text.token_embedding.weight" in state:  # OpenCLIP's CustomTextCLIP
+        state = {name.removeprefix("text."): tensor for name, tensor in state.items()}
+    elif any_begins("bert.encoder.") and any_begins("visual."):
+        layout = "chinese_clip"
+    if any(name.endswith("embeddings.word_embeddings.weight") for name in state):
+        layout, state = layout if any_begins("visual.") else "hf", from_bert(state)
+    return state, layout
+
+
+# -----------------------------------------------------------------------------
+# Settings: fields of CLIPConfig, with "text" a dict of fields of BertConfig, and "pixels".
+# read(name) gives the table in a JSON file beside the weights, {} where there is none.
+
+def known_from_hugging_face(read):
+    config = read("config.json")
+    kind = config.get("model_type")
+    if kind is None and not {"vision_config", "text_config", "hidden_size"} & config.keys():
+        return {}  # another program's
+    if kind in FAMILIES:
+        return {"text": bert_settings(config) | pooling_settings(read)}
+    allow({"model_type": kind}, model_type=(
+        "clip", "chinese_clip", "vision-text-dual-encoder", "clip_vision_model", "clip_text_model",
+        *FAMILIES))
+    known = {"pixels": pixels_from_hugging_face(read("preprocessor_config.json") or read(
+        "processor_config.json").get("image_processor"))}
+    image, text = ({**(config.get(f"{side}_config") or {}), **(config.get(f"{side}_config_dict")
+                   or {})} for side in ("vision", "text"))  # theirs: the old second one wins
+    image = config if kind == "clip_vision_model" else image
+    text = config if kind == "clip_text_model" else text
+    activations = tuple(ACTIVATIONS)
+    if kind != "clip_text_model":
+        allow(image, model_type=("clip", "clip_vision_model", "chinese_clip_vision_model"),
+              hidden_act=activations, layer_norm_eps=(1e-5,))
+        known["activation"] = image.get("hidden_act", "quick_gelu")
+        known["vision_head"] = head_width(image, 768, 12)
+        activations = (known["activation"],)  # there is one for both towers here
+    if kind == "chinese_clip":
+        known["text"] = bert_settings(text | {"model_type": "bert"}) | {"pool": "first"}
+    elif text.get("model_type") in FAMILIES:
+        known["text"] = bert_settings(text)
+    elif kind != "clip_vision_model":
+        allow({"hidden_act": "quick_gelu"} | text, hidden_act=activations, layer_norm_eps=(1e-5,),
+              model_type=("clip", "clip_text_model"),  # 2 is an old word for the largest id
+              eos_token_id=(2, text.get("vocab_size", 49_408) - 1))
+        known["activation"] = text.get("hidden_act", "quick_gelu")
+        known["text_head"] = head_width(text, 512, 8)
+    return known
+
+
+def head_width(config, width, heads):
+    return config.get("hidden_size", width) // config.get("num_attention_heads", heads)
+
+
+def bert_settings(config):
+    def get(default, *names):  # DistilBERT has names of its own
+        return next((config[name] for name in names if name in config), default)
+    allow(config, model_type=tuple(FAMILIES), hidden_act=("gelu",), activation=("gelu",),
+          is_decoder=(False,), position_embedding_type=("absolute",))
+    family = config["model_type"]
+    return {"family": family, "heads": get(12, "num_attention_heads", "n_heads"),
+            "pad_id": get(int(family == "roberta"), "pad_token_id"),
+            "eps": get(1e-12, "layer_norm_eps"),
+            "dropout": get(0.1, "hidden_dropout_prob", "dropout"),
+            "attention_dropout": get(0.1, "attention_probs_dropout_prob", "attention_dropout")}
+
+
+def pooling_settings(read):
+    """How sentence-transformers makes one vector of a text; {} where it does not say."""
+    config = read("1_Pooling/config.json")
+    modes = [key for key, on in config.items() if on is True and key.startswith("pooling_mode_")]
+    modes = modes or [config[key] for key in ["pooling_mode"] if key in config]
+    modes += ["a Dense layer"] if read("2_Dense/config.json") else []
+    known = {"pooling_mode_mean_tokens": "mean", "mean": "mean", "pooling_mode_cls_token": "first",
+             "cls": "first"}
+    allow({"pooling": " + ".join(modes)}, pooling=("", *known))
+    return {"pool": known[modes[0]]} if modes else {}
+
+
+def pixels_from_hugging_face(config):
+    """Pixels of a preprocessor_config.json, None of an empty one."""
+    if not config:
+        return None
+    size = config.get("size", 224)
+    squash = isinstance(size, dict) and "height" in size
+    crop = config.get("do_center_crop", not squash)
+    allow({"do_center_crop": crop} | config, do_resize=(True,), do_rescale=(True,),
+          do_normalize=(True,), rescale_factor=(1 / 255,), resample=(2, 3),
+          do_center_crop=(True, False) if squash else (True,))
+    sides = {side for value in (size, config.get("crop_size", size) if crop else size)
+             for side in (value.values() if isinstance(value, dict) else [value])}
+    if len(sides) > 1:
+        raise WeightsError(f"size {size} with another crop_size is not supported")
+    return make_pixels(config.get("image_mean"), config.get("image_std"), squash and "squash",
+                       "bilinear" if config.get("resample") == 2 else "bicubic")
+
+
+def make_pixels(mean, std, resize, interpolation):
+    """Checked Pixels; what is not given is CLIP's."""
+    own = Pixels()
+    found = Pixels(tuple(mean or own.mean), tuple(std or own.std), resize or own.resize,
+                   interpolation or own.interpolation)
+    allow({"resize_mode": found.resize, "interpolation": found.interpolation},
+          resize_mode=("shortest", "squash"), interpolation=("bicubic", "bilinear"))
+    if not (len(found.mean) == len(found.std) == 3 and min(found.std) > 0
+            and all(map(math.isfinite, found.mean + found.std))):
+        raise WeightsError(f"pixel mean {mean} and std {std} are not three numbers each")
+    return found
+
+
+def pixels_from_timm(config, name):
+    """Pixels of the config.json of timm's model folders, None of another; a model of another name
+    can have the same tensors and compute something else."""
+    weights = config.get("pretrained_cfg")
+    if not weights:
+        return None
+    allow(config, architecture=(name.partition(".")[0],))
+    return make_pixels(weights["mean"], weights["std"], None, weights.get("interpolation"))
+
+
+HARMLESS = (  # what shapes tell, and what changes nothing
+    "embed_dim vision_cfg text_cfg quick_gelu custom_text init_logit_scale init_logit_bias "
+    "output_dict cast_dtype layers width head_width heads patch_size image_size mlp_ratio "
+    "patch_dropout output_tokens context_length vocab_size pad_id eos_id attn_pooler_queries "
+    "attn_pooler_heads timm_pool timm_proj timm_drop timm_drop_path hf_model_pretrained "
+    "hf_proj_type hf_pooler_type").split()
+
+
+def known_from_open_clip(read):
+    config = read("open_clip_config.json")
+    model = config.get("model_cfg")
+    if model is None:
+        return {}
+    image, text, pixels = model["vision_cfg"], model["text_cfg"], config.get("preprocess_cfg") or {}
+    for part, pool in ((model, None), (image, "tok"), (text, "argmax")):
+        usual = {"pool_type": pool, "pos_embed_type": "learnable", "proj_type": "linear"}
+        allow({key: x for key, x in part.items() if x and key not in HARMLESS},  # all else is off
+              **{key: (usual.get(key),) for key in part})
+    allow(pixels, mode=("RGB",))
+    return {"activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
+            "vision_head": image.get("head_width", 64),
+            "text_head": text.get("width", 512) // text.get("heads", 8),
+            "pixels": make_pixels(pixels.get("mean"), pixels.get("std"),
+                                  pixels.get("resize_mode"), pixels.get("interpolation"))}
+
+
+CARD = ("clip_config", "pixels", "vocabulary")  # of the card, what every saved file carries
+
+
+def card(model, tokenizer=None):
+    """All that a file of ours tells beside the tensors, as plain values: `weights.load` builds the
+    model from it. With `tokenizer`, the vocabulary is taken from there."""
+    return {"clip_config": dataclasses.asdict(model.config),
+            "pixels": dataclasses.asdict(model.pixels),
+            "vocabulary": tokenizer.facts() if tokenizer else model.vocabulary,
+            "origin": {key: model.origin[key] for key in ("name", "path", "sha256", "side")
+                       if key in model.origin},
+            "tensors": len(model.state_dict())}
+
+
+def known_from_card(card):
+    """Its sizes are not believed: those of the tensors are taken."""
+    pixels = card.get("pixels")
+    return {**card["clip_config"], "pixels": pixels and make_pixels(
+        pixels["mean"], pixels["std"], pixels["resize"], pixels["interpolation"])}
+
+
+# -----------------------------------------------------------------------------
+# Sizes from shapes
+
+def count(state, pattern):
+    """How many different numbers `pattern`'s group takes in the names of `state`."""
+    return len({match.group(1) for match in map(re.compile(pattern).match, state) if match})
+
+
+def image_fields(sd, known):
+    """The CLIPConfig fields of the image tower in these tensors (OpenAI's names)."""
+    if any(name.startswith("visual.trunk.") for name in sd):
+        head = sd.get("visual.proj.projection.weight")
+        if not known.get("backbone"):
+            raise WeightsError("its image tower is a classifier's trunk (SigLIP, or another of "
+                               "timm), and of which is not written")
+        return {"backbone": known["backbone"], "image_size": known["image_size"],
+                "vision_layers": 0, "vision_patch": None,
+                "vision_width": sd["visual.proj"].shape[0] if head is None else head.shape[1]}
+    if "visual.class_embedding" in sd:
+        width, _, _, patch = sd["visual.conv1.weight"].shape
+        size = patch * math.isqrt(sd["visual.positional_embedding"].shape[0] - 1)
+        layers = count(sd, r"visual\.transformer\.resblocks\.(\d+)\.")
+    else:
+        width, patch = sd["visual.layer1.0.conv1.weight"].shape[0], None
+        size = 32 * math.isqrt(sd["visual.attnpool.positional_embedding"].shape[0] - 1)
+        layers = tuple(count(sd, rf"visual\.layer{i}\.(\d+)\.") for i in (1, 2, 3, 4))
+    return {"image_size": size, "vision_layers": layers, "vision_width": width,
+            "vision_patch": patch,
+            "vision_head": known.get("vision_head", HEAD_OF_WIDTH.get(width, 64))}
+
+
+def text_fields(sd, known):
+    """The CLIPConfig fields of the text tower in these tensors (OpenAI's names). Without `known`,
+    the published BERTs are told apart by their segments."""
+    bert = {name[5:]: tensor for name, tensor in sd.items() if name.startswith("bert.")}
+    if not bert:
+        return {"text_width": sd["ln_final.weight"].shape[0],
+                "text_layers": count(sd, r"transformer\.resblocks\.(\d+)\."),
+                "context_length": sd["positional_embedding"].shape[0],
+                "vocab_size": sd["token_embedding.weight"].shape[0],
+                "text_head": known.get("text_head", 64)}
+    known, segments = known.get("text") or {}, bert.get("embeddings.token_type_embeddings.weight")
+    segments = 0 if segments is None else segments.shape[0]
+    vocab, width = bert["embeddings.word_embeddings.weight"].shape
+    family = known.get("family", {0: "distilbert", 1: "roberta"}.get(segments, "bert"))
+    return bert_fields(BertConfig(**{
+        "family": family, "heads": width // 64, "pad_id": int(family == "roberta"),
+        "eps": 1e-5 if family == "roberta" else 1e-12,
+        "pool": "pooler" if "pooler.dense.weight" in bert else "first"} | known | {
+        "vocab_size": vocab, "width": width, "type_vocab": segments,
+        "layers": count(bert, r"encoder\.layer\.(\d+)\."),
+        "intermediate": bert["encoder.layer.0.intermediate.dense.weight"].shape[0],
+        "positions": bert["embeddings.position_embeddings.weight"].shape[0]}))
+
+
+def config_from_state_dict(sd, **known):
+    """The CLIPConfig that these tensors' shapes belong to (OpenAI's names; meta tensors will do).
+
+    What leaves no trace in shapes is taken as OpenAI's, or as the published BERTs have it, unless
+    it is among `known`: fields of CLIPConfig, `text` a dict of fields of BertConfig. WeightsError
+    names the first tensor that is missing, unknown or of another shape.
+    """
+    mlp = "text_projection.layer_norm.weight" in sd
+    with about(f"not a CLIP (its first tensor is {next(iter(sd), None)!r})"):
+        head = sd["text_projection.layer_norm.weight" if mlp else "text_projection"]
+        config = CLIPConfig(
+            embed_dim=head.shape[-1], proj="mlp" if mlp else "linear",
+            activation=known.get("activation", "quick_gelu"),
+            **image_fields(sd, known), **text_fields(sd, known))
+    check_state(config, sd)
+    return config
+
+
+@contextlib.contextmanager
+def skeleton():
+    """Modules made in here have names and shapes and no numbers. Filling them is left out: on
+    "meta" it computes nothing, and imports torch's compiler, which takes seconds."""
+    names = [name for name in vars(nn.init) if name.endswith("_") and name[0] != "_"]
+    real = {name: getattr(nn.init, name) for name in names}
+    try:
+        for name in names:
+            setattr(nn.init, name, lambda tensor, *_, **__: tensor)
+        with torch.device("meta"):
+            yield
+    finally:
+        for name in names:
+            setattr(nn.init, name, real[name])
+
+
+def check_state(config, state):
+    """Raise WeightsError unless `state` has exactly the tensors of a CLIP of this size."""
+    with about("these sizes make no CLIP"), skeleton():
+        expected = CLIP(config).state_dict()
+    expected["logit_bias"] = expected["logit_scale"]
+    optional = ("logit_bias", ".num_batches_tracked")
+    for name in [*expected, *state]:
+        own, found = expected.get(name), state.get(name)
+        if found is None and name.endswith(optional):  # SigLIP's; older BatchNorms did not count
+            continue
+        if own is None or found is None or own.shape != found.shape or (
+                own.is_floating_point() and not found.is_floating_point()):
+            size = [None if t is None else f"{t.dtype} {tuple(t.shape)}" for t in (found, own)]
+            raise WeightsError(f"{name!r} is {size[0]} in the weights and {size[1]} in a "
+                               f"{describe(config)}")
+
+
+def name_of(config):
+    """The name of a CLIP of this size, whatever its activation; "custom" for one without."""
+    return next((name for name, known in CONFIGS.items() if known == dataclasses.replace(
+        config, activation=known.activation)), "custom")
+
+
+def describe(config):
+    """The two towers in one line."""
+    image = config.backbone or (f"ViT with patches of {config.vision_patch}" if config.vision_patch
+                                else "ModifiedResNet")
+    return (f"{name_of(config)} CLIP: {image}, {config.vision_layers} blocks, width "
+            f"{config.vision_width}, {config.image_size} pixels; "
+            f"{config.text.family if config.text else 'transformer'}, {config.text_layers} blocks, "
+            f"width {config.text_width}, {config.vocab_size:,} tokens")
+
+
+# -----------------------------------------------------------------------------
+# Writing for others
+
+def is_chinese_clip(config):
+    """Whether a CLIP of this size is built as Chinese-CLIP: CLIP's image tower, a bare BERT."""
+    text = config.text
+    return bool(text and text.family == "bert" and text.pool == "first" and not config.backbone
+                and config.proj == "linear")
+
+
+def check_layout(config, layout, logit_bias=False):
+    """Raise WeightsError unless a CLIP of this size can be written in `layout`. logit_bias: whether
+    it has SigLIP's."""
+    text, chinese = config.text, is_chinese_clip(config)
+    own_image = not config.backbone and config.proj == "linear"
+    openai = config.activation == "quick_gelu" and config.vision_head == HEAD_OF_WIDTH.get(
+        config.vision_width, 64) and 64 == (text.width // text.heads if text else config.text_head)
+    fits = {
+        "safetensors": True, "open_clip": own_image and not text,
+        "openai": own_image and not text and openai and config.vision_head == 64 and not logit_bias,
+        "chinese_clip": chinese and openai,  # neither of the two tells its heads
+        "hf": own_image and config.vision_patch is not None and (
+            not text or chinese or text.family != "distilbert" and text.pool == "pooler")}
+    if not fits.get(layout):
+        raise WeightsError(f"the layout {layout!r} has no place for this model: openai and "
+                           f"chinese_clip know QuickGELU and heads of 64 alone, hf no ResNet, and "
+                           f"each its own towers; choose the layout safetensors")
+
+
+def hugging_face_tables(model):
+    """{file: content} for transformers' CLIPModel, ChineseCLIPModel or VisionTextDualEncoderModel,
+    and for their image processors."""
+    config, bert = model.config, model.config.text
+    prefix = "chinese_clip" if is_chinese_clip(config) else "clip"
+    kind, name = (("vision-text-dual-encoder", "VisionTextDualEncoderModel")
+                  if bert and prefix == "clip" else
+                  (prefix, "CLIPModel" if prefix == "clip" else "ChineseCLIPModel"))
+
+    def tower(width, layers, head, side):
+        return {"model_type": f"{prefix}_{side}_model", "hidden_size": width,
+                "intermediate_size": 4 * width, "num_hidden_layers": layers,
+                "num_attention_heads": width // head, "hidden_act": config.activation,
+                "projection_dim": config.embed_dim, "layer_norm_eps": 1e-5}
+    vision = tower(config.vision_width, config.vision_layers, config.vision_head, "vision") | {
+        "image_size": config.image_size, "patch_size": config.vision_patch}
+    text = tower(config.text_width, config.text_layers, config.text_head, "text") | {
+        "vocab_size": config.vocab_size, "max_position_embeddings": config.context_length,
+        "bos_token_id": config.vocab_size - 2, "eos_token_id": config.vocab_size - 1,
+        "pad_token_id": 0}
+    if bert:
+        text = {"model_type": bert.family if prefix == "clip" else "chinese_clip_text_model",
+                "vocab_size": bert.vocab_size, "hidden_size": bert.width, "hidden_act": "gelu",
+                "num_hidden_layers": bert.layers, "num_attention_heads": bert.heads,
+                "intermediate_size": bert.intermediate, "type_vocab_size": bert.type_vocab,
+                "max_position_embeddings": bert.positions, "pad_token_id": bert.pad_id,
+                "layer_norm_eps": bert.eps, "hidden_dropout_prob": bert.dropout,
+                "attention_probs_dropout_prob": bert.attention_dropout}
+    square = {"height": config.image_size, "width": config.image_size}
+    squash = model.image_resize == "squash"
+    return {"config.json": {
+                "architectures": [name], "model_type": kind, "text_config": text,
+                "vision_config": vision, "projection_dim": config.embed_dim},
+            "preprocessor_config.json": {
+                "image_processor_type": f"{'Chinese' * (prefix != 'clip')}CLIPImageProcessor",
+                "do_resize": True, "size": square if squash else {
+                    "shortest_edge": config.image_size},
+                "do_center_crop": not squash, "crop_size": square, "do_rescale": True,
+                "resample": 2 if model.image_interpolation == "bilinear" else 3,
+                "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True,
+                "image_mean": list(model.image_mean), "image_std": list(model.image_std)}}
+
+
+def open_clip_tables(model):
+    """{file: content} as in OpenCLIP's model folders."""
+    config = model.config
+    bias = {} if model.logit_bias is None else {"init_logit_bias": model.logit_bias.item()}
+    return {"open_clip_config.json": {
+        "model_cfg": bias | {
+            "embed_dim": config.embed_dim, "quick_gelu": config.activation == "quick_gelu",
+            "vision_cfg": {
+                "image_size": config.image_size, "layers": config.vision_layers,
+                "width": config.vision_width, "head_width": config.vision_head,
+                "patch_size": config.vision_patch},
+            "text_cfg": {
+                "context_length": config.context_length, "vocab_size": config.vocab_size,
+                "width": config.text_width, "layers": config.text_layers,
+                "heads": config.text_width // config.text_head}},
+        "preprocess_cfg": {
+            "size": config.image_size, "mode": "RGB", "mean": list(model.image_mean),
+            "std": list(model.image_std), "interpolation": model.image_interpolation,
+            "resize_mode": model.image_resize}}}

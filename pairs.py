@@ -1,0 +1,391 @@
+"""Images with captions: any captioned source as a data set, and batches of pairs.
+
+    pairs = open_pairs("flickr8k", "train", data_dir="data")     # no image is touched
+    view = Preprocess(224, train=True, seed=1)
+    loader = make_pair_loader(pairs.with_transform(view), 256, seed=1)
+    for images, used, asked in loader: ...                       # texts: pairs.captions[used[i]]
+
+What sources are understood stands in captions.py. Batches are functions of (seed, epoch): the same
+for any number of workers and processes, with nothing to save for a resume but two integers.
+"""
+import functools
+import hashlib
+import io
+import json
+import os
+import pathlib
+from copy import copy
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from captions import LAYOUTS, list_pairs, locate, SpanStore
+from images import Batches, DataError, load_batches, one_line, sample_seed, UnreadableImage
+
+
+class Retrieval(NamedTuple):
+    """What a search is scored on: `PairSet.retrieval`."""
+    images: "PairSet"       # its paths are the pool
+    texts: list             # the queries
+    relevant: torch.Tensor  # (R, 2) int64: text, image; a text may have several images, or none
+    notes: list
+
+
+class PairSet(Dataset):
+    """Images with their captions. `set[c]` or `set[(epoch, c)]` -> (image, used, asked): asked is
+    c, a position in `captions`, and so is used, unless its image cannot be read; then used is
+    another pair, found by c alone, so the same in every run and worker. The image is a PIL image,
+    or what transform(image, epoch, c) makes of it. DataError if a hundred tries find none.
+
+    name, split, root   as opened                   paths      images as listed, each once
+    captions            list of str, folded blanks  owner      caption -> position in paths
+    counts              images per split            notes      sentences worth telling the user
+    fingerprint         sha256 of the lists of all splits: identifies the data on resume
+    pixels              the file of `cache`, or None
+    """
+
+    reading = None  # in a loader's worker: the cell of shared memory for what it is reading
+
+    def __init__(self, name, root, listing, split):
+        self.name, self.root, self.split = name, root, split
+        self.take(listing.rows[split])
+        self.store = listing.store or locate(root, self.paths)
+        self.counts = {key: len({row[0] for row in rows if row[0]})
+                       for key, rows in listing.rows.items()}
+        lists = json.dumps(listing.rows, sort_keys=True)
+        self.fingerprint = hashlib.sha256(lists.encode()).hexdigest()
+        sizes = " / ".join(f"{count:,} {key}" for key, count in self.counts.items())
+        self.notes = [*listing.notes, f"{name}: {sizes} images, {len(self):,} {split} captions, "
+                                      f"split {self.fingerprint[:12]}"]
+        self.transform = self.pixels = None
+
+    def take(self, rows):
+        """Hold these rows [(path, caption, query)] instead."""
+        self.rows, pairs = rows, [row for row in rows if row[0] and row[1]]
+        self.paths = list(dict.fromkeys(row[0] for row in rows if row[0]))
+        place = {path: position for position, path in enumerate(self.paths)}
+        self.owner, self.captions = [place[row[0]] for row in pairs], [row[1] for row in pairs]
+        self.__dict__.pop("captions_of", None)
+
+    @functools.cached_property
+    def captions_of(self):
+        """For each image the positions of its captions."""
+        found = [[] for _ in self.paths]
+        for c, owner in enumerate(self.owner):
+            found[owner].append(c)
+        return found
+
+    def __len__(self):
+        return len(self.captions)
+
+    def __getitem__(self, key):
+        epoch, asked = key if isinstance(key, tuple) else (0, key)
+        if self.reading is not None:
+            self.reading[0] = self.owner[asked]
+        used = asked
+        for attempt in range(1, 101):
+            try:
+                image = self.store.image(self.paths[self.owner[used]])
+                image = self.transform(image, epoch, asked) if self.transform else image
+                return image, used, asked
+            except UnreadableImage as error:
+                reason, used = error, sample_seed(0, attempt, asked) % len(self)
+        raise DataError(f"{self.name}: a hundred images cannot be read ({reason}); restore them")
+
+    def image_items(self):
+        """A data set of the images, each once, for features: see PairImages."""
+        return PairImages(self)
+
+    def retrieval(self):
+        """-> Retrieval. Each caption is a query for its own image. Where texts are listed apart, as
+        for Chinese-CLIP's evaluation, each text is a query, even without an image, and each image
+        is in the pool, even without a text. DataError if there is nothing to choose from."""
+        place = {path: position for position, path in enumerate(self.paths)}
+        asking = [(i if query is None else query, path, text)
+                  for i, (path, text, query) in enumerate(self.rows) if text]
+        texts = {query: text for query, _, text in asking}
+        number = {query: i for i, query in enumerate(texts)}
+        relevant = dict.fromkeys((number[query], place[path]) for query, path, _ in asking if path)
+        least = min(len(place), len(texts))
+        if len(place) < 2 or not relevant:
+            raise DataError(f"{self.name}: {len(relevant)} pairs of {len(texts)} texts and "
+                            f"{len(place)} {self.split} images; a search needs 2 images")
+        notes = [f"{self.split}: {least} texts or images: R@k is 100 from k = {least} on"]
+        return Retrieval(self, list(texts.values()), torch.tensor(list(relevant)),
+                         notes * (least < 10))
+
+    def texts_of(self, image):
+        """The captions of the image at this position in paths."""
+        return [self.captions[c] for c in self.captions_of[image]]
+
+    def subset(self, images):
+        """The same set with only the images at these positions, in this order."""
+        chosen, rows = self.with_transform(self.transform), []
+        pairs = [row for row in self.rows if row[0] and row[1]]
+        for i in images:
+            rows += [pairs[c] for c in self.captions_of[i]] or [(self.paths[i], "", 0)]
+        chosen.take(rows)
+        return chosen
+
+    def with_transform(self, transform):
+        chosen = copy(self)
+        chosen.transform, chosen.notes = transform, list(self.notes)
+        return chosen
+
+    def check_files(self):
+        """Note the images that are missing; DataError if they are more than max(1, 1 %)."""
+        lost = [i for i, path in enumerate(self.paths) if not self.store.has(path)]
+        self.refuse_losses(lost, "there is no such file")
+
+    def refuse_losses(self, lost, reason):
+        """Raise DataError if the images at positions `lost` are over max(1, 1 %), else note."""
+        if lost:
+            said = (f"{len(lost):,} of {len(self.paths):,} {self.split} images cannot be read, "
+                    f"e.g. {self.paths[lost[0]]} ({reason})")
+            if len(lost) > max(1, len(self.paths) // 100) or len(lost) == len(self.paths):
+                raise DataError(f"{self.name}: {said}, more than 1 %, under {self.store}; restore "
+                                f"them, name the right folder, or list the rest")
+            self.notes.append(f"{said}: other pairs take their places")
+
+    def cache(self, run, side, folder, limit=8 << 30, workers=0):
+        """Decode every image once, to at most `side` pixels on its short side (never enlarged),
+        into one file of `folder`; further crops come from there. Returns the set.
+
+        The first process fills it (run: a Run, or None for one process), all read it through the
+        memory that they share, and the next run finds it. If it would take over `limit` bytes, that
+        is noted and images are decoded when asked for. DataError if over 1 % cannot be read.
+        """
+        if limit <= 0 or self.pixels:
+            return self
+        identity = json.dumps([self.paths, str(self.store), side])
+        file = pathlib.Path(folder, hashlib.sha256(identity.encode()).hexdigest()[:24] + ".pixels")
+        fill = functools.partial(fill_pixels, self, side, file, limit, workers)
+        reason = run.on_first(fill) if run else fill()
+        if reason or not file.is_file():
+            self.notes.append(f"{self.split} images are decoded at every use: {reason or file}")
+            return self
+        spans = json.loads(file.with_suffix(".json").read_text())
+        self.refuse_losses([i for i, span in enumerate(spans) if not span], "in the cache")
+        index = {path: (file, *span) for path, span in zip(self.paths, spans) if span}
+        self.store, self.pixels = SpanStore(str(self.store), index), file
+        return self
+
+
+class PairImages(Dataset):
+    """The images of a PairSet, each once: `[i]` or `[(epoch, i)]` -> (image, position, i), position
+    being i, or -1 with a black image where it cannot be read. Goes to make_loader like an ImageSet;
+    the caller counts the -1 and hands them to `refuse_losses` of the set."""
+
+    reading = None  # as in PairSet
+
+    def __init__(self, pairs):
+        self.store, self.transform, self.paths = pairs.store, pairs.transform, pairs.paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, key):
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        if self.reading is not None:
+            self.reading[0] = index
+        try:
+            image, position = self.store.image(self.paths[index]), index
+        except UnreadableImage:
+            image, position = Image.new("RGB", (8, 8)), -1
+        return self.transform(image, epoch, index) if self.transform else image, position, index
+
+
+def as_ppm(image, epoch, index, side):
+    """RGB image -> its pixels as the bytes of a PPM file, its short side at most `side`."""
+    shrink, out = min(1, side / min(image.size)), io.BytesIO()
+    if shrink < 1:
+        image = image.resize([round(length * shrink) for length in image.size], Image.BICUBIC)
+    image.save(out, "ppm")
+    return out.getvalue()
+
+
+def fill_pixels(pairs, side, file, limit, workers):
+    """Write the images of a set into `file`, and where each begins and its bytes into a JSON beside
+    it -> None, or why not. The JSON comes last: it says that the file is whole."""
+    items = pairs.with_transform(functools.partial(as_ppm, side=side)).image_items()
+    index, begin, spans = file.with_suffix(".json"), 0, []
+    if index.is_file():
+        return None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "wb") as out:
+            for content, position, i in DataLoader(items, None, num_workers=workers,
+                                                   generator=torch.Generator()):
+                spans.append((begin, len(content)) if position >= 0 else None)
+                begin += out.write(content)
+                whole = begin / (i + 1) * len(items)
+                if whole > limit and i >= min(32, len(items)) - 1:  # told early, not at the end
+                    raise OSError(f"they take about {whole / 2**30:,.1f} GB")
+            out.flush()
+            os.fsync(out.fileno())
+        index.with_suffix(".part").write_text(json.dumps(spans))
+        os.replace(index.with_suffix(".part"), index)
+    except OSError as error:
+        if file.is_file():
+            file.unlink()
+        return one_line(error)
+
+
+def open_pairs(name_or_path, split, data_dir="data", layout="auto", caption_file=None,
+               image_column=None, caption_column=None, whole=False):
+    """Images with captions, split "train", "val" or "test" -> PairSet. No image is touched.
+
+    name_or_path: a folder, a file of captions, a zip of one with its images, or shards (a folder,
+    shard-{0000..0012}.tar, several joined by ::), also under `data_dir`. layout: one of LAYOUTS if
+    several lie there; "simple-clip", that notebook's split; "classes", names of class folders as
+    captions. caption_file: another one of the folder, such as a translation. whole: a source
+    without splits goes to the asked one undivided. Raises DataError.
+    """
+    name, root, listing = list_pairs(name_or_path, split, data_dir, layout, caption_file,
+                                     image_column, caption_column, whole)
+    return PairSet(name, root, listing, split)
+
+
+# -----------------------------------------------------------------------------
+# Batches
+
+class PairBatches(Batches):
+    """Yields lists of (epoch, caption) in which no image comes twice in one global batch, else two
+    captions of it would be each other's negatives. A function of (seed, epoch); rank r of W takes
+    every W-th of a batch. Every batch is full: the rest of an epoch is left out, by chance.
+
+    An epoch goes in rounds over the images, each with its next caption in an order of the epoch's
+    own: captions "one" is one round, "all" as many as have images for a batch. Of a Mixture, every
+    batch has batch_size[k] pairs of part k. An epoch is one of the first part; the others go round
+    as often as they are short, each pass an epoch of theirs.
+    """
+
+    def __init__(self, pairs, batch_size, seed=0, rank=0, world_size=1, captions="one"):
+        self.sizes = [batch_size] if isinstance(batch_size, int) else list(batch_size)
+        self.owners, self.rounds, self.lengths = [], [], []
+        for part, size in zip(getattr(pairs, "parts", [pairs]), self.sizes, strict=True):
+            owner = np.asarray(part.owner, dtype=np.int64)
+            count = np.bincount(owner)
+            if captions not in ("one", "all") or not 1 <= size <= (count > 0).sum() or (
+                    sum(self.sizes) < 2):
+                raise DataError(f"captions {captions!r}, batch size {size} of {(count > 0).sum()} "
+                                f"images: expected one or all, and from 2 up to as many images")
+            self.owners.append(owner)
+            self.rounds.append(int(np.sort(count)[-size]) if captions == "all" else 1)
+            self.lengths.append(int(np.minimum(count, self.rounds[-1]).sum()) // size)
+        super().__init__(self.lengths[0] * sum(self.sizes), sum(self.sizes), seed, rank, world_size,
+                         drop_last=True)
+
+    def order(self, k, epoch):
+        """Positions of captions in part k, (its batches, its size)."""
+        owner, size, length = self.owners[k], self.sizes[k], self.lengths[k]
+        stream = sample_seed(self.seed + 7919 * k, epoch, -1)
+        stream = np.random.RandomState([stream & 0xFFFFFFFF, stream >> 32])  # frozen for ever
+        mixed = np.lexsort((stream.random_sample(len(owner)), owner))  # by image, then by chance
+        first = np.searchsorted(owner[mixed], owner[mixed])
+        turn, queue = np.arange(len(owner)) - first, mixed[:0]  # turn 0: an image's first caption
+        for number in range(self.rounds[k]):
+            more = stream.permutation(mixed[turn == number])
+            unfinished = queue[len(queue) // size * size:]
+            again = np.isin(owner[more], owner[unfinished])
+            queue = np.concatenate((queue, more[~again], more[again]))
+        return queue[:length * size].reshape(length, size)
+
+    def __iter__(self):
+        epoch, orders, starts = self.epoch, {}, np.cumsum([0, *map(len, self.owners)])
+        for batch in range(self.first_batch, len(self)):
+            share = []
+            for k, length in enumerate(self.lengths):
+                turn, place = divmod(epoch * len(self) + batch, length)
+                if orders.get(k, (None,))[0] != turn:
+                    orders[k] = turn, self.order(k, turn) + starts[k]
+                share += [(turn, c) for c in orders[k][1][place].tolist()]
+            yield share[self.rank::self.world_size]
+
+
+class Mixture(PairSet):
+    """Several PairSets as one, their captions and images numbered through: what batches that replay
+    older data are drawn from. The transform is the first one's; paths are <part>:<path>."""
+
+    def __init__(self, parts):
+        self.parts, self.transform = list(parts), parts[0].transform
+        self.name, self.notes, self.store = " + ".join(part.name for part in parts), [], self
+        self.take([(f"{k}:{path}", text, query) for k, part in enumerate(parts)
+                   for path, text, query in part.rows if path])
+
+    def image(self, path):
+        part, _, path = path.partition(":")
+        return self.parts[int(part)].store.image(path)
+
+
+class FeatureLoader:
+    """A loader's batches with the rows of (n, F) features in the place of images. A pair whose row
+    is not a number, its image being lost, is replaced as in a PairSet."""
+
+    def __init__(self, loader, features):
+        self.batch_sampler, self.dataset, self.features = (loader.batch_sampler, loader.dataset,
+                                                           features)
+        self.owner = torch.tensor(self.dataset.owner)
+        self.lost = set(features.isnan().any(dim=1).nonzero()[:, 0].tolist())
+        self.place = {path: i for i, path in enumerate(self.dataset.paths)}
+        self.pairs = self.dataset.with_transform(None)
+        self.pairs.store = self
+
+    def __len__(self):
+        return len(self.batch_sampler)
+
+    def image(self, path):
+        if self.place[path] in self.lost:
+            raise UnreadableImage(f"{path}: it had no features")
+
+    def __iter__(self):
+        for batch in self.batch_sampler:
+            used = torch.tensor([self.pairs[key][1] for key in batch], dtype=torch.long)
+            asked = torch.tensor([c for _, c in batch], dtype=torch.long)
+            yield self.features[self.owner[used]], used, asked
+
+
+def make_pair_loader(pairs, batch_size, seed=0, captions="one", rank=0, world_size=1, workers=0,
+                     **options):
+    """DataLoader for contrastive training over a PairSet with a Preprocess: batches of images
+    (B, 3, S, S), used (B,), asked (B,). `loader.batch_sampler` is the PairBatches; `batch_size`
+    (global) and `options` as for make_loader."""
+    batches = PairBatches(pairs, batch_size, seed, rank, world_size, captions)
+    return load_batches(pairs, batches, workers, options)
+
+
+def make_mixed_loader(parts, sizes, *rest, **options):
+    """make_pair_loader over several PairSets: each batch has sizes[k] pairs of parts[k]. The
+    loader's data set is the Mixture, whose captions `used` and `asked` count."""
+    return make_pair_loader(Mixture(parts), sizes, *rest, **options)
+
+
+def identities(pairs):
+    """A PairSet or Mixture -> (M, 2) int64: for each caption the number of its image and of its
+    wording, in which case does not count. Equal numbers are no negatives of each other."""
+    image, wording = {}, {}
+    return torch.tensor([(image.setdefault((str(part.store), part.paths[owner]), len(image)),
+                          wording.setdefault(caption.casefold(), len(wording)))
+                         for part in getattr(pairs, "parts", [pairs])
+                         for owner, caption in zip(part.owner, part.captions)])
+
+
+def add_pair_flags(parser):
+    """The flags of captioned data, the same in every script."""
+    group = parser.add_argument_group("images with captions")
+    group.add_argument("--data", default="demo", help="a folder, a caption file, shards such as "
+                       "shard-{0000..0012}.tar, or a name under --data-dir (default: demo)")
+    group.add_argument("--data-dir", default="data", help="where named data lies (default: data)")
+    group.add_argument("--layout", default="auto", choices=("auto", "simple-clip", *LAYOUTS),
+                       help="how the data is laid out, or simple-clip for that notebook's split")
+    group.add_argument("--caption-file", help="another caption file, such as a translation")
+    group.add_argument("--image-column", help="default: found by name")
+    group.add_argument("--caption-column", help="default: found by name")
+    group.add_argument("--captions", choices=("one", "all"), default="one", help="in each epoch "
+                       "one caption of each image, or all (default: one)")
+    group.add_argument("--cache-gb", type=float, default=8.0, help="keep decoded images in a file "
+                       "of at most this size, 0: do not (default: 8)")
+    return group

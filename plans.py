@@ -1,0 +1,190 @@
+"""What a plan of stages may say: its keys, its defaults, how it is read and what is refused.
+
+A plan is JSON: {"weights": FILE, "defaults": {...}, "eval_sets": {NAME: DATA}, "stages": [{...}]}.
+What a stage is stands here once: the fields of `Stage` are its keys, and most are flags too. Knows
+no model and reads no data.
+"""
+import argparse
+import dataclasses
+import json
+import re
+
+from device import expanded, number, UserError, whole  # before torch
+
+from data import EXTRAS, nearest
+
+LR_AT_1024 = 5e-5     # what fine-tuned CLIPs bear at a batch of 1,024, and in proportion below
+AUGMENT = ("crop", "flip", *EXTRAS)
+FILES = {"": "checkpoint_best.pt", "best": "checkpoint_best.pt", "last": "checkpoint_last.pt",
+         "wise": "wise_best.pt"}   # what STAGE:WORD means
+
+
+def key(default, read, meaning):
+    """A key of a stage: its default, how a word of it is read, and what it means. The default ()
+    stands for a list."""
+    return dataclasses.field(default=default, metadata={"read": read, "help": meaning})
+
+
+def one_of(*known):
+    def read(text):
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {', '.join(known)}")
+        return text
+    return read
+
+
+@dataclasses.dataclass(eq=False)
+class Stage:
+    """A stage of a plan, and what a run finds out about it."""
+    name: str = key("tuned", str, "the stage's folder")
+    data: str = key("demo", str, "training pairs: a folder, a caption file, shards")
+    caption_file: str = key(None, str, "another caption file of that data, such as a translation")
+    matching: str = key(None, lambda text: re.compile(text).pattern, "only images whose path or "
+                        "captions hold this regular expression")
+    val: str = key(None, str, "data whose val split chooses the weights (default: that of data)")
+    test: str = key(None, str, "data whose test split judges it (default: that of data, else val)")
+    # what trains, and from where
+    from_: str = key(None, str, "init, STAGE, STAGE:last or STAGE:wise (default: the best of the "
+                     "stage before)")
+    freeze: tuple = key((), str, "what does not train: visual, text, logit_scale, all_but_proj, "
+                        "names of parameters with *; !NAME takes back")
+    recompute: int = key(0, whole(0, 1), "1: keep no activations inside blocks, to save memory")
+    # the method
+    positives: str = key("multi", one_of("multi", "mask", "diag"), "pairs with an equal image or "
+                         "caption: positives too (multi), left out (mask), negatives (diag)")
+    replay: dict = key((), number(0, 0.9, above=True), "shares of a batch from earlier stages")
+    wise: tuple = key((), number(0, 1), "shares of the best weights in a mean with the stage's "
+                      "start; the mean best on held-out pairs is kept for `from` NAME:wise")
+    # optimisation
+    epochs: int = key(5, whole(1), "passes over its data")
+    batch_size: int = key(128, whole(2), "pairs contrasted per step, over all processes")
+    micro_batch: int = key(64, whole(0), "pairs encoded at a time per process; 0: all")
+    lr: float = key(None, number(0, 1, above=True), "default: 5e-5 * batch_size / 1024")
+    layer_decay: float = key(1.0, number(0, 1, above=True), "factor on lr per block under the head")
+    wd: float = key(0.2, number(0, 100), "weight decay of matrices")
+    warmup: float = key(0.1, number(0), "steps, or below 1 a share of all")
+    grad_clip: float = key(1.0, number(0), "largest norm of the gradient; 0: any")
+    early_stop: int = key(0, whole(0), "stop after so many epochs without a better one; 0: never")
+    augment: tuple = key((), one_of(*AUGMENT), f"changes of training images: {', '.join(AUGMENT)}")
+
+    def __post_init__(self):
+        self.replay = dict(self.replay)
+        self.lr = self.lr or LR_AT_1024 * self.batch_size / 1024
+        # What a run finds out. parent: a Stage; start: its file; train, held_out: PairSets
+        self.parent = self.start = self.folder = self.train = self.held_out = None
+        self.parts, self.sizes = [self], []  # stages with pairs in its batches, and how many
+        self.steps = self.warmup_steps = 0
+        self.kept, self.again, self.done = set(), False, False  # kept: what its files hold
+
+
+KEYS = {field.name.rstrip("_"): field for field in dataclasses.fields(Stage)}
+FLAGS = [name for name in KEYS if name not in ("name", "from", "replay", "matching")]
+OF_THE_RUN = ("model", "weights", "tokenizer", "activation", "max_text", "seed", "data_dir")
+DROPPED = {
+    "scale": 'freeze ["logit_scale"] holds it', "steps": "give epochs", "layout": "it is a flag",
+    "image_lr": "give layer_decay or freeze", "text_lr": "give layer_decay or freeze",
+    "max_samples": "give matching, or --dry-run", "captions": "it is a flag",
+    "flip": "list it in augment", "colour": "list it in augment", "accum_steps": "give micro_batch",
+    "lora": "give freeze, layer_decay or wise", "distill": "give replay or wise",
+    "mask_ratio": "give recompute or micro_batch", "dropout": "it is the model's own",
+    "bn": "BatchNorm keeps its statistics", "select": "mean recall chooses",
+    "eval_every": "every epoch is judged",
+    **dict.fromkeys(("wd_rule", "beta2", "eps", "schedule", "min_lr"), "AdamW(0.9, 0.98, 1e-6), a "
+                    "warm-up and half a cosine are fixed; matrices decay")}
+RESERVED = ("init", "cache", "export", "embeddings")
+DEMO = {"name": "demo", "weights": "tiny", "defaults": {
+            "data": "demo", "epochs": 6, "batch_size": 64, "lr": 1e-3,
+            "freeze": ["token_embedding.weight"]},
+        "stages": [{"name": "land", "matching": "Crop|Vegetation|Forest|Pasture"},
+                   {"name": "towns", "matching": "Residential|Industrial|Highway", "epochs": 8,
+                    "wise": [0.5]},
+                   {"name": "water", "matching": "River|SeaLake",
+                    "replay": {"land": 0.25, "towns": 0.25}}]}
+
+
+def read_plan(args):
+    """The plan of --plan, the demo's, or the one stage that the flags stand for -> dict."""
+    if not args.plan:
+        return DEMO if args.data is None else {"stages": [{"name": "tuned"}]}
+    try:
+        plan = json.loads(expanded(args.plan).read_text("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--plan {args.plan}: expected a file of JSON ({error})") from None
+    parts = {"stages": list, "defaults": dict, "eval_sets": dict}
+    if not isinstance(plan, dict) or not plan.get("stages") or not all(
+            isinstance(plan.get(name, kind()), kind) for name, kind in parts.items()):
+        raise UserError(f'--plan {args.plan}: expected {{"stages": [{{"name": ...}}, ...]}}, with '
+                        f'"defaults" and "eval_sets" as objects')
+    for name in plan.keys() - {"name", *parts, *OF_THE_RUN}:
+        raise UserError(f"--plan {args.plan}: unknown key {name!r}"
+                        + nearest(name, ["name", *parts, *OF_THE_RUN]))
+    return plan
+
+
+def refuse(stage, why, *, when):
+    if when:
+        raise UserError(f"stage {stage.name!r}: {why}")
+
+
+def read_keys(entries, where):
+    """Keys of a plan -> {field of Stage: value}, read as on the command line."""
+    found = {}
+    for name, value in entries.items():
+        if name in DROPPED:
+            raise UserError(f"{where}: {name!r} is no key any more: {DROPPED[name]}")
+        if name not in KEYS:
+            raise UserError(f"{where}: unknown key {name!r}{nearest(name, KEYS)}")
+        read, shape = KEYS[name].metadata["read"], (str, int, float)
+        if KEYS[name].default == ():
+            shape = dict if name == "replay" else list
+        try:
+            if not isinstance(value, shape) or value == "":
+                raise argparse.ArgumentTypeError("expected " + {
+                    dict: "an object", list: "a list"}.get(shape, "a text or a number"))
+            if shape is dict:
+                value = {part: read(str(share)) for part, share in value.items()}
+            else:
+                value = [read(str(x)) for x in value] if shape is list else read(str(value))
+            found[KEYS[name].name] = value
+        except (argparse.ArgumentTypeError, re.error) as error:
+            raise UserError(f"{where}: {name} is {value!r}; {error}") from None
+    return found
+
+
+def read_stages(plan, args):
+    """The stages of a plan: its own keys win over flags, flags over the plan's defaults."""
+    place, stages = f"--plan {args.plan}" if args.plan else "the command line", {}
+    base = read_keys(plan.get("defaults", {}), f"{place}: defaults")
+    base |= {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
+    for i, entry in enumerate(plan["stages"], 1):
+        if not isinstance(entry, dict) or "name" not in entry:
+            raise UserError(f"{place}: stage {i} has no name")
+        stage = Stage(**{**base, **read_keys(entry, f"{place}: stage {entry['name']!r}")})
+        stage.from_ = stage.from_ or next(reversed(stages), "init")
+        parent, _, which = stage.from_.partition(":")
+        stage.parent = stages.get(parent)
+        earlier, taken = ", ".join(stages) or "there is none", (*RESERVED, *stages)
+        refuse(stage, f"a name is a folder: expected 1 to 40 letters, digits, - and _, and none of "
+               f"{taken}", when=stage.name in taken or not re.fullmatch(r"[\w-]{1,40}", stage.name))
+        known = stage.parent and which in FILES and (which != "wise" or stage.parent.wise)
+        refuse(stage, f"from {stage.from_!r}: expected init or an earlier stage ({earlier}), :wise "
+               f"of one that has it", when=stage.from_ != "init" and not known)
+        refuse(stage, f"replay {stage.replay}: expected earlier stages ({earlier}), 0.9 at most",
+               when=set(stage.replay) - set(stages) or sum(stage.replay.values()) > 0.9)
+        stage.parts += [stages[name] for name in stages if name in stage.replay]
+        stages[stage.name] = stage
+    if args.from_stage not in (None, *stages):
+        raise UserError(f"--from-stage {args.from_stage}: expected one of {', '.join(stages)}")
+    return list(stages.values())
+
+
+def add_stage_flags(parser):
+    """The keys of a stage as flags, for every stage that does not say otherwise; not those that
+    `add_pair_flags` has."""
+    group = parser.add_argument_group("stages, where a plan does not say otherwise")
+    for name in FLAGS:
+        default, about = KEYS[name].default, KEYS[name].metadata
+        if name not in ("data", "caption_file"):
+            said = "" if default in (None, ()) else f" (default: {default})"
+            group.add_argument("--" + name.replace("_", "-"), type=about["read"], metavar="X",
+                               nargs="*" if default == () else None, help=about["help"] + said)

@@ -1,0 +1,172 @@
+"""The teachers of distillation: CLIPs that answer, or what they once said of every image.
+
+    python -m tools.reinforce --teacher ViT-B/16 --data flickr8k --output stored    asks them once
+    python train_distill.py --reinforced stored --data flickr8k                     and no more
+
+What teachers compute is the same for every student and every attempt, and most of the cost. A
+stored teacher (Faghri et al. 2023, "Reinforce Data, Multiply Impact") has their embeddings of a few
+random views of every image. A view is a function of (seed, its number, the image), so the number is
+all that there is to keep of it. Its folder has
+
+    teacher.json    what it was made from, and the teachers
+    images.npy      (V, images, D) fp32 unit rows, K teachers side by side; nan: not readable
+    texts.npy       (captions, D)
+"""
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+import weights
+from clip_model import text_pieces, unit
+from images import DataError, one_line, Preprocess, sample_seed, UnreadableImage
+from tokenizer import for_model
+
+
+@dataclasses.dataclass
+class Teacher:
+    """One CLIP. Without `model` its answers for images are stored."""
+    name: str
+    path: str                       # where its weights lie
+    sha256: str
+    dim: int                        # D of its embeddings
+    scale: float
+    look: tuple                     # how it takes images: (size, resize, interpolation)
+    proj: str                       # the kind of its heads, for a student with its text tower
+    activation: str
+    model: object = None
+    tokenizer: object = None
+    texts: torch.Tensor | None = None   # (M, D) unit rows, its answers to all captions, on the host
+
+    def facts(self):
+        """Itself in plain values, for teacher.json."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+                if field.name not in ("model", "tokenizer", "texts")}
+
+
+def look_of(model):
+    return model.config.image_size, model.image_resize, model.image_interpolation
+
+
+def open_teachers(names, activation=None, tokenizer=None):
+    """CLIPs by name, file or folder -> [Teacher], on the CPU. tokenizer: file or folder of the
+    vocabulary, where a model has none of its own and is not OpenAI's."""
+    found = []
+    for name in names:
+        model = weights.load(name, activation=activation).requires_grad_(False)
+        found.append(Teacher(
+            model.origin["name"], model.origin["path"], model.origin["sha256"],
+            model.config.embed_dim, float(model.logit_scale.exp()), look_of(model),
+            model.config.proj, model.config.activation, model,
+            for_model(model, None if model.text_kind == "bpe" else tokenizer)))
+    return found
+
+
+@torch.no_grad()
+def ask_texts(run, folder, texts, max_text):
+    """What a BERT alone makes of texts -> unit vectors (M, D), less what all have in common."""
+    bert = run.move(weights.load(image_tower="tiny-vit:none", text_tower=folder))
+    tokens = for_model(bert, folder)(texts, context_length=min(max_text,
+                                                               bert.config.context_length))
+    pieces, places = text_pieces(tokens, 256, bert.text_pad)
+    table = torch.cat([bert.pooled_text(*run.move(*piece)).float().cpu() for piece in pieces])
+    return unit(table[places] - table.mean(dim=0))
+
+
+# -----------------------------------------------------------------------------
+# What student and teachers see
+
+class Views:
+    """PIL image -> a tuple of uint8 (3, S, S): the same random view of it for each of `looks`, the
+    ways in which models take images. A function of (seed, epoch, index)."""
+
+    def __init__(self, looks, seed, crop, randaugment):
+        self.looks = list(dict.fromkeys(map(tuple, looks)))
+        self.each = [Preprocess(size, True, seed, (crop, 1.0) if crop else None, False, resize,
+                                interpolation, ("randaugment",) if randaugment else ())
+                     for size, resize, interpolation in self.looks]
+        self.size = self.each[0].size
+
+    def __call__(self, image, epoch=0, index=0):
+        return tuple(each(image, epoch, index) for each in self.each)
+
+    def probe(self, pairs):
+        """The mean colours of view 0 of some images: equal where views are drawn alike."""
+        found = []
+        for i in range(0, len(pairs.paths), -(-len(pairs.paths) // 8)):
+            try:
+                view = self(pairs.store.image(pairs.paths[i]), 0, i)[0]
+                found.append(view.float().mean(dim=(1, 2)).tolist())
+            except UnreadableImage:
+                found.append([0.0, 0.0, 0.0])
+        return found
+
+
+# -----------------------------------------------------------------------------
+# A stored teacher
+
+class Stored:
+    """A folder that tools.reinforce wrote: images (V, n, D) and texts (M, D), read where rows are
+    asked for; teachers; facts, what teacher.json holds. Raises DataError unless it is whole."""
+
+    def __init__(self, folder):
+        folder = pathlib.Path(folder).expanduser()
+        try:
+            self.facts = json.loads((folder / "teacher.json").read_text("utf-8"))
+            self.images, self.texts = (torch.from_numpy(np.load(folder / f"{name}.npy", "c"))
+                                       for name in ("images", "texts"))
+            self.teachers = [Teacher(**facts) for facts in self.facts["teachers"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{folder} holds no stored teacher, or a damaged one "
+                            f"({one_line(error)}); write it with python -m tools.reinforce"
+                            ) from None
+        self.dims = [teacher.dim for teacher in self.teachers]
+        for teacher, teacher.texts in zip(self.teachers, self.texts.split(self.dims, dim=1)):
+            teacher.look = tuple(teacher.look)
+
+    def views(self, looks):
+        return Views(looks, *(self.facts[name] for name in ("seed", "crop", "randaugment")))
+
+    def check(self, pairs):
+        """Raise DataError unless these are the images that the teachers saw, in the same views."""
+        facts, seen = self.facts, self.views([t.look for t in self.teachers]).probe(pairs)
+        same = (facts["data"], facts["split"]) == (pairs.fingerprint, pairs.split)
+        if not same or (torch.tensor(seen) - torch.tensor(facts["probe"])).abs().max() > 8:
+            raise DataError(f"the stored teacher was asked about other images than those of "
+                            f"{pairs.name}, or about other views of them; write it again")
+
+    def answers(self, shown, epoch, used):
+        """-> of each teacher the embeddings (n, D_k) of what these captions' images showed."""
+        images = [shown.owner[c] for c in used.tolist()]
+        found = self.images[[shown.view(epoch, i) for i in images], images].split(self.dims, dim=1)
+        for rows in found:
+            if len(odd := ((rows.norm(dim=1) - 1).abs() < 1e-3).logical_not().nonzero()):
+                path = shown.paths[images[odd[0]]]
+                raise DataError(f"the stored teacher has no answer for {path}, which was not "
+                                f"readable then, or is damaged; write it again")
+        return found
+
+
+class ShownPairs(Dataset):
+    """A PairSet each of whose images shows one of `count` stored views, drawn by (seed, epoch,
+    image). views: for the looks in use."""
+    reading = None
+
+    def __init__(self, pairs, views, count, seed):
+        self.pairs, self.transform, self.count, self.seed = (
+            pairs.with_transform(None), views, count, seed)
+        self.paths, self.owner = pairs.paths, pairs.owner
+
+    def __len__(self):
+        return len(self.owner)
+
+    def view(self, epoch, image):
+        return sample_seed(self.seed + 3, epoch, image) % self.count
+
+    def __getitem__(self, key):
+        image, used, asked = self.pairs[key]
+        i = self.owner[used]
+        return self.transform(image, self.view(key[0], i), i), used, asked

@@ -1,0 +1,30 @@
+"""tools.bench: a small step of each kind runs, alone and beside another checkout."""
+import re
+
+from helpers import attempt, refused, ROOT
+from tools import bench
+
+
+def cells(result):
+    """The numbers of each row of what was printed."""
+    rows = re.findall(r"\n\| (?!step)[^|]*\|([^\n]*)\|", result.ok().out)
+    return [[float(cell.replace(",", "")) for cell in row.split("|")] for row in rows]
+
+
+def test_steps_give_seconds_and_a_ratio():
+    steps = ("clipfit size=tiny-vit batch=2", "contrastive size=tiny-vit batch=4 micro_batch=2",
+             "features size=tiny-vit count=8", "tokenizer count=9", "decoding count=1",
+             "loss count=64", "search count=2")
+    rows = cells(attempt(bench, *steps, "--rounds", 1))
+    assert len(rows) == len(steps) and all(speed == 1 for _, speed, _ in rows)
+
+
+def test_another_checkout_runs_beside_this_one(monkeypatch):
+    monkeypatch.setattr(bench, "BEFORE", ("tokenizer count=20",))
+    (row,) = cells(attempt(bench, "before", ROOT, "--rounds", 1))
+    assert len(row) == 7 and row[3] <= row[2] <= row[4]
+
+
+def test_unknown_tables_and_folders_are_refused(tmp_path):
+    refused(attempt(bench, "speed"), "speed")
+    refused(attempt(bench, "before", tmp_path), "before")

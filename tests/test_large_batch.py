@@ -1,0 +1,239 @@
+"""The exact batch: losses and gradients against their definitions in float64, in pieces of rows, in
+pieces of the batch, over processes; and the memory that they take."""
+import itertools
+import sys
+
+import helpers
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from device import start
+from large_batch import by_rows, info_nce, TwoPass
+
+POSITIVES = ("diag", "mask", "multi")
+
+
+@pytest.fixture(scope="module")
+def run():
+    return start("cpu", "fp32")
+
+
+def pairs_of(n, dim=7, seed=0):
+    """Unit rows of images and texts in float64, and ids (n, 2) with partners in either column."""
+    generator = torch.Generator().manual_seed(seed)
+    image, text = (F.normalize(torch.randn(n, dim, dtype=torch.float64, generator=generator), dim=1)
+                   for _ in range(2))
+    ids = torch.stack([torch.arange(n), torch.arange(n) + 100], dim=1)
+    for i, j, column in ((0, 3, 0), (3, n - 1, 1), (1, 2, 1), (4, 5, 0)):
+        ids[j, column] = ids[i, column]
+    return image, text, ids
+
+
+def defined(image, text, scale, ids, positives):
+    """InfoNCE by its definition: one anchor and one candidate at a time."""
+    n, total = len(image), 0.0
+    for ours, theirs in ((image, text), (text, image)):
+        for i in range(n):
+            z = scale * theirs @ ours[i]
+            mates = [j for j in range(n) if j != i and bool((ids[i] == ids[j]).any())]
+            counted = [j for j in range(n) if positives != "mask" or j not in mates]
+            wanted = [i, *mates] if positives == "multi" else [i]
+            total = total + z[counted].logsumexp(0) - z[wanted].mean()
+    return total / (2 * n)
+
+
+def gradients(loss, *tensors):
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    value = loss(*leaves)
+    value.backward()
+    return [value.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def largest(ones, others):
+    return max(float((a - b).abs().max()) for a, b in zip(ones, others))
+
+
+@pytest.mark.parametrize("positives", POSITIVES)
+def test_info_nce_is_its_definition(run, positives):
+    """N = 13 in chunks of 1, of 5, which does not divide it, and of all."""
+    image, text, ids = pairs_of(13)
+    scale, at = torch.tensor(9.0, dtype=torch.float64), torch.arange(13)
+    truth = gradients(lambda *x: defined(*x, ids, positives), image, text, scale)
+    for chunk in (1, 5, 64):
+        ours = gradients(lambda i, t, s, c=chunk: info_nce(run, i, t, s, at, ids, positives, c),
+                         image, text, scale)
+        assert largest(ours, truth) < 1e-12, chunk
+    plain = gradients(lambda *x: info_nce(run, *x, at), image, text, scale)
+    assert (largest(plain, truth) < 1e-12) == (positives == "diag")
+    if positives == "diag":
+        theirs = pytest.importorskip("open_clip.loss").ClipLoss()
+        assert largest(gradients(theirs, image, text, scale), truth) < 1e-12
+
+
+def hinges(rows, at, others, bias):
+    cosine = rows @ others.T
+    return (bias + cosine - cosine.gather(1, at[:, None])).clamp(min=0).sum()
+
+
+def test_by_rows_is_the_sum_over_all_rows_and_takes_part_in_sums():
+    """Also where only some of the tensors want a gradient, or none."""
+    image, text, _ = pairs_of(11)
+    inputs, at = (image, text, torch.tensor(0.2, dtype=torch.float64)), torch.arange(11)
+    truth = gradients(lambda i, t, b: 3 * hinges(i, at, t, b) + t.sum() ** 2, *inputs)
+    ours = gradients(lambda i, t, b: 3 * by_rows(hinges, (i, at), (t, b), 4) + t.sum() ** 2,
+                     *inputs)
+    assert largest(ours, truth) < 1e-12
+    whole = gradients(lambda i, t, b: hinges(i, at, t, b), *inputs)
+    for wanted in itertools.product((False, True), repeat=3):
+        leaves = [x.clone().requires_grad_(w) for x, w in zip(inputs, wanted)]
+        value = by_rows(hinges, (leaves[0], at), leaves[1:], 4)
+        assert value.requires_grad == any(wanted) and torch.isclose(value, whole[0])
+        if any(wanted):
+            value.backward()
+        for leaf, grad, w in zip(leaves, whole[1:], wanted):
+            assert torch.allclose(leaf.grad, grad, atol=1e-12) if w else leaf.grad is None
+
+
+# -----------------------------------------------------------------------------
+# Two passes
+
+class Tower(nn.Module):
+    """A small encoder with dropout, and BatchNorm if asked."""
+
+    def __init__(self, dropout=0.0, norm=False):
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.last = nn.Linear(6, 12), nn.Linear(12, 7)
+        self.norm = nn.BatchNorm1d(12) if norm else nn.Identity()
+        self.dropout, self.calls = nn.Dropout(dropout), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return F.normalize(self.last(self.dropout(F.gelu(self.norm(self.first(x))))), dim=1)
+
+
+def two_pass_gradient(run, tower, x, pieces, weight, seed=5):
+    tower.zero_grad(set_to_none=True)
+    passes = TwoPass(run, tower, x.split(pieces), seed, tower)
+    (passes.features * weight).sum().sin().backward()
+    passes.backward()
+    return [p.grad.clone() for p in tower.parameters() if p.grad is not None]
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(11, 6, dtype=torch.float64, generator=generator),
+            torch.randn(11, 7, dtype=torch.float64, generator=generator))
+
+
+def test_pieces_give_the_gradient_of_the_whole_batch(run, batch):
+    tower = Tower().double()
+    truth = two_pass_gradient(run, tower, batch[0], 11, batch[1])
+    assert tower.calls == 1 and max(g.abs().max() for g in truth) > 0.1
+    for pieces in (1, 4, 7):
+        assert largest(two_pass_gradient(run, tower, batch[0], pieces, batch[1]), truth) < 1e-12
+
+
+def test_dropout_is_the_same_in_both_passes_and_another_in_the_next_step(run, batch):
+    tower, (x, weight) = Tower(dropout=0.4).double(), batch
+    ours = two_pass_gradient(run, tower, x, 4, weight)
+    assert largest(two_pass_gradient(run, tower, x, 4, weight), ours) == 0
+    assert largest(two_pass_gradient(run, tower, x, 4, weight, seed=6), ours) > 1e-3
+    features = TwoPass(run, tower, x.split(4), 5).features.detach()
+    tower.zero_grad()
+    graph = []  # plain autograd through all pieces, with the features of the first pass
+    for number, piece in enumerate(x.split(4)):
+        graph.append(TwoPass(run, tower, [x[:0]] * number + [piece], 5).last)
+    assert torch.equal(torch.cat(graph), features)
+    (torch.cat(graph) * weight).sum().sin().backward()
+    assert largest([p.grad for p in tower.parameters()], ours) < 1e-12
+
+
+def test_a_frozen_tower_is_encoded_once_and_takes_no_gradient(run, batch):
+    tower = Tower().double().requires_grad_(False)
+    passes = TwoPass(run, tower, batch[0].split(4), 0)
+    assert not passes.features.requires_grad
+    passes.backward()
+    assert tower.calls == 3
+
+
+def test_another_loss_may_ride_on_the_last_piece(run, batch):
+    tower, caught = Tower().double(), []
+    tower.first.register_forward_hook(lambda module, inputs, output: caught.append(output))
+    passes = TwoPass(run, tower, [batch[0]], 0)
+    (passes.features * batch[1]).sum().backward()
+    passes.backward(also=caught[0].square().sum())
+    ours = [p.grad for p in tower.parameters()]
+    truth = Tower().double()
+    ((truth(batch[0]) * batch[1]).sum() + truth.first(batch[0]).square().sum()).backward()
+    assert largest(ours, [p.grad for p in truth.parameters()]) < 1e-12
+
+
+def test_batch_norm_counts_each_piece_once(run, batch):
+    tower = Tower(norm=True).double()
+    two_pass_gradient(run, tower, batch[0], 4, batch[1])
+    mean = torch.zeros(12, dtype=torch.float64)
+    for i in (2, 0, 1):  # the last piece is kept from the first pass
+        mean = 0.9 * mean + 0.1 * tower.first(batch[0].split(4)[i]).mean(dim=0)
+    assert tower.norm.num_batches_tracked == 3
+    assert torch.allclose(tower.norm.running_mean, mean, atol=1e-12)
+
+
+# -----------------------------------------------------------------------------
+# Processes and memory
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_any_number_of_processes_gives_the_gradient_of_one(count, tmp_path):
+    """13 pairs with partners across processes: loss and the gradient of a tower, of the scale."""
+    image, text, ids = pairs_of(13, dim=6)
+
+    def work(run):
+        counts = [len(range(r, 13, run.world_size)) for r in range(run.world_size)]
+        order = torch.cat([torch.arange(r, 13, run.world_size) for r in range(run.world_size)])
+        mine = order.split(counts)[run.rank]
+        found = []
+        for positives in POSITIVES:
+            tower, scale = Tower().double(), nn.Parameter(torch.tensor(9.0, dtype=torch.float64))
+            images = TwoPass(run, tower, image[mine].split(2), 0)
+            texts = TwoPass(run, tower, text[mine].split(3), 1)
+            at = torch.arange(13).split(counts)[run.rank]
+            loss = info_nce(run, images.features, run.gather(texts.features, counts), scale, at,
+                            run.gather(ids[mine], counts), positives, chunk=2)
+            loss.backward()
+            images.backward()
+            texts.backward()
+            parameters = [*tower.parameters(), scale]
+            run.sum_gradients(parameters)
+            found += [run.sum(loss), *(p.grad for p in parameters)]
+        return found
+    truth = work(start("cpu", "fp32"))
+
+    def child(rank):
+        assert largest(work(start("cpu", "fp32")), truth) < 1e-12
+    for result in helpers.processes(count, child):
+        result.ok()
+
+
+MEMORY = """
+import resource, device, torch
+from large_batch import info_nce
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def loss(n):
+    image, text = (torch.randn(n, 32, requires_grad=True) for _ in range(2))
+    info_nce(run, image, text, torch.tensor(0.1), torch.arange(n)).backward()
+run = device.start("cpu", "fp32")
+loss(512)
+before = peak()
+loss(8192)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts in kilobytes as Linux does")
+def test_the_loss_of_8192_pairs_takes_less_than_half_of_one_matrix():
+    """One N x N matrix of fp32 is 256 MB, and autograd keeps several."""
+    assert float(helpers.python(MEMORY).ok().out.split()[-1]) < 128

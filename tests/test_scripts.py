@@ -1,0 +1,313 @@
+"""What all four scripts promise of a run, through the command line: one contract, four scripts."""
+import ast
+import copy
+import json
+import os
+import pathlib
+import shutil
+import signal
+
+import pytest
+import torch
+from helpers import (at_call, at_step, attempt, checkpoint, Child, class_folder, cli, die,
+                     differences, metrics, numbers, processes, refused, results, ROOT, run_main,
+                     same_run, scenes, script, SCRIPTS)
+
+import device
+import weights
+
+FLAGS = {  # beside --data: 12 steps, 3 to an epoch
+    "train_clipfit": ["--model", "tiny", "--shots", 4, "--epochs", 4, "--batch-size", 4],
+    "train_contrastive": ["--model", "tiny", "--epochs", 4, "--batch-size", 8],
+    "train_distill": ["--teacher", "tiny", "--model", "tiny-vit", "--epochs", 4, "--batch-size", 8],
+    "train_staged": ["--model", "tiny", "--epochs", 4, "--batch-size", 16]}  # both captions
+SCORES = {"train_clipfit": ["accuracy", "zero_shot_accuracy"], "train_staged": []}
+RETRIEVAL = ["i2t_r1", "t2i_r10", "mean_recall"]
+STEPS = 12
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    return {"train_clipfit": class_folder(folder / "classes", train=4, test=6),
+            "pairs": scenes(folder / "scenes", train=24, val=8)}
+
+
+@pytest.fixture(params=SCRIPTS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def flags(name, sources):
+    data = sources.get(name, sources["pairs"])
+    return ["--data", data, *FLAGS[name], "--workers", 0, "--log-every", 1, "--save-every", 2]
+
+
+WHOLE = {}  # script -> the folder of a run from start to end
+
+
+@pytest.fixture
+def whole(name, flags, tmp_path_factory):
+    if name not in WHOLE:
+        folder = tmp_path_factory.mktemp("whole") / name
+        attempt(name, *flags, "--output-dir", folder).ok()
+        WHOLE[name] = folder
+    return WHOLE[name]
+
+
+def home(folder):
+    """The folder of the checkpoints: the run's own, or that of its stage."""
+    return next(folder.rglob("checkpoint_last.pt")).parent
+
+
+def kept(folder):
+    """The names of the checkpoints that a run leaves, without the predecessor of the last."""
+    names = sorted(path.name for path in home(folder).glob("checkpoint_*.pt"))
+    return [file for file in names if "prev" not in file]
+
+
+def scores(name, folder):
+    found = results(folder)
+    return {key: found[key] for key in SCORES.get(name, RETRIEVAL)} or found["rows"]
+
+
+def same(one, other):
+    """Two runs left the same weights, moments and logged numbers, bit for bit."""
+    same_run(home(one), home(other), kept(one))
+    found, theirs = ({key: x for key, x in results(folder).items() if key in (
+        "accuracy", "mean_recall", "steps")} for folder in (one, other))
+    assert found == theirs
+
+
+def test_a_dry_run_walks_the_whole_path_beside_the_run(name, flags, tmp_path):
+    attempt(name, *flags, "--dry-run", "--output-dir", tmp_path / "run").ok()
+    assert [path.name for path in tmp_path.iterdir()] == ["run_dry_run"]
+    assert results(tmp_path / "run_dry_run")["method"]
+    logged = metrics(home(tmp_path / "run_dry_run"), "train")
+    assert 0 < len(logged) < STEPS
+
+
+def test_what_a_run_leaves(name, whole):
+    left = {path.name for path in whole.rglob("*")}
+    assert left >= {"config.json", "command.txt", "env.json", "log.txt", "metrics.jsonl",
+                    "results.json", "checkpoint_last.pt"}
+    assert not [file for file in left if file.endswith(".tmp")]
+    found = results(whole)
+    assert {"method", "data", "model", "seconds", "peak_memory_mb", "device", "precision", "git",
+            "samples_per_second"} <= set(found)
+    assert scores(name, whole)
+    steps = [row["step"] for row in metrics(home(whole), "train")]
+    assert steps == list(range(1, STEPS + 1))
+    assert all(torch.isfinite(torch.tensor(row["loss"])) for row in metrics(home(whole), "train"))
+    json.loads((whole / "config.json").read_text("utf-8"))
+    if name != "train_clipfit":
+        assert "checkpoint_best.pt" in kept(whole)
+
+
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+FAULTS = {"SIGKILL": (lambda: at_step(5, die), 137), "SIGTERM": (lambda: at_step(8, stop), 143),
+          "in a write": (lambda: at_call(os, "replace", 9, die), 137)}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_run_that_was_ended_goes_on_to_the_same_bits(name, flags, whole, tmp_path, fault):
+    plant, code = FAULTS[fault]
+
+    def doomed():
+        plant()
+        return script(name, *flags, "--output-dir", tmp_path)
+    ended = Child(doomed).end()
+    assert ended.code == code, ended.out
+    assert not (tmp_path / "results.json").exists()
+    attempt(name, *flags, "--output-dir", tmp_path).ok()
+    same(whole, tmp_path)
+
+
+def test_a_finished_run_is_not_run_again_and_another_is_refused(name, flags, whole):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("checkpoint_*")}
+    again = attempt(name, *flags, "--output-dir", whole).ok()
+    assert "finished" in again.out
+    refused(attempt(name, *flags, "--lr", 0.123, "--output-dir", whole), "lr", "--output-dir")
+    refused(attempt(name, *flags, "--epochs", 9, "--output-dir", whole), "epochs", "--output-dir",
+            "--weights")  # how to train on
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("checkpoint_*")} == before
+
+
+def test_evaluation_alone_says_what_training_said_and_writes_nothing(name, flags, whole):
+    def listing():
+        return {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    before = listing()
+    found = run_main(name, *flags, "--eval-only", "--output-dir", whole)
+    for key, value in scores(name, whole).items() if name != "train_staged" else ():
+        assert found[key] == pytest.approx(value, abs=1e-4), key
+    assert listing() == before
+
+
+def test_a_runs_config_runs_it_again(name, whole, tmp_path):
+    attempt(name, "--config", whole / "config.json", "--output-dir", tmp_path).ok()
+    same(whole, tmp_path)
+
+
+def test_a_checkpoint_goes_on_in_another_folder_with_its_best_weights(name, flags, whole, tmp_path):
+    if name == "train_staged":
+        pytest.skip("a plan goes on in its own folder; --from-stage takes a stage again")
+
+    def doomed():
+        at_step(8, stop)
+        return script(name, *flags, "--output-dir", tmp_path / "first")
+    assert Child(doomed).end().code == 143
+    attempt(name, *flags, "--resume", tmp_path / "first" / "checkpoint_last.pt",
+            "--output-dir", tmp_path / "second").ok()
+    assert kept(tmp_path / "second") == kept(whole)
+    for file in kept(whole):
+        ours = checkpoint(whole, file)["weights"]
+        theirs = checkpoint(tmp_path / "second", file)["weights"]
+        assert differences(ours, theirs) == []
+
+
+def test_every_file_that_a_run_leaves_can_be_its_weights(name, flags, whole, tmp_path):
+    """The checkpoints, an export, the folder: each loads, is inspected, and starts another run."""
+    copied = shutil.copytree(whole, tmp_path / "run")
+    attempt(name, *flags, "--export", "safetensors", "--output-dir", copied).ok()
+    files = [*copied.rglob("*.pt"), *copied.rglob("*.safetensors")]
+    assert any(file.suffix == ".safetensors" for file in files) and len(files) >= 3
+    for file in [*files, copied]:
+        model = weights.load(file)
+        assert all(torch.isfinite(p).all() for p in model.parameters()), file
+    seen = cli("-m", "tools.convert", "inspect", files[0], "--json").ok()
+    assert json.loads(seen.out)
+    if name == "train_clipfit":
+        stored = checkpoint(copied)["weights"]
+        assert all(torch.equal(model.get_parameter(key), x) for key, x in stored.items())
+    taken = ["--model" if name == "train_distill" else "--weights", copied]
+    more = [x for x in flags if x not in ("--model", "tiny")] if name != "train_distill" else flags
+    attempt(name, *more, *taken, "--dry-run", "--output-dir", tmp_path / "next").ok()
+
+
+def test_a_step_that_is_not_finite_changes_nothing(name, flags, tmp_path):
+    """No weight, moment or scale; the images are named, and the run goes on."""
+    def watched():
+        real, calls = device.Run.update, []
+
+        def update(run, optimizer, parameters, *rest, **options):
+            parameters = list(parameters)
+            calls.append(1)
+            if len(calls) != 5:
+                return real(run, optimizer, parameters, *rest, **options)
+            next(p for p in parameters if p.grad is not None).grad.fill_(float("nan"))
+            before = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in parameters]
+            fine = real(run, optimizer, parameters, *rest, **options)
+            after = optimizer.state_dict(), [p.detach() for p in parameters]
+            assert not fine and differences(before, after) == []
+            return fine
+        device.Run.update = update
+        return script(name, *flags, "--output-dir", tmp_path)
+    Child(watched).end().ok()
+    said = (home(tmp_path) / "log.txt").read_text("utf-8")
+    assert said.count("step skipped") == 1 and ".png" in said
+    assert [row["step"] for row in metrics(home(tmp_path), "train")] == list(range(1, STEPS + 1))
+
+
+def test_three_bad_steps_in_a_row_stop_with_the_last_checkpoint_intact(name, flags, tmp_path):
+    def doomed():
+        real, calls = device.Run.update, []
+
+        def update(run, optimizer, parameters, *rest, **options):
+            parameters = list(parameters)
+            calls.append(1)
+            if len(calls) > 4:
+                next(p for p in parameters if p.grad is not None).grad.fill_(float("inf"))
+            return real(run, optimizer, parameters, *rest, **options)
+        device.Run.update = update
+        return script(name, *flags, "--output-dir", tmp_path)
+    ended = Child(doomed).end()
+    assert ended.code == 3 and ".png" in ended.out
+    stored = checkpoint(home(tmp_path))
+    assert 0 < stored["step"] < 7
+    assert all(torch.isfinite(x).all() for x in stored["weights"].values())
+
+
+def test_two_processes_say_what_one_says(name, flags, whole, tmp_path):
+    for ended in processes(2, lambda rank: script(name, *flags, "--output-dir", tmp_path)):
+        ended.ok()
+    ours, theirs = numbers(home(tmp_path)), numbers(home(whole))
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for row, other in zip(ours, theirs):
+        for key in other:
+            assert row[key] == (pytest.approx(other[key], rel=2e-3, abs=2e-4) if isinstance(
+                other[key], float) else other[key]), (row["step"], key)
+
+
+REFUSED = [
+    ("--epohcs", "3"), ("--epochs", "0"), ("--epochs", "many"), ("--lr", "nan"), ("--lr", "-1"),
+    ("--batch-size", "0"), ("--seed", "-1"), ("--seed", str(2 ** 32)), ("--device", "tpu"),
+    ("--device", "cuda:7"), ("--precision", "fp8"), ("--weights", "no/such/file.pt"),
+    ("--weights", str(ROOT / "README.md")), ("--model", "ViT-Z/99"), ("--resume", "no_such.pt"),
+    ("--config", "no_such.json"), ("--data", "no_such_data"), ("--workers", "-2"),
+    ("--log-every", "0"), ("--export", "pickle"), ("--batch", "4")]
+
+
+@pytest.mark.parametrize("flag, value", REFUSED, ids=" ".join)
+def test_a_wrong_command_line_is_one_line_before_any_work(name, sources, tmp_path, flag, value):
+    distill = name == "train_distill"
+    if distill and flag == "--weights" or flag == "--device" and torch.cuda.is_available():
+        pytest.skip("its students are named by --model; or the GPU is there")
+    given = {"--data": sources.get(name, sources["pairs"]), "--output-dir": tmp_path / "out", "--batch-size": 8,
+             "--teacher" if distill else "--model": "tiny", flag: value}
+    if flag == "--weights":
+        given.pop("--model")
+    done = attempt(name, *(x for pair in given.items() for x in pair))
+    refused(done, flag if flag.startswith(("--ep", "--lr", "--batch")) else value.split(":")[0])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_used_is_refused_before_any_work(name, flags, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(attempt(name, *flags, "--output-dir", tmp_path / "file"), "--output-dir")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    refused(attempt(name, *flags, "--output-dir", tmp_path / "other"), "config.json")
+    assert (tmp_path / "other" / "config.json").read_text() == "{}"
+
+
+def needs(path, found):
+    """The project's own files that this one imports, and theirs."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        names = [node.module] if isinstance(node, ast.ImportFrom) else [
+            alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for module in names:
+            leaf = ROOT / f"{(module or '').split('.')[0]}.py"
+            if leaf.exists() and leaf not in found:
+                found.add(leaf)
+                needs(leaf, found)
+    return found
+
+
+def test_a_script_and_its_leaves_run_in_an_empty_folder(name, tmp_path):
+    """The unit that people copy: the script, the leaves it imports, assets/."""
+    files = needs(ROOT / f"{name}.py", {ROOT / f"{name}.py"})
+    for file in files:
+        shutil.copy(file, tmp_path)
+    shutil.copytree(ROOT / "assets", tmp_path / "assets")
+    done = cli(f"{name}.py", "--dry-run", "--workers", 0, cwd=tmp_path, env={"PYTHONPATH": None})
+    assert "step" in done.ok().out
+    assert not {file.stem for file in files} & {*SCRIPTS} - {name}
+    lines = sum(len(file.read_text("utf-8").splitlines()) for file in files)
+    print(f"{name}: {lines:,} lines in {len(files)} files")
+    assert lines < 9_700  # what a copy of CLIPFit carried before
+
+
+@pytest.mark.slow
+def test_a_script_without_flags_shows_the_whole_job_and_leaves_little(name, tmp_path):
+    cli(f"{name}.py", "--output-dir", tmp_path / "run", timeout=900).ok()
+    assert results(tmp_path / "run")
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 100e6
+
+
+def test_helpers_name_the_scripts_that_there_are():
+    assert sorted(SCRIPTS) == sorted(path.stem for path in pathlib.Path(ROOT).glob("train_*.py"))

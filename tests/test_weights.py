@@ -1,0 +1,704 @@
+"""weights.py, layouts.py and tools.convert: files there and back, files that must not be trusted,
+what a run leaves, two towers, fetching."""
+import copy
+import dataclasses
+import hashlib
+import http.server
+import io
+import json
+import math
+import os
+import pickle
+import random
+import shutil
+import struct
+import threading
+import warnings
+import zipfile
+
+import pytest
+import torch
+from helpers import Child, Payload, attempt, damaged_files, images_for, refused, tiny_clip
+from torch import nn
+
+import weights
+from clip_model import BERTS, CLIP, CONFIGS, BertConfig, Pixels, bert_fields
+from layouts import LAYOUTS, to_hugging_face
+from tools import convert
+from weights import (
+    add_model_flags, card, check_layout, digest, export, kept_tensors, load, open_clip, save)
+
+VOCAB = 64
+BERT = BertConfig("bert", VOCAB, 64, 2, 1, 96, 24)
+FIELDS = {"bert": bert_fields(BERT), "": {"vocab_size": VOCAB},
+          "bare": bert_fields(dataclasses.replace(BERT, pool="first")),
+          "roberta": bert_fields(dataclasses.replace(BERT, family="roberta", pad_id=1)),
+          "mean": bert_fields(dataclasses.replace(BERT, pool="mean"))}
+BACKBONE = {"backbone": "squeezenet1_0", "image_size": 64, "vision_layers": 0,
+            "vision_patch": None, "vision_width": 512}
+
+
+def make(name="tiny-vit", bert="", seed=0, **changes):
+    return tiny_clip(seed, config=name, **{**FIELDS[bert], **changes})
+
+
+def texts(model):
+    tokens = torch.randint(2, VOCAB - 1, (3, 9), generator=torch.Generator().manual_seed(0))
+    if not model.config.text:
+        tokens[:, -1] = VOCAB - 1
+    return tokens
+
+
+def same(one, two):
+    """Equal configs, tensors, pixels and features."""
+    a, b = one.state_dict(), two.state_dict()
+    assert one.config == two.config and one.pixels == two.pixels and a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    inputs = images_for(one, 2), texts(one)
+    return all(map(torch.equal, one(*inputs), two(*inputs)))
+
+
+# -----------------------------------------------------------------------------
+# Files there and back
+
+@pytest.mark.parametrize("changes, layouts", [
+    ({}, "safetensors openai open_clip hf"),
+    ({"name": "tiny-rn"}, "safetensors openai open_clip"),
+    ({"activation": "gelu"}, "safetensors open_clip hf"),
+    ({"vision_head": 16, "text_head": 32}, "safetensors open_clip hf"),
+    ({"bert": "bert"}, "safetensors hf"), ({"bert": "roberta"}, "safetensors hf"),
+    ({"bert": "mean"}, "safetensors"), ({"bert": "bare"}, "safetensors hf chinese_clip"),
+    ({"name": "tiny-rn", "bert": "bare"}, "safetensors chinese_clip"),
+    ({"bert": "bert", "proj": "mlp", **BACKBONE}, "safetensors")])
+def test_every_layout_brings_back_all_that_a_model_is(tmp_path, changes, layouts):
+    if "backbone" in changes:
+        pytest.importorskip("torchvision", exc_type=(ImportError, RuntimeError))
+    model = make(**changes)
+    model.image_mean, model.image_std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    model.image_resize, model.image_interpolation = "squash", "bilinear"
+    model.vocabulary = {"kind": "wordpiece", "vocab": ["a", "ö"]} if model.config.text else None
+    for bias in (False, True):
+        if bias:
+            model.logit_bias = nn.Parameter(torch.tensor(-3.5))
+        for layout in LAYOUTS:
+            if layout not in layouts.split() or layout == "openai" and bias:
+                refused(lambda: check_layout(model.config, layout, bias), layout)  # noqa: B023
+                refused(lambda: save(model, tmp_path / "no", layout), layout)  # noqa: B023
+                assert not (tmp_path / "no").exists()
+                continue
+            path = export(model, tmp_path / layout, layout)
+            paths = [path, path.parent]
+            if layout in ("openai", "open_clip"):
+                paths.append(save(model, tmp_path / f"{layout}.pt", layout))
+            for place in paths:
+                back = load(place)
+                assert same(back, model) and back.vocabulary == model.vocabulary
+                assert back.origin["notes"] == [] or layout == "chinese_clip"
+                assert not back.training and all(p.requires_grad for p in back.parameters())
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+class OpenAIShaped(CLIP):
+    """A CLIP with the three extra scalars of the released archives."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for name in ("input_resolution", "context_length", "vocab_size"):
+            self.register_buffer(name, torch.tensor(getattr(config, name, config.image_size)))
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """What OpenAI published: a traced CLIP, matrices in half precision -> path, its state dict."""
+    model, path = make(), tmp_path_factory.mktemp("archive") / "a.pt"
+    shaped = OpenAIShaped(model.config).eval()
+    shaped.load_state_dict(model.state_dict(), strict=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing is deprecated and warns of the shortcuts
+        traced = torch.jit.trace(shaped, (images_for(model, 2), texts(model)), check_trace=False)
+        for parameter in traced.parameters():
+            if parameter.dim() > 1:
+                parameter.data = parameter.data.half()
+        traced.save(str(path))
+        return path, torch.jit.load(str(path)).state_dict()
+
+
+def test_a_torchscript_archive_is_read_bit_for_bit_without_running_it(archive):
+    path, reference = archive
+    model = load(path)
+    assert model.config == make().config and model.origin["format"] == "TorchScript"
+    assert model.origin["notes"] == [] and {"input_resolution", "vocab_size"} <= reference.keys()
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, reference[key].to(tensor.dtype))
+
+
+@pytest.mark.parametrize("name", ["tiny-vit", "tiny-rn"])
+def test_load_gives_contiguous_fp32_masters_whatever_is_stored(tmp_path, name):
+    model = make(name)
+    state = {key: t.half() for key, t in model.state_dict().items()}
+    torch.save(state, tmp_path / "half.pt")
+    torch.save({key: t.t().contiguous().t() if t.dim() == 2 else t for key, t in state.items()
+                if "num_batches" not in key}, tmp_path / "strided.pt")  # before BatchNorms counted
+    files = [tmp_path / "half.pt", tmp_path / "strided.pt"]
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        files.append(save(model, tmp_path / f"{dtype}.safetensors", dtype=dtype))
+    for file in files:
+        for key, tensor in load(file).state_dict(keep_vars=True).items():
+            assert tensor.is_contiguous() and tensor.is_leaf
+            assert tensor.dtype == (torch.long if "num_batches" in key else torch.float32)
+            assert torch.allclose(tensor, model.state_dict()[key], atol=0.02)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "model.clip."])
+@pytest.mark.parametrize("keys", [["state_dict"], ["model", "state_dict"], ["ema"]])
+def test_weights_are_found_inside_training_checkpoints_of_others(tmp_path, prefix, keys):
+    model = make("tiny-rn")
+    content = {prefix + key: tensor for key, tensor in model.state_dict().items()}
+    for key in reversed(keys):
+        content = {"ema": {}, key: content, "epoch": 3, "optimizer": {"state": {0: torch.ones(1)}}}
+    for zipped in (False, True):
+        torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+        back = load(tmp_path / "a.pt")
+        assert same(back, model) and len(back.origin["notes"]) == len(keys) + prefix.count(".") + 1
+        assert "--activation" in back.origin["notes"][-1]
+    assert load(tmp_path / "a.pt", activation="gelu").config.activation == "gelu"
+
+
+def test_the_bundled_model_stores_only_the_words_in_use(tmp_path):
+    assert load("tiny").config == CONFIGS["tiny"] and load("tiny").origin["name"] == "tiny"
+    model, rows = make(), torch.tensor([3, 5, 40, VOCAB - 2, VOCAB - 1])
+    path = save(model, tmp_path / "rows.safetensors", token_rows=rows)
+    back = load(path)
+    assert back.config == model.config and path.stat().st_size < save(
+        model, tmp_path / "all.safetensors").stat().st_size - 50 * 64 * 4
+    with torch.no_grad():
+        expected = torch.zeros(VOCAB, 64).index_copy(0, rows, model.token_embedding.weight[rows])
+    assert torch.equal(back.token_embedding.weight, expected)
+
+
+def test_chinese_clips_own_files_are_read_and_written(tmp_path):
+    model = make(bert="bare")
+    model.image_resize = "squash"  # as their programs do, which no file says
+    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    state["module.bert.pooler.dense.weight"] = torch.zeros(64, 64)  # of the BERT it began with
+    state["module.bert.pooler.dense.bias"] = torch.zeros(64)
+    torch.save({"epoch": 3, "step": 9, "name": "x", "state_dict": state}, tmp_path / "a.pt")
+    back = load(tmp_path / "a.pt")
+    assert same(back, model) and back.origin["layout"] == "chinese_clip"
+    stored = torch.load(export(model, tmp_path, "chinese_clip"), weights_only=True)
+    assert {"epoch", "step", "name"} <= stored.keys()
+    assert all(name.startswith("module.") for name in stored["state_dict"])
+
+
+def test_an_interrupted_save_leaves_the_older_file(tmp_path, monkeypatch):
+    path = save(make(), tmp_path / "a.safetensors")
+    old = path.read_bytes()
+    for call, error in (("fsync", OSError(28, "No space left on device")),
+                        ("replace", KeyboardInterrupt())):
+        def fail(*_, error=error):
+            raise error
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, fail)
+            with pytest.raises(type(error)):
+                save(make(seed=1), path)
+        assert path.read_bytes() == old
+    assert same(load(save(make(seed=1), path)), make(seed=1))
+
+
+# -----------------------------------------------------------------------------
+# What stands beside the weights
+
+def with_table(folder, name, table):
+    (folder / name).write_text(json.dumps(table))
+    return folder
+
+
+def bare_folder(path, layout="hf"):
+    """A folder as another library writes it: no word of ours in the file of tensors."""
+    package = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    file = export(make(), path, layout)
+    package.save_file(package.load_file(file), file)
+    return file.parent
+
+
+def test_pixel_statistics_and_resize_beside_the_weights_are_taken(tmp_path):
+    folder, clips, half = bare_folder(tmp_path), make().pixels, ((0.5,) * 3, (0.4,) * 3)
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    for table, expected in (
+            (size, clips), ({"size": 32, "crop_size": 32, "do_center_crop": True}, clips),
+            (size | {"image_mean": [0.5] * 3, "image_std": [0.4] * 3, "resample": 2},
+             Pixels(*half, "shortest", "bilinear")),
+            ({"size": {"height": 32, "width": 32}, "do_center_crop": False},
+             dataclasses.replace(clips, resize="squash"))):
+        assert load(with_table(folder, "preprocessor_config.json", table)).pixels == expected
+    (folder / "preprocessor_config.json").unlink()  # as transformers 5 writes it
+    with_table(folder, "processor_config.json", {"image_processor": size | {
+        "image_mean": [0.5] * 3}})
+    assert load(folder).image_mean == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("name, table, word", [
+    ("preprocessor_config.json", {"resample": 0}, "resample"),
+    ("preprocessor_config.json", {"do_normalize": False}, "do_normalize"),
+    ("preprocessor_config.json", {"rescale_factor": 1}, "rescale_factor"),
+    ("preprocessor_config.json", {"size": {"shortest_edge": 256}, "crop_size": 224}, "crop_size"),
+    ("preprocessor_config.json", {"size": 32, "do_center_crop": False}, "do_center_crop"),
+    ("preprocessor_config.json", {"image_mean": [0.5]}, "mean"),
+    ("preprocessor_config.json", {"image_std": [0, 1, 1]}, "std"),
+    ("open_clip_config.json", {"preprocess_cfg": {"resize_mode": "longest"}}, "longest"),
+    ("open_clip_config.json", {"preprocess_cfg": {"interpolation": "nearest"}}, "nearest"),
+    ("open_clip_config.json", {"preprocess_cfg": {"mode": "L"}}, "mode")])
+def test_pixels_that_cannot_be_honoured_are_refused_by_name(tmp_path, name, table, word):
+    folder = bare_folder(tmp_path, "hf" if name.startswith("pre") else "open_clip")
+    if name.startswith("open"):
+        table |= {"model_cfg": json.loads((folder / name).read_text())["model_cfg"]}
+    refused(lambda: load(with_table(folder, name, table)), word, folder)
+
+
+def test_json_of_others_beside_the_weights_is_no_obstacle_and_damaged_json_is(tmp_path):
+    for layout, name in (("hf", "config.json"), ("open_clip", "open_clip_config.json")):
+        folder = bare_folder(tmp_path, layout)
+        for content in ("[1, 2]", '{"lr": 0.1, "model": "ViT-B/32"}'):
+            (folder / name).write_text(content)
+            assert any("--activation" in note for note in load(folder).origin["notes"])
+        for content in ("{", "\udc80", '{"model_cfg": 3, "model_type": 4}'):
+            (folder / name).write_text(content, errors="surrogateescape")
+            refused(lambda: load(folder), folder)  # noqa: B023
+    with_table(folder, "config.json", {"vision_config": {}})  # beside weights of another layout
+    (folder / "open_clip_config.json").unlink()
+    assert same(load(folder), make())
+
+
+def test_a_model_name_wins_over_a_folder_and_a_file_over_a_model_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(make(), tmp_path / "tiny" / "clip.safetensors")
+    save(make(), tmp_path / "mine" / "clip.safetensors")
+    shutil.copy(tmp_path / "mine" / "clip.safetensors", tmp_path / "RN50.pt")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("THERE", str(tmp_path))
+    assert load("tiny").config == CONFIGS["tiny"]
+    for place in ("./tiny", tmp_path / "tiny", "mine", "~/mine", "$THERE/mine", "RN50.pt"):
+        assert load(place).config == make().config
+    refused(lambda: load("nowhere.pt"), "nowhere.pt")
+    refused(lambda: load(tmp_path), tmp_path)
+    refused(lambda: load("CN-ViT-B/16"), "CN-ViT-B/16")
+
+
+# -----------------------------------------------------------------------------
+# Files that must not be trusted
+
+def saved(content, **options):
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+def zip_of(members, compression=zipfile.ZIP_STORED):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def members_of(data):
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def script(pickled):
+    return zip_of({"m/data.pkl": pickled, "m/code/__torch__.py": "", "m/version": "3",
+                   "m/constants.pkl": pickle.dumps(()), "m/data/0": bytes(8)})
+
+
+def tensors_file(header, data=bytes(8)):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def entry(begin, end, shape=(2,), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+def bad_files():
+    """{kind: (bytes, or a function of the canary's path; a name that the refusal must hold)}"""
+    state, itself = make().state_dict(), {}
+    itself["model"] = itself
+    hf = to_hugging_face(state)
+
+    def changed(**changes):
+        return saved(state | {key.replace("__", "."): x for key, x in changes.items()}), list(
+            changes)[0].replace("__", ".")
+
+    def without(part, table=state):
+        return saved({key: tensor for key, tensor in table.items() if part not in key})
+    storage = (b"\x80\x02c__torch__\nM\n)\x81}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n"
+               b"((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00"
+               b"\x00cpuK\x02tQK\x00K\x09\x85K\x01\x85\x89NtRsb.")
+    return {
+        "zip of something else": (zip_of({"word/document.xml": "x"}), "data.pkl"),
+        "compressed zip": (zip_of(members_of(saved(state)), zipfile.ZIP_DEFLATED), "compressed"),
+        "a list": (saved([1, 2]), ""), "a dict in itself": (saved(itself), ""),
+        "tensors under numbers": (saved({0: torch.zeros(3)}), ""),
+        "a gap": (tensors_file({"a": entry(4, 12)}, bytes(12)), "'a'"),
+        "lying shape": (tensors_file({"a": entry(0, 8, [10 ** 9])}), "'a'"),
+        "infinite shape": (tensors_file(b'{"a":{"dtype":"F32","shape":[1e999],'
+                                        b'"data_offsets":[0,0]}}'), ""),
+        "8-bit floats": (tensors_file({"a": entry(0, 8, [8], "F8_E4M3")}), "F8_E4M3"),
+        "header nests": (tensors_file(b'{"a":' * 100_000), ""),
+        "giant header": (struct.pack("<Q", 2 ** 60) + b"{}" + bytes(100), ""),
+        "NaN weights": changed(ln_final__bias=torch.full((64,), math.nan)),
+        "integer weights": changed(ln_final__bias=torch.ones(64, dtype=torch.int8)),
+        "a terabyte in four bytes": changed(token_embedding__weight=torch.zeros(1, 1).expand(
+            10 ** 10, 64)),
+        "meta tensor": changed(text_projection=torch.zeros(64, 32, device="meta")),
+        "an extra tensor": changed(visual__head__weight=torch.zeros(3)),
+        "another shape": changed(visual__ln_post__bias=torch.zeros(65)),
+        "flat convolution": (changed(visual__conv1__weight=torch.zeros(64, 192))[0], ""),
+        "a missing tensor": (without("resblocks.1.ln_2.weight"), "resblocks.1.ln_2.weight"),
+        "hf without k": (without("0.self_attn.k_proj.bias", hf), "k_proj.bias"),
+        "hf with odd q": (saved(hf | {"text_model.encoder.layers.0.self_attn.q_proj.weight":
+                                      torch.zeros(3, 5)}), ""),
+        "runs, zip": (lambda canary: saved({"w": Payload(canary)}), ""),
+        "runs, TorchScript": (lambda canary: script(pickle.dumps({"w": Payload(canary)}, 2)), ""),
+        "evaluates": (script(b"\x80\x02cbuiltins\neval\nX\x04\x00\x00\x001+11\x85R."), "eval"),
+        "a huge memo": (script(b"\x80\x02}r\x00\x00\x00\x40."), "memo"),
+        "out of bounds": (script(storage), "")}
+
+
+BAD = bad_files()
+
+
+@pytest.mark.parametrize("kind", list(BAD))
+def test_a_bad_file_is_refused_in_one_line_and_never_run(tmp_path, kind):
+    data, word = BAD[kind]
+    canary, path = tmp_path / "canary", tmp_path / "a.pt"
+    path.write_bytes(data(canary) if callable(data) else data)
+    for place in (path, tmp_path / "clip.safetensors"):
+        path = path.rename(place)
+        line = refused(lambda: load(place), place.name, word if place.suffix == ".pt" else "")  # noqa: B023
+        assert len(line) < 600 and not canary.exists()
+    assert attempt(convert, "inspect", path).code in (0, 2) and not canary.exists()
+
+
+@pytest.mark.parametrize("file", ["whole.pt", "whole.safetensors"])
+def test_damaged_files_are_named_as_what_they_are(tmp_path, file):
+    whole = save(make(), tmp_path / file, "open_clip" if file.endswith(".pt") else "safetensors")
+    words = {"empty": "0 bytes", "gzip": "gzip", "html": "web page", "lfs": "LFS"}
+    for kind, path in damaged_files(tmp_path / "damaged", whole).items():
+        if (kind, path.suffix) != ("flipped", ".safetensors"):  # the format has no checksum
+            refused(lambda: load(path), path, words.get(kind, ""))  # noqa: B023
+            refused(attempt(convert, "inspect", path), path)
+
+
+@pytest.mark.parametrize("claim", [
+    {"vision_head": 0}, {"text_head": 48}, {"activation": "relu"}, {"vocab_size": "x"},
+    {"text": {"pool": 3}, "backbone": "no such"}, {"text_layers": 10 ** 9}, "{", [1]])
+def test_claims_of_a_file_about_itself_are_not_believed(tmp_path, claim):
+    model, path = make(), tmp_path / "a.safetensors"
+    if isinstance(claim, dict):
+        claim = dataclasses.asdict(model.config) | claim
+    weights.write(path, *weights.safetensors_bytes(model.state_dict(), {
+        "clip_config": claim if claim == "{" else json.dumps(claim)}))
+    try:
+        assert same(load(path), model)
+    except weights.WeightsError:
+        refused(lambda: load(path), path)
+    assert attempt(convert, "inspect", path).code == 0
+
+
+def mutate(data, rng):
+    data = bytearray(data)
+    at = [rng.choice([rng.randrange(len(data)), rng.randrange(min(3000, len(data))),
+                      len(data) - 1 - rng.randrange(min(3000, len(data)))])
+          for _ in range(rng.choice([1, 2, 8]))]
+    kind = rng.randrange(4)
+    for place in at if kind < 2 else ():
+        data[place] = rng.choice([data[place] ^ 1 << rng.randrange(8), 0, 255])
+    if kind == 2:
+        del data[at[0]:at[0] + rng.choice([1, 8, 100, len(data)])]
+    if kind == 3:  # a range copied over another
+        data[at[0]:at[0] + 16] = data[at[-1]:at[-1] + 16]
+    return bytes(data)
+
+
+def repacked(data, rng):
+    """The pickle of a zip changed, and the zip's checksums right again."""
+    members = members_of(data)
+    name = next(name for name in members if name.endswith("data.pkl"))
+    return zip_of(members | {name: mutate(members[name], rng)})
+
+
+@pytest.mark.parametrize("kind, change, times", [
+    ("safetensors", mutate, 150), ("zip", mutate, 100), ("legacy", mutate, 100),
+    ("script", repacked, 150), ("zip", repacked, 100)])
+def test_mutated_files_load_or_are_refused_in_one_line(tmp_path, archive, kind, change, times):
+    state = make(text_layers=1, vision_layers=1, context_length=8).state_dict()
+    data = {"safetensors": b"".join(weights.safetensors_bytes(state, {})), "zip": saved(state),
+            "legacy": saved(state, _use_new_zipfile_serialization=False),
+            "script": archive[0].read_bytes()}[kind]
+    rng, refusals = random.Random(f"{kind} {change.__name__}"), 0
+    path = tmp_path / ("a.safetensors" if kind == "safetensors" else "a.pt")
+    for _ in range(times):
+        path.write_bytes(change(data, rng))
+        try:
+            load(path)
+        except weights.WeightsError as error:
+            refusals += 1
+            assert "\n" not in str(error) and len(str(error)) < 600
+    assert refusals > times // 10
+
+
+# -----------------------------------------------------------------------------
+# What a run leaves
+
+def a_run(folder, model, trains, ema=(), **more):
+    """A checkpoint as the scripts write it, after one step of 0.01 on each tensor that trains."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(trains(name))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.01 if p.requires_grad else 0)
+    kept = {name: p.detach().clone() for name, p in kept_tensors(model).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"format": "x/2", "weights": kept, "buffers": dict(model.named_buffers()),
+                "ema": {name: t - 0.01 for name, t in kept.items() if ema}, "card": card(model),
+                "optimizer": {"state": {}}, **more}, folder / "checkpoint_best.pt")
+    return folder / "checkpoint_best.pt"
+
+
+@pytest.mark.parametrize("name", ["tiny-vit", "tiny-rn"])
+def test_a_checkpoint_that_holds_only_what_trained_takes_the_rest_from_its_base(tmp_path, name):
+    base = save(make(name, activation="gelu"), tmp_path / "base.pt", "open_clip")
+    model = load(base)
+    model.image_mean, model.vocabulary = (0.5, 0.5, 0.5), {"kind": "bpe"}
+    path = a_run(tmp_path / "run", model, lambda name: name.endswith("bias"))
+    assert path.stat().st_size < base.stat().st_size / 2
+    for place in (path, path.parent):
+        back = load(place)
+        assert same(back, model) and back.vocabulary == {"kind": "bpe"}
+    again = a_run(tmp_path / "next", back, lambda name: name.startswith("visual."))
+    assert same(load(again), back)  # a run from a run from a file
+    report = json.loads(attempt(convert, "inspect", again, "--json").ok().out)
+    assert report["architecture"] == "CLIP" and report["layout"] == "checkpoint"
+    save(make(name, seed=5), base, "open_clip")
+    refused(lambda: load(path), path, base.name)
+    base.unlink()
+    refused(lambda: load(path), path, base.name)
+
+
+def test_a_checkpoint_from_random_weights_holds_all_and_the_tested_average_counts(tmp_path):
+    model = make(bert="bare")
+    model.logit_bias = nn.Parameter(torch.tensor(-9.0))
+    first = copy.deepcopy(model)
+    assert same(load(a_run(tmp_path / "a", model, lambda name: True)), model)
+    path = a_run(tmp_path / "b", copy.deepcopy(first), lambda name: True, ema=True, tested="ema")
+    for name, tensor in load(path).state_dict().items():
+        torch.testing.assert_close(tensor, first.state_dict()[name], rtol=0, atol=1e-5)
+    with_table(tmp_path, "results.json", {"weights": "b/checkpoint_best.pt"})
+    assert load(tmp_path).origin["sha256"] == load(path).origin["sha256"]
+    assert load(path).origin["name"] == "random"
+
+
+def test_a_student_takes_its_teachers_texts_from_the_teachers_file(tmp_path):
+    teacher, student = save(make(), tmp_path / "teacher.pt", "open_clip"), make(vision_layers=1)
+    base = load(teacher)
+    student.load_state_dict({name: t for name, t in base.state_dict().items()
+                             if not name.startswith("visual.")}, strict=False)
+    student.origin |= {"path": str(teacher), "sha256": base.origin["sha256"], "side": "text"}
+    path = a_run(tmp_path / "run", student, lambda name: name.startswith("visual."))
+    assert same(load(path), student) and path.stat().st_size < teacher.stat().st_size
+    before = digest(student, "image"), digest(student, "text")
+    with torch.no_grad():
+        student.visual.ln_post.bias[3] += 1
+        student.logit_scale += 1
+    assert digest(student, "image") != before[0] and digest(student, "text") == before[1]
+
+
+def flags(**given):
+    import argparse
+    parser = argparse.ArgumentParser()
+    add_model_flags(parser, towers=True)
+    args = parser.parse_args([])
+    vars(args).update({"seed": 3, **given})
+    return args
+
+
+def test_the_model_is_what_the_weights_hold_and_a_model_that_contradicts_is_refused(tmp_path):
+    path = save(CLIP(CONFIGS["tiny-vit"]), tmp_path / "a.pt", "openai")
+    for model in (None, "tiny-vit", "Tiny_ViT"):
+        found = open_clip(flags(model=model, weights=str(path)))
+        assert found.origin["name"] == "tiny-vit" and found.config == CONFIGS["tiny-vit"]
+    refused(lambda: open_clip(flags(model="RN50", weights=str(path))), "RN50", "tiny-vit")
+    assert open_clip(flags(model="tiny")).origin["sha256"] == load("tiny").origin["sha256"]
+    one, two = (open_clip(flags(model="tiny-vit", weights="none", activation=a))
+                for a in (None, "gelu"))
+    assert one.config.activation == "quick_gelu" and two.config.activation == "gelu"
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+    assert not torch.equal(one.visual.proj, open_clip(
+        flags(model="tiny-vit", weights="none", seed=4)).visual.proj)
+    for wrong in ({"model": "ViT-Z"}, {}, {"model": "a.pt", "weights": "none"}):
+        refused(lambda: open_clip(flags(**wrong)), "--model")  # noqa: B023
+    both = open_clip(flags(image_tower="tiny-rn:none", text_tower="tiny-bert:none", embed_dim=8))
+    assert both.config.embed_dim == 8 and both.origin["name"] == "tiny-rn+tiny-bert"
+    half = open_clip(flags(model="tiny", text_tower="tiny-bert:none", embed_dim=128))
+    assert torch.equal(half.visual.proj, load("tiny").visual.proj)
+
+
+# -----------------------------------------------------------------------------
+# Two towers
+
+def test_a_clips_own_projection_is_kept_where_it_fits_and_notes_say_what_is_random(tmp_path):
+    file = save(make(), tmp_path / "clip.safetensors")
+    base, kept = load(file), load(file, text_tower="tiny-bert:none", embed_dim=32)
+    assert torch.equal(kept.visual.proj, base.visual.proj)
+    assert kept.config.text == BERTS["tiny-bert"] and kept.text_kind == "wordpiece"
+    assert kept.origin["notes"] == ["tiny-bert starts from random numbers",
+                                    "text_projection starts from random numbers"]
+    assert kept.logit_scale.item() == pytest.approx(2.6593, abs=1e-4)
+    for more in ({"embed_dim": 32, "keep_projections": False}, {"embed_dim": 24},
+                 {"embed_dim": 32, "proj": "mlp"}):
+        new = load(file, text_tower="tiny-bert:none", **more)
+        assert any("visual.proj" in note and "(64, 32)" in note for note in new.origin["notes"])
+        assert torch.equal(new.visual.ln_post.weight, base.visual.ln_post.weight)
+    gelu = save(make(activation="gelu"), tmp_path / "gelu.safetensors")
+    refused(lambda: load(file, image_tower=gelu), "GELU")
+    assert load(gelu, text_tower="tiny-bert:none").config.activation == "gelu"
+    swapped = load(file, image_tower="tiny-rn:none", embed_dim=32)
+    assert torch.equal(swapped.encode_text(texts(base)), base.encode_text(texts(base)))
+
+
+@pytest.mark.parametrize("towers", [
+    {"text_tower": "roberta-base"}, {"image_tower": "tiny-vit:none"}, {},
+    {"image_tower": "tiny-vit:none", "text_tower": "roberta-base"},
+    {"image_tower": "resnet5000", "text_tower": "tiny-bert:none"},
+    {"image_tower": "squeezenet1_0:nowhere.pt", "text_tower": "tiny-bert:none"},
+    {"image_tower": "tiny-vit:none", "text_tower": "tiny-bert:none", "proj": "conv"},
+    {"image_tower": "tiny-vit:none", "text_tower": "tiny-bert:none", "pool": "max"}])
+def test_what_makes_no_two_towers_is_refused_in_one_line(towers):
+    refused(lambda: load(**towers))
+
+
+def test_a_text_tower_of_bare_tensors_has_old_names_and_heads_of_other_tasks(tmp_path):
+    bert = make(bert="bert").bert
+    state = {f"bert.{name}".replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+        "LayerNorm.bias", "LayerNorm.beta"): t for name, t in bert.state_dict().items()}
+    state |= {"bert.embeddings.position_ids": torch.arange(24)[None],
+              "cls.predictions.bias": torch.zeros(VOCAB)}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    ours = load(image_tower="tiny-vit:none", text_tower=tmp_path)
+    assert torch.equal(ours.bert(texts(ours)), bert(texts(ours)))
+    assert any("config.json" in note for note in ours.origin["notes"])
+    report = convert.inspect(tmp_path / "pytorch_model.bin")
+    assert report["architecture"] == "text tower" and report["config"]["family"] == "bert"
+
+
+# -----------------------------------------------------------------------------
+# tools.convert
+
+def test_convert_inspects_exports_and_shrinks(tmp_path, shared):
+    path = save(make(), tmp_path / "a.safetensors")
+    report = json.loads(attempt(convert, "inspect", path, "--json").ok().out)
+    assert report["parameters"] == sum(p.numel() for p in make().parameters())
+    assert report["config"] == json.loads(json.dumps(dataclasses.asdict(make().config)))
+    for file, name in (("squeezenet1_0_imagenet.pt", ""), (
+            "tf_efficientnet_lite0_imagenet.safetensors", "timm:")):
+        found = convert.inspect(shared / "weights" / file)["config"]["backbone"]
+        assert found == name + file.partition("_imagenet")[0]
+    attempt(convert, "export", path, "--layout", "hf", "--out", tmp_path / "out").ok()
+    assert same(load(tmp_path / "out" / "hf"), make())
+    refused(attempt(convert, "export", path, "--layout", "chinese_clip", "--out", tmp_path), "clip")
+    refused(attempt(convert, "shrink", path, "--like", "ViT-Z", "--out", tmp_path), "--like")
+    refused(attempt(convert, "shrink", path, "--text-width", 128, "--out", tmp_path / "b.pt"))
+    out = tmp_path / "small.safetensors"
+    model = make(vision_layers=4, vision_width=128)
+    attempt(convert, "shrink", save(model, path), "--vision-width", 64, "--vision-layers", 2,
+            "--out", out).ok()
+    small, theirs = load(out), model.state_dict()
+    for name in ("attn.in_proj_weight", "mlp.c_fc.weight"):
+        found = small.state_dict()[f"visual.transformer.resblocks.1.{name}"]
+        source = theirs[f"visual.transformer.resblocks.2.{name}"]
+        if name.startswith("attn"):  # the leading heads of queries, keys and values
+            source = torch.cat([source[i:i + 64] for i in (0, 128, 256)])
+        assert torch.equal(found, source[:len(found), :64])
+    assert torch.equal(small.encode_text(texts(small)), model.encode_text(texts(model)))
+
+
+# -----------------------------------------------------------------------------
+# Fetching, from a server of our own
+
+class Server(http.server.BaseHTTPRequestHandler):
+    plan, log, content = [], [], b""  # plan: what the next answers are; then honest
+
+    def do_GET(self):
+        begin, step = self.headers.get("Range"), self.plan.pop(0) if self.plan else "ok"
+        self.log.append((self.path, begin))
+        begin = int(begin[6:-1]) if begin and step != "no ranges" else 0
+        if isinstance(step, int) or begin >= len(self.content):
+            return self.send_error(step if isinstance(step, int) else 416)
+        body = b"<html>log in</html>" if step == "html" else self.content[begin:]
+        self.send_response(206 if begin else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[:len(body) // 2] if step == "break" else body)
+        self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """A mirror that serves one small released model; the test scripts its answers."""
+    content = save(make(), tmp_path / "source.pt", layout="openai").read_bytes()
+    handler = type("Handler", (Server,), {"plan": [], "log": [], "content": content})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    monkeypatch.setenv("CLIP_MIRROR", f"http://127.0.0.1:{server.server_port}/clip/")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    handler.digest = hashlib.sha256(content).hexdigest()
+    monkeypatch.setitem(weights.RELEASED, "RN50", handler.digest)
+    handler.target = tmp_path / "home" / ".cache" / "clip" / "RN50.pt"
+    yield handler
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("plan", [[500], ["break"], ["break", "no ranges"], ["html"]])
+def test_a_released_name_is_fetched_once_whatever_passes_and_then_used_offline(mirror, monkeypatch,
+                                                                               plan):
+    mirror.plan.extend(plan)
+    assert same(load("rn50"), make()) and load("rn50").origin["sha256"] == mirror.digest
+    assert {path for path, _ in mirror.log} == {f"/clip/{mirror.digest}/RN50.pt"}
+    assert len(mirror.log) == 2
+    if plan == ["break"]:  # goes on where it stopped
+        assert mirror.log[1][1] == f"bytes={len(mirror.content) // 2}-"
+    monkeypatch.setenv("CLIP_MIRROR", "http://127.0.0.1:9/nothing")
+    assert same(load("RN50"), make())
+    assert [p.name for p in mirror.target.parent.iterdir() if p.suffix != ".lock"] == ["RN50.pt"]
+
+
+def test_a_partial_or_damaged_file_of_an_earlier_run_is_completed_or_replaced(mirror):
+    mirror.target.parent.mkdir(parents=True)
+    partial = mirror.target.with_name("RN50.partial")
+    for begun in (mirror.content[:1000], mirror.content, b"x" * 1000):
+        mirror.target.write_bytes(b"half of an older download")
+        partial.write_bytes(begun)
+        assert same(load("RN50"), make()) and not partial.exists()
+        assert mirror.target.read_bytes() == mirror.content
+        mirror.target.unlink()
+
+
+def test_lasting_trouble_says_what_to_do_by_hand(mirror, monkeypatch):
+    for step in (404, 500, "html", "offline"):
+        mirror.plan[:] = [step] * 3
+        if step == "offline":
+            monkeypatch.setenv("CLIP_MIRROR", "http://127.0.0.1:9/clip")  # nobody listens there
+        refused(lambda: load("RN50"), "RN50", mirror.digest, mirror.target, "/clip/", "--weights")
+        assert not mirror.target.exists()
+
+
+def test_processes_that_fetch_at_once_fetch_once(mirror):
+    children = [Child(lambda: load("RN50") and 0) for _ in range(3)]
+    assert [child.end().code for child in children] == [0, 0, 0]
+    assert len(mirror.log) == 1 and mirror.target.read_bytes() == mirror.content

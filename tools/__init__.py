@@ -1,0 +1,1 @@
+"""Programs beside the training: `python -m tools.NAME --help`."""

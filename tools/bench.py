@@ -1,0 +1,340 @@
+"""How fast is it on this CPU: beside other code, and beside another commit? Prints markdown tables.
+
+    python -m tools.bench                            every table but `huge`
+    python -m tools.bench clipfit loss --rounds 5    some of them: see TABLES
+    python -m tools.bench "clipfit batch=4"          a step, with arguments of its function
+    python -m tools.bench before ../old              the same steps in another checkout and here
+
+The steps of a table take turns, and medians are compared: two runs of anything on a shared machine
+differ by more than some of these ratios. Weights, images and captions are drawn, for the arithmetic
+does not depend on them. Compared with: the packages of requirements-dev.txt, tests/official.py.
+"""
+import contextlib
+import functools
+import importlib
+import io
+import os
+import pathlib
+import platform
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import types
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Last: `before` runs this file with the files of another checkout, which PYTHONPATH names.
+sys.path += [str(ROOT), str(ROOT / "tests")]
+import device  # before torch
+
+import torch
+from PIL import Image
+
+import data
+import scores
+import train_clipfit
+import train_contrastive
+from clip_model import CLIP, CONFIGS, text_pieces, unit
+from tokenizer import BPETokenizer
+
+WORDS = """banded blotchy braided bubbly bumpy chequered cobwebbed cracked crosshatched crystalline
+dotted fibrous flecked freckled frilly gauzy grid grooved honeycombed interlaced knitted lacelike
+lined marbled matted meshed paisley perforated pitted pleated polka-dotted porous potholed scaly
+smeared spiralled sprinkled stained stratified striped studded swirly veined waffled woven wrinkled
+zigzagged""".split()  # the classes of DTD
+peer = importlib.import_module
+
+
+# -----------------------------------------------------------------------------
+# Steps. Each prepares and gives a call, which returns on how many things it worked.
+
+def open_model(side, size, run):
+    """A CLIP with random weights; the other libraries' is a ViT-B/32."""
+    torch.manual_seed(0)
+    if side == "open_clip":
+        return peer("open_clip").create_model("ViT-B-32-quickgelu")
+    if side == "transformers":
+        return peer("transformers").CLIPModel(peer("transformers").CLIPConfig())
+    return CLIP(CONFIGS[size]).fuse_attention(run.fused_attention)
+
+
+def pixels(size, count):
+    return torch.randint(256, (count, 3, *[CONFIGS[size].image_size] * 2)).byte()
+
+
+def captions(count):
+    """Sentences of 6 to 18 words."""
+    draw = random.Random(0)
+    return [" ".join(draw.choices(WORDS, k=draw.randint(6, 18))) for _ in range(count)]
+
+
+def clipfit(side="ours", size="ViT-B/16", batch=32, precision="fp32", micro_batch=0):
+    """Loss and gradient of a step of CLIPFit with the 47 prompts of DTD."""
+    run = device.start("cpu", precision)
+    model, images = open_model("ours", size, run).eval(), data.normalise(pixels(size, batch))
+    train_clipfit.choose_trainable(model)
+    model.round_frozen(run.dtype)
+    tokens, labels = BPETokenizer()([f"{name} texture." for name in WORDS]), torch.arange(batch)
+    before, pieces = torch.randn(len(WORDS), model.config.embed_dim), text_pieces(tokens, 128)
+    args = types.SimpleNamespace(micro_batch=micro_batch, reg_weight=8.0)
+
+    def call():
+        model.zero_grad(set_to_none=True)
+        if side == "official":
+            with run.autocast():
+                loss = peer("official").loss(model, images, labels, tokens, before, 8.0)[0]
+            loss.backward()
+        else:
+            train_clipfit.add_gradients(run, model, images, labels, batch, pieces, before, args,
+                                        run.scaler())
+        return batch
+    return call
+
+
+def contrastive(side="ours", size="ViT-B/32", batch=32, precision="fp32", micro_batch=0):
+    """Loss and gradient of a step on pairs. The others compute 77 positions of every caption."""
+    run = device.start("cpu", precision)
+    model, images = open_model(side, size, run).train(), pixels(size, batch)
+    tokens, ids = BPETokenizer()(captions(batch)), torch.arange(batch)[:, None].expand(batch, 2)
+    args = types.SimpleNamespace(micro_batch=micro_batch, loss="infonce", positives="mask")
+
+    def call():
+        model.zero_grad(set_to_none=True)
+        if side == "ours":
+            train_contrastive.add_gradient(run, model, images, tokens, ids, [batch], args,
+                                           run.scaler(), 0)
+            return batch
+        floats = data.normalise(images)
+        with run.autocast():
+            if side == "transformers":
+                loss = model(tokens, floats, return_loss=True).loss
+            else:
+                loss = peer("open_clip.loss").ClipLoss()(*model(floats, tokens))
+        loss.backward()
+        return batch
+    return call
+
+
+def features(side="ours", what="texts", size="ViT-B/32", count=256, precision="fp32"):
+    """Features of captions, by others of 77 positions each, or of images."""
+    run = device.start("cpu", precision)
+    model = open_model(side, size, run).eval().requires_grad_(False)
+    given = BPETokenizer()(captions(count)) if what == "texts" else (
+        data.normalise(pixels(size, count)))
+    names = {"texts": ("encode_text", "get_text_features"),
+             "images": ("encode_image", "get_image_features")}[what]
+    encode = getattr(model, names[side == "transformers"])
+    if side == "ours":
+        model.round_frozen(run.dtype)
+        if what == "texts":
+            encode = functools.partial(scores.encode_texts, run, model, None)
+
+    def call():
+        with torch.no_grad(), run.autocast():
+            encode(given)
+        return count
+    return call
+
+
+def tokenizer(side="ours", count=10_000):
+    """Captions to ids, their words seen before."""
+    tokenize = BPETokenizer() if side == "ours" else peer("open_clip.tokenizer").SimpleTokenizer()
+    sentences = captions(count)
+    return lambda: len(tokenize(sentences))
+
+
+def decoding(side="ours", train=0, count=40):
+    """JPEGs of 640 x 480 pixels to a normalised batch: test images, or training crops."""
+    files = [io.BytesIO() for _ in range(count)]
+    for file, coarse in zip(files, torch.randint(256, (count, 60, 80, 3)).byte().numpy()):
+        Image.fromarray(coarse).resize((640, 480)).save(file, "jpeg", quality=90)
+    T, look = peer("torchvision.transforms"), data.Preprocess(224, bool(train))
+    crop = (T.RandomResizedCrop(224, interpolation=3), T.RandomHorizontalFlip()) if train else (
+        T.Resize(224, interpolation=3), T.CenterCrop(224))  # 3: bicubic
+    their = T.Compose([*crop, T.ToTensor(), T.Normalize(data.CLIP_MEAN, data.CLIP_STD)])
+
+    def call():
+        if side == "ours":
+            return len(data.normalise(torch.stack([look(data.read_image(x)) for x in files])))
+        return len(torch.stack([their(Image.open(x).convert("RGB")) for x in files]))
+    return call
+
+
+def loss(side="ours", count=16_384):
+    """InfoNCE of unit vectors, D = 512, and its gradients."""
+    run = device.start("cpu", "fp32")  # sets the allocator too, so on both sides
+    image, text = (unit(torch.randn(count, 512)).requires_grad_() for _ in range(2))
+    scale, at = torch.tensor(14.2857, requires_grad=True), torch.arange(count)
+
+    def call():
+        image.grad = text.grad = scale.grad = None
+        if side == "ours":
+            train_contrastive.info_nce(run, image, text, scale, at).backward()
+        else:
+            peer("open_clip.loss").ClipLoss()(image, text, scale).backward()
+        return count
+    return call
+
+
+def search(side="ours", count=5008):
+    """The 10 best of 29,806 images for each text, as in MUGE's validation set."""
+    queries, gallery = torch.randn(count, 512), torch.randn(29_806, 512)
+    if side == "torch":
+        return lambda: len((queries @ gallery.T).topk(10)[0])
+    return lambda: len(scores.top_k(queries, gallery, 10)[0])
+
+
+def script(name, flags=""):
+    """A whole process of a script, which leaves that many MB on disk."""
+    def call():
+        with tempfile.TemporaryDirectory() as out:
+            subprocess.run([sys.executable, f"{name}.py", "--output-dir", out, *flags.split()],
+                           check=True, cwd=ROOT, capture_output=True)
+            return sum(x.stat().st_size for x in pathlib.Path(out).rglob("*") if x.is_file()) / 1e6
+    return call
+
+
+STEPS = {step.__name__: step for step in (
+    clipfit, contrastive, features, tokenizer, decoding, loss, search, script)}
+
+
+def prepare(step):
+    """"clipfit batch=8 side=official" -> its call."""
+    name, *words = step.split()
+    values = {key: int(x) if x.isdigit() else x for key, x in (word.split("=") for word in words)}
+    with contextlib.redirect_stdout(io.StringIO()):
+        return STEPS[name](**values)
+
+
+# -----------------------------------------------------------------------------
+# Tables: steps that are compared with the first of them
+
+SIDES = ("side=open_clip", "side=transformers", "side=ours")
+MODES = ("precision=fp32", "precision=bf16")
+SCRIPTS = ("train_clipfit", "train_contrastive", "train_distill", "train_staged")
+TABLES = {
+    "clipfit": [[f"clipfit batch={n} {side} {mode}" for side in (
+        "side=official", "side=ours", "micro_batch=8") for mode in MODES] for n in (8, 32)],
+    "contrastive": [[f"contrastive {mode} {side}" for side in (*SIDES, "micro_batch=8")]
+                    for mode in MODES],
+    "features": [[f"features {what} {mode} {side}" for side in SIDES]
+                 for what in ("what=images count=16", "what=texts") for mode in MODES],
+    "tokenizer": [["tokenizer side=open_clip", "tokenizer"]],
+    "decoding": [[f"decoding train={n} side={side}" for side in ("torchvision", "ours")]
+                 for n in (0, 1)],
+    "loss": [["loss side=open_clip", "loss"]],
+    "search": [["search side=torch", "search"]],
+    "startup": [[f"script name={name} flags=--help" for name in SCRIPTS]],
+    "demos": [[f"script name={name}"] for name in SCRIPTS],
+    "huge": [["loss count=131072"]]}  # a quarter of an hour; its similarities would take 69 GB
+BEFORE = ("clipfit batch=32", "clipfit batch=8", "contrastive", "contrastive micro_batch=8",
+          "features", "tokenizer", "decoding", "decoding train=1")
+
+
+class Child:
+    """A step in a process of its own, with the files of a checkout."""
+
+    def __init__(self, step, folder=ROOT):
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "step", step], text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(folder)})
+
+    def __call__(self):
+        """Do it once -> how many MB it took at most beyond those before it."""
+        print(torch.get_num_threads(), file=self.process.stdin, flush=True)
+        return float(self.process.stdout.readline())
+
+
+def serve(step):
+    """What a Child's process does. Only Linux tells the memory."""
+    call, place = prepare(step), pathlib.Path("/proc/self")
+
+    def memory(field):
+        text = (place / "status").read_text() if place.exists() else f"{field}: 0"
+        return int(re.search(rf"{field}:\s+(\d+)", text)[1]) / 1024
+    for threads in sys.stdin:
+        torch.set_num_threads(int(threads))
+        if place.exists():
+            (place / "clear_refs").write_text("5")  # the peak begins anew
+        before = memory("VmRSS")
+        call()
+        print(memory("VmHWM") - before, flush=True)
+
+
+def take_turns(calls, rounds):
+    """-> [seconds of each round] of each call, and what each gave in a first round, which only
+    counts if no others follow."""
+    seconds, first = [[] for _ in calls], []
+    for number in range(rounds + 1):
+        for call, its in zip(calls, seconds):
+            began = time.perf_counter()
+            gave = call()
+            its.append(time.perf_counter() - began)
+            first += [gave] * (number == 0)
+    for call in calls:
+        if isinstance(call, Child):
+            call.process.communicate()  # its input ends, and so it does
+    return [its[-rounds:] for its in seconds], first
+
+
+def compare(steps, rounds):
+    """Print a table with a row for each of the steps."""
+    kind, middle = steps[0].split()[0], statistics.median
+    last = {"loss": "extra MB", "script": "MB left"}.get(kind, "a second")
+    print(f"\n| step | seconds | speed | {last} |\n|---|---:|---:|---:|", flush=True)
+    seconds, first = take_turns([(Child if kind == "loss" else prepare)(step) for step in steps],
+                                rounds)
+    for step, took, gave in zip(steps, seconds, first):
+        speed = middle(a / b for a, b in zip(seconds[0], took))
+        amount = gave / middle(took) if last == "a second" else gave
+        print(f"| {step} | {middle(took):.3f} | {speed:.2f} | {amount:,.1f} |", flush=True)
+
+
+def before(folder, rounds):
+    """Print a table: each step in another checkout and in this one, in twice two processes."""
+    print("\n| step | before, s | now, s | before / now | lowest | highest | MB before | MB now |"
+          "\n|---" + "|---:" * 7 + "|", flush=True)
+    for step in BEFORE:
+        then, now = [], []
+        for _ in range(2):
+            seconds, memory = take_turns([Child(step, folder), Child(step)], rounds)
+            then, now = then + seconds[0], now + seconds[1]
+        ratios = sorted(a / b for a, b in zip(then, now))
+        cells = [*map(statistics.median, (then, now, ratios)), ratios[0], ratios[-1]]
+        print(f"| {step} | " + " | ".join([f"{cell:.3f}" for cell in cells] + [
+            f"{cell:,.0f}" for cell in memory]) + " |", flush=True)
+
+
+def main(args):
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    facts = pathlib.Path("/proc/cpuinfo")  # of Linux; elsewhere the processor's name is shorter
+    names = re.findall("model name\\s*: (.*)", facts.read_text()) if facts.exists() else []
+    print(f"{[*names, platform.processor()][0]}, {torch.backends.cpu.get_cpu_capability()}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}, {args.rounds} rounds")
+    if args.tables[:1] == ["before"]:
+        return before(pathlib.Path(args.tables[1]).resolve(), args.rounds)
+    for name in args.tables or [name for name in TABLES if name != "huge"]:
+        for steps in TABLES.get(name, [[name]]):
+            compare(steps, 0 if name in ("demos", "huge") else args.rounds)
+
+
+def get_args(argv=None):
+    parser = device.Parser(prog="python -m tools.bench", description="Print tables of speed.")
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"{', '.join(TABLES)}; a step; "
+                        "or: before DIR (default: all tables but huge)")
+    parser.add_argument("--rounds", type=device.whole(1), default=3, help="default: 3")
+    parser.add_argument("--threads", type=device.whole(), default=0, help="default: torch's choice")
+    args = parser.parse_args(argv)
+    if args.tables[:1] == ["before"]:
+        if len(args.tables) != 2 or not pathlib.Path(args.tables[1], "device.py").exists():
+            parser.error("before: expected the folder of another checkout")
+    elif unknown := [x for x in args.tables if x not in TABLES and x.split()[0] not in STEPS]:
+        parser.error(f"{unknown[0]}: expected before DIR, or some of {', '.join(TABLES)}")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(serve(sys.argv[2]) if sys.argv[1:2] == ["step"] else device.guard(main, get_args))

@@ -1,0 +1,295 @@
+"""Looks into weight files and makes others of them.
+
+    python -m tools.convert inspect FILE [--json]       what a file is, without running it
+    python -m tools.convert export FILE --layout hf --out FOLDER        for another library
+    python -m tools.convert onnx FILE --out FOLDER      image.onnx and text.onnx (packages onnx,
+                                                        onnxscript; onnxruntime to compare)
+    python -m tools.convert shrink FILE --like ViT-39M/16 --out small.safetensors
+
+FILE is all that --weights of the training scripts takes: a file of any layout, a model's folder, a
+run's folder, a released name. Every export is read back, or run, and the largest difference of its
+features to the model's own is printed.
+"""
+import collections
+import contextlib
+import dataclasses
+import json
+import math
+import pathlib
+import re
+import sys
+
+from device import guard, Parser, UserError  # before torch
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from clip_model import CLIP, CONFIGS, canonical_name, ends_of, make_backbone
+from layouts import LAYOUTS, about, image_fields, name_of, skeleton, state_in, text_fields
+from weights import (
+    RELEASED, WeightsError, config_from_state_dict, describe, export, load, locate, read, read_file,
+    save, sha256_of)
+
+# -----------------------------------------------------------------------------
+# inspect
+
+
+def inspect(name_or_path):
+    """What a weight file is, as a dict of plain values. WeightsError for a bad file."""
+    path = locate(name_or_path)
+    content, kind, _ = read_file(path)
+    with about(path):
+        state, _ = state_in(content)
+    report = {"file": str(path), "bytes": path.stat().st_size, "sha256": sha256_of(path),
+              "format": kind, "beside_the_weights": {
+                  key: value for key, value in content.items()
+                  if isinstance(value, (str, int, float, bool)) or value is None}}
+    try:
+        source = read(path)
+        state = source.state
+        report |= {"layout": source.origin["layout"], "notes": source.origin["notes"],
+                   "vocabulary": source.vocabulary and source.vocabulary.get("kind")}
+        report |= architecture(state, source.known) or classifier(state, path.stem)
+    except WeightsError as error:
+        report |= {"why": str(error)}
+    dtypes = collections.Counter(str(t.dtype).removeprefix("torch.") for t in state.values())
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    return {"architecture": None, **report, "tensors": len(state), "dtypes": dict(dtypes),
+            "first_tensors": list(state)[:4],
+            "released_as": next((n for n, x in RELEASED.items() if x == report["sha256"]), None),
+            "parameters": sum(t.numel() for n, t in state.items() if not n.endswith(buffers))}
+
+
+def architecture(state, known):
+    """The CLIP, or the tower of one, that these tensors make; {} for none."""
+    if "logit_scale" in state:
+        config = config_from_state_dict(state, **known)
+        return {"architecture": "CLIP", "towers": describe(config), "name": name_of(config),
+                "config": dataclasses.asdict(config)}
+    for kind, fields in (("image tower", image_fields), ("text tower", text_fields)):
+        with contextlib.suppress(WeightsError), about(kind):
+            config = fields(state, known)
+            bert = config.get("text")
+            return {"architecture": kind, "config": dataclasses.asdict(bert) if bert else config}
+    return {}
+
+
+def classifier(state, stem):
+    """The classifier of torchvision or timm whose tensors these are; of timm's many only those that
+    the file's name mentions are tried."""
+    names = []
+    with contextlib.suppress(ImportError, RuntimeError, OSError):
+        from torchvision import models
+        names += sorted(models.list_models(module=models), key=lambda name: name not in stem)
+    with contextlib.suppress(ImportError):
+        import timm
+        mentioned = sorted((n for n in timm.list_models() if n in stem.lower()), key=len)
+        names = [f"timm:{name}" for name in mentioned[::-1]] + names  # longest first: others differ
+    for name in names:
+        with contextlib.suppress(ImportError, ValueError, RuntimeError):
+            with skeleton():
+                trunk, removed, *_ = make_backbone(name)
+            own = {key: t.shape for key, t in trunk.state_dict().items()}
+            if own == {key: t.shape for key, t in state.items()
+                       if not key.startswith(f"{removed}.")}:
+                return {"architecture": "classifier", "config": {"backbone": name},
+                        "use_it_as": f"--image-tower {name}:FILE"}
+    return {"why": "neither a CLIP, a tower of one, nor a classifier that is known by its names"}
+
+
+# -----------------------------------------------------------------------------
+# export and onnx
+
+def inputs_for(model, count=3):
+    """Random pixels and texts that the towers take."""
+    generator, config = torch.Generator().manual_seed(0), model.config
+    images = torch.randn(count, 3, config.image_size, config.image_size, generator=generator)
+    length = min(config.context_length, 16)
+    tokens = torch.randint(3, config.vocab_size - 2, (count, length), generator=generator)
+    if not config.text:
+        tokens[:, -1] = config.vocab_size - 1
+    return images, tokens
+
+
+@torch.no_grad()
+def exported(model, out, layout):
+    """Write `model` in a layout of `weights.save`, read it back -> (path, largest difference)."""
+    is_file = pathlib.Path(out).suffix in (".pt", ".bin", ".safetensors")
+    path = (save if is_file else export)(model, out, layout)
+    other, inputs = load(path), inputs_for(model)
+    return path, max(float((one - two).abs().max())
+                     for one, two in zip(model(*inputs), other(*inputs)))
+
+
+class OneTower(nn.Module):
+    """A tower with its head as a module of its own, for programs that only know `forward`."""
+
+    def __init__(self, model, side):
+        super().__init__()
+        self.model, self.side = model, side
+
+    def forward(self, x):
+        if self.side == "image":
+            return self.model.encode_image(x)
+        return self.model.encode_text(x, ends=ends_of(x, self.model.text_pad))
+
+
+@torch.no_grad()
+def to_onnx(model, folder):
+    """Write image.onnx and text.onnx, each for any number of rows, which give the features before
+    they are made unit vectors, under the names of Chinese-CLIP's deployment -> the largest
+    difference to ours, nan without onnxruntime. UserError without the onnx packages."""
+    folder, largest = pathlib.Path(folder), 0.0
+    folder.mkdir(parents=True, exist_ok=True)
+    model = model.requires_grad_(False).fuse_attention(False)
+    for side, x in zip(("image", "text"), inputs_for(model)):
+        tower, path = OneTower(model, side), folder / f"{side}.onnx"
+        try:
+            torch.onnx.export(tower, (x,), str(path), input_names=[side], dynamo=True,
+                              output_names=[f"unnorm_{side}_features"],
+                              dynamic_shapes=({0: torch.export.Dim("rows")},))
+        except ImportError as error:
+            raise UserError(f"an ONNX file needs the packages onnx and onnxscript ({error}); "
+                            f"pip install onnx onnxscript") from None
+        try:
+            import onnxruntime
+        except ImportError:
+            largest = math.nan
+            continue
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        for part in (x, x[:1]):
+            found = torch.from_numpy(session.run(None, {side: part.numpy()})[0])
+            largest = max(largest, float((found - tower(part)).abs().max()))
+    return largest
+
+
+# -----------------------------------------------------------------------------
+# shrink: a small CLIP out of a large one
+
+BLOCK = re.compile(r"((?:visual\.)?transformer\.resblocks|bert\.encoder\.layer)\.(\d+)\.(.+)")
+
+
+def small_config(config, like, **changes):
+    """The larger model's config with the sizes of `like` (a key of CONFIGS) and of `changes`, its
+    image grid, text tower's kind and words kept."""
+    sizes = ("embed_dim", "vision_width", "vision_layers", "text_width", "text_layers")
+    wanted = {key: getattr(CONFIGS[like], key) for key in sizes} if like else {}
+    wanted |= {key: value for key, value in changes.items() if value}
+    if config.text:
+        width = wanted.get("text_width", config.text.width)
+        head = config.text.width // config.text.heads
+        bert = dataclasses.replace(
+            config.text, width=width, layers=wanted.get("text_layers", config.text.layers),
+            heads=width // head, intermediate=config.text.intermediate * width // config.text.width)
+        wanted["text"] = bert
+    return dataclasses.replace(config, **wanted)
+
+
+@torch.no_grad()
+def inherit(student, teacher):
+    """Start a smaller CLIP, in place, from a part of a larger one's weights -> lines on what.
+
+    The manual weight inheritance of TinyCLIP (Wu et al. 2023): block i of l is block i * L // l of
+    L; of every tensor the leading channels are taken, in attention the leading heads. WeightsError
+    where a tower is of another kind, or larger than the teacher's.
+    """
+    depths = {prefix: (layers(student, prefix), layers(teacher, prefix))
+              for prefix in ("visual.", "")}
+    if student.config.backbone or teacher.config.vision_patch is None:
+        raise WeightsError("only a ViT can be shrunk, not a ResNet or a classifier")
+    theirs = teacher.state_dict()
+    for name, tensor in student.state_dict().items():
+        block = BLOCK.fullmatch(name)
+        if block:
+            mine, of = depths["visual." if name.startswith("visual.") else ""]
+            source = theirs[f"{block[1]}.{int(block[2]) * of // mine}.{block[3]}"]
+        else:
+            source = theirs[name]
+        if name == "visual.positional_embedding" and len(source) != len(tensor):
+            source = resize_positions(source, len(tensor) - 1)
+        if any(small > large for small, large in zip(tensor.shape, source.shape)):
+            raise WeightsError(f"{name} is {tuple(source.shape)} in the model and cannot become "
+                               f"{tuple(tensor.shape)}; name sizes that are not larger")
+        parts = source.chunk(3) if ".in_proj_" in name else [source]  # queries, keys, values
+        shape = (len(tensor) // len(parts), *tensor.shape[1:]) if tensor.dim() else ()
+        leading = [part[tuple(slice(size) for size in shape)] for part in parts]
+        tensor.copy_(torch.cat(leading) if len(parts) > 1 else leading[0])
+    return [f"{'image' if prefix else 'text'} tower: blocks "
+            f"{', '.join(str(i * of // mine) for i in range(mine))} of {of}"
+            for prefix, (mine, of) in depths.items()]
+
+
+def layers(model, prefix):
+    names = {m[2] for m in map(BLOCK.fullmatch, model.state_dict())
+             if m and m[1].startswith("visual.") == bool(prefix)}
+    return len(names)
+
+
+def resize_positions(table, patches):
+    """A ViT's position table (1 + G*G, W) for another square number of patches, the class token's
+    row kept; bicubic, smoothed where it shrinks, as in OpenCLIP."""
+    grid = table[1:].t().unflatten(1, (math.isqrt(len(table) - 1), -1))[None]  # (1, W, G, G)
+    grid = F.interpolate(grid, (math.isqrt(patches),) * 2, mode="bicubic", antialias=True)
+    return torch.cat([table[:1], grid[0].flatten(1).t()])
+
+
+# -----------------------------------------------------------------------------
+
+def main(args):
+    if args.command == "inspect":
+        report = inspect(args.file)
+        lines = [f"{key:<19} {f'{x:,}' if type(x) is int else x}" for key, x in report.items()]
+        print(json.dumps(report, indent=2) if args.json else "\n".join(lines))
+        return report
+    if args.command == "shrink" and args.like and canonical_name(args.like) is None:
+        raise UserError(f"--like {args.like}: expected one of {', '.join(CONFIGS)}")
+    model = load(args.file, activation=args.activation)
+    for note in model.origin["notes"]:
+        print(f"note: {note}")
+    if args.command == "onnx":
+        path, difference = args.out, to_onnx(model, args.out)
+    else:
+        if args.command == "shrink":
+            teacher, args.layout = model, "safetensors"
+            config = small_config(
+                model.config, canonical_name(args.like or ""), embed_dim=args.embed_dim,
+                vision_width=args.vision_width, vision_layers=args.vision_layers,
+                text_width=args.text_width, text_layers=args.text_layers)
+            with about("these sizes"):
+                model = CLIP(config).eval()
+            model.set_pixels(teacher.pixels)
+            model.vocabulary = teacher.vocabulary
+            print("\n".join(inherit(model, teacher)))
+        path, difference = exported(model, args.out, args.layout)
+    print(f"wrote {path}; " + ("not run, there is no onnxruntime here" if math.isnan(difference)
+                               else f"largest difference of a feature {difference:.1e}"))
+    return {"path": str(path), "difference": difference}
+
+
+def get_args(argv=None):
+    parser = Parser(prog="python -m tools.convert", description="Inspect and convert weight files.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    for name, text in (("inspect", "say what a weight file is"),
+                       ("export", "write a model for another library"),
+                       ("onnx", "write both towers as ONNX"),
+                       ("shrink", "start a small CLIP from a part of a large one")):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("file", help="a weight file, a model's or run's folder, or a name")
+        if name == "inspect":
+            command.add_argument("--json", action="store_true", help="print JSON")
+            continue
+        command.add_argument("--out", required=True, help="the file or folder to write")
+        command.add_argument("--activation", choices=("quick_gelu", "gelu"),
+                             help="where the file does not say it")
+        if name == "export":
+            command.add_argument("--layout", choices=LAYOUTS, default="safetensors",
+                                 help="whose (default: safetensors, our own)")
+        if name == "shrink":
+            command.add_argument("--like", help="a size to shrink to, such as ViT-39M/16")
+            for size in ("embed-dim", "vision-width", "vision-layers", "text-width", "text-layers"):
+                command.add_argument(f"--{size}", type=int, help="instead of the size's")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main, get_args))

@@ -1,0 +1,323 @@
+"""Search images by words or by a picture, with any CLIP or with every stage of a run.
+
+    python -m tools.search RUN --query "黑色碳纤维材料表面"    a staged run: every row of its matrix
+    python -m tools.search RUN --query queries.txt like_this.jpg --top 5
+    python -m tools.search ViT-B/32 runs/mine --data photos --query "a dog on a beach"
+    python -m tools.search RUN --embeddings                what tools.report draws maps from
+    python -m tools.search RUN --clip-retrieval FOLDER     embeddings as that library has them
+
+WEIGHTS is a staged run, whose test sets are searched, or what --weights of the scripts takes.
+--data is a captioned set, as in the scripts, or a folder that is only images.
+
+Leaves search.json, search.html and a picture per query, a line for each row of weights. A query
+that is a caption of a set has known answers: they are framed green, other images red, and P@k is
+said: how many of the first k images are right, in % of how many could be. Features are kept in
+embeddings/ROW/SET and found again by content: weights, bytes of the images, words.
+"""
+import contextlib
+import copy
+import functools
+import hashlib
+import html
+import io
+import json
+import pathlib
+import sys
+import types
+
+from device import expanded, guard, one_line, Parser, start, UserError, whole, write_atomic
+import numpy as np  # device before torch, which reads what it sets
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+import plans
+import train_staged
+from clip_model import evaluating
+from data import DataError, is_image, Preprocess, read_image, UnreadableImage
+from images import ImageStore
+from pairs import open_pairs, PairImages
+from scores import encode_images, encode_texts, image_features, top_k
+from tokenizer import for_model
+from weights import digest, load
+
+TILE = 112  # pixels of a picture's side on a sheet
+FONTS = ("NotoSansCJK*", "NotoSansSC*", "SourceHanSans*", "wqy-*", "PingFang*", "STHeiti*", "msyh*",
+         "simhei*", "DroidSansFallback*", "DejaVuSans.ttf")
+FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts",
+                "/System/Library/Fonts", "/Library/Fonts", "C:/Windows/Fonts")
+
+
+# -----------------------------------------------------------------------------
+# What is searched, and with which weights
+
+def open_set(run, name, args):
+    """A captioned set -> PairSet; of a folder that is only images, what a search needs of one."""
+    try:
+        return open_pairs(name, args.split, args.data_dir, whole=True)
+    except DataError as error:
+        folder = expanded(name)
+        store = ImageStore(folder)
+        paths = [path for path in store.names() if is_image(path)] if folder.is_dir() else []
+        if not paths:
+            raise
+        run.say(f"{name}: {len(paths):,} images, no captions ({error})")
+        return types.SimpleNamespace(name=folder.name, store=store, paths=paths, captions=[],
+                                     owner=[], transform=None)
+
+
+def rows_of_run(folder, args):
+    """A staged run -> [(label, weights)] of its matrix, and {name: pairs} of its test sets."""
+    theirs = train_staged.get_args(["--config", str(folder / "config.json"), "--plan",
+                                    str(folder / "plan.json"), "--data-dir", args.data_dir])
+    plan = plans.read_plan(theirs)
+    args.tokenizer, args.max_text = args.tokenizer or theirs.tokenizer, theirs.max_text
+    rows = []
+    for row in json.loads((folder / "results.json").read_text("utf-8"))["rows"]:
+        path = pathlib.Path(row["weights"])
+        inside = folder / path.parent.name / path.name  # wherever the run was moved to
+        rows.append((row["row"], inside if inside.is_file() else row["weights"]))
+    return rows, train_staged.open_data(plans.read_stages(plan, theirs), plan.get("eval_sets", {}),
+                                        theirs)
+
+
+# -----------------------------------------------------------------------------
+# Features, kept by their content
+
+def features(run, model, tokenizer, pairs, folder, args):
+    """Unit features of a set's images (n, D) and texts (M, D), and its metadata; out of `folder`
+    if the same weights made them there of the same images and words."""
+    task = pairs.retrieval() if pairs.captions else None
+    texts, shown, content = task.texts if task else [], copy.copy(pairs), hashlib.sha256()
+    shown.transform = Preprocess.of(model)
+    for path in pairs.paths:
+        with contextlib.suppress(UnreadableImage):
+            content.update(path.encode("utf-8", "surrogatepass") + pairs.store.read(path))
+    look = (digest(model, "image"), digest(model, "text"), content.hexdigest(), texts, model.pixels,
+            args.max_text, run.precision)
+    known = {"key": hashlib.sha256(repr(look).encode("utf-8", "surrogatepass")).hexdigest(),
+             "paths": pairs.paths, "texts": texts, "data": str(pairs.store),
+             "data_dir": args.data_dir, "relevant": task.relevant.tolist() if task else []}
+    about, files = folder / "metadata.json", [folder / "img_emb.npy", folder / "text_emb.npy"]
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged
+        if json.loads(about.read_text("utf-8"))["key"] == known["key"]:
+            return (*(torch.from_numpy(np.load(file)) for file in files), known)
+    image, positions = encode_images(run, model, PairImages(shown), workers=args.workers)
+    if lost := int((positions < 0).sum()):
+        run.say(f"{pairs.name}: {lost} images cannot be read and are not found")
+    text = encode_texts(run, model, tokenizer, texts, args.max_text) if texts else image[:0]
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, rows in zip(files, (image, text)):
+        content = io.BytesIO()
+        np.save(content, rows.numpy())
+        write_atomic(file, content.getvalue())
+    write_atomic(about, known)  # last: it says that the others are whole
+    return image, text, known
+
+
+def write_clip_retrieval(folder, found):
+    """Embeddings as clip-retrieval reads them: line i of each file is an image with one text."""
+    images, texts, lines = [], [], []
+    for name, (image, text, known) in found.items():
+        for i, t in sorted({i: t for t, i in reversed(known["relevant"])}.items()):
+            images.append(image[i])
+            texts.append(text[t])
+            lines.append(json.dumps({"image_path": known["paths"][i], "set": name,
+                                     "caption": known["texts"][t]}, ensure_ascii=False) + "\n")
+    for part, rows in (("img_emb", images), ("text_emb", texts), ("metadata", lines)):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        if part != "metadata":
+            np.save(folder / part / f"{part}_0.npy", torch.stack(rows).numpy())
+    write_atomic(folder / "metadata" / "metadata_0.jsonl", "".join(lines))
+
+
+# -----------------------------------------------------------------------------
+# The search
+
+def read_queries(asked):
+    """The words of --query -> list of texts and paths of pictures. UserError for what is none."""
+    queries = []
+    for query in asked:
+        path = expanded(query)
+        try:
+            text = path.read_text("utf-8-sig") if path.suffix == ".txt" else query
+        except (OSError, ValueError) as error:
+            raise UserError(f"--query {query}: expected UTF-8 text with a query in each line "
+                            f"({one_line(error)})") from None
+        queries += [line for line in text.splitlines() if line.strip()]
+    if not queries:
+        raise UserError("--query: expected words, a picture, or a .txt file with a query per line")
+    for query in filter(is_image, queries):
+        read_image(expanded(query))
+    return queries
+
+
+@torch.no_grad()
+def ask(run, model, tokenizer, query, args):
+    """Unit features (1, D) of a text or a picture."""
+    if not is_image(query):
+        return encode_texts(run, model, tokenizer, [query], args.max_text)
+    pixels = Preprocess.of(model)(read_image(expanded(query)))[None]
+    with evaluating(model), run.autocast():
+        return image_features(run, model, pixels).float().cpu()
+
+
+def search(run, rows, sets, queries, out, args):
+    """Ask every row of weights -> what search.json holds."""
+    places = [(name, path) for name, pairs in sets.items() for path in pairs.paths]
+    right_of, start_of = {}, 0
+    for pairs in sets.values():
+        for i, caption in zip(pairs.owner, pairs.captions):
+            right_of.setdefault(" ".join(caption.split()), set()).add(start_of + i)
+        start_of += len(pairs.paths)
+    answers, precision = [{"query": query, "rows": []} for query in queries], {}
+    for label, path in rows:
+        model = load(path, activation=args.activation)
+        tokenizer = for_model(model, args.tokenizer)
+        model = run.move(model).fuse_attention(run.fused_attention)
+        found = {name: features(run, model, tokenizer, pairs, out / "embeddings" / label / name,
+                                args) for name, pairs in sets.items()}
+        if args.clip_retrieval and label == rows[-1][0]:
+            write_clip_retrieval(expanded(args.clip_retrieval), found)
+        if not queries:
+            continue
+        asking = torch.cat([ask(run, model, tokenizer, query, args) for query in queries])
+        gallery, hits = torch.cat([image for image, _, _ in found.values()]), []
+        scores, order = top_k(asking, gallery, max(5, args.top))
+        for answer, values, best in zip(answers, scores.tolist(), order.tolist()):
+            right = right_of.get(" ".join(answer["query"].split()), set())
+            if right:
+                hits.append([100 * len(right & set(best[:k])) / min(k, len(right)) for k in (1, 5)])
+            results = [{"set": places[i][0], "path": places[i][1], "score": value,
+                        "right": i in right if right else None}
+                       for value, i in zip(values[:args.top], best) if value > -1.5]
+            answer["rows"].append({"row": label, "results": results})
+            run.say(f"{answer['query']} | {label}: " + ", ".join(
+                f"{one['path']} {one['score']:.3f}" for one in results[:5]))
+        if hits:
+            precision[label] = dict(zip(("p1", "p5"), np.mean(hits, axis=0).tolist()))
+            run.say(f"{label}: P@1 {precision[label]['p1']:.1f}, P@5 {precision[label]['p5']:.1f}")
+    return {"precision": precision, "queries": answers}
+
+
+# -----------------------------------------------------------------------------
+# Sheets and the page
+
+@functools.cache
+def font_files(given):
+    """Pillow's own font (None), then --font, or what is installed."""
+    return [None, *([given] if given else [
+        file for folder in FONT_FOLDERS for name in FONTS
+        for file in sorted(pathlib.Path(folder).expanduser().rglob(name))])]
+
+
+@functools.cache
+def font_for(text, given):
+    """A font that has every letter of `text`, or None."""
+    for file in font_files(given):
+        with contextlib.suppress(OSError):
+            font = ImageFont.truetype(str(file), 14) if file else ImageFont.load_default(14)
+            letters = [font.getmask(letter) for letter in "\U0010fffd" + "".join(text.split())]
+            nothing, *drawn = [(mask.size, bytes(mask)) for mask in letters]
+            if nothing not in drawn:  # the box that stands for a letter it does not have
+                return font
+    return None
+
+
+def draw_sheet(number, answer, sets, given):
+    """A line of pictures for every row of weights, framed by what is known of them."""
+    rows, line, small = answer["rows"], TILE + 20, font_for("0", None)
+    wide = max(4, *(len(row["results"]) for row in rows))
+    sheet = Image.new("RGB", (130 + wide * TILE, 34 + line * len(rows)), "white")
+    pen = ImageDraw.Draw(sheet)
+
+    def write(y, text, instead):
+        font = font_for(text, given)
+        pen.text((8, y), text if font else instead, "black", font or small)
+    write(8, answer["query"], f"query {number}")
+    for i, row in enumerate(rows):
+        y = 34 + i * line
+        write(y + TILE // 2, row["row"][:18], f"row {i + 1}")
+        for j, one in enumerate(row["results"]):
+            x, frame = 130 + j * TILE, {None: "white", True: "#1a9850", False: "#d73027"}
+            sheet.paste(frame[one["right"]], (x, y, x + TILE - 6, y + TILE - 6))
+            picture = sets[one["set"]].store.image(one["path"])
+            sheet.paste(ImageOps.fit(picture, (TILE - 14, TILE - 14)), (x + 4, y + 4))
+            pen.text((x + 4, y + TILE - 6), f"{one['score']:.3f}", "black", small)
+    return sheet
+
+
+def write_page(out, found):
+    """search.html: every query in its own words, its sheet, and the paths of what it found."""
+    parts = ["<!doctype html><meta charset=utf-8><title>search</title><style>body{font:15px "
+             "sans-serif;margin:2em}img{max-width:100%}td{padding:.1em .8em}</style>"]
+    parts += [f"<p>{html.escape(label)}: P@1 {scores['p1']:.1f}, P@5 {scores['p5']:.1f}</p>"
+              for label, scores in found["precision"].items()]
+    for number, answer in enumerate(found["queries"], 1):
+        parts.append(f"<h2>{html.escape(answer['query'])}</h2><img src=search_{number}.png><table>")
+        parts += [f"<tr><td>{html.escape(row['row'])}</td><td>" + html.escape(", ".join(
+            f"{one['path']} {one['score']:.3f}" for one in row["results"])) + "</td></tr>"
+            for row in answer["rows"]]
+        parts.append("</table>")
+    write_atomic(out / "search.html", "\n".join(parts))
+
+
+# -----------------------------------------------------------------------------
+
+def main(args):
+    """Search, write what was found -> it."""
+    queries, first = read_queries(args.query) if args.query else [], expanded(args.weights[0])
+    staged = (first / "plan.json").is_file() and (first / "results.json").is_file()
+    if not (queries or args.embeddings or args.clip_retrieval):
+        raise UserError("nothing to do: expected --query, --embeddings or --clip-retrieval")
+    if args.font and not expanded(args.font).is_file():
+        raise UserError(f"--font {args.font}: there is no such file")
+    if not staged and not args.data:
+        raise UserError(f"{first} is no finished run of stages; name what to search with --data")
+    run = start(args.device, args.precision)
+    rows, sets = [(pathlib.Path(path).name, path) for path in args.weights], {}
+    if staged:
+        rows, sets = rows_of_run(first, args)
+    if args.data:
+        sets = {pathlib.Path(name).name: open_set(run, name, args) for name in args.data}
+    out = expanded(args.out or (first if staged else "runs/search"))
+    found = search(run, rows, sets, queries, out, args)
+    if queries:
+        out = out / "search"
+        out.mkdir(parents=True, exist_ok=True)
+        for number, answer in enumerate(found["queries"], 1):
+            draw_sheet(number, answer, sets, args.font).save(out / f"search_{number}.png")
+        write_atomic(out / "search.json", found)
+        write_page(out, found)
+        unwritten = [query for query in queries if font_for(query, args.font) is None]
+        if unwritten:
+            run.say(f"no font here can write {unwritten[0]!r}: pictures have its number, "
+                    f"search.html the words; --font FILE names one, as NotoSansCJK-Regular.ttc")
+        run.say(f"wrote {out}/search.html")
+    return found
+
+
+def get_args(argv=None):
+    parser = Parser(prog="python -m tools.search", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("weights", nargs="+", metavar="WEIGHTS", help="a staged run, or weights")
+    add("--query", nargs="+", metavar="TEXT", help="words, a picture, or a .txt file")
+    add("--data", nargs="+", help="what to search (default: the run's test sets)")
+    add("--split", default="test", choices=("train", "val", "test"))
+    add("--data-dir", default="data", help="where named data lies (default: data)")
+    add("--top", type=whole(1), default=10, help="pictures per query (default: 10)")
+    add("--out", help="where to write (default: RUN, or runs/search)")
+    add("--embeddings", action="store_true", help="only keep the features")
+    add("--clip-retrieval", metavar="FOLDER", help="write the last row's embeddings there")
+    add("--font", help="a font file for the titles of pictures")
+    add("--tokenizer", help="vocabulary, where the weights have none")
+    add("--activation", choices=("quick_gelu", "gelu"), help="where the file does not say it")
+    add("--max-text", type=whole(3), help="tokens of a text")
+    add("--device", default="auto")
+    add("--precision", default="auto")
+    add("--workers", type=whole(-1), default=-1, help="processes that read images")
+    add("--debug", action="store_true", help="show tracebacks")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main, get_args))

@@ -1,0 +1,726 @@
+"""Weight files in and out: OpenAI's, OpenCLIP's, Hugging Face's, Chinese-CLIP's, and our own.
+
+    from weights import load, save
+    model = load("ViT-B/16")                  # OpenAI's, fetched once into ~/.cache/clip
+    model = load("runs/clipfit/dtd")          # a run's folder, a checkpoint, a file of any layout
+    model = load(image_tower="resnet50:IMAGENET1K_V2", text_tower="path/of/roberta-base")
+    save(model, "clip.safetensors")
+
+A file is never trusted: nothing in it is executed, its frame and checksums are verified, sizes are
+read off the tensors. How libraries name tensors and settings is the subject of layouts.py.
+"""
+import collections
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import math
+import mmap
+import os
+import pathlib
+import pickle
+import pickletools
+import re
+import sys
+import typing
+import urllib.request
+import warnings
+import zipfile
+
+import torch
+
+from clip_model import (
+    BERTS, CLIP, CONFIGS, HEADS, CLIPConfig, bert_fields, canonical_name, make_backbone)
+from layouts import (
+    CARD, WeightsError, about, card, check_layout, check_state, config_from_state_dict, describe,
+    hugging_face_tables, image_fields, is_chinese_clip, known_from_card, known_from_hugging_face,
+    known_from_open_clip, name_of, one_line, open_clip_tables, openai_names, pixels_from_timm,
+    skeleton, state_in, text_fields, to_hugging_face)
+
+OPENAI_URL = "https://openaipublic.azureedge.net/clip/models"
+RELEASED = {  # name -> sha256, which is also the folder in the URL
+    "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
+    "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
+    "RN50x4": "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd",
+    "RN50x16": "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa",
+    "RN50x64": "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c",
+    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"}
+TINY = pathlib.Path(__file__).resolve().parent / "assets" / "tiny_clip.safetensors"
+FOLDER_FILES = (  # what a folder is asked for, in this order; the last are those of a run
+    "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json",
+    "clip.safetensors", "clip.pt", "chinese_clip.pt", "checkpoint_best.pt", "checkpoint_last.pt")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+          "U8": torch.uint8, "BOOL": torch.bool}
+STORAGES = dict(zip(("DoubleStorage", "FloatStorage", "HalfStorage", "BFloat16Storage",
+                     "LongStorage", "IntStorage", "ShortStorage", "CharStorage", "ByteStorage",
+                     "BoolStorage"), DTYPES.values()))
+
+# -----------------------------------------------------------------------------
+# Reading files. Nothing here runs code that a file brings along.
+
+class ScriptObject:
+    """Stands for every class of a TorchScript archive; holds its attributes and does nothing."""
+
+    def __init__(self, *_):
+        self.attributes = {}
+
+    def __setstate__(self, state):
+        self.attributes = state if isinstance(state, dict) else {}
+
+    def tensors(self, prefix=""):
+        for name, value in self.attributes.items():
+            if isinstance(value, torch.Tensor):
+                yield f"{prefix}{name}", value
+            elif isinstance(value, ScriptObject):
+                yield from value.tensors(f"{prefix}{name}.")
+
+
+class ScriptReader(pickle.Unpickler):
+    """Reads the tensors out of a TorchScript archive; any other wish of the pickle is refused."""
+
+    def __init__(self, archive, root):
+        self.archive, self.root, self.storages = archive, root, {}
+        data = archive.read(f"{root}data.pkl")
+        for code, number, _ in pickletools.genops(data):  # the unpickler's table grows to the
+            if code.name.endswith("PUT") and number > len(data):  # largest: gigabytes of zeros
+                raise pickle.UnpicklingError(f"it asks for a memo of {number:,} places")
+        super().__init__(io.BytesIO(data))
+
+    def find_class(self, module, name):
+        def first(data, *_):
+            return data
+        harmless = {"torch._utils._rebuild_tensor_v2": self.rebuild, "torch.device": str,
+                    "torch._utils._rebuild_parameter": first,
+                    "collections.OrderedDict": collections.OrderedDict,
+                    **{f"torch.{storage}": storage for storage in STORAGES}}
+        if module.startswith("__torch__"):
+            return ScriptObject
+        if module != "torch.jit._pickle" and f"{module}.{name}" not in harmless:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return harmless.get(f"{module}.{name}", first)  # torch.jit._pickle: typed lists
+
+    def persistent_load(self, pid):
+        _, kind, key, *_ = pid
+        if key not in self.storages:
+            raw = bytearray(self.archive.read(f"{self.root}data/{key}"))
+            self.storages[key] = (torch.frombuffer(raw, dtype=STORAGES[kind]) if raw else
+                                  torch.empty(0, dtype=STORAGES[kind]))
+        return self.storages[key]
+
+    @staticmethod
+    def rebuild(storage, offset, size, stride, *_):
+        return torch.as_strided(storage, size, stride, offset)  # checks the storage's bounds
+
+
+def read_pytorch(path):
+    """A TorchScript archive or a `torch.save` file -> (content, format)."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+                root = [name[:-8] for name in names if re.fullmatch("[^/]*/?data.pkl", name)]
+                if not root:
+                    raise ValueError("no data.pkl; unpack a bundle first")
+                root = root[0]
+                for info in archive.infolist():
+                    if info.compress_type and not info.filename.startswith(f"{root}code/"):
+                        raise ValueError("compressed weights, which PyTorch never writes")
+                if archive.testzip():  # torch.load never looks at checksums; 0.3 s for 340 MB
+                    raise ValueError("a member fails its checksum")
+                if f"{root}constants.pkl" in names:
+                    return dict(ScriptReader(archive, root).load().tensors()), "TorchScript"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch would say of an odd file is said below
+            return torch.load(path, map_location="cpu", weights_only=True), "PyTorch"
+    except Exception as error:  # a damaged or hostile file can raise anything
+        raise WeightsError(f"not a whole PyTorch file of tensors and plain values; fetch it again. "
+                           f"Nothing in it was run ({one_line(error)})") from None
+
+
+def read_safetensors(path):
+    """-> (tensors, metadata). The format has no checksum, so only its frame can be verified."""
+    size, tensors, position = path.stat().st_size, {}, 0
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if not 10 <= start <= min(size, 100_000_000):
+            raise WeightsError(f"a header of {start:,} bytes in a file of {size:,}")
+        header = json.loads(file.read(start - 8))
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    metadata = dict(header.pop("__metadata__", {}))
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry["dtype"] not in DTYPES:
+            raise WeightsError(f"{name!r} is of type {entry['dtype']}; expected {list(DTYPES)}")
+        dtype, shape = DTYPES[entry["dtype"]], [int(n) for n in entry["shape"]]
+        (begin, end), count = entry["data_offsets"], math.prod(shape)
+        if begin != position or end - begin != count * dtype.itemsize or min(shape, default=0) < 0:
+            raise WeightsError(f"tensor {name!r} does not fit its place")
+        flat = (torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin) if count
+                else torch.empty(0, dtype=dtype))
+        tensors[name], position = flat.reshape(shape).clone(), end
+    if start + position != size:
+        raise WeightsError(f"{size:,} bytes where the header says {start + position:,}")
+    return tensors, metadata
+
+
+def read_shards(path):
+    """The tensors of all shards that a Hugging Face *.index.json names, each verified."""
+    where, tensors = read_json(path)["weight_map"], {}
+    for name in sorted(set(where.values())):
+        if pathlib.PurePath(name).name != name:
+            raise WeightsError(f"it names {name!r}, outside its own folder")
+        content, _, _ = read_file(path.parent / name)
+        if content.keys() != {key for key, shard in where.items() if shard == name}:
+            raise WeightsError(f"{name} holds other tensors than it says; fetch both again")
+        tensors |= content
+    return tensors
+
+
+def read_json(path):
+    """The table in a JSON file; {} where there is no such file, or one with something else."""
+    with about(path), contextlib.suppress(FileNotFoundError):
+        content = json.loads(path.read_text("utf-8"))
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+STRANGE = {  # how files begin that are often taken for weights
+    b"<": "a web page: the download gave a login or error page", b"\x1f\x8b": "gzip-compressed",
+    b"version https://git-lfs": "a Git LFS pointer; run `git lfs pull` where it came from"}
+
+
+def read_file(path):
+    """Any weight file -> (content, format, metadata); WeightsError says what a bad one is."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror}") from None
+    with about(path):
+        what = next((what for begin, what in STRANGE.items() if head.lstrip().startswith(begin)),
+                    "" if head else "empty (0 bytes): an interrupted download or copy")
+        if what:
+            raise WeightsError(what)
+        if path.name.endswith(".index.json"):
+            return read_shards(path), "shards", {}
+        if path.suffix == ".safetensors" or head[8:9] == b"{":
+            with about("a damaged or truncated safetensors file, or none; fetch it again"):
+                tensors, metadata = read_safetensors(path)
+            return tensors, "safetensors", metadata
+        content, kind = read_pytorch(path)
+    return content, kind, getattr(content, "_metadata", {})  # see `save`
+
+
+# -----------------------------------------------------------------------------
+# Loading
+
+class Source(typing.NamedTuple):
+    """A weight file, read and checked, or one tower of it."""
+    state: dict               # tensors under OpenAI's names; {} for random numbers
+    known: dict               # what stands beside the tensors, see layouts.py
+    origin: dict              # CLIP.origin
+    vocabulary: dict | None = None
+    fields: dict = {}         # of CLIPConfig: those of the one tower
+
+
+def read(name_or_path, activation=None):
+    """A name, file or folder -> Source. Raises WeightsError."""
+    path = locate(name_or_path)
+    content, kind, metadata = read_file(path)
+    with about(path):
+        if re.search(r"-of-(?!00001)\d{5}\.", path.name):
+            raise WeightsError("one shard of several; give its folder, or the *.index.json in it")
+        card = content.get("card") if isinstance(content, dict) else None
+        card = card or {key: json.loads(metadata[key]) for key in CARD if key in metadata}
+        if "weights" in content and card:
+            state, layout, notes = checkpoint_state(content, card), "checkpoint", []
+        else:
+            state, notes = state_in(content)
+            state, layout = openai_names(state)
+        beside = {"hf": known_from_hugging_face, "openai": known_from_open_clip}.get(layout)
+        known = (known_from_card(card) if card else {"text": {"pool": "first"}} if not beside else
+                 beside(lambda name: read_json(path.parent / name)))
+        if (known.get("text") or {}).get("pool", "pooler") != "pooler":
+            state = {name: t for name, t in state.items() if not name.startswith("bert.pooler.")}
+        state = spread_embedding(state, known.get("vocab_size", 49_408))
+        if "logit_scale" in state and not (activation or "activation" in known or
+                                           kind == "TorchScript" or layout == "chinese_clip"):
+            notes.append("the file does not say its activation and heads: OpenAI's were taken, "
+                         "QuickGELU and 64 wide; models trained by LAION need --activation gelu")
+        known["activation"] = activation or known.get("activation", "quick_gelu")
+        name = (card.get("origin", {}).get("name") or canonical_name(name_or_path)
+                or expanded(name_or_path).resolve().name)
+        return Source(state, known, {
+            "name": name, "path": str(path.resolve()), "sha256": sha256_of(path),
+            "layout": layout, "format": kind, "notes": notes}, card.get("vocabulary"))
+
+
+def checkpoint_state(content, card):
+    """The whole state of a run's checkpoint. It may hold only what was trained: the rest is read
+    from the file that the run began with."""
+    state = {}
+    for key in ("weights", "buffers", *(["ema"] if content.get("tested") == "ema" else [])):
+        state |= state_in(content[key])[0] if content.get(key) else {}
+    origin = card["origin"]
+    if len(state) < card["tensors"] and origin["path"]:
+        gone = not expanded(origin["path"]).exists()
+        base = origin["name" if gone and origin["name"] in (*RELEASED, "tiny") else "path"]
+        with about("it holds only what was trained, and of the weights that it began with"):
+            source = read(base)
+            if source.origin["sha256"] != origin["sha256"]:
+                raise WeightsError(f"{base} holds others now")
+        state = {name: t for name, t in source.state.items() if origin.get("side") != "text"
+                 or not name.startswith("visual.")} | state  # a student with its teacher's texts
+    return state
+
+
+def load(name_or_path=None, image_tower=None, text_tower=None, proj="linear", embed_dim=512,
+         pool=None, image_size=None, activation=None, keep_projections=True):
+    """A CLIP with weights, fp32, in eval mode, on the CPU. Raises WeightsError.
+
+    name_or_path: a released name ("ViT-B/16"), "tiny" (bundled), a file (.pt, .bin, .safetensors:
+    OpenAI, OpenCLIP, Hugging Face, Chinese-CLIP or our own, also a training checkpoint), or a
+    folder of these, also a run's. A name wins over a folder of the same name; "./RN50" is the
+    folder. activation: "quick_gelu" or "gelu" where the file does not tell; OpenAI's otherwise.
+    image_tower, text_tower: the towers of a new CLIP, see `image_source` and `text_source`; the one
+    that is not given comes from `name_or_path`. The other arguments are for `join` alone."""
+    if image_tower is not None or text_tower is not None:
+        return join(image_source(image_tower or name_or_path, image_size, activation),
+                    text_source(text_tower or name_or_path, pool, activation),
+                    proj, embed_dim, keep_projections)
+    source = read(name_or_path, activation)
+    with about(source.origin["path"]):
+        config = config_from_state_dict(source.state, **source.known)
+    with skeleton():  # nothing is initialised only to be overwritten
+        model = CLIP(config)
+    name = name_of(config)
+    model.origin = source.origin | ({"name": name} if name != "custom" else {})
+    pixels = source.known.get("pixels")
+    if pixels is None and is_chinese_clip(config):  # its files do not say it: squashed, no crop
+        pixels = dataclasses.replace(model.pixels, resize="squash")
+    return fill(model, source.state, pixels, source.vocabulary)
+
+
+def fill(model, state, pixels, vocabulary):
+    """Give a model, which may be on "meta", its tensors and what goes with them -> the model.
+
+    Adds what tensors do not tell: versions of modules, without which torchvision's MNASNet refuses,
+    and the count of batches of older BatchNorms. Parameters become contiguous: some accelerators
+    ignored in-place updates of strided ones.
+    """
+    if "logit_bias" in state:
+        model.logit_bias = torch.nn.Parameter(model.logit_scale.detach().clone())
+    own = model.state_dict()
+    state = collections.OrderedDict({
+        name: state.get(name, torch.tensor(0)).to(tensor.dtype).contiguous()
+        for name, tensor in own.items()})
+    state._metadata = own._metadata
+    model.load_state_dict(state, assign=True)
+    if pixels:
+        model.set_pixels(pixels)
+    model.vocabulary = vocabulary
+    return model.requires_grad_(True).eval()
+
+
+def join(image, text, proj, embed_dim, keep_projections):
+    """A CLIP of two towers, each a Source. proj: "linear" (no bias) or "mlp", a `ResidualHead`, to
+    `embed_dim`. A tower that comes from a CLIP keeps its own projection where the shapes agree,
+    unless keep_projections is false (transformers' dual encoder always starts anew). What has no
+    weights is drawn from torch's global generator; `origin["notes"]` tells."""
+    sources, notes = (image, text), []
+    if len({s.fields.get("activation") for s in sources} - {None}) > 1:
+        raise WeightsError("one CLIP has QuickGELU and the other GELU; give both with the same")
+    with about("these towers make no CLIP"):
+        model = CLIP(CLIPConfig(embed_dim=embed_dim, proj=proj, **image.fields | text.fields))
+    own, state = model.state_dict(), image.state | text.state
+    drawn = {name for name in own if name == "logit_scale" or name.startswith("bert.pooler.")}
+    for source in sources:
+        notes += [f"{source.origin['name']}: {note}" for note in source.origin["notes"]]
+        if not source.state:
+            notes.append(f"{source.origin['name']} starts from random numbers")
+            drawn |= {name for name in own if name.startswith("visual.") == (source is image)}
+    for head in HEADS:
+        names = {name for name in own if name.startswith(head)}
+        fits = all(name in state and state[name].shape == own[name].shape for name in names)
+        if names and not (fits and keep_projections):
+            had = state.get(head, state.get(head + ".weight"))
+            notes.append(f"{head} starts from random numbers" + (
+                "" if had is None else f" (the CLIP's own is {tuple(had.shape)})"))
+            state = {name: t for name, t in state.items() if not name.startswith(head)}
+            drawn |= names
+    state = {name: own[name] for name in drawn} | state
+    check_state(model.config, state)
+    model.origin = {"name": "+".join(source.origin["name"] for source in sources), "path": "",
+                    "sha256": "+".join(filter(None, (s.origin["sha256"] for s in sources))),
+                    "layout": "towers", "format": "", "notes": notes}
+    return fill(model, state, image.known.get("pixels"), text.vocabulary)
+
+
+def clip_source(side, tower, activation, size=None):
+    """The image or text tower of a CLIP. "NAME:none" has random weights, for images of `size`."""
+    name = canonical_name(tower.removesuffix(":none"))
+    if name and tower.endswith(":none"):
+        config = dataclasses.replace(CONFIGS[name], image_size=size or CONFIGS[name].image_size)
+        fields = {key: getattr(config, key) for key in vars(config)
+                  if key.startswith(("vision_", "image_", "backbone") if side == "image" else
+                                    ("text", "context_", "vocab_"))}
+        source = Source({}, {"activation": activation} if activation else {},
+                        {"name": name, "sha256": "", "notes": []})
+    else:
+        source = read(tower, activation)
+        with about(f"{source.origin['path']} (the state dict of a classifier is given as NAME:FILE)"
+                   f" has no {side} tower"):
+            fields = (image_fields if side == "image" else text_fields)(source.state, source.known)
+        if size not in (None, fields.get("image_size", size)):
+            raise WeightsError(f"{tower} takes images of {fields['image_size']} pixels, not {size}")
+    if "activation" in source.known and not (fields.get("backbone") or fields.get("text")):
+        fields["activation"] = source.known["activation"]
+    return source._replace(fields=fields, state={
+        key: tensor for key, tensor in source.state.items() if not key.startswith("logit_")
+        and key.startswith("visual.") == (side == "image")})
+
+
+def image_source(tower, size, activation):
+    """`tower`: what `load` takes, whose image tower it becomes; or "[timm:]NAME[:WEIGHTS]".
+
+    NAME is any classifier of torchvision ("resnet50"), or of timm; WEIGHTS one of torchvision's
+    published weights ("IMAGENET1K_V2", which it downloads), a file of a state dict in the names of
+    either library, or "none", as when it is left out: random numbers. size: pixels per side. What
+    CLIP and torchvision both know ("vit_b_16") is CLIP's, without the prefix "torchvision:".
+    """
+    text = str(tower or "")
+    if not tower or canonical_name(text.removesuffix(":none")) or expanded(text).exists():
+        return clip_source("image", text, activation, size)
+    library, name, weights = re.fullmatch(r"(torchvision:|timm:)?([^:]*):?(.*)", text).groups()
+    state, given, problems = {}, None, []
+    origin = {"name": name, "sha256": "", "notes": []}
+    if weights.startswith("IMAGENET"):
+        with about(f"torchvision could not fetch {text}"):
+            from torchvision import models
+            state = models.get_model(name, weights=weights).state_dict()
+    elif weights not in ("", "none"):
+        path = locate(weights)
+        with about(path):
+            state, origin["notes"] = state_in(read_file(path)[0])
+            given = pixels_from_timm(read_json(path.parent / "config.json"), name)
+        origin["sha256"] = sha256_of(path)
+    names = [f"timm:{name}", name] if library == "timm:" else [name, f"timm:{name}"]
+    for backbone in names if state else names[:1]:
+        try:
+            with skeleton():
+                trunk, removed, width, side, pixels = make_backbone(backbone, size)
+        except (ImportError, ValueError, RuntimeError) as error:
+            problems.append(one_line(error))
+            continue
+        cut = {key: t for key, t in state.items() if not key.startswith(f"{removed}.")}
+        shapes = [{(key, t.shape) for key, t in table.items() if not key.endswith("_tracked")}
+                  for table in (cut, trunk.state_dict())]
+        odd = [key for key, _ in shapes[0] ^ shapes[1]] if state else []
+        if not odd:
+            fields = {"backbone": backbone, "image_size": side, "vision_layers": 0,
+                      "vision_patch": None, "vision_width": width}
+            return Source({f"visual.trunk.{key}": t for key, t in cut.items()},
+                          {"pixels": given or pixels}, origin, fields=fields)
+        problems.append(f"{backbone} has other tensors ({min(odd)})")
+    raise WeightsError(f"no image tower {text!r}: {'; '.join(problems)}; expected a CLIP's name or "
+                       f"path, or [timm:]NAME[:FILE] with a classifier such as resnet50")
+
+
+def text_source(tower, pool, activation):
+    """`tower`: a folder or file of Hugging Face's BERT, RoBERTa or DistilBERT; "NAME:none" with a
+    NAME out of BERTS, for random numbers; or what `load` takes, whose text tower it becomes.
+
+    pool: as in BertConfig; None is what sentence-transformers' file says, else the pooler (as in
+    transformers' dual encoder), else the first token.
+    """
+    text = str(tower or "")
+    name = text.removesuffix(":none")
+    if name in BERTS and name != text:
+        bert = dataclasses.replace(BERTS[name], pool=pool or BERTS[name].pool)
+        return Source({}, {}, {"name": name, "sha256": "", "notes": []}, fields=bert_fields(bert))
+    source = clip_source("text", text, activation)
+    bert, known = source.fields.get("text"), source.known.get("text") or {}
+    if not bert:
+        return source
+    if "heads" not in known and source.origin["layout"] == "hf":
+        source.origin["notes"].append("no config.json beside it: heads of 64 were taken")
+    pool = pool or known.get("pool") or ("first" if bert.family == "distilbert" else "pooler")
+    if pool == "pooler" and bert.pool != "pooler":
+        source.origin["notes"].append("no pooler in the file; it starts from random numbers")
+    return source._replace(
+        fields=source.fields | {"text": dataclasses.replace(bert, pool=pool)},
+        state={key: tensor for key, tensor in source.state.items()
+               if pool == "pooler" or not key.startswith("bert.pooler.")})
+
+
+def spread_embedding(state, vocab_size):
+    """A token embedding stored as the rows in use (`save(..., token_rows=...)`) made whole; the
+    rows left out were never trained and become zero."""
+    rows, part = state.pop("token_embedding.rows", None), state.get("token_embedding.weight")
+    if rows is None:
+        return state
+    if vocab_size * part.shape[1] >= 1 << 31:
+        raise WeightsError(f"{vocab_size} words are too many")
+    whole = torch.zeros(vocab_size, part.shape[1], dtype=part.dtype)
+    return state | {"token_embedding.weight": whole.index_copy(0, rows.long(), part)}
+
+
+# -----------------------------------------------------------------------------
+# Finding and fetching
+
+def expanded(path):
+    with about(path):
+        return pathlib.Path(os.path.expandvars(path)).expanduser()
+
+
+def locate(name_or_path):
+    """The path of a weight file; fetches a released model that is not here. A name wins over a
+    folder of the same name, which "./NAME" means."""
+    text = str(name_or_path or "")
+    path, known = expanded(text), canonical_name(text)
+    if path.is_file():
+        return path
+    if text and path.is_dir() and not (known and not text.startswith((".", "/", "~"))):
+        best = read_json(path / "results.json").get("weights")  # of a run in several stages
+        for name in (*FOLDER_FILES, best if isinstance(best, str) else ""):
+            if (path / name).is_file():
+                return path / name
+        raise WeightsError(f"the folder {path} has none of {', '.join(FOLDER_FILES)}")
+    if known == "tiny":
+        return TINY
+    if known in RELEASED:
+        return download(known)
+    raise WeightsError(f"no weights {text!r} here; expected a file or folder, \"tiny\" or one of "
+                       f"{', '.join(RELEASED)}; random numbers are --weights none, or NAME:none as "
+                       f"a tower")
+
+
+def sha256_of(path):
+    """Of a file's bytes; of an index of shards, with theirs behind."""
+    paths = [path]
+    if path.name.endswith(".index.json"):
+        shards = sorted(set(read_json(path)["weight_map"].values()))
+        paths += [path.parent / name for name in shards]
+    return hash_files(tuple((path, path.stat().st_mtime_ns) for path in paths))
+
+
+@functools.lru_cache
+def hash_files(files):
+    found = hashlib.sha256()
+    for path, _ in files:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                found.update(chunk)
+    return found.hexdigest()
+
+
+def download(name):
+    """Fetch a released model into ~/.cache/clip, as OpenAI's code does -> its path. A file gets its
+    name when its sha256 is right; a broken transfer goes on where it stopped. CLIP_MIRROR replaces
+    the address."""
+    digest, target = RELEASED[name], expanded("~/.cache/clip") / (
+        re.sub(r"[/@]", "-", name) + ".pt")
+    partial = target.with_suffix(".partial")
+    url = f"{os.environ.get('CLIP_MIRROR', OPENAI_URL).rstrip('/')}/{digest}/{target.name}"
+    for _ in range(3):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with only_one(target.with_suffix(".lock")):
+                if target.is_file() and sha256_of(target) == digest:
+                    return target
+                transfer(url, partial)
+                why = f"its sha256 is {sha256_of(partial)}"
+                if digest in why:
+                    os.replace(partial, target)
+                    return target
+                partial.unlink()
+        except Exception as error:  # networks fail in many ways
+            why = one_line(getattr(error, "reason", error))
+    raise WeightsError(f"could not fetch {name} from {url} ({why}); put the file with sha256 "
+                       f"{digest} at {target} by hand, or pass its path as --weights")
+
+
+def transfer(url, partial):
+    """Append to `partial` what is missing of `url`; OSError when the transfer stops early."""
+    have = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # nothing is missing; the hash will tell
+            return
+        raise
+    have = have if response.status == 206 else 0
+    with response, open(partial, "ab" if have else "wb") as file:
+        total = have + int(response.headers.get("Content-Length") or 0)
+        while chunk := response.read(1 << 20):
+            have += file.write(chunk)
+            if sys.stderr.isatty():
+                print(f"\r{url.rsplit('/', 1)[1]}: {have >> 20:,} of {total >> 20:,} MB", end="",
+                      file=sys.stderr, flush=True)
+    if have < total:
+        raise OSError(f"the connection ended at {have:,} of {total:,} bytes")
+
+
+@contextlib.contextmanager
+def only_one(lock):
+    """Processes that fetch the same file wait for each other (where the system has fcntl)."""
+    with open(lock, "w") as file:
+        with contextlib.suppress(ImportError):
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# -----------------------------------------------------------------------------
+# Saving
+
+def kept_tensors(model):
+    """{name: Parameter} that a checkpoint must hold for `load` to build the model again: what
+    trains, and the logits' scale and bias, if the rest can be read from where the model came from;
+    else all. A script that changes frozen tensors of a loaded model empties origin["path"]."""
+    return {name: p for name, p in model.named_parameters()
+            if p.requires_grad or p.dim() == 0 or not model.origin["path"]}
+
+
+def save(model, path, layout="safetensors", dtype=torch.float32, token_rows=None):
+    """Write `model` where the named library reads it; returns the path written.
+
+    layout: "safetensors" (one file, OpenAI's names), "openai" (a .pt state dict that OpenAI's
+    `build_model` takes), "open_clip" (a .pt/.safetensors file, or a folder for `local-dir:`), "hf"
+    (a folder for transformers' CLIPModel, VisionTextDualEncoderModel or ChineseCLIPModel) or
+    "chinese_clip" (a .pt that its programs read, and resume with --reset-optimizer). Each carries
+    `card` too, which those programs pass over. dtype: stored precision. token_rows: LongTensor of
+    the vocabulary rows to keep, for the bundled model. An interruption leaves the old file."""
+    path, config, known = pathlib.Path(path), model.config, card(model)
+    check_layout(config, layout, model.logit_bias is not None)
+    state = {name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
+             .contiguous() for name, tensor in model.state_dict().items()}
+    if token_rows is not None:
+        state["token_embedding.rows"] = token_rows.to("cpu", torch.int32)
+        state["token_embedding.weight"] = state["token_embedding.weight"][token_rows.cpu()]
+    if layout == "hf":
+        state = to_hugging_face(state)
+        if config.text and not is_chinese_clip(config):
+            # transformers before 5 reads only this form, and later ones both
+            state = {re.sub(r"^vision_model\.", "vision_model.vision_model.", name): tensor
+                     for name, tensor in state.items()}
+    if layout in ("hf", "open_clip") and path.suffix not in (".pt", ".bin", ".safetensors"):
+        tables = hugging_face_tables(model) if layout == "hf" else open_clip_tables(model)
+        for name, table in tables.items():
+            write(path / name, json.dumps(table, indent=2).encode())
+        path /= "model.safetensors" if layout == "hf" else "open_clip_model.safetensors"
+    beside = {key: json.dumps(known[key]) for key in CARD if known[key]}
+    if path.suffix == ".safetensors" or layout == "safetensors":
+        write(path, *safetensors_bytes(state, {"format": "pt", **beside}))
+        return path
+    if layout == "chinese_clip":
+        state = {"epoch": 0, "step": 0, "name": name_of(config), "card": known, "state_dict": {
+            f"module.{key}": tensor for key, tensor in state.items()}}
+    else:  # torch's own place for what goes with a state dict and is no tensor
+        state = collections.OrderedDict(state)
+        state._metadata = beside
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write(path, buffer.getbuffer())
+    return path
+
+
+def export(model, folder, layout, tokenizer=None):
+    """`save` into `folder` under the layout's usual name, and for "hf" the tokenizer's own files
+    -> the path written."""
+    name = {"openai": "clip.pt", "chinese_clip": "chinese_clip.pt",
+            "safetensors": "clip.safetensors"}.get(layout, layout)
+    if tokenizer is not None:
+        model.vocabulary = tokenizer.facts()
+    path = save(model, pathlib.Path(folder) / name, layout)
+    if tokenizer is not None and layout == "hf":
+        tokenizer.save(path.parent)
+    return path
+
+
+def write(path, *chunks):
+    """Bytes to a file beside its place, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    with open(temporary, "wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def safetensors_bytes(state, metadata):
+    """The chunks of a safetensors file: 8 bytes of header length, header, tensors."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, begin = {"__metadata__": metadata}, 0
+    for name, tensor in state.items():
+        end = begin + tensor.nbytes
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8
+    yield from (len(text).to_bytes(8, "little"), text)
+    for tensor in state.values():
+        yield tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
+
+
+def digest(model, side):
+    """The sha256 of one tower with its projection ("image" or "text"): names, shapes, values. It
+    changes with any weight, which makes it the key to features that were kept."""
+    found = hashlib.sha256(json.dumps(dataclasses.asdict(model.config)).encode())
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("logit_") and name.startswith("visual.") == (side == "image"):
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+# -----------------------------------------------------------------------------
+# What the scripts ask for
+
+def add_model_flags(parser, towers=False):
+    """--model, --weights, --activation and --tokenizer; towers: also those of a CLIP of two."""
+    add = parser.add_argument_group("model").add_argument
+    add("--model", help="a released size such as ViT-B/16 or RN50, or tiny (bundled)")
+    add("--weights", default="auto", help="auto: OpenAI's for the model; none: random; or a file, "
+        "a model folder or a run folder, whose model it is (default: auto)")
+    add("--activation", choices=("quick_gelu", "gelu"), help="where the file does not say it")
+    add("--tokenizer", help="file or folder of the text tower's vocabulary")
+    if towers:
+        add("--image-tower", help="instead of the model's: a CLIP, or [timm:]NAME[:FILE]")
+        add("--text-tower", help="instead of the model's: a folder of the BERT family, or a CLIP")
+        add("--proj", choices=("linear", "mlp"), default="linear", help="heads of chosen towers")
+        add("--embed-dim", type=int, default=512, help="of chosen towers (default: 512)")
+
+
+def open_clip(args):
+    """The CLIP that the flags of `add_model_flags` ask for, on the CPU. Raises WeightsError."""
+    known = canonical_name(args.model or "")
+    weights, activation = args.weights or "auto", getattr(args, "activation", None)
+    image, text = getattr(args, "image_tower", None), getattr(args, "text_tower", None)
+    torch.manual_seed(args.seed if isinstance(args.seed, int) else 0)
+    if weights in ("auto", "none") and not known and not (image and text):
+        raise WeightsError(f"unknown --model {args.model!r}; known: {', '.join(CONFIGS)}. A file "
+                           f"goes to --weights")
+    source = {"none": f"{known}:none", "auto": known}.get(weights, weights)
+    if image or text:
+        return load(source, image, text, args.proj, args.embed_dim, activation=activation)
+    if weights == "none":
+        model = CLIP(dataclasses.replace(
+            CONFIGS[known], activation=activation or CONFIGS[known].activation)).eval()
+        model.origin["name"] = known
+        return model
+    model = load(source, activation=activation)
+    if args.model and model.origin["name"] != known:
+        raise WeightsError(f"--weights {weights} holds no {args.model} but a "
+                           f"{describe(model.config)}; leave --model out to take it")
+    return model
