@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from helpers import attempt, checkpoint, metrics, refused, run_main
 
 import device
+import re
 import train_contrastive
 import weights
 from clip_model import BERTS, bert_fields, CLIP, CONFIGS
@@ -519,6 +520,20 @@ def test_images_that_cannot_be_read_are_counted(tmp_path):
         result = attempt(SCRIPT, *flags(folder, "--batch-size", 50, "--cache-gb", cache,
                                         "--output-dir", tmp_path / str(cache)))
         assert said in result.ok().out
+
+
+def test_the_caption_of_an_unreadable_image_goes_with_it(tmp_path):
+    """Another pair takes its place, so what its own caption says changes no loss."""
+    losses = []
+    for words in ("", "quite other "):
+        folder, out = helpers.scenes(tmp_path / f"pairs{words}", 100, 4), tmp_path / f"run{words}"
+        (folder / "5.png").write_bytes(b"no image")
+        table = folder / "pairs.csv"
+        table.write_text(re.sub(r'(?m)^(5\.png,"?)', rf"\g<1>{words}", table.read_text("utf-8")))
+        attempt(SCRIPT, *flags(folder, "--batch-size", 50, "--cache-gb", 0, "--log-every", 1,
+                               "--output-dir", out)).ok()
+        losses.append([row["loss"] for row in helpers.metrics(out) if row["split"] == "train"])
+    assert losses[0] == losses[1] and losses[0]
 
 
 # -----------------------------------------------------------------------------
