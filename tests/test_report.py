@@ -1,19 +1,18 @@
 """tools.report on folders written here: what it shows, leaves out with a note, and refuses."""
-import csv
 import json
 import sys
 
 import numpy as np
 import pytest
+from helpers import attempt, class_folder, refused
 
 pytest.importorskip("matplotlib")
-from tools import report  # noqa: E402
 
 
-def write_run(folder, shots=4, seed=1, accuracy=60.0, finished=True):
+def write_run(folder, data="nowhere", shots=4, seed=1, accuracy=60.0, finished=True):
     """A few-shot run of three classes, as train_clipfit.py leaves it."""
     folder.mkdir(parents=True)
-    facts = {"method": "clipfit", "data": "nowhere", "model": "tiny", "shots": shots, "seed": seed}
+    facts = {"method": "clipfit", "data": str(data), "model": "tiny", "shots": shots, "seed": seed}
     (folder / "config.json").write_text(json.dumps({**facts, "identity": facts}))
     records = [{"step": 1, "split": "train", "loss": 2.0, "lr": 0.1, "data_wait": 0.5},
                {"step": 2, "split": "train", "loss": "nan", "lr": 0.1},
@@ -24,12 +23,13 @@ def write_run(folder, shots=4, seed=1, accuracy=60.0, finished=True):
         results = {**facts, "accuracy": accuracy, "zero_shot_accuracy": 40.0,
                    "departures": ["--lr 1 (official 0.002)"]}
         (folder / "results.json").write_text(json.dumps(results))
-    classes = ["cat", "dog <b>", "猫"]
-    with open(folder / "per_class_test.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("class", "images", "zero_shot", "tuned"), *(
-            (name, 10, 40.0, 60.0) for name in classes)])
+    for name, head, *rows in (
+            ("per_class_test", "class,images,zero_shot,tuned", "cat,10,40,60", "dog <b>,10,40,90",
+             "猫,10,40,100"),
+            ("predictions_test", "path,label,zero_shot,tuned", "test/cat/0.png,cat,cat,dog <b>")):
+        (folder / f"{name}.csv").write_text("\n".join((head, *rows)) + "\n", "utf-8")
     (folder / "confusion_test.json").write_text(json.dumps(
-        {"classes": classes, "zero_shot": np.eye(3).tolist(),
+        {"classes": ["cat", "dog <b>", "猫"], "zero_shot": np.eye(3).tolist(),
          "tuned": [[6, 4, 0], [1, 9, 0], [0, 0, 10]]}))
     return folder
 
@@ -59,14 +59,18 @@ def write_plan(folder):
     return folder
 
 
-def page_of(out):
-    return (out / "report.html").read_text("utf-8")
+def report(*flags):
+    return attempt("tools.report", *flags)
 
 
-def test_a_run_is_drawn_and_what_it_lacks_is_noted(tmp_path, capsys):
+def page_of(result):
+    with open(result.ok().out.strip(), encoding="utf-8") as file:
+        return file.read()
+
+
+def test_a_run_is_drawn_and_what_it_lacks_is_noted(tmp_path):
     run = write_run(tmp_path / "run")
-    assert report.main([str(run)]) == 0
-    page = page_of(run / "report")
+    page = page_of(report(run))
     assert "dog &lt;b&gt;" in page and "<script" not in page and 'src="http' not in page
     assert "--lr 1 (official 0.002)" in page
     assert "<td>cat</td><td>dog &lt;b&gt;</td><td>4</td><td>40</td>" in page  # 4 of 10 cats
@@ -76,35 +80,34 @@ def test_a_run_is_drawn_and_what_it_lacks_is_noted(tmp_path, capsys):
     assert "example images are left out" in page  # its data is not here
 
 
-def test_several_runs_give_one_table_over_shots(tmp_path, capsys):
+def test_confused_images_stand_beside_the_worst_pairs(tmp_path):
+    data = class_folder(tmp_path / "data", ("cat", "dog"), train=2, test=1)
+    page = page_of(report(write_run(tmp_path / "run", data)))
+    assert page.count('alt="example"') == 1 and "left out:" not in page
+
+
+def test_several_runs_give_one_table_over_shots(tmp_path):
     for shots, seed, accuracy in ((1, 1, 50.0), (1, 2, 54.0), (4, 1, 60.0)):
-        write_run(tmp_path / "runs" / f"{shots}_{seed}", shots, seed, accuracy)
+        write_run(tmp_path / "runs" / f"{shots}_{seed}", "nowhere", shots, seed, accuracy)
     write_run(tmp_path / "runs" / "stopped", finished=False)
-    assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
-    page = page_of(tmp_path / "out")
+    page = page_of(report(tmp_path / "runs", "--out", tmp_path / "out"))
     assert "<td>1</td><td>2</td><td>52</td><td>2.828</td>" in page  # mean and std of 50 and 54
     assert "the run is not finished" in page and (tmp_path / "out" / "shots.png").exists()
 
 
-def test_stages_show_their_matrix_maps_and_the_texts_that_moved(tmp_path, capsys):
+def test_stages_show_their_matrix_maps_and_the_texts_that_moved(tmp_path):
     plan = write_plan(tmp_path / "plan")
-    assert report.main([str(plan)]) == 0
-    page = page_of(plan / "report")
-    assert "<td>english</td><td>text 0</td><td>3</td><td>1</td>" in page
+    assert "<td>english</td><td>text 0</td><td>3</td><td>1</td>" in page_of(report(plan))
     drawn = {path.name for path in (plan / "report").glob("*.png")}
     assert {"matrix.png", "map_pca.png", "curves_english.png"} <= drawn
 
 
-@pytest.mark.parametrize("case", ["no folder", "no run", "no matplotlib", "no font"])
-def test_refusals_are_one_line(case, tmp_path, capsys, monkeypatch):
+def test_refusals(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run")
     (tmp_path / "empty").mkdir()
-    flags = {"no folder": [str(tmp_path / "absent")], "no run": [str(tmp_path / "empty")],
-             "no matplotlib": [str(write_run(tmp_path / "a"))],
-             "no font": [str(write_run(tmp_path / "b")), "--font", str(tmp_path / "x.ttf")]}[case]
-    if case == "no matplotlib":
-        monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert report.main(flags) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and said.startswith("error: ")
-    assert {"no folder": "absent", "no matplotlib": "matplotlib", "no font": "--font"}.get(
-        case, str(tmp_path)) in said
+    refused(report(tmp_path / "absent"), "absent")
+    refused(report(tmp_path / "empty"), tmp_path / "empty")
+    refused(report(run, "--font", tmp_path / "x.ttf"), "--font")
+    refused(report(run, "--out", run / "metrics.jsonl"), "--out")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    refused(report(run), "matplotlib")

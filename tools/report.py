@@ -10,7 +10,6 @@ and the texts that gained and lost most. Any scalar in metrics.jsonl is drawn by
 train split as a line, others as points. What a run lacks is left out with a note. Exit code 0, or
 2 and one line. Needs matplotlib; the t-SNE map needs scikit-learn too.
 """
-import argparse
 import base64
 import csv
 import html
@@ -18,27 +17,24 @@ import io
 import json
 import math
 import pathlib
+import re
 import statistics
 import sys
 import warnings
 
+from device import guard, one_line, Parser, UserError  # before torch
 import numpy as np
 from PIL import ImageOps
 
+from data import open_dataset
+
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")
-BLUE, ORANGE, GREEN, RED = PALETTE[:4]
-# matplotlib's own font, then the first of these that is installed, for Chinese names and captions.
-CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Hiragino Sans GB",
-             "Microsoft YaHei", "SimHei", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei")
-NOT_DRAWN = ("step", "steps", "epoch", "time", "split", "samples_per_second", "data_wait",
-             "memory_mb")
-MOST_CLASSES = 100  # more than this make a confusion matrix of dust
+BLUE, ORANGE = PALETTE[:2]
+CHINESE = "CJK|PingFang|Hiragino Sans GB|YaHei|SimHei|WenQuanYi"  # in the names of fonts with it
+NOT_DRAWN = ("step", "steps", "epoch", "time", "samples_per_second", "data_wait", "memory_mb")
+MOST_CLASSES = 100  # a confusion matrix of more classes has cells too small to see
 MAP_POINTS = 400    # of each set
-
-
-class ReportError(Exception):
-    """What the user can fix, in one line."""
 
 
 def open_matplotlib(font=None):
@@ -48,43 +44,39 @@ def open_matplotlib(font=None):
         matplotlib.use("Agg")
         from matplotlib import font_manager, pyplot
     except ImportError:
-        raise ReportError("matplotlib draws the figures and is not installed: "
-                          "pip install matplotlib") from None
-    families, notes = ["DejaVu Sans"], []
+        raise UserError("matplotlib draws the figures and is not installed: "
+                        "pip install matplotlib") from None
+    families, notes = ["DejaVu Sans"], []  # matplotlib's own
     if font:
         try:
             font_manager.fontManager.addfont(font)
             families.append(font_manager.FontProperties(fname=font).get_name())
         except (OSError, RuntimeError) as error:
-            raise ReportError(f"--font {font} cannot be read ({error})") from None
-    installed = {entry.name for entry in font_manager.fontManager.ttflist}
-    families += [name for name in CJK_FONTS if name in installed][:1]
+            raise UserError(f"--font {font} cannot be read ({one_line(error)})") from None
+    installed = sorted({entry.name for entry in font_manager.fontManager.ttflist})
+    families += [name for name in installed if re.search(CHINESE, name)][:1]
     if len(families) == 1:
         notes.append("no font for Chinese is installed: figures show boxes for it, and the page "
                      "has the words; --font FILE names one")
     warnings.filterwarnings("ignore", message="Glyph")  # said once, in that note
-    pyplot.rcParams.update({"font.family": families, "font.size": 9, "axes.spines.top": False,
-                            "axes.spines.right": False, "figure.dpi": 110})
+    pyplot.rcParams.update({
+        "font.family": families, "font.size": 9, "axes.spines.top": False, "figure.dpi": 110,
+        "axes.spines.right": False, "figure.constrained_layout.use": True, "legend.frameon": False})
     return pyplot, notes
 
 
 # -----------------------------------------------------------------------------
 # What a run left in its folder
 
-def number(value):
-    """A finite number; metrics.jsonl writes the others as text ("nan")."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 class Run:
     """The readable part of a run's folder; `notes` says what could not be read."""
 
     def __init__(self, folder):
         self.folder, self.name, self.notes = folder, folder.resolve().name, []
-        self.config = self.read("config.json", json.loads) or {}
         self.results = self.read("results.json", json.loads) or {}
+        self.config = self.read("config.json", json.loads) or {}
         self.records = []
-        for line in (self.read("metrics.jsonl", str.splitlines) or []):
+        for line in self.read("metrics.jsonl", str.splitlines) or []:
             try:
                 record = json.loads(line)
                 self.records.append((record["step"], record))
@@ -106,59 +98,47 @@ class Run:
         """A CSV file as a list of dicts."""
         return self.read(name, lambda text: list(csv.DictReader(io.StringIO(text)))) or []
 
-    def fact(self, key):
-        """What the results or the flags say, such as the number of shots; None if nothing."""
-        value = self.results.get(key, self.config.get(key))
-        return value[0] if isinstance(value, list) and len(value) == 1 else value
-
     def curves(self):
         """{scalar: {split: (steps, values)}}. A value that is not finite leaves a gap."""
         found, gaps = {}, 0
         for step, record in self.records:
             for name, value in record.items():
-                if name in NOT_DRAWN or not (number(value) or value in ("nan", "inf", "-inf")):
-                    continue
-                splits = found.setdefault(name, {})
-                steps, values = splits.setdefault(record.get("split", "train"), ([], []))
-                steps.append(step)
-                values.append(value if number(value) else math.nan)
-                gaps += not number(value)
+                if value in ("nan", "inf", "-inf"):  # so are they written
+                    value, gaps = math.nan, gaps + 1
+                if isinstance(value, (int, float)) and name not in NOT_DRAWN:
+                    splits = found.setdefault(name, {})
+                    steps, values = splits.setdefault(record.get("split", "train"), ([], []))
+                    steps.append(step)
+                    values.append(value)
         if gaps:
             self.notes.append(f"{gaps} logged values are not finite: the curves have gaps there")
         return found
 
-    def test_sets(self):
-        return sorted(path.stem.removeprefix("per_class_")
-                      for path in self.folder.glob("per_class_*.csv"))
-
 
 def find_runs(paths):
-    """The runs in the folders given, each a run or a folder of runs."""
+    """The runs in the folders given, each a run, a plan of stages, or a folder of runs."""
     runs = []
     for path in map(pathlib.Path, paths):
         if not path.is_dir():
-            raise ReportError(f"{path} is not a folder; give the output folder of a run")
-        inside = [path] if (path / "metrics.jsonl").is_file() else sorted(
-            file.parent for file in path.glob("*/metrics.jsonl"))
-        plan = path / "plan.json"  # of stages: the folder above them is the run
-        runs += [Run(folder) for folder in ([path] if plan.is_file() else inside)]
-        if not inside and not plan.is_file():
-            raise ReportError(f"{path} holds no run: no metrics.jsonl in it or in its folders")
+            raise UserError(f"{path} is not a folder; give the output folder of a run")
+        if (path / "plan.json").is_file() or (path / "metrics.jsonl").is_file():
+            found = [path]
+        else:
+            found = sorted(file.parent for file in path.glob("*/metrics.jsonl"))
+        if not found:
+            raise UserError(f"{path} holds no run: no metrics.jsonl in it or in its folders")
+        runs += map(Run, found)
     return runs
 
 
 # -----------------------------------------------------------------------------
 # The page
 
-STYLE = """
-:root{color-scheme:light dark;--ink:#222;--soft:#666;--line:#ddd;--back:#fff}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e6e6;--soft:#a5a5a5;--line:#3a3d42;--back:#16181b}}
-body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--back);max-width:1000px;
-margin:2em auto;padding:0 1em}h2{font-size:1.15em;margin:2em 0 .5em}.soft{color:var(--soft)}
-table{border-collapse:collapse;font-size:.92em;display:block;overflow-x:auto}
-td,th{padding:.22em .8em;border-bottom:1px solid var(--line);text-align:left}
-figure{margin:1em 0;background:#fff;padding:8px;text-align:center}img{max-width:100%;height:auto}
-"""
+STYLE = """:root{color-scheme:light dark}img{max-width:100%}.soft{opacity:.7}
+body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em}
+table{border-collapse:collapse;display:block;overflow-x:auto}
+td,th{padding:.2em .8em;border-bottom:1px solid #8886;text-align:left}
+figure{margin:1em 0;background:#fff;text-align:center}"""
 
 
 class Page:
@@ -168,36 +148,20 @@ class Page:
         self.out, self.plot, self.notes, self.parts = out, plot, notes, []
 
     def add(self, title, *blocks):
-        if any(blocks):
-            self.parts.append(f"<h2>{html.escape(title)}</h2>\n" + "\n".join(filter(None, blocks)))
+        self.parts.append(f"<h2>{html.escape(title)}</h2>\n" + "\n".join(blocks))
 
     def figure(self, name, figure, description):
         """Write a matplotlib figure and close it -> its HTML."""
-        data = io.BytesIO()
-        figure.savefig(data, format="png", bbox_inches="tight")
+        path = self.out / f"{name}.png"
+        figure.savefig(path, bbox_inches="tight")
         self.plot.close(figure)
-        (self.out / name).write_bytes(data.getvalue())
-        code = base64.b64encode(data.getvalue()).decode()
-        return (f'<figure><img alt="{html.escape(description)}" '
-                f'src="data:image/png;base64,{code}"></figure>')
-
-    def table(self, head, rows):
-        def cell(value):
-            if isinstance(value, float):
-                value = "" if math.isnan(value) else f"{value:.4g}"
-            return html.escape("" if value is None else str(value))
-
-        def line(values, tag):
-            return "<tr>" + "".join(f"<{tag}>{cell(v)}</{tag}>" for v in values) + "</tr>"
-        return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+        return f"<figure>{picture(path.read_bytes(), description)}</figure>"
 
     def write(self, title):
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in dict.fromkeys(self.notes))
         path = self.out / "report.html"
         path.write_text("\n".join([
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-            'img-src data:; style-src \'unsafe-inline\'">',
             f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
             f"<h1>{html.escape(title)}</h1>", *self.parts,
             f"<h2>Notes</h2><ul class='soft'>{notes}</ul>" if notes else "", "</body></html>"]),
@@ -205,23 +169,41 @@ class Page:
         return path
 
 
+def picture(content, description):
+    code = base64.b64encode(content).decode()
+    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{code}">'
+
+
+def table(head, rows):
+    """HTML of a table. A cell is a number, a text, None, or a list of images as PNG bytes."""
+    def cell(value):
+        if isinstance(value, list):
+            return " ".join(picture(content, "example") for content in value)
+        if isinstance(value, float):
+            value = "" if math.isnan(value) else f"{value:.4g}"
+        return html.escape("" if value is None else str(value))
+
+    def line(values, tag):
+        return "<tr>" + "".join(f"<{tag}>{cell(value)}</{tag}>" for value in values) + "</tr>"
+    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
 # -----------------------------------------------------------------------------
 # Any run: results and curves
 
 def add_results(page, runs):
     """One run: its numbers in two columns; several: a line each, of what differs."""
-    found = [{key: value for key, value in run.results.items()
-              if isinstance(value, (str, int, float)) and key != "git"} for run in runs]
+    keys = [key for key in dict.fromkeys(key for run in runs for key in run.results)
+            if all(isinstance(run.results.get(key, 0), (str, int, float)) for run in runs)
+            and (len(runs) == 1 or len({run.results.get(key) for run in runs}) > 1)]
     if len(runs) == 1:
-        page.add("Results", page.table(["", ""], found[0].items()))
-        return
-    keys = [key for key in dict.fromkeys(key for numbers in found for key in numbers)
-            if len({json.dumps(numbers.get(key)) for numbers in found}) > 1]
-    page.add("Results", page.table(["run", *keys], [
-        [run.name, *map(numbers.get, keys)] for run, numbers in zip(runs, found)]))
+        page.add("Results", table(["", ""], [[key, runs[0].results[key]] for key in keys]))
+    else:
+        page.add("Results", table(["run", *keys], [
+            [run.name, *map(run.results.get, keys)] for run in runs]))
 
 
-def add_curves(page, runs, title="Curves", file="curves.png"):
+def add_curves(page, runs, title="Curves", file="curves"):
     """A panel for each logged scalar: the train split as a line, others as dots; colours by run,
     or by split where there is one run."""
     panels = {}
@@ -234,7 +216,7 @@ def add_curves(page, runs, title="Curves", file="curves.png"):
         return
     across = min(3, len(panels))
     down = math.ceil(len(panels) / across)
-    figure, axes = page.plot.subplots(down, across, squeeze=False, layout="constrained",
+    figure, axes = page.plot.subplots(down, across, squeeze=False,
                                       figsize=(3.4 * across, 2.4 * down + 0.4))
     colours, drawn = {}, {}
     for axis, (name, lines) in zip(axes.flat, panels.items()):
@@ -245,7 +227,7 @@ def add_curves(page, runs, title="Curves", file="curves.png"):
         axis.set(title=name.replace("_", " "), xlabel="step")
     for axis in axes.flat[len(panels):]:
         axis.axis("off")
-    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=4)
     page.add(title, page.figure(file, figure, "logged scalars over steps"))
 
 
@@ -254,120 +236,88 @@ def add_curves(page, runs, title="Curves", file="curves.png"):
 
 def add_shots(page, runs):
     """Accuracy over training images per class: mean and standard deviation over seeds."""
-    runs = [run for run in runs if number(run.fact("shots")) and number(run.fact("accuracy"))]
-    shots = sorted({run.fact("shots") for run in runs})
-    if len(shots) < 2:
-        return
-    mean, std, rows = [], [], []
-    for count in shots:
-        values = [run.results["accuracy"] for run in runs if run.fact("shots") == count]
-        mean.append(statistics.fmean(values))
-        std.append(statistics.stdev(values) if len(values) > 1 else 0.0)
-        rows.append([count, len(values), mean[-1], std[-1]])
-    figure, axis = page.plot.subplots(figsize=(6, 3.6), layout="constrained")
-    axis.errorbar(shots, mean, yerr=std, fmt="o-", color=BLUE, capsize=3, label="tuned")
+    of_shots, zero = {}, []
     for run in runs:
-        axis.plot(run.fact("shots"), run.results["accuracy"], ".", color=BLUE, alpha=0.4)
-    zero = [run.results["zero_shot_accuracy"] for run in runs
-            if number(run.results.get("zero_shot_accuracy"))]
+        shots, accuracy, before = map(run.results.get, ("shots", "accuracy", "zero_shot_accuracy"))
+        if isinstance(shots, int) and isinstance(accuracy, float):
+            of_shots.setdefault(shots, []).append(accuracy)
+            zero += [before] * isinstance(before, float)
+    if len(of_shots) < 2:
+        return
+    rows = [(shots, len(values), statistics.fmean(values),
+             statistics.stdev(values) if len(values) > 1 else 0.0)
+            for shots, values in sorted(of_shots.items())]
+    shots, _, mean, std = zip(*rows)
+    figure, axis = page.plot.subplots(figsize=(6, 3.6))
+    axis.errorbar(shots, mean, yerr=std, fmt="o-", color=BLUE, capsize=3, label="tuned")
     if zero:
         axis.axhline(statistics.fmean(zero), color=ORANGE, linestyle="--", label="zero-shot")
     axis.set_xscale("log", base=2)
-    axis.set_xticks(shots, [str(count) for count in shots])
+    axis.set_xticks(shots, map(str, shots))
     axis.set(xlabel="training images per class", ylabel="accuracy (%)")
-    axis.legend(frameon=False)
-    page.add("Accuracy over shots", page.figure("shots.png", figure, "accuracy over shots"),
-             page.table(["shots", "runs", "mean accuracy", "std"], rows))
+    axis.legend()
+    page.add("Accuracy over shots", page.figure("shots", figure, "accuracy over shots"),
+             table(["shots", "runs", "mean accuracy", "std"], rows))
 
 
-def add_classes(page, run, name, data_dir):
-    """Gains per class, the confusion matrix and its worst pairs on one test set."""
-    rows = [row for row in run.rows(f"per_class_{name}.csv")
-            if row.get("tuned") not in (None, "", "nan")]
-    if rows:
-        classes = [row["class"] for row in rows]
-        before, after = ([float(row[key]) for row in rows] for key in ("zero_shot", "tuned"))
-        figure, axis = page.plot.subplots(figsize=(8, 0.24 * len(rows) + 1), layout="constrained")
-        places = np.arange(len(rows))
-        axis.barh(places - 0.2, before, 0.4, color=ORANGE, label="zero-shot")
-        axis.barh(places + 0.2, after, 0.4, color=BLUE, label="tuned")
-        axis.set_yticks(places, classes)
-        axis.set(xlabel="accuracy (%)", ylim=(len(rows) - 0.5, -0.5))
-        axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
-        page.add(f"Accuracy per class: {name}", page.figure(
-            f"per_class_{name}.png", figure, "accuracy per class, zero-shot and tuned"))
+def add_classes(page, run, name):
+    """Accuracy per class of one test set, before and after."""
+    rows = [row for row in run.rows(f"per_class_{name}.csv") if row["tuned"] not in ("", "nan")]
+    if not rows:
+        return
+    figure, axis = page.plot.subplots(figsize=(8, 0.24 * len(rows) + 1))
+    places = np.arange(len(rows))
+    for key, colour, shift in (("zero_shot", ORANGE, -0.2), ("tuned", BLUE, 0.2)):
+        axis.barh(places + shift, [float(row[key]) for row in rows], 0.4, color=colour, label=key)
+    axis.set_yticks(places, [row["class"] for row in rows])
+    axis.set(xlabel="accuracy (%)", ylim=(len(rows) - 0.5, -0.5))
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    page.add(f"Accuracy per class: {name}", page.figure(
+        f"per_class_{name}", figure, "accuracy per class, zero-shot and tuned"))
+
+
+def add_confusion(page, run, name, data_dir):
+    """The confusion matrix of one test set, and its worst pairs."""
     confusion = run.read(f"confusion_{name}.json", json.loads)
     if not confusion:
         return
     classes, counts = confusion["classes"], np.asarray(confusion["tuned"], dtype=float)
     if len(classes) <= MOST_CLASSES:
-        share = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
         size = 3 + 0.16 * len(classes)
-        figure, axis = page.plot.subplots(figsize=(size + 1, size), layout="constrained")
-        axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        figure, axis = page.plot.subplots(figsize=(size + 1, size))
+        axis.imshow(counts / np.maximum(1, counts.sum(axis=1, keepdims=True)), cmap="Blues",
+                    vmin=0, vmax=1)
         axis.set_xticks(range(len(classes)), classes, rotation=90)
         axis.set_yticks(range(len(classes)), classes)
         axis.set(xlabel="predicted", ylabel="true")
         page.add(f"Confusion: {name}", page.figure(
-            f"confusion_{name}.png", figure, "confusion matrix, rows in shares of the true class"))
-    add_worst_pairs(page, run, name, classes, counts, data_dir)
-
-
-def add_worst_pairs(page, run, name, classes, counts, data_dir):
-    """The most frequent confusions, with images of them where the data is here."""
+            f"confusion_{name}", figure, "confusion matrix, rows in shares of the true class"))
     wrong = counts * ~np.eye(len(classes), dtype=bool)
-    pairs = [np.unravel_index(i, wrong.shape) for i in np.argsort(-wrong, axis=None, kind="stable")]
-    pairs = [(true, other) for true, other in pairs[:10] if wrong[true, other]]
-    if not pairs:
-        return
-    table = page.table(["true class", "taken for", "images", "of the class (%)"], [
-        [classes[i], classes[j], int(wrong[i, j]), 100 * wrong[i, j] / counts[i].sum()]
-        for i, j in pairs])
-    read = image_reader(page, run, name, data_dir)
-    predictions = run.rows(f"predictions_{name}.csv") if read else []
-    examples = []
-    for i, j in pairs[:6]:
-        paths = [row["path"] for row in predictions
-                 if row["label"] == classes[i] and row["tuned"] == classes[j]]
-        images = [image for path in paths[:8] if (image := read(path))][:4]
-        if images:
-            examples.append((f"{classes[i]}, taken for {classes[j]}", images))
-    page.add(f"Worst pairs: {name}", table, draw_sheet(page, f"pairs_{name}.png", examples))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:10]
+    worst = [(i, j) for i, j in zip(*np.unravel_index(order, wrong.shape)) if wrong[i, j]]
+    examples = {(classes[i], classes[j]): [] for i, j in worst}
+    find_examples(page, run, name, data_dir, examples)
+    if worst:
+        page.add(f"Worst pairs: {name}", table(
+            ["true class", "taken for", "images", "of the class (%)", "examples"],
+            [[*pair, int(wrong[place]), 100 * wrong[place] / counts[place[0]].sum(), images]
+             for place, (pair, images) in zip(worst, examples.items())]))
 
 
-def draw_sheet(page, file, rows):
-    """Rows of images with a title each -> HTML; "" for no rows. rows: [(title, [PIL image])]."""
-    if not rows:
-        return ""
-    across = max(len(images) for _, images in rows)
-    figure, axes = page.plot.subplots(len(rows), across, squeeze=False, layout="constrained",
-                                      figsize=(1.3 * across + 2, 1.6 * len(rows)))
-    for axis in axes.flat:
-        axis.axis("off")
-    for line, (title, images) in zip(axes, rows):
-        line[0].set_title(title, loc="left", fontsize=8)
-        for axis, image in zip(line, images):
-            axis.imshow(ImageOps.fit(image, (128, 128)))
-    return page.figure(file, figure, "example images")
-
-
-def image_reader(page, run, name, data_dir):
-    """A function path -> PIL image or None, which looks where the run found its data; or None."""
+def find_examples(page, run, name, data_dir, examples, most=4):
+    """Fill {(true class, predicted class): [images]}, if the data lies where the run found it."""
     try:
-        from data import open_dataset  # torch comes with it: only when images are wanted
         data = run.config["data"] if name in ("test", "base", "new") else name
-        images = open_dataset(data, "test", data_dir=data_dir or run.config.get("data_dir", "data"),
-                              download=False)
+        store = open_dataset(data, "test", data_dir=data_dir or run.config.get("data_dir", "data"),
+                             download=False).store
+        for row in run.rows(f"predictions_{name}.csv"):
+            images = examples.get((row["label"], row["tuned"]))
+            if images is not None and len(images) < most:
+                content = io.BytesIO()
+                ImageOps.fit(store.image(row["path"]).convert("RGB"), (96, 96)).save(content, "png")
+                images.append(content.getvalue())
     except Exception as error:  # whatever it is, a report without photographs is still a report
-        page.notes.append(f"example images are left out: {error}")
-        return None
-
-    def read(path):
-        try:
-            return images.store.image(path).convert("RGB")
-        except Exception:
-            return None
-    return read
+        page.notes.append(f"example images are left out: {one_line(error)}")
 
 
 # -----------------------------------------------------------------------------
@@ -376,12 +326,11 @@ def image_reader(page, run, name, data_dir):
 def add_matrix(page, run):
     """R@1 of every row of weights on every test set, coloured by the change from the first row."""
     rows = run.results.get("rows")
-    if not isinstance(rows, list) or not rows:
+    if not rows:
         return
     sets = list(rows[0]["sets"])
     r1 = np.array([[row["sets"][name]["r1"] for name in sets] for row in rows])
-    figure, axis = page.plot.subplots(figsize=(1.4 * len(sets) + 3, 0.45 * len(rows) + 1.2),
-                                      layout="constrained")
+    figure, axis = page.plot.subplots(figsize=(1.4 * len(sets) + 3, 0.45 * len(rows) + 1.2))
     change = r1 - r1[0]
     most = max(5.0, np.abs(change).max())
     # Purple to green: lost against gained, which red and green would hide from many readers.
@@ -394,14 +343,13 @@ def add_matrix(page, run):
                       fontsize=7, weight="bold" if row.get("stage") == name else "normal")
     axis.set_xticks(range(len(sets)), sets)
     axis.set_yticks(range(len(rows)), [row["row"] for row in rows])
-    page.add("Learned and forgotten", page.figure("matrix.png", figure, "R@1 of weights on sets"),
+    page.add("Learned and forgotten", page.figure("matrix", figure, "R@1 of weights on sets"),
              "<p class='soft'>R@1, mean of both directions (%), with its 95 % interval. Bold: the "
              "set that the row's stage was trained on.</p>")
     plan = run.read("plan.json", json.loads) or {}
     for stage in plan.get("stages", []):
-        part = Run(run.folder / stage["name"])
-        if part.records:
-            add_curves(page, [part], f"Stage {stage['name']}", f"curves_{stage['name']}.png")
+        add_curves(page, [Run(run.folder / stage["name"])], f"Stage {stage['name']}",
+                   f"curves_{stage['name']}")
 
 
 def load_embeddings(run):
@@ -420,123 +368,108 @@ def load_embeddings(run):
 
 def add_maps(page, found):
     """Images and their texts of all sets in two dimensions, one fit over all rows of weights."""
-    rows = list(next(iter(found.values()))[1])
-    points, sides, names, of_row = [], [], [], []
-    for row in rows:
-        for name, (facts, arrays) in found.items():
-            images, texts = arrays[row]
+    parts = {}  # (row, set, side) -> features
+    for name, (facts, of_rows) in found.items():
+        for row, (images, texts) in of_rows.items():
             pairs = [pair for pair in facts["relevant"] if np.isfinite(images[pair[1]]).all()]
             pairs = pairs[::max(1, len(pairs) // MAP_POINTS)]
-            for side, chosen in (("image", images[[i for _, i in pairs]]),
-                                 ("text", texts[[t for t, _ in pairs]])):
-                points.append(chosen)
-                sides += [side] * len(chosen)
-                names += [name] * len(chosen)
-                of_row += [row] * len(chosen)
-    points = np.concatenate(points)
+            parts[row, name, "images"] = images[[image for _, image in pairs]]
+            parts[row, name, "texts"] = texts[[text for text, _ in pairs]]
+    points = np.concatenate(list(parts.values()))
     centred = points - points.mean(axis=0)
-    axes = np.linalg.svd(centred, full_matrices=False)[2]
-    maps = {"PCA": centred @ axes[:2].T}
+    maps = {"PCA": centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T}
     try:
         from sklearn.manifold import TSNE
         maps["t-SNE"] = TSNE(init="pca", random_state=0, perplexity=min(
             30, (len(points) - 1) / 3)).fit_transform(points)
     except ImportError:
         page.notes.append("scikit-learn is not installed: the t-SNE map is left out")
-    sides, names, of_row = np.array(sides), np.array(names), np.array(of_row)
-    blocks = []
+    rows, ends = list(dict.fromkeys(row for row, _, _ in parts)), np.cumsum(
+        [len(part) for part in parts.values()])
+    colours, blocks = dict(zip(found, PALETTE * len(found))), []
     for title, places in maps.items():
         figure, panels = page.plot.subplots(1, len(rows), squeeze=False, sharex=True, sharey=True,
-                                            figsize=(3.6 * len(rows), 3.6), layout="constrained")
-        for axis, row in zip(panels.flat, rows):
-            for name, colour in zip(found, PALETTE * len(found)):
-                for side, mark in (("image", "o"), ("text", "s")):
-                    chosen = (of_row == row) & (names == name) & (sides == side)
-                    axis.scatter(*places[chosen].T, s=7, marker=mark, color=colour, alpha=0.5,
-                                 label=f"{name}, {side}s" if axis is panels[0, 0] else None)
-            axis.set(title=row, xticks=[], yticks=[])
-        figure.legend(loc="outside lower center", ncols=4, fontsize=7, frameon=False)
-        blocks.append(page.figure(f"map_{title.lower()}.png", figure, f"{title} of embeddings"))
+                                            figsize=(3.6 * len(rows), 3.6))
+        for (row, name, side), dots in zip(parts, np.split(places, ends[:-1])):
+            at = rows.index(row)
+            panels[0, at].scatter(*dots.T, s=7, marker={"images": "o", "texts": "s"}[side],
+                                  color=colours[name], alpha=0.5,
+                                  label=f"{name}, {side}" if at == 0 else None)
+            panels[0, at].set(title=row, xticks=[], yticks=[])
+        figure.legend(loc="outside lower center", ncols=4, fontsize=7)
+        blocks.append(page.figure(f"map_{title.lower()}", figure, f"{title} of embeddings"))
     page.add("Maps of the embeddings", *blocks)
 
 
-def add_cases(page, found, most=4):
-    """Texts whose first right image rose and fell most from the first row of weights to the last;
-    any image that belongs to the text counts as right."""
-    table = []
-    for name, (facts, arrays) in found.items():
-        rows, right = list(arrays), {}
-        for text, image in facts["relevant"]:
-            right.setdefault(text, []).append(image)
-        ranks = {}
-        for row in (rows[0], rows[-1]):
-            images, texts = arrays[row]
-            cosines = np.nan_to_num(texts @ images.T, nan=-1.0)       # (texts, images)
-            ranks[row] = {text: 1 + int((cosines[text] > cosines[text, own].max()).sum())
-                          for text, own in right.items()}
-        before, after = ranks[rows[0]], ranks[rows[-1]]
-        order = sorted(right, key=lambda text: after[text] - before[text])
-        table += [[name, facts["texts"][text], before[text], after[text]]
-                  for text in dict.fromkeys([*order[:most], *order[-most:]])
-                  if after[text] != before[text]]
-    page.add("Texts that gained and lost most", page.table(
-        ["set", "text", "rank before the first stage", "rank after the last"], table)
-        if table else "")
+def first_right(facts, images, texts):
+    """{text: rank of the first image that belongs to it}."""
+    right = {}
+    for text, image in facts["relevant"]:
+        right.setdefault(text, []).append(image)
+    cosines = np.nan_to_num(texts @ images.T, nan=-1.0)                       # (texts, images)
+    return {text: 1 + int((cosines[text] > cosines[text, own].max()).sum())
+            for text, own in right.items()}
+
+
+def add_moves(page, found, most=4):
+    """The texts whose first right image rose and fell most, from the first row of weights to the
+    last."""
+    rows = []
+    for name, (facts, of_rows) in found.items():
+        before, after = (first_right(facts, *list(of_rows.values())[i]) for i in (0, -1))
+        order = sorted(before, key=lambda text: after[text] - before[text])
+        rows += [[name, facts["texts"][text], before[text], after[text]]
+                 for text in dict.fromkeys([*order[:most], *order[-most:]])
+                 if after[text] != before[text]]
+    if rows:
+        page.add("Texts that gained and lost most", table(
+            ["set", "text", "rank before the first stage", "rank after the last"], rows))
 
 
 # -----------------------------------------------------------------------------
 
-def build(runs, out, plot, notes, data_dir=None):
-    """All figures and the page -> the page's path."""
+def main(args):
+    plot, notes = open_matplotlib(args.font)
+    runs = find_runs(args.runs)
+    out = pathlib.Path(args.out or pathlib.Path(args.runs[0]) / "report")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made: {error.strerror}") from None
     page, last = Page(out, plot, notes), runs[-1]
     add_results(page, runs)
-    departures = last.results.get("departures")
-    if isinstance(departures, list) and departures:
-        page.add("Departures from the published recipe", "<ul>" + "".join(
-            f"<li>{html.escape(str(line))}</li>" for line in departures) + "</ul>")
+    if departures := last.results.get("departures"):
+        page.add("Departures from the published recipe",
+                 table([""], [[line] for line in departures]))
     add_shots(page, runs)
     add_curves(page, runs)
     add_matrix(page, last)
-    embeddings = load_embeddings(last)
-    if embeddings:
+    if embeddings := load_embeddings(last):
         add_maps(page, embeddings)
-        add_cases(page, embeddings)
+        add_moves(page, embeddings)
     elif last.results.get("rows"):
         notes.append(f"no maps: `python -m tools.search {last.folder} --embeddings` keeps "
                      "what they need")
-    for name in last.test_sets():
-        add_classes(page, last, name, data_dir)
+    for file in sorted(last.folder.glob("per_class_*.csv")):
+        name = file.stem.removeprefix("per_class_")
+        add_classes(page, last, name)
+        add_confusion(page, last, name, args.data_dir)
     notes += [f"{run.name}: {note}" for run in runs for note in run.notes]
-    words = [str(last.fact(key)) for key in ("method", "data", "model") if last.fact(key)]
-    return page.write(" · ".join(words) or last.name)
+    facts = {**last.config, **last.results}
+    words = [str(facts[key]) for key in ("method", "data", "model") if facts.get(key)]
+    print(page.write(" · ".join(words) or last.name))
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(allow_abbrev=False, prog="python -m tools.report",
-                                     description="Draw runs: one HTML page and its figures.")
-    parser.add_argument("runs", nargs="+", metavar="RUN",
-                        help="a run's folder, or a folder of runs")
-    parser.add_argument("--out", metavar="DIR", help="default: report/ in the first RUN")
-    parser.add_argument("--data-dir", metavar="DIR", help="where data sets lie, for example images")
-    parser.add_argument("--font", metavar="FILE", help="a font for names that need it")
-    parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
+    parser = Parser(prog="python -m tools.report",
+                    description="Draw runs: one HTML page and its figures.")
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="a run's folder, or a folder of runs")
+    add("--out", metavar="DIR", help="default: report/ in the first RUN")
+    add("--data-dir", metavar="DIR", help="where data sets lie, for example images")
+    add("--font", metavar="FILE", help="a font for names that need it")
     return parser.parse_args(argv)
 
 
-def main(argv=None):
-    """Returns the exit code: 0, or 2 after one line on stderr."""
-    args = get_args(argv)
-    try:
-        plot, notes = open_matplotlib(args.font)
-        runs = find_runs(args.runs)
-        out = pathlib.Path(args.out or pathlib.Path(args.runs[0]) / "report")
-        out.mkdir(parents=True, exist_ok=True)
-        print(build(runs, out, plot, notes, args.data_dir))
-    except (ReportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guard(main, get_args))
