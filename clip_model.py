@@ -23,6 +23,7 @@ import re
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 # -----------------------------------------------------------------------------
@@ -164,20 +165,24 @@ def take(x, rows):
     return x[torch.arange(x.shape[0], device=x.device), rows]
 
 
-def attend(q, k, v, seen=None, causal=False, fused=True, dropout=0.0):
-    """softmax(q k^T / sqrt(width)) v over (B, H, L, width); seen: bool, True where q may look.
+def attend(q, k, v, heads, seen=None, causal=False, fused=True, dropout=0.0):
+    """softmax(q k^T / sqrt(W / H)) v in each of H heads: q (B, M, W), k and v (B, L, W) -> (B, M, W).
+    seen: bool, broadcast to (B, H, M, L), True where q may look.
 
     fused: torch's one kernel, or the two products and the softmax written out. The kernel is as
     fast or faster but on a CPU in bf16, and on some accelerators it has had bugs.
     """
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, ., W/H)
     if fused:
-        return F.scaled_dot_product_attention(q, k, v, seen, dropout, causal)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)               # (B, H, L, L)
-    if causal:
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if seen is not None:
-        scores = scores.masked_fill(~seen, float("-inf"))
-    return F.dropout(scores.softmax(dim=-1, dtype=scores.dtype), dropout) @ v
+        out = F.scaled_dot_product_attention(q, k, v, seen, dropout, causal)
+    else:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)               # (B, H, M, L)
+        if causal:
+            seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        if seen is not None:
+            scores = scores.masked_fill(~seen, float("-inf"))
+        out = F.dropout(scores.softmax(dim=-1, dtype=scores.dtype), dropout) @ v
+    return out.transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
@@ -195,24 +200,21 @@ class Attention(nn.Module):
 
     def forward(self, x, causal=False, rows=None):
         """(B, L, W) -> (B, L, W); with `rows`, only those rows ask: (B, W)."""
-        B, L, W = x.shape
-        H, (weight, bias) = self.heads, self.rounded or (self.in_proj_weight, self.in_proj_bias)
+        W, (weight, bias) = x.shape[2], self.rounded or (self.in_proj_weight, self.in_proj_bias)
         if rows is None:
-            qkv = F.linear(x, weight, bias).view(B, L, 3, H, W // H)
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)                           # each (B, H, L, W/H)
-            out = attend(q, k, v, causal=causal, fused=self.fused)
-            return self.out_proj(out.transpose(1, 2).reshape(B, L, W))
-        q = F.linear(take(x, rows), weight[:W], bias[:W]).view(B, H, 1, W // H)
-        kv = F.linear(x, weight[W:], bias[W:]).view(B, L, 2, H, W // H)
-        k, v = kv.permute(2, 0, 3, 1, 4)
+            q, k, v = F.linear(x, weight, bias).chunk(3, dim=2)
+            return self.out_proj(attend(q, k, v, self.heads, causal=causal, fused=self.fused))
+        q = F.linear(take(x, rows)[:, None], weight[:W], bias[:W])             # (B, 1, W)
+        k, v = F.linear(x, weight[W:], bias[W:]).chunk(2, dim=2)
         seen = None
         if causal:  # a row sees itself and what stands before it
-            seen = (torch.arange(L, device=x.device) <= rows[:, None])[:, None, None]  # (B,1,1,L)
-        out = attend(q, k, v, seen, fused=self.fused)                      # (B, H, 1, W/H)
-        return self.out_proj(out.reshape(B, W))
+            seen = (torch.arange(x.shape[1], device=x.device) <= rows[:, None])[:, None, None]
+        return self.out_proj(attend(q, k, v, self.heads, seen, fused=self.fused)[:, 0])
 
 
 class Block(nn.Module):
+    recompute = False
+
     def __init__(self, width, heads, activation):
         super().__init__()
         self.attn = Attention(width, heads)
@@ -229,17 +231,14 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class Recomputing(nn.Module):
-    """Blocks whose activations are not kept for the backward pass: `CLIP.recompute_blocks`."""
-    recompute = False
-
-    def through(self, block, *args):
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
+def through(block, *args):
+    """A block of a transformer, its activations not kept where it says `recompute`."""
+    if block.recompute and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
 
 
-class Transformer(Recomputing):
+class Transformer(nn.Module):
     def __init__(self, width, layers, heads, activation):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads, activation) for _ in range(layers))
@@ -247,8 +246,8 @@ class Transformer(Recomputing):
     def forward(self, x, rows, causal=False):
         """(B, L, W) -> (B, W): the outputs at `rows` alone, which spares most of the last block."""
         for block in self.resblocks[:-1]:
-            x = self.through(block, x, causal)
-        return self.through(self.resblocks[-1], x, causal, rows)
+            x = through(block, x, causal)
+        return through(self.resblocks[-1], x, causal, rows)
 
 
 class ResidualHead(nn.Module):
@@ -295,10 +294,7 @@ class VisionTransformer(nn.Module):
         self.ln_post = nn.LayerNorm(width)
         self.proj = make_head(config.proj, width, config.embed_dim)
 
-    def forward(self, images):                                         # (B, 3, GP, GP)
-        return project(self.pooled(images), self.proj)                 # (B, D)
-
-    def pooled(self, images):
+    def forward(self, images):
         """What the head gets: (B, 3, GP, GP) -> (B, W), the class token after the last block."""
         x = self.conv1(images).flatten(2).transpose(1, 2)              # (B, G*G, W)
         first = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
@@ -354,12 +350,8 @@ class AttentionPool2d(nn.Module):
     def forward(self, x):               # (B, C, side, side) -> (B, C), what c_proj projects to D
         x = x.flatten(2).transpose(1, 2)                               # (B, side^2, C)
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding
-
-        def split(t):                                                  # (B, L, C) -> (B, H, L, C/H)
-            return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        out = attend(split(self.q_proj(x[:, :1])), split(self.k_proj(x)), split(self.v_proj(x)),
-                     fused=self.fused)
-        return out.transpose(1, 2).flatten(1)
+        q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
+        return attend(q, k, v, self.heads, fused=self.fused)[:, 0]
 
 
 class ModifiedResNet(nn.Module):
@@ -384,10 +376,7 @@ class ModifiedResNet(nn.Module):
         self.attnpool = AttentionPool2d(config.image_size // 32, 32 * width, 32 * width //
                                         config.vision_head, config.proj, config.embed_dim)
 
-    def forward(self, images):                                         # (B, 3, R, R)
-        return self.attnpool.c_proj(self.pooled(images))               # (B, D)
-
-    def pooled(self, images):
+    def forward(self, images):
         """What the head gets: (B, 3, R, R) -> (B, 32 width)."""
         x = F.relu(self.bn1(self.conv1(images)))
         x = F.relu(self.bn2(self.conv2(x)))
@@ -401,7 +390,7 @@ class ModifiedResNet(nn.Module):
 
 class BertLayer(nn.Module):
     """One post-LN layer (Devlin et al. 2019; Vaswani et al. 2017) under Hugging Face's names."""
-    fused = True
+    fused, recompute = True, False
 
     def __init__(self, config):
         super().__init__()
@@ -423,15 +412,15 @@ class BertLayer(nn.Module):
             y = F.dropout(part["dense"](y), self.config.dropout, self.training)
             return part["LayerNorm"](y + x)
         asking, projections = x[:, :1] if first else x, self.attention["self"]
-        q, k, v = (projections[name](y).unflatten(-1, (self.config.heads, -1)).transpose(1, 2)
+        q, k, v = (projections[name](y)
                    for name, y in (("query", asking), ("key", x), ("value", x)))
-        out = attend(q, k, v, seen, fused=self.fused,
+        out = attend(q, k, v, self.config.heads, seen, fused=self.fused,
                      dropout=self.config.attention_dropout if self.training else 0.0)
-        x = add(self.attention["output"], out.transpose(1, 2).flatten(2), asking)
+        x = add(self.attention["output"], out, asking)
         return add(self.output, F.gelu(self.intermediate["dense"](x)), x)
 
 
-class BertTower(Recomputing):
+class BertTower(nn.Module):
     """BERT (Devlin et al. 2019), RoBERTa (Liu et al. 2019) or DistilBERT (Sanh et al. 2019)."""
 
     def __init__(self, config):
@@ -470,8 +459,8 @@ class BertTower(Recomputing):
         seen[:, 0] = True  # a text of padding alone must see something
         mask, *layers, last = seen[:, None, None], *self.encoder["layer"]  # (N, 1, 1, L)
         for layer in layers:
-            x = self.through(layer, x, mask)
-        x = self.through(last, x, mask, config.pool != "mean")         # (N, 1, W); mean: (N, L, W)
+            x = through(layer, x, mask)
+        x = through(last, x, mask, config.pool != "mean")         # (N, 1, W); mean: (N, L, W)
         if config.pool == "mean":
             return (x * seen[..., None]).sum(dim=1) / seen.sum(dim=1, keepdim=True)
         return self.pooler["dense"](x[:, 0]).tanh() if config.pool == "pooler" else x[:, 0]
@@ -545,10 +534,7 @@ class BackboneTower(nn.Module):
                 # would still use what the statistics were at the start.
                 module.momentum = max(module.momentum, 0.1)
 
-    def forward(self, images):                                         # (B, 3, R, R)
-        return project(self.pooled(images), self.proj)                 # (B, D)
-
-    def pooled(self, images):
+    def forward(self, images):
         """What the head gets: (B, 3, R, R) -> (B, F)."""
         return self.trunk(images)
 
@@ -567,13 +553,6 @@ def ends_of(tokens, pad_id=None):
         return tokens.argmax(dim=-1)
     places = torch.arange(tokens.shape[-1], device=tokens.device)
     return ((tokens != pad_id) * places).argmax(dim=-1)
-
-
-def trim(tokens, pad_id=None):
-    """Cut a batch of texts to its longest: (N, L) -> ((N, L'), ends (N,)), L' <= L. pad_id:
-    `CLIP.text_pad`. Reading the longest waits for an accelerator: do it once for fixed prompts."""
-    ends = ends_of(tokens, pad_id)
-    return (tokens[:, :int(ends.max()) + 1], ends) if len(tokens) else (tokens, ends)
 
 
 def text_pieces(tokens, size, pad_id=None):
@@ -597,6 +576,20 @@ def evaluating(model):
     finally:
         for m in training:
             m.training = True
+
+
+def training_mode(model, statistics=True):
+    """Training mode, but in what is frozen -> the BatchNorms in the rest, whose statistics move
+    only if `statistics`."""
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            module.eval()
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    for norm in norms:
+        norm.train(statistics)
+    return norms
 
 
 def unit(x):
@@ -668,7 +661,7 @@ class CLIP(nn.Module):
 
     @property
     def text_pad(self):
-        """The pad_id that `trim` and `text_pieces` want: None for CLIP's own text tower."""
+        """The pad_id that `text_pieces` wants: None for CLIP's own text tower."""
         return self.pad_id if self.config.text else None
 
     @torch.no_grad()
@@ -708,33 +701,41 @@ class CLIP(nn.Module):
         """Keep no activations inside transformer blocks: the backward pass runs them again, with
         the same dropout. A third more arithmetic, a fraction of the memory, equal gradients."""
         for module in self.modules():
-            if isinstance(module, Recomputing):
+            if isinstance(module, (Block, BertLayer)):
                 module.recompute = on
         return self
 
     def encode_image(self, images, normalize=False):
         """(B, 3, R, R) normalised pixels -> (B, D). ValueError when R is not the model's size."""
-        size = self.config.image_size
-        if images.shape[-2:] != (size, size):
-            raise ValueError(f"images are {tuple(images.shape[-2:])} pixels and this model takes "
-                             f"({size}, {size}); resize them with data.Preprocess({size})")
-        features = self.visual(images)
+        features = project(self.pooled_image(images), self.image_head)
         return unit(features) if normalize else features
 
     def pooled_image(self, images):
         """What the image's projection head gets, (B, W)."""
-        return self.visual.pooled(images)
+        size = self.config.image_size
+        if images.shape[-2:] != (size, size):
+            raise ValueError(f"images are {tuple(images.shape[-2:])} pixels and this model takes "
+                             f"({size}, {size}); resize them with data.Preprocess({size})")
+        return self.visual(images)
+
+    @property
+    def image_head(self):
+        """The image's projection head; the ModifiedResNet has it inside its pool."""
+        resnet = isinstance(self.visual, ModifiedResNet)
+        return self.visual.attnpool.c_proj if resnet else self.visual.proj
 
     def encode_text(self, tokens, normalize=False, ends=None):
-        """(N, L) token ids -> (N, D). `tokens, ends` as `trim` gives them spare its wait on an
-        accelerator. ValueError when a BERT's texts are longer than its positions."""
+        """(N, L) token ids -> (N, D). A piece of `text_pieces`, `tokens, ends`, need not be cut to
+        its longest text, for which an accelerator would be waited for. ValueError when a BERT's
+        texts are longer than its positions."""
         features = project(self.pooled_text(tokens, ends), self.text_projection)
         return unit(features) if normalize else features
 
     def pooled_text(self, tokens, ends=None):
         """What the text's projection head gets, (N, W); the arguments are encode_text's."""
         if ends is None:
-            tokens, ends = trim(tokens, self.text_pad)
+            ends = ends_of(tokens, self.text_pad)
+            tokens = tokens[:, :int(ends.max()) + 1] if len(tokens) else tokens
         if self.config.text:
             return self.bert(tokens)
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]

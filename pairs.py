@@ -121,6 +121,11 @@ class PairSet(Dataset):
         """The captions of the image at this position in paths."""
         return [self.captions[c] for c in self.captions_of[image]]
 
+    def describe(self, captions):
+        """A batch of these captions, by the names of its first images."""
+        images = [self.paths[self.owner[c]] for c in captions[:8].tolist()]
+        return "the batch of " + ", ".join(images)
+
     def subset(self, images):
         """The same set with only the images at these positions, in this order."""
         chosen, rows = self.with_transform(self.transform), []

@@ -12,6 +12,7 @@ import pathlib
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 
 from clip_model import evaluating, project, text_pieces, unit
 from data import class_prompts, DataError, make_loader, normalise
@@ -20,6 +21,8 @@ BATCH = 128            # images encoded at a time; nothing is kept for a gradien
 TEXTS = 64             # texts at a time, of about equal length: a long one is padding for few
 BLOCK = 2 ** 24        # similarities held at a time, 64 MB in fp32
 NEVER = 10 ** 9        # the rank of what is not found
+STRENGTHS = tuple(10 ** (k / 2) for k in range(-2, 9))  # of the linear probe: 0.1 to 10,000
+DEFAULT_STRENGTH = 10 ** 1.5  # OpenAI's example has 0.316 for features about 10 long; ours have 1
 
 
 # -----------------------------------------------------------------------------
@@ -29,9 +32,8 @@ def image_features(run, model, images):
     """Unit features (m, D) of pixels (m, 3, S, S), 0..255, or of what `frozen_features` keeps of
     them (m, F). With gradient where it is enabled."""
     images = run.move(images)
-    if images.ndim == 2:  # a ModifiedResNet's head is a part of its pool
-        pool = getattr(model.visual, "attnpool", None)
-        return unit(project(images, pool.c_proj if pool else model.visual.proj))
+    if images.ndim == 2:
+        return unit(project(images, model.image_head))
     return model.encode_image(normalise(images, model.image_mean, model.image_std), normalize=True)
 
 
@@ -127,13 +129,6 @@ def embed(run, model, pairs, tokenizer, batch_size=BATCH, workers=-1, max_text=N
         place = asks.cumsum(0) - 1, readable.cumsum(0) - 1   # among what is left
         relevant = torch.stack([place[k][relevant[seen, k]] for k in (0, 1)], dim=1)
     return image, text, relevant
-
-
-def retrieval(run, model, pairs, tokenizer, args, **kept):
-    """`recall_at_k` of held-out pairs, and of how many "images" and "captions"; kept: see embed."""
-    image, text, relevant = embed(run, model, pairs, tokenizer, workers=args.workers,
-                                  max_text=getattr(args, "max_text", None), **kept)
-    return {**recall_at_k(image, text, relevant), "images": len(image), "captions": len(text)}
 
 
 def recall_at_k(image_features, text_features, owner, ks=(1, 5, 10), chunk=1024):
@@ -261,24 +256,27 @@ def zero_shot_weights(encode, prompts_per_class, chunk=256):
 def zero_shot(run, model, images, tokenizer, templates, args):
     """`classify` labelled images by sentences on their classes; templates: a list with {} for the
     name of the class, or None for the data set's own."""
-    templates = templates or [images.template]
+    templates, cut = templates or [images.template], tokenizer.truncated
     prompts = list(zip(*(class_prompts(images.classnames, template) for template in templates)))
     text = zero_shot_weights(lambda some: encode_texts(
         run, model, tokenizer, some, getattr(args, "max_text", None)), prompts)
+    if tokenizer.truncated > cut:
+        run.say(f"note: {tokenizer.truncated - cut} prompts of {images.name} are too long, cut")
     return classify(run, model, images, text, args)
 
 
 def classify(run, model, images, text_features, args):
-    """Labelled images by the nearest of (C, D) -> `classification_scores` with
-    "predictions" (n,) and "labels" (n,), -1 where an image cannot be read.
-    Images that cannot be read are not scored; DataError if they are too many."""
+    """Labelled images by the nearest of (C, D) -> `classification_scores`, and "features" (n, D),
+    "labels" and "predictions" (n,), -1 where an image cannot be read. Such images are not scored;
+    DataError if they are too many."""
     features, labels = encode_images(run, model, images, workers=args.workers, what=images.name)
     if lost := (labels < 0).nonzero()[:, 0].tolist():
         images.refuse_losses(lost, "they do not decode")
     text = text_features.detach().float().cpu()
     predictions = torch.cat([(rows @ text.T).argmax(dim=1) for rows in features.split(4096)])
+    predictions[labels < 0] = -1
     return {**classification_scores(predictions, labels, len(images.classnames)),
-            "predictions": predictions, "labels": labels}
+            "predictions": predictions, "labels": labels, "features": features}
 
 
 def classification_scores(predictions, labels, classes):
@@ -302,3 +300,34 @@ def classification_scores(predictions, labels, classes):
             "macro_f1": 100 * float(f1.mean()), "confusion": confusion,
             "per_class": [100 * int(r) / int(a) if a else None for r, a in zip(right, actual)],
             "scored": len(truth), "skipped": int((~counted).sum())}
+
+
+def linear_probe(features, labels, classes, val=None, strengths=STRENGTHS):
+    """Logistic regression on (n, D) features of a frozen tower -> weight (classes, D), bias
+    (classes,), C: the baseline of CLIP's paper (Radford et al. 2021, section 3.2), beside which
+    CoOp and Tip-Adapter put their few-shot numbers. It minimises
+
+        C * sum of the cross-entropies + |weight|^2 / 2
+
+    as scikit-learn's LogisticRegression does. Of `strengths`, C is the most accurate one on `val`,
+    a pair (features, labels), and the smallest of equal ones; without val it is DEFAULT_STRENGTH.
+    """
+    x, best, most = features.double(), None, -1
+    weight, bias = (x.new_zeros(shape, requires_grad=True) for shape in (
+        (classes, x.shape[1]), (classes,)))
+    for C in sorted(strengths) if val else [DEFAULT_STRENGTH]:  # each from where the last ended
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=1000, history_size=10,
+                                      tolerance_change=1e-12, line_search_fn="strong_wolfe")
+
+        def objective(C=C, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = cross_entropy(x @ weight.T + bias, labels)
+            loss = loss + weight.square().sum() / (2 * C * len(x))
+            loss.backward()
+            return loss
+        optimizer.step(objective)
+        found = weight.detach().float(), bias.detach().float(), C
+        right = int(((val[0] @ found[0].T + found[1]).argmax(dim=1) == val[1]).sum()) if val else 0
+        if right > most:
+            best, most = found, right
+    return best

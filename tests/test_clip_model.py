@@ -10,7 +10,7 @@ from torch import nn
 
 from clip_model import (
     CLIP, CONFIGS, Attention, BertConfig, QuickGELU, bert_fields, canonical_name, evaluating,
-    project, text_pieces, trim, unit)
+    ends_of, project, text_pieces, unit)
 from weights import RELEASED, config_from_state_dict
 
 VOCAB, EXACT = 64, {"rtol": 0, "atol": 1e-12}
@@ -285,9 +285,7 @@ def test_features_do_not_depend_on_the_batch_the_padding_or_the_pieces(bert):
         torch.testing.assert_close(features[row:row + 1], alone, **EXACT)
     longer = F.pad(tokens, (0, 10), value=model.pad_id)
     torch.testing.assert_close(model.encode_text(longer), features, **EXACT)
-    cut, ends = trim(longer, model.text_pad)
-    assert cut.shape == (5, 22) and ends.tolist() == [2, 8, 21, 3, 11]
-    torch.testing.assert_close(model.encode_text(cut, ends=ends), features, **EXACT)
+    assert ends_of(longer, model.text_pad).tolist() == [2, 8, 21, 3, 11]
     for size in (1, 2, 100):
         pieces, places = text_pieces(longer, size, model.text_pad)
         assert [part.shape[1] for part, _ in pieces] == {
@@ -350,8 +348,8 @@ def test_forward_gives_unit_fp32_rows_also_under_autocast(name):
         torch.testing.assert_close(image.norm(dim=1), torch.ones(2), rtol=0, atol=1e-6)
         torch.testing.assert_close(text.norm(dim=1), torch.ones(3), rtol=0, atol=1e-6)
     assert 0 < (exact[0] - rough[0]).abs().max() < 0.1
-    head = model.visual.proj if name == "tiny-vit" else model.visual.attnpool.c_proj
-    torch.testing.assert_close(unit(project(model.pooled_image(images), head)), exact[0])
+    torch.testing.assert_close(unit(project(model.pooled_image(images), model.image_head)),
+                               exact[0])
     torch.testing.assert_close(unit(model.pooled_text(tokens) @ model.text_projection), exact[1])
     for wrong in (torch.zeros(1, 3, 40, model.config.image_size), torch.zeros(1, 3, 24, 24)):
         with pytest.raises(ValueError, match="pixels"):
