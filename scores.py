@@ -9,6 +9,8 @@ import hashlib
 import json
 import math
 import pathlib
+import statistics
+import time
 
 import numpy as np
 import torch
@@ -94,6 +96,20 @@ def frozen_features(run, model, pairs, folder, tower, batch_size=BATCH, workers=
         pairs.refuse_losses(stored["lost"].nonzero()[:, 0].tolist(), "they do not decode")
         run.save(path, stored)
     return stored["features"].masked_fill(stored["lost"][:, None], math.nan)
+
+
+@torch.no_grad()
+def milliseconds(run, model, encode, x):
+    """The median time of ten passes encode(run, model, x)."""
+    took = []
+    with evaluating(model), run.autocast():
+        for _ in range(12):
+            run.synchronize()
+            began = time.perf_counter()
+            encode(run, model, x)
+            run.synchronize()
+            took.append(1000 * (time.perf_counter() - began))
+    return statistics.median(took[2:])
 
 
 # -----------------------------------------------------------------------------
