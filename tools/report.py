@@ -24,9 +24,11 @@ import warnings
 
 from device import guard, one_line, Parser, UserError  # before torch
 import numpy as np
+import torch
 from PIL import ImageOps
 
 from data import open_dataset
+from scores import retrieval_ranks
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")
@@ -268,7 +270,8 @@ def add_classes(page, run, name):
     figure, axis = page.plot.subplots(figsize=(8, 0.24 * len(rows) + 1))
     places = np.arange(len(rows))
     for key, colour, shift in (("zero_shot", ORANGE, -0.2), ("tuned", BLUE, 0.2)):
-        axis.barh(places + shift, [float(row[key]) for row in rows], 0.4, color=colour, label=key)
+        axis.barh(places + shift, [float(row[key]) for row in rows], 0.4, color=colour,
+                  label=key.replace("_", "-"))
     axis.set_yticks(places, [row["class"] for row in rows])
     axis.set(xlabel="accuracy (%)", ylim=(len(rows) - 0.5, -0.5))
     axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
@@ -332,7 +335,7 @@ def add_matrix(page, run):
     r1 = np.array([[row["sets"][name]["r1"] for name in sets] for row in rows])
     figure, axis = page.plot.subplots(figsize=(1.4 * len(sets) + 3, 0.45 * len(rows) + 1.2))
     change = r1 - r1[0]
-    most = max(5.0, np.abs(change).max())
+    most = max(5.0, 1.5 * np.abs(change).max())  # so that no cell gets too dark for its text
     # Purple to green: lost against gained, which red and green would hide from many readers.
     shown = axis.imshow(change, cmap="PRGn", vmin=-most, vmax=most, aspect="auto")
     figure.colorbar(shown, label="points above the first row")
@@ -384,8 +387,8 @@ def add_maps(page, found):
             30, (len(points) - 1) / 3)).fit_transform(points)
     except ImportError:
         page.notes.append("scikit-learn is not installed: the t-SNE map is left out")
-    rows, ends = list(dict.fromkeys(row for row, _, _ in parts)), np.cumsum(
-        [len(part) for part in parts.values()])
+    rows = list(dict.fromkeys(row for row, _, _ in parts))
+    ends = np.cumsum([len(part) for part in parts.values()])
     colours, blocks = dict(zip(found, PALETTE * len(found))), []
     for title, places in maps.items():
         figure, panels = page.plot.subplots(1, len(rows), squeeze=False, sharex=True, sharey=True,
@@ -401,24 +404,15 @@ def add_maps(page, found):
     page.add("Maps of the embeddings", *blocks)
 
 
-def first_right(facts, images, texts):
-    """{text: rank of the first image that belongs to it}."""
-    right = {}
-    for text, image in facts["relevant"]:
-        right.setdefault(text, []).append(image)
-    cosines = np.nan_to_num(texts @ images.T, nan=-1.0)                       # (texts, images)
-    return {text: 1 + int((cosines[text] > cosines[text, own].max()).sum())
-            for text, own in right.items()}
-
-
 def add_moves(page, found, most=4):
     """The texts whose first right image rose and fell most, from the first row of weights to the
     last."""
     rows = []
     for name, (facts, of_rows) in found.items():
-        before, after = (first_right(facts, *list(of_rows.values())[i]) for i in (0, -1))
-        order = sorted(before, key=lambda text: after[text] - before[text])
-        rows += [[name, facts["texts"][text], before[text], after[text]]
+        before, after = (retrieval_ranks(*map(torch.from_numpy, arrays), facts["relevant"])["t2i"]
+                         for arrays in (list(of_rows.values())[i] for i in (0, -1)))
+        order = np.argsort(after - before, kind="stable").tolist()
+        rows += [[name, facts["texts"][text], 1 + before[text], 1 + after[text]]
                  for text in dict.fromkeys([*order[:most], *order[-most:]])
                  if after[text] != before[text]]
     if rows:
