@@ -40,11 +40,7 @@ import train_contrastive
 from clip_model import CLIP, CONFIGS, text_pieces, unit
 from tokenizer import BPETokenizer
 
-WORDS = """banded blotchy braided bubbly bumpy chequered cobwebbed cracked crosshatched crystalline
-dotted fibrous flecked freckled frilly gauzy grid grooved honeycombed interlaced knitted lacelike
-lined marbled matted meshed paisley perforated pitted pleated polka-dotted porous potholed scaly
-smeared spiralled sprinkled stained stratified striped studded swirly veined waffled woven wrinkled
-zigzagged""".split()  # the classes of DTD
+DTD = data.list_dataset("dtd").classnames
 peer = importlib.import_module
 
 
@@ -68,7 +64,7 @@ def pixels(size, count):
 def captions(count):
     """Sentences of 6 to 18 words."""
     draw = random.Random(0)
-    return [" ".join(draw.choices(WORDS, k=draw.randint(6, 18))) for _ in range(count)]
+    return [" ".join(draw.choices(DTD, k=draw.randint(6, 18))) for _ in range(count)]
 
 
 def clipfit(side="ours", size="ViT-B/16", batch=32, precision="fp32", micro_batch=0):
@@ -77,8 +73,8 @@ def clipfit(side="ours", size="ViT-B/16", batch=32, precision="fp32", micro_batc
     model, images = open_model("ours", size, run).eval(), data.normalise(pixels(size, batch))
     train_clipfit.choose_trainable(model)
     model.round_frozen(run.dtype)
-    tokens, labels = BPETokenizer()([f"{name} texture." for name in WORDS]), torch.arange(batch)
-    before, pieces = torch.randn(len(WORDS), model.config.embed_dim), text_pieces(tokens, 128)
+    tokens, labels = BPETokenizer()([f"{name} texture." for name in DTD]), torch.arange(batch)
+    before, pieces = torch.randn(len(DTD), model.config.embed_dim), text_pieces(tokens, 128)
     args = types.SimpleNamespace(micro_batch=micro_batch, reg_weight=8.0)
 
     def call():
@@ -122,11 +118,11 @@ def features(side="ours", what="texts", size="ViT-B/32", count=256, precision="f
     """Features of captions, by others of 77 positions each, or of images."""
     run = device.start("cpu", precision)
     model = open_model(side, size, run).eval().requires_grad_(False)
-    given = BPETokenizer()(captions(count)) if what == "texts" else (
-        data.normalise(pixels(size, count)))
-    names = {"texts": ("encode_text", "get_text_features"),
-             "images": ("encode_image", "get_image_features")}[what]
-    encode = getattr(model, names[side == "transformers"])
+    if what == "texts":
+        given, kind = BPETokenizer()(captions(count)), "text"
+    else:
+        given, kind = data.normalise(pixels(size, count)), "image"
+    encode = getattr(model, f"get_{kind}_features" if side == "transformers" else f"encode_{kind}")
     if side == "ours":
         model.round_frozen(run.dtype)
         if what == "texts":
@@ -235,30 +231,32 @@ BEFORE = ("clipfit batch=32", "clipfit batch=8", "contrastive", "contrastive mic
 
 
 class Child:
-    """A step in a process of its own, with the files of a checkout."""
+    """A step in a process of its own, with the files of a checkout. A call gives how many MB the
+    step took at most beyond those before it."""
 
     def __init__(self, step, folder=ROOT):
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "step", step], text=True, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(folder)})
+            [sys.executable, __file__, "step", step, str(torch.get_num_threads())], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(folder)})
 
     def __call__(self):
-        """Do it once -> how many MB it took at most beyond those before it."""
-        print(torch.get_num_threads(), file=self.process.stdin, flush=True)
+        print(file=self.process.stdin, flush=True)
         return float(self.process.stdout.readline())
 
 
-def serve(step):
-    """What a Child's process does. Only Linux tells the memory."""
-    call, place = prepare(step), pathlib.Path("/proc/self")
+def serve(step, threads):
+    """What a Child's process does: the step, once for each line of its input."""
+    torch.set_num_threads(int(threads))
+    call, proc = prepare(step), pathlib.Path("/proc/self")
 
     def memory(field):
-        text = (place / "status").read_text() if place.exists() else f"{field}: 0"
-        return int(re.search(rf"{field}:\s+(\d+)", text)[1]) / 1024
-    for threads in sys.stdin:
-        torch.set_num_threads(int(threads))
-        if place.exists():
-            (place / "clear_refs").write_text("5")  # the peak begins anew
+        if not proc.exists():  # only Linux tells
+            return 0.0
+        return int(re.search(rf"{field}:\s+(\d+)", (proc / "status").read_text())[1]) / 1024
+    for _ in sys.stdin:
+        if proc.exists():
+            (proc / "clear_refs").write_text("5")  # the peak begins anew
         before = memory("VmRSS")
         call()
         print(memory("VmHWM") - before, flush=True)
@@ -280,32 +278,18 @@ def take_turns(calls, rounds):
     return [its[-rounds:] for its in seconds], first
 
 
-def compare(steps, rounds):
-    """Print a table with a row for each of the steps."""
-    kind, middle = steps[0].split()[0], statistics.median
-    last = {"loss": "extra MB", "script": "MB left"}.get(kind, "a second")
-    print(f"\n| step | seconds | speed | {last} |\n|---|---:|---:|---:|", flush=True)
-    seconds, first = take_turns([(Child if kind == "loss" else prepare)(step) for step in steps],
-                                rounds)
-    for step, took, gave in zip(steps, seconds, first):
-        speed = middle(a / b for a, b in zip(seconds[0], took))
-        amount = gave / middle(took) if last == "a second" else gave
-        print(f"| {step} | {middle(took):.3f} | {speed:.2f} | {amount:,.1f} |", flush=True)
+def print_head(last):
+    print("\n| step | seconds | times as fast as the first | lowest | highest | "
+          f"{last} |\n|---|---:|---:|---:|---:|---:|", flush=True)
 
 
-def before(folder, rounds):
-    """Print a table: each step in another checkout and in this one, in twice two processes."""
-    print("\n| step | before, s | now, s | before / now | lowest | highest | MB before | MB now |"
-          "\n|---" + "|---:" * 7 + "|", flush=True)
-    for step in BEFORE:
-        then, now = [], []
-        for _ in range(2):
-            seconds, memory = take_turns([Child(step, folder), Child(step)], rounds)
-            then, now = then + seconds[0], now + seconds[1]
-        ratios = sorted(a / b for a, b in zip(then, now))
-        cells = [*map(statistics.median, (then, now, ratios)), ratios[0], ratios[-1]]
-        print(f"| {step} | " + " | ".join([f"{cell:.3f}" for cell in cells] + [
-            f"{cell:,.0f}" for cell in memory]) + " |", flush=True)
+def print_rows(names, calls, rounds, rate=False):
+    """A row for each call: medians, and what it gave, a second if `rate`."""
+    seconds, first = take_turns(calls, rounds)
+    for name, took, gave in zip(names, seconds, first):
+        ratios, middle = sorted(a / b for a, b in zip(seconds[0], took)), statistics.median(took)
+        print(f"| {name} | {middle:.3f} | {statistics.median(ratios):.2f} | {ratios[0]:.2f} | "
+              f"{ratios[-1]:.2f} | {gave / middle if rate else gave:,.1f} |", flush=True)
 
 
 def main(args):
@@ -315,10 +299,18 @@ def main(args):
     print(f"{[*names, platform.processor()][0]}, {torch.backends.cpu.get_cpu_capability()}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}, {args.rounds} rounds")
     if args.tables[:1] == ["before"]:
-        return before(pathlib.Path(args.tables[1]).resolve(), args.rounds)
+        print_head("extra MB")
+        for step in BEFORE * 2:  # each in two pairs of processes
+            pair = [Child(step, pathlib.Path(args.tables[1]).resolve()), Child(step)]
+            print_rows([f"{step}, before", f"{step}, now"], pair, args.rounds)
+        return
     for name in args.tables or [name for name in TABLES if name != "huge"]:
         for steps in TABLES.get(name, [[name]]):
-            compare(steps, 0 if name in ("demos", "huge") else args.rounds)
+            kind = steps[0].split()[0]
+            print_head({"loss": "extra MB", "script": "MB left"}.get(kind, "a second"))
+            print_rows(steps, [(Child if kind == "loss" else prepare)(step) for step in steps],
+                       0 if name in ("demos", "huge") else args.rounds,
+                       rate=kind not in ("loss", "script"))
 
 
 def get_args(argv=None):
@@ -337,4 +329,4 @@ def get_args(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(serve(sys.argv[2]) if sys.argv[1:2] == ["step"] else device.guard(main, get_args))
+    sys.exit(serve(*sys.argv[2:]) if sys.argv[1:2] == ["step"] else device.guard(main, get_args))
