@@ -329,21 +329,23 @@ def linear_probe(features, labels, classes, val=None, strengths=STRENGTHS):
     a pair (features, labels), and the smallest of equal ones; without val it is DEFAULT_STRENGTH.
     """
     x, best, most = features.double(), None, -1
-    weight, bias = (x.new_zeros(shape, requires_grad=True) for shape in (
-        (classes, x.shape[1]), (classes,)))
+    weight = x.new_zeros(classes, x.shape[1], requires_grad=True)
+    bias = x.new_zeros(classes, requires_grad=True)
+
+    def objective():
+        optimizer.zero_grad()
+        loss = cross_entropy(x @ weight.T + bias, labels)
+        loss = loss + weight.square().sum() / (2 * C * len(x))
+        loss.backward()
+        return loss
     for C in sorted(strengths) if val else [DEFAULT_STRENGTH]:  # each from where the last ended
         optimizer = torch.optim.LBFGS([weight, bias], max_iter=1000, history_size=10,
                                       tolerance_change=1e-12, line_search_fn="strong_wolfe")
-
-        def objective(C=C, optimizer=optimizer):
-            optimizer.zero_grad()
-            loss = cross_entropy(x @ weight.T + bias, labels)
-            loss = loss + weight.square().sum() / (2 * C * len(x))
-            loss.backward()
-            return loss
         optimizer.step(objective)
         found = weight.detach().float(), bias.detach().float(), C
-        right = int(((val[0] @ found[0].T + found[1]).argmax(dim=1) == val[1]).sum()) if val else 0
+        if not val:
+            return found
+        right = int(((val[0] @ found[0].T + found[1]).argmax(dim=1) == val[1]).sum())
         if right > most:
             best, most = found, right
     return best
