@@ -708,5 +708,6 @@ def add_data_flags(parser):
     group.add_argument("--no-download", action="store_true",
                        help="refuse rather than fetch images that are not there")
     group.add_argument("--classes", nargs="+", metavar="NAME", help="train and test on these only")
-    group.add_argument("--template", help="prompt with {} for the class; default: the paper's")
+    group.add_argument("--template", action="append", metavar="TEXT", help="prompt with {} for the "
+                       "class; give several for their mean (default: the paper's one)")
     return group
