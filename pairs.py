@@ -265,11 +265,12 @@ class PairBatches(Batches):
     An epoch goes in rounds over the images, each with its next caption in an order of the epoch's
     own: captions "one" is one round, "all" as many as have images for a batch. Of a Mixture, every
     batch has batch_size[k] pairs of part k. An epoch is one of the first part; the others go round
-    as often as they are short, each pass an epoch of theirs.
+    as often as they are short, each pass an epoch of theirs. counts: pairs of a batch by process.
     """
 
     def __init__(self, pairs, batch_size, seed=0, rank=0, world_size=1, captions="one"):
         self.sizes = [batch_size] if isinstance(batch_size, int) else list(batch_size)
+        self.counts = [len(range(r, sum(self.sizes), world_size)) for r in range(world_size)]
         self.owners, self.rounds, self.lengths = [], [], []
         for part, size in zip(getattr(pairs, "parts", [pairs]), self.sizes, strict=True):
             owner = np.asarray(part.owner, dtype=np.int64)

@@ -31,11 +31,12 @@ negatives; multi makes them positives (for triplet: the same as mask).
                      (sum: VSE), the hardest (VSE++, Faghri et al. 2018) or the semi-hard one
     infonce+triplet  infonce + triplet_weight * triplet
 
-AdamW, weight decay on all but gains and biases, warm-up and cosine (`--schedule`); the scale is
-learned and stays in [1, 100]. After each epoch the held-out pairs are scored; checkpoint_best.pt
-has the weights of the best mean recall, which are tested, and checkpoint_last.pt everything to go
-on from. Both, and what --export writes, can be the --weights of another run. `--eval-only` scores
-checkpoint_best.pt, else checkpoint_last.pt, else --weights; `--resume FILE` names another.
+AdamW, weight decay on all but gains and biases, warm-up, then cosine (clip-roberta: linear,
+simple-clip: constant); the scale is learned and stays in [1, 100]. After each epoch the held-out
+pairs are scored; checkpoint_best.pt has the weights of the best mean recall, which are tested, and
+checkpoint_last.pt everything to go on from. Both, and what --export writes, can be the --weights of
+another run. `--eval-only` scores checkpoint_best.pt, else checkpoint_last.pt, else --weights;
+`--resume FILE` names another.
 
 Different from common practice, with the reason:
 - an epoch takes every image once, with one of its captions (`--captions all`: every caption), and
@@ -61,21 +62,47 @@ import torch.nn.functional as F
 from torch import nn
 
 import weights
-from clip_model import HEADS, text_pieces
-from data import open_dataset, Preprocess, require_words
+from clip_model import HEADS, text_pieces, training_mode
+from data import ImageSet, open_dataset, Preprocess, require_words
 from large_batch import by_rows, info_nce, together, TwoPass
 from pairs import (add_pair_flags, FeatureLoader, identities, make_pair_loader, open_pairs,
-                   PairBatches)
+                   PairBatches, PairSet)
 from scores import embed, frozen_features, image_features, recall_at_k, zero_shot
 from tokenizer import for_model
 
 MAX_SCALE = 100.0  # CLIP's clamp
-QUIET = ("rsum", "i2t_median_rank", "t2i_median_rank", "images", "captions")  # not logged
+QUIET = ("rsum", "i2t_median_rank", "t2i_median_rank", "captions")  # of the scores; not logged
 
 
 # -----------------------------------------------------------------------------
-# The loss. Functions of m rows of the N x N matrix: `own` (m,) are their numbers among the N pairs
-# of the batch. Pairs equal in a column of ids (N, k) belong together, see large_batch.together.
+# The loss
+
+def batch_loss(run, model, image, text, ids, counts, args):
+    """The loss of the batch over all processes -> {"loss", and its terms}, () each: this process's
+    part, whose sum over processes is the loss. image, text (n, D), ids (n, 2): of its own pairs;
+    counts: how many pairs each process has."""
+    texts, ids = run.gather(text, counts), run.gather(ids, counts)             # (N, D), (N, 2)
+    N, scale, bias = len(texts), model.logit_scale.exp(), model.logit_bias
+    every = torch.arange(N, device=texts.device)
+    own = every.split(counts)[run.rank]  # the numbers of this process's pairs
+    if args.positives == "diag":
+        ids = every[:, None]  # each pair belongs to itself alone
+    terms = {}
+    if "infonce" in args.loss:  # a column's log-sum-exp is combined across processes in there
+        terms["infonce"] = info_nce(run, image, texts, scale, own, ids, args.positives)
+    if args.loss == "siglip":
+        formula = functools.partial(siglip, ids=ids, positives=args.positives)
+        terms["siglip"] = by_rows(formula, (image, own), (texts, scale, bias)) / N
+    if "triplet" in args.loss:
+        formula = functools.partial(triplet, ids=ids, kind=args.triplet, margin=args.margin)
+        images = run.gather(image, counts)
+        hinges = by_rows(formula, (image, own), (texts,)) + by_rows(formula, (text, own), (images,))
+        terms["triplet"] = args.triplet_weight * hinges / N
+    return {"loss": sum(terms.values()), **terms}
+
+
+# Of m rows of the N x N matrix; `own` (m,) are their numbers among the N pairs. Pairs that are
+# equal in a column of ids (N, k) belong together.
 
 def siglip(image, own, texts, scale, bias, ids, positives):
     """image (m, D), texts (N, D) -> the sum over these rows, ()."""
@@ -97,30 +124,6 @@ def triplet(anchors, own, others, ids, kind, margin):
     if kind != "sum":
         far = far.amax(dim=1, keepdim=True)
     return (margin + far - near).clamp(min=0).sum()
-
-
-def batch_loss(run, model, image, text, ids, counts, args):
-    """The loss of the batch over all processes -> {"loss", and its terms}, () each: this process's
-    part, whose sum over processes is the loss. image, text (n, D), ids (n, 2): of its own pairs;
-    counts: how many pairs each process has."""
-    texts, ids = run.gather(text, counts), run.gather(ids, counts)             # (N, D), (N, 2)
-    N, scale, bias = len(texts), model.logit_scale.exp(), model.logit_bias
-    every = torch.arange(N, device=texts.device)
-    own = every.split(counts)[run.rank]  # numbers of this process's pairs
-    if args.positives == "diag":
-        ids = every[:, None]  # each pair belongs to itself alone
-    terms = {}
-    if "infonce" in args.loss:  # a column's log-sum-exp is combined across processes in there
-        terms["infonce"] = info_nce(run, image, texts, scale, own, ids, args.positives)
-    if args.loss == "siglip":
-        formula = functools.partial(siglip, ids=ids, positives=args.positives)
-        terms["siglip"] = by_rows(formula, (image, own), (texts, scale, bias)) / N
-    if "triplet" in args.loss:
-        formula = functools.partial(triplet, ids=ids, kind=args.triplet, margin=args.margin)
-        images = run.gather(image, counts)
-        hinges = by_rows(formula, (image, own), (texts,)) + by_rows(formula, (text, own), (images,))
-        terms["triplet"] = args.triplet_weight * hinges / N
-    return {"loss": sum(terms.values()), **terms}
 
 
 def add_gradient(run, model, images, tokens, ids, counts, args, scaler, seed):
@@ -197,15 +200,11 @@ def freeze(model, names):
             p.requires_grad_(False)
 
 
-def frozen(model, side):
-    """Whether nothing of the image or text tower trains, the head aside."""
-    return not any(p.requires_grad for name, p in model.named_parameters() if side_of(name) == side)
-
-
 def parameter_groups(model, args):
     """Trainable parameters by learning rate and weight decay -> list of dicts for AdamW. As in the
     paper all decay but gains and biases, which are the vectors and scalars: embeddings do."""
-    rates = {"image": args.image_lr or args.lr, "text": args.text_lr or args.lr, "head": args.lr}
+    image_lr, text_lr = args.tower_lr or (args.lr, args.lr)
+    rates = {"image": image_lr, "text": text_lr, "head": args.lr}
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -226,28 +225,14 @@ def rate(step, steps, warmup, schedule):
             "constant": 1.0}[schedule]
 
 
-def training_mode(model, whole_batch):
-    """Dropout on, but not in a frozen tower; BatchNorm keeps its statistics unless one piece is the
-    whole batch -> the BatchNorm modules that this froze."""
-    model.train()
-    for side, tower in (("image", model.visual),
-                        ("text", model.bert if model.config.text else model.transformer)):
-        tower.train(not frozen(model, side))
-    norms = [m for m in model.modules() if m.training and isinstance(
-        m, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.train(whole_batch)
-    return [] if whole_batch else norms
-
-
 # -----------------------------------------------------------------------------
 # Evaluation
 
-def evaluate(run, model, pairs, pooled, tokenizer, args):
+def evaluate(run, model, pairs, data, args):
     """Retrieval both ways, and InfoNCE (whatever --loss is), of held-out pairs -> dict of floats.
-    pooled: the features kept of the images, or None. Changes no module's mode."""
-    image, text, relevant = embed(run, model, pairs, tokenizer, workers=args.workers,
-                                  max_text=args.max_text, pooled=pooled)
+    Changes no module's mode."""
+    image, text, relevant = embed(run, model, pairs, data.tokenizer, workers=args.workers,
+                                  max_text=args.max_text, pooled=data.pooled.get(pairs.split))
     scores = {**recall_at_k(image, text, relevant), "images": len(image), "captions": len(text)}
     # relevant (R, 2): numbers of a text and of its image. The loss takes an image's first text.
     first = torch.full((len(image),), len(text)).scatter_reduce_(
@@ -270,8 +255,7 @@ def log_scores(run, step, split, scores):
 
 def train(run, model, data, stored, args):
     """Train `model` in place; data: see `Data`; stored: a checkpoint to go on from, or None."""
-    loader, pairs = data.loader, data.loader.dataset
-    counts = shares(run, args)
+    counts = data.loader.batch_sampler.counts
     whole_batch = run.world_size == 1 and not 0 < args.micro_batch < args.batch_size
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     kept, buffers = kept_state(model)
@@ -279,19 +263,21 @@ def train(run, model, data, stored, args):
                                   eps=args.eps, fused=run.fused_optimizer)
     scaler = run.scaler()
     at = run.load_training(stored, kept, optimizer, scaler, buffers)
-    if norms := training_mode(model, whole_batch):
+    norms = training_mode(model, statistics=whole_batch)
+    if norms and not whole_batch:
         run.say("BatchNorm statistics are frozen: the batch is split over pieces or processes")
-    if any(norm.track_running_stats and bool((norm.running_var == 1).all()) for norm in norms):
-        run.say("WARNING: BatchNorm was never trained and normalises nothing. Use trained weights "
-                "(--image-tower resnet50:IMAGENET1K_V2), or --micro-batch 0 in one process")
-    at.steps = min(args.epochs * len(loader), args.max_steps or math.inf)
+        if any(norm.track_running_stats and (norm.running_var == 1).all() for norm in norms):
+            run.say("WARNING: BatchNorm was never trained and normalises nothing. Use trained "
+                    "weights (--image-tower resnet50:IMAGENET1K_V2), or --micro-batch 0 in one "
+                    "process")
+    at.steps = min(args.epochs * len(data.loader), args.max_steps or math.inf)
     warmup = round(args.warmup if args.warmup >= 1 else args.warmup * at.steps)
     if warmup >= at.steps:
         run.say(f"note: {at.steps} steps never leave the warm-up of {warmup}")
     card = weights.card(model, data.tokenizer)
     best, replaced = stored["best"] if stored else -1.0, 0
     # asked: the captions planned; used: those read, others where an image cannot be read.
-    for images, used, asked in run.batches(loader, at):
+    for images, used, asked in run.batches(data.loader, at):
         # ---- one step ------------------------------------------------------------------
         factor = rate(at.step, at.steps, warmup, args.schedule)
         for group in optimizer.param_groups:
@@ -305,7 +291,7 @@ def train(run, model, data, stored, args):
             model.logit_scale.clamp_(0, math.log(MAX_SCALE))
         # --------------------------------------------------------------------------------
         due = run.tick(at, losses, samples=args.batch_size, ln_batch=math.log(args.batch_size),
-                       describe=functools.partial(name_images, pairs, used),
+                       describe=functools.partial(data.train.describe, used),
                        scale=model.logit_scale.detach().exp(), lr=args.lr * factor)  # `at` moves on
         replaced += int((used != asked).sum())
         if at.batch == 0 or at.step == at.steps:  # an epoch has just ended, or the run
@@ -313,7 +299,7 @@ def train(run, model, data, stored, args):
                 run.say(f"{lost} images could not be read; other pairs took their places")
             replaced = 0
             if data.val:
-                scores = evaluate(run, model, *data.val, data.tokenizer, args)
+                scores = evaluate(run, model, data.val, data, args)
                 log_scores(run, at.step, "val", scores)
                 if scores["mean_recall"] > best:
                     best = scores["mean_recall"]
@@ -324,35 +310,14 @@ def train(run, model, data, stored, args):
     return at
 
 
-def shares(run, args):
-    """How many pairs of a batch each process has."""
-    return [len(range(rank, args.batch_size, run.world_size)) for rank in range(run.world_size)]
-
-
 def kept_state(model):
     """What a checkpoint holds of the model -> parameters and buffers, {name: tensor} each."""
     return weights.kept_tensors(model), {
         name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
 
 
-def name_images(pairs, used):
-    return "the batch of " + ", ".join(pairs.paths[pairs.owner[c]] for c in used.tolist()[:8])
-
-
 # -----------------------------------------------------------------------------
 # Opening data and model
-
-@dataclasses.dataclass
-class Data:
-    """What a run reads: the training pairs, and the held-out ones with their features if kept."""
-    name: str
-    tokenizer: object
-    val: tuple | None = None             # (PairSet, kept features or None)
-    test: tuple | None = None
-    loader: object = None                # of the training pairs, if there is training
-    tokens: torch.Tensor | None = None   # (M, L) of all their captions
-    ids: torch.Tensor | None = None      # (M, 2), see pairs.identities
-
 
 def open_model(args):
     """The CLIP that the flags ask for, on the CPU, with what --freeze says frozen."""
@@ -370,87 +335,92 @@ def open_model(args):
     return model
 
 
-def open_splits(args, model):
-    """-> {"train", "val", "test": PairSet or None} with their transforms."""
+@dataclasses.dataclass
+class Data:
+    """What a run reads."""
+    train: PairSet
+    val: PairSet | None
+    test: PairSet | None
+    labelled: ImageSet | None            # of --zero-shot
+    tokenizer: object
+    notes: list                          # what is worth telling the user
+    pooled: dict = dataclasses.field(default_factory=dict)  # split -> features kept of its images
+    loader: object = None                # of the training pairs
+    tokens: torch.Tensor | None = None   # (M, L) of all their captions
+    ids: torch.Tensor | None = None      # (M, 2), see pairs.identities
+
+
+def open_data(run, model, tokenizer, args):
+    """The pairs that the flags name, and the images of --zero-shot, checked -> Data."""
     names = ("data_dir", "layout", "caption_file", "image_column", "caption_column")
-    where = {name: getattr(args, name) for name in names}
-    sets = {"train": open_pairs(args.data, "train", **where)}
-    sets |= {split: open_pairs(args.data, split, **where) if sets["train"].counts.get(split)
-             else None for split in ("val", "test")}
+    where, whole = {name: getattr(args, name) for name in names}, Preprocess.of(model)
     crop = Preprocess.of(model, train=True, seed=args.seed, flip=False, scale=(args.crop, 1.0))
-    for split in filter(sets.get, sets):
-        sets[split] = sets[split].with_transform(
-            crop if args.crop and split == "train" else Preprocess.of(model))
-        if split != "train":
-            sets[split].notes.clear()  # they are those of train
-        sets[split].check_files()
-    return sets
-
-
-def open_labelled(run, args, model):
-    """The test images of --zero-shot, or None."""
-    if not args.zero_shot:
-        return None
-    where = dict(name_or_path=args.zero_shot, split="test", data_dir=args.data_dir, whole=True)
-    run.on_first(lambda: len(open_dataset(**where)))  # fetches it, if that is needed
-    images = open_dataset(**where, download=False).with_transform(Preprocess.of(model))
-    images.check_files()
-    require_words(images)
-    return images
-
-
-def prepare(run, model, sets, tokenizer, folder, args):
-    """Loader, tokens, caches -> Data. What was noticed about the data is said."""
-    train, data = sets["train"], Data(sets["train"].name, tokenizer)
-    cache = (folder if args.output_dir else folder.parent) / "cache"  # runs share the latter
-    options, still, pooled = run.loader_options(args.workers), frozen(model, "image"), {}
-    training = not args.eval_only and not args.check_grad
-    keep = training and still and not args.crop
-    tower = weights.digest(model, "image") if keep else None
-    for split in filter(sets.get, sets):
-        if keep:
-            pooled[split] = frozen_features(run, model, sets[split], cache, tower,
-                                            workers=args.workers)
-        elif training and split != "test":
-            sets[split].cache(run, model.config.image_size * 8 // 7, cache,
-                              int(args.cache_gb * 2 ** 30), options["workers"])
-    data.val, data.test = ((sets[split], pooled.get(split)) if sets[split] else None
-                           for split in ("val", "test"))
-    notes = [note for pairs in filter(None, sets.values()) for note in pairs.notes]
-    notes += data.test[0].retrieval().notes if data.test else []
-    if data.val and (not data.test or data.test[0].paths == data.val[0].paths):
-        data.test = data.val
+    train = open_pairs(args.data, "train", **where).with_transform(crop if args.crop else whole)
+    val, test = (open_pairs(args.data, split, **where).with_transform(whole)
+                 if train.counts.get(split) else None for split in ("val", "test"))
+    notes, labelled = [*train.notes], None
+    if val and (not test or test.paths == val.paths):
+        test = val
         notes.append("NOTE: there are no test pairs, so the best epoch is chosen and reported on "
                      "the same val images, and the score flatters")
-    if training and still and args.crop:
-        notes.append("with --crop 0 the frozen image tower would see each image only once")
-    for note in dict.fromkeys([*model.origin["notes"], *notes]):
+    if test:
+        notes += test.retrieval().notes
+    if args.zero_shot:
+        source = dict(name_or_path=args.zero_shot, split="test", data_dir=args.data_dir, whole=True)
+        run.on_first(lambda: len(open_dataset(**source)))  # fetches it, if that is needed
+        labelled = open_dataset(**source, download=False).with_transform(whole)
+        require_words(labelled)
+    for some in dict.fromkeys(filter(None, (train, val, test, labelled))):
+        some.notes.clear()
+        some.check_files()  # notes what cannot be read
+    return Data(train, val, test, labelled, tokenizer, notes)
+
+
+def prepare(run, model, data, folder, args):
+    """Decode, encode and tokenize once what does not change, and say what was noticed."""
+    training = not args.eval_only and not args.check_grad
+    cache = (folder if args.output_dir else folder.parent) / "cache"  # runs share the latter
+    options, train = run.loader_options(args.workers), data.train
+    frozen = not any(p.requires_grad for name, p in model.named_parameters()
+                     if side_of(name) == "image")
+    splits = dict.fromkeys(filter(None, (train, data.val, data.test)))  # each once, in order
+    if training and frozen and not args.crop:
+        tower = weights.digest(model, "image")
+        data.pooled = {pairs.split: frozen_features(run, model, pairs, cache, tower,
+                                                    workers=args.workers) for pairs in splits}
+    elif training:
+        for pairs in filter(None, (train, data.val)):
+            pairs.cache(run, model.config.image_size * 8 // 7, cache,
+                        int(args.cache_gb * 2 ** 30), options["workers"])
+        if frozen:
+            data.notes.append("with --crop 0 the frozen image tower would see each image only once")
+    lost = [note for some in filter(None, (*splits, data.labelled)) for note in some.notes]
+    for note in (*model.origin["notes"], *data.notes, *lost):
         run.say(note)
     if args.eval_only:
-        return data
+        return
     if args.workers < 0 and train.pixels is not None:  # decoded: little is left to do
         options["workers"], options["multiprocessing_context"] = 0, None
     data.loader = make_pair_loader(train, args.batch_size, args.seed, args.captions, run.rank,
                                    run.world_size, **options)
-    if keep:
-        data.loader = FeatureLoader(data.loader, pooled["train"])
-    data.tokens = tokenizer(train.captions, context_length=args.max_text)
+    if data.pooled:
+        data.loader = FeatureLoader(data.loader, data.pooled["train"])
+    data.tokens = data.tokenizer(train.captions, context_length=args.max_text)
     data.ids = identities(train)
     run.say(f"{len(data.loader)} steps an epoch of {args.batch_size} pairs, ln B "
-            f"{math.log(args.batch_size):.3f}, lr {args.lr:g}; {tokenizer.truncated} captions cut "
-            f"to {args.max_text} tokens, {len(data.ids) - len(data.ids[:, 1].unique())} repeat "
+            f"{math.log(args.batch_size):.3f}, lr {args.lr:g}; {data.tokenizer.truncated} captions "
+            f"cut to {args.max_text} tokens, {len(data.ids) - len(data.ids[:, 1].unique())} repeat "
             f"another")
-    return data
 
 
 # -----------------------------------------------------------------------------
 # A run
 
-def report(run, model, data, labelled, folder, at, tested, args):
+def report(run, model, data, folder, at, tested, args):
     """Score the weights of step `tested`, export them, write and return what the run found."""
-    scores = evaluate(run, model, *data.test, data.tokenizer, args) if data.test else {}
-    if labelled:
-        scores["zero_shot_accuracy"] = zero_shot(run, model, labelled, data.tokenizer, None,
+    scores = evaluate(run, model, data.test, data, args) if data.test else {}
+    if data.labelled:
+        scores["zero_shot_accuracy"] = zero_shot(run, model, data.labelled, data.tokenizer, None,
                                                  args)["accuracy"]
     if scores:
         log_scores(run, tested, "test", scores)
@@ -458,19 +428,12 @@ def report(run, model, data, labelled, folder, at, tested, args):
         export(run, model, data.tokenizer, folder, args)
     trainable = [p for p in model.parameters() if p.requires_grad]
     results = run.finish({
-        "method": "contrastive", "data": data.name, "model": model.origin["name"], **scores,
+        "method": "contrastive", "data": data.train.name, "model": model.origin["name"], **scores,
         "scale": float(model.logit_scale.detach().exp()), "steps": at.step, "tested_step": tested,
         "epochs": at.epoch, "batch_size": args.batch_size,
         "trainable_parameters": sum(p.numel() for p in trainable),
         "trainable_tensors": len(trainable), "dry_run": args.dry_run})
-    words = ["dry run, no result"] * args.dry_run
-    if data.test:
-        words.append("{images} images, image to text R@1 {i2t_r1:.1f} R@5 {i2t_r5:.1f} R@10 "
-                     "{i2t_r10:.1f}, text to image {t2i_r1:.1f} {t2i_r5:.1f} {t2i_r10:.1f} %, "
-                     "loss {loss:.4f}".format(**scores))
-    if labelled:
-        words.append(f"zero-shot {scores['zero_shot_accuracy']:.1f} % of {labelled.name}")
-    run.say("; ".join([*words, f"{results['samples_per_second']:.4g} pairs/s"]))
+    run.say("dry run, no result; " * args.dry_run + f"{results['samples_per_second']:.4g} pairs/s")
     return results
 
 
@@ -496,13 +459,13 @@ def main(args):
     model = open_model(args)
     tokenizer = for_model(model, args.tokenizer)
     args.max_text = min(args.max_text, model.config.context_length)
-    sets, labelled = open_splits(args, model), open_labelled(run, args, model)
+    data = open_data(run, model, tokenizer, args)
     if not args.eval_only:  # refuses a batch that is larger than the data
-        PairBatches(sets["train"], args.batch_size, captions=args.captions)
-    folder = run_folder(args, "contrastive", f"{sets['train'].name}_{model.origin['name']}")
+        PairBatches(data.train, args.batch_size, captions=args.captions)
+    folder = run_folder(args, "contrastive", f"{data.train.name}_{model.origin['name']}")
     words = hashlib.sha256(json.dumps(tokenizer.facts(), sort_keys=True).encode()).hexdigest()
     identity = run_identity(args, but=("preset", "tokenizer", "check_grad"),
-                            method="contrastive", data=sets["train"].fingerprint,
+                            method="contrastive", data=data.train.fingerprint,
                             model=model.origin["name"], weights=model.origin["sha256"],
                             vocabulary=words[:16])
     stored = finished = None
@@ -521,21 +484,21 @@ def main(args):
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     run.say(f"{model.origin['name']}: {sum(n for n, trains in sizes if trains):,} of "
             f"{sum(n for n, _ in sizes):,} weights train")
-    data = prepare(run, model, sets, tokenizer, folder, args)
+    prepare(run, model, data, folder, args)
     if args.check_grad:
         images, used, _ = next(iter(data.loader))
         return check_grad(run, model, (images, data.tokens[used], data.ids[used]),
-                          shares(run, args), args)
+                          data.loader.batch_sampler.counts, args)
     if args.eval_only:
         tested = restore_best(run, model, stored)
         at = Place(tested["epoch"], tested["batch"], tested["step"]) if tested else Place()
-        return report(run, model, data, labelled, folder, at, at.step, args)
+        return report(run, model, data, folder, at, at.step, args)
     at = train(run, model, data, stored, args)
     step = at.step
     if best := restore_best(run, model):
         step = best["step"]
         run.say(f"testing the weights of step {step}, the best mean recall on val")
-    return report(run, model, data, labelled, folder, at, step, args)
+    return report(run, model, data, folder, at, step, args)
 
 
 # -----------------------------------------------------------------------------
@@ -556,39 +519,34 @@ PRESETS = {
     "clip-roberta": {"lr": 5e-5, "wd": 0.1, "warmup": 0.0, "schedule": "linear", "epochs": 3,
                      "batch_size": 64, "beta2": 0.999, "eps": 1e-8, "grad_clip": 1.0, "seed": 42,
                      "captions": "all", "crop": 0.0},
-    "simple-clip": {"loss": "infonce+triplet", "epochs": 30, "image_lr": 1e-4, "text_lr": 1e-5,
-                    "lr": 1e-3, "wd": 1e-3, "tower_wd": 0.0, "warmup": 0.0, "crop": 0.0,
-                    "schedule": "constant", "batch_size": 32, "beta2": 0.999, "eps": 1e-8,
-                    "captions": "all", "squash": True, "embed_dim": 256, "proj": "mlp"}}
+    "simple-clip": {"loss": "infonce+triplet", "epochs": 30, "tower_lr": [1e-4, 1e-5], "lr": 1e-3,
+                    "wd": 1e-3, "tower_wd": 0.0, "warmup": 0.0, "crop": 0.0, "batch_size": 32,
+                    "schedule": "constant", "beta2": 0.999, "eps": 1e-8, "captions": "all",
+                    "squash": True, "embed_dim": 256, "proj": "mlp"}}
 DEMO = {"epochs": 6, "batch_size": 128, "lr": 3e-4, "crop": 0.9, "weights": "auto",
         "zero_shot": "demo", "freeze": ["token_embedding"]}  # frozen, so that checkpoints are small
-ALIASES = {
-    "--dataset": "--data", "--data-path": "--data", "--root": "--data-dir",
-    "--backbone": "--model", "--arch": "--model", "--pretrained": "--weights",
-    "--model-name-or-path": "--weights", "--model-path": "--weights",
-    "--num-train-epochs": "--epochs", "--max-epochs": "--epochs", "--learning-rate": "--lr",
-    "--weight-decay": "--wd", "--warmup-steps": "--warmup", "--num-workers": "--workers",
-    "--dataloader-num-workers": "--workers", "--output": "--output-dir",
-    "--out-dir": "--output-dir", "--overwrite-output-dir": "--overwrite",
-    "--max-grad-norm": "--grad-clip", "--max-seq-length": "--max-text",
-    "--logging-steps": "--log-every", "--save-steps": "--save-every", "--zeroshot": "--zero-shot"}
+ALIASES = {  # of run_clip.py, its port to Ascend, and open_clip
+    "--data-path": "--data", "--pretrained": "--weights", "--model-name-or-path": "--weights",
+    "--model-path": "--weights", "--num-train-epochs": "--epochs", "--learning-rate": "--lr",
+    "--weight-decay": "--wd", "--warmup-steps": "--warmup", "--max-grad-norm": "--grad-clip",
+    "--max-seq-length": "--max-text", "--dataloader-num-workers": "--workers",
+    "--overwrite-output-dir": "--overwrite", "--logging-steps": "--log-every",
+    "--save-steps": "--save-every"}
 PIECES = "the batch is always exact; --micro-batch says how many pairs are encoded at a time"
 REFUSED = {
     "--do-train": "a run trains without --eval-only", "--do-eval": "each epoch is scored",
     "--fp16": "use --precision fp16", "--fp16-opt-level": "use --precision",
-    "--loss-scale": "it is automatic; use --precision fp16", "--optim": "it is always AdamW; see "
-    "--lr, --wd", "--use-combine-grad": "gradients are always combined",
+    "--loss-scale": "it is automatic; use --precision fp16",
+    "--optim": "it is always AdamW; see --lr, --wd",
+    "--use-combine-grad": "gradients are always combined",
     "--remove-unused-columns": "see --image-column and --caption-column",
     "--dataset-name": "name a folder with --data", "--dataset-config-name": "see --data",
+    "--train-file": "use --data FILE, with a column named split",
+    "--validation-file": "use --data FILE, with a column named split",
     "--dataloader-drop-last": "batches are always full",
     "--per-device-train-batch-size": "use --batch-size, of all processes together",
-    "--per-device-eval-batch-size": "scores do not depend on it", **dict.fromkeys(
-        ("--train-file", "--validation-file"), "use --data FILE, with a column named split"),
-    "--skip-steps": "every step is timed", **dict.fromkeys(
-        ("--accum-freq", "--accum-steps", "--gradient-accumulation-steps"), PIECES),
-    "--local-negatives": "all processes' pairs are contrasted", "--cache": "use --cache-gb; "
-    "features are kept with --freeze image --crop 0", "--bn": "BatchNorm statistics are frozen "
-    "if the batch is split", "--eval-protocol": "it is R@K as in the papers, and the loss"}
+    "--per-device-eval-batch-size": "scores do not depend on it",
+    "--accum-freq": PIECES, "--gradient-accumulation-steps": PIECES}
 
 
 def get_args(argv=None):
@@ -621,18 +579,17 @@ def get_args(argv=None):
     add("--micro-batch", type=whole(0), default=64, help="pairs encoded at a time per process; the "
         "gradient stays the batch's (default: 64; 0: all)")
     add("--lr", type=number(0, 1e3, above=True), help="default: 5e-4, or the preset's")
-    add("--image-lr", type=number(0, 1e3, above=True), help="of the image tower (default: --lr)")
-    add("--text-lr", type=number(0, 1e3, above=True), help="of the text tower (default: --lr)")
+    add("--tower-lr", nargs=2, type=number(0, 1e3, above=True), metavar=("IMAGE", "TEXT"),
+        help="of the two towers without their heads (default: --lr)")
     add("--wd", type=number(), help="weight decay (default: 0.2, or the preset's)")
     add("--warmup", type=number(), help="steps, or a share below 1 (default: 0.1, or the preset's)")
-    add("--schedule", choices=("cosine", "linear", "constant"), help="of lr (default: cosine)")
     add("--grad-clip", type=number(), help="largest norm (default: 0, none)")
     add("--zero-shot", metavar="DATA", help="at the end also classify this labelled data set; "
         "for a finished run: with --eval-only")
     add("--check-grad", action="store_true", help="compare the gradient of a step in pieces with "
         "that in one piece, and stop")
     add_run_flags(parser)
-    parser.set_defaults(seed=None, captions=None, embed_dim=None, proj=None, weights=None)
+    parser.set_defaults(seed=None, captions=None, embed_dim=None, weights=None)
     args = parser.parse_args(argv)
     demo = args.data == "demo" and args.model in (None, "tiny") and not (
         args.preset or args.weights or args.image_tower or args.text_tower)

@@ -358,7 +358,7 @@ def join(image, text, proj, embed_dim, keep_projections):
     check_state(model.config, state)
     model.origin = {"name": "+".join(source.origin["name"] for source in sources), "path": "",
                     "sha256": "+".join(filter(None, (s.origin["sha256"] for s in sources))),
-                    "layout": "towers", "format": "", "notes": notes}
+                    "layout": "towers", "format": "", "notes": notes, "text": text.origin}
     return fill(model, state, image.known.get("pixels"), text.vocabulary)
 
 
@@ -698,7 +698,6 @@ def add_model_flags(parser, towers=False):
     if towers:
         add("--image-tower", help="instead of the model's: a CLIP, or [timm:]NAME[:FILE]")
         add("--text-tower", help="instead of the model's: a folder of the BERT family, or a CLIP")
-        add("--proj", choices=("linear", "mlp"), default="linear", help="heads of chosen towers")
         add("--embed-dim", type=int, default=512, help="of chosen towers (default: 512)")
 
 
@@ -713,7 +712,8 @@ def open_clip(args):
                            f"goes to --weights")
     source = {"none": f"{known}:none", "auto": known}.get(weights, weights)
     if image or text:
-        return load(source, image, text, args.proj, args.embed_dim, activation=activation)
+        return load(source, image, text, getattr(args, "proj", "linear"), args.embed_dim,
+                    activation=activation)
     if weights == "none":
         model = CLIP(dataclasses.replace(
             CONFIGS[known], activation=activation or CONFIGS[known].activation)).eval()
