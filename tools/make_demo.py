@@ -1,11 +1,12 @@
-"""Makes demo.zip, the small captioned image set behind `--data demo`, from EuroSAT.
+"""Make demo.zip, the small captioned image set behind `--data demo`, from EuroSAT.
 
     python -m tools.make_demo --data-dir DIR         the same DIR gives the same bytes
 
-DIR holds EuroSAT_RGB_2750.zip (27,000 Sentinel-2 tiles of 64 x 64 pixels in ten classes, Helber et
-al. 2019, MIT licence), CoOp's split_zhou_EuroSAT.json and the licence text LICENSE.phelber. The
-demo's train and val images come from the val part of that split and its test images from the test
-part. The train part is left to `pretrain_tiny.py`: the bundled model has seen no demo image.
+DIR is as for the training scripts: DIR/eurosat holds EuroSAT_RGB_2750.zip (27,000 Sentinel-2 tiles
+of 64 x 64 pixels in ten classes, Helber et al. 2019, MIT licence), and here also the text of that
+licence, LICENSE.phelber. The demo's train and val images come from the val part of CoOp's split and
+its test images from the test part. The train part is left to `pretrain_tiny.py`: the bundled model
+has seen no demo image.
 
 Every image gets the look of another sensor (`other_sensor`): channels of unequal gain, haze, gamma
 and noise. A model pretrained on the clean tiles still recognises the classes, but much worse, and
@@ -16,18 +17,22 @@ demo.zip is stored, since JPEGs do not deflate, and has LICENSE, demo.csv and th
 has the columns path,label,split,caption,source; a caption names the class and what was measured in
 the image as it is stored: brightness, texture, tint, the lighter side.
 """
-import argparse
 import csv
 import hashlib
 import io
-import json
 import pathlib
 import random
+import sys
 import zipfile
 
+from device import expanded, guard, Parser, UserError  # before torch
 import numpy as np
 from PIL import Image
 
+from data import ASSETS, open_dataset
+
+COUNTS = {"train": 64, "val": 16, "test": 100}  # images of each class
+STRENGTH = 0.6                                  # of the other sensor's look; 0: the original
 # How a sentence may speak of each class of CoOp's split.
 SUBJECTS = {
     "Annual Crop Land": ("annual crop land", "fields of annual crops", "freshly sown fields"),
@@ -66,7 +71,7 @@ SIDES = ("top", "bottom", "left", "right")
 # Captions. pretrain_tiny.py writes its own with the same functions.
 
 def measure(pixels):
-    """Image statistics of uint8 (M, S, S, 3): a dict of float arrays (M,) or (M, 2)."""
+    """Statistics of images, uint8 (M, S, S, 3): a dict of float arrays (M,) or (M, 2)."""
     x = pixels.astype(np.float32)
     luma = x @ np.float32([0.299, 0.587, 0.114])                          # (M, S, S)
     half = luma.shape[1] // 2
@@ -79,12 +84,9 @@ def measure(pixels):
 
 
 def thresholds(of):
-    """Where words begin to apply in a collection, from its statistics `of` (see `measure`).
-
-    Words are relative to the collection, so that they stay informative under any look: the darkest
-    eighth is "very dark", tints are deviations from the median colour, and the ordinary is not
-    mentioned.
-    """
+    """Where words begin to apply in a collection, from its statistics `of` (see `measure`). Words
+    are relative to the collection, so that they say something under any look: the darkest eighth is
+    "very dark", tints are deviations from the median colour, the ordinary is not mentioned."""
     centre = np.median(of["tint"], axis=0)
     spread = np.abs(of["tint"] - centre).mean(axis=0)
     return {"brightness": np.quantile(of["brightness"], [1 / 8, 1 / 3, 2 / 3, 7 / 8]),
@@ -95,28 +97,23 @@ def thresholds(of):
 
 
 def facts(of, limits):
-    """What is true of each image, as M tuples of PHRASES keys.
-
-    of: statistics of M images. limits: `thresholds` of the collection that they belong to.
-    """
+    """What is true of each image, as M tuples of keys of PHRASES. of: statistics of M images;
+    limits: `thresholds` of the collection that they belong to."""
     brightness = np.digitize(of["brightness"], limits["brightness"])
     detail = np.digitize(of["detail"], limits["detail"])
-    tint = ((of["tint"] - limits["centre"]) / limits["spread"]).T
-    tinted = np.where(np.abs(tint[0]) > np.abs(tint[1]),
-                      np.where(tint[0] > 0, "reddish", "greenish"),
-                      np.where(tint[1] > 0, "yellowish", "bluish"))
-    down, across = of["down"], of["across"]
-    side = np.where(np.abs(down) > np.abs(across), np.where(down > 0, "bottom", "top"),
-                    np.where(across > 0, "right", "left"))
-    strong = np.hypot(*tint) > limits["tint"]
-    sloped = np.maximum(np.abs(down), np.abs(across)) > limits["slope"]
-    out = []
-    for i in range(len(side)):
+    red, yellow = ((of["tint"] - limits["centre"]) / limits["spread"]).T
+    found = []
+    for i, (down, across) in enumerate(zip(of["down"], of["across"])):
         said = [("very dark", "dark", None, "bright", "very bright")[brightness[i]],
-                ("smooth", None, "coarse")[detail[i]],
-                str(tinted[i]) if strong[i] else None, str(side[i]) if sloped[i] else None]
-        out.append(tuple(fact for fact in said if fact))
-    return out
+                ("smooth", None, "coarse")[detail[i]]]
+        if np.hypot(red[i], yellow[i]) > limits["tint"]:
+            said.append(("reddish" if red[i] > 0 else "greenish") if abs(red[i]) > abs(yellow[i])
+                        else ("yellowish" if yellow[i] > 0 else "bluish"))
+        if max(abs(down), abs(across)) > limits["slope"]:
+            said.append(("bottom" if down > 0 else "top") if abs(down) > abs(across)
+                        else ("right" if across > 0 else "left"))
+        found.append(tuple(fact for fact in said if fact))
+    return found
 
 
 def caption(label, said, rng):
@@ -129,44 +126,31 @@ def caption(label, said, rng):
 
 
 # -----------------------------------------------------------------------------
-# The look
+# The look, and the set
 
-def other_sensor(pixels, rng, strength):
-    """uint8 (S, S, 3) -> uint8 (S, S, 3): the tile as a second-rate sensor might deliver it.
-
-    In this order: gain per channel, gamma, haze (a veil of one colour), Gaussian noise. `strength`
-    scales them all; 0 changes nothing.
-    """
+def other_sensor(pixels, rng):
+    """uint8 (S, S, 3) -> uint8 (S, S, 3): the tile as a second-rate sensor might deliver it. In
+    this order: gain per channel, gamma, haze (a veil of one colour), Gaussian noise."""
     x = pixels.astype(np.float64) / 255
-    x = x * (1 + strength * np.array([0.20, -0.10, -0.25]))
-    x = np.clip(x, 0, 1) ** (1 + strength * 0.25)
-    veil = strength * 0.20
+    x = x * (1 + STRENGTH * np.array([0.20, -0.10, -0.25]))
+    x = np.clip(x, 0, 1) ** (1 + STRENGTH * 0.25)
+    veil = STRENGTH * 0.20
     x = (1 - veil) * x + veil * np.array([0.75, 0.70, 0.60])
-    x = x + rng.normal(0, strength * 0.03, x.shape)
+    x = x + rng.normal(0, STRENGTH * 0.03, x.shape)
     return (np.clip(x, 0, 1) * 255).round().astype(np.uint8)
 
 
-# -----------------------------------------------------------------------------
-# The set
-
-def choose(split, args):
-    """[(name in EuroSAT, label, demo split)]: seeded samples per class, classes in split order."""
-    rng, out = random.Random(args.seed), []
-    for label in sorted({entry[2] for entry in split["val"]}, key=list(SUBJECTS).index):
-        pool = {part: [path for path, _, name in split[part] if name == label]
-                for part in ("val", "test")}
-        tuning = rng.sample(pool["val"], args.train + args.val)
-        held_out = rng.sample(pool["test"], args.test)
-        out += [(name, label, "train") for name in tuning[:args.train]]
-        out += [(name, label, "val") for name in tuning[args.train:]]
-        out += [(name, label, "test") for name in held_out]
-    return out
-
-
-def jpeg(pixels, quality):
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, optimize=True)
-    return buffer.getvalue()
+def choose(val, test):
+    """[(demo split, class, image set, path in it)]: seeded samples of each class."""
+    rng, chosen = random.Random(0), []
+    for place, name in enumerate(val.classnames):
+        pools = [[path for path, label in zip(part.paths, part.labels) if label == place]
+                 for part in (val, test)]
+        tuning = rng.sample(pools[0], COUNTS["train"] + COUNTS["val"])
+        chosen += [("train", name, val, path) for path in tuning[:COUNTS["train"]]]
+        chosen += [("val", name, val, path) for path in tuning[COUNTS["train"]:]]
+        chosen += [("test", name, test, path) for path in rng.sample(pools[1], COUNTS["test"])]
+    return chosen
 
 
 def write_zip(path, members):
@@ -179,49 +163,37 @@ def write_zip(path, members):
             archive.writestr(info, members[name])
 
 
-def make(args):
-    folder = pathlib.Path(args.data_dir)
-    split = json.loads((folder / "split_zhou_EuroSAT.json").read_text())
-    chosen = choose(split, args)
-    noise = np.random.default_rng(args.seed)
-    members = {"LICENSE": (folder / "LICENSE.phelber").read_bytes()}
-    rows, stored = [], []
-    with zipfile.ZipFile(folder / "EuroSAT_RGB_2750.zip") as archive:
-        for name, label, part in chosen:
-            with archive.open(f"2750/{name}") as file:
-                tile = np.asarray(Image.open(file).convert("RGB"))
-            path = f"{part}/{pathlib.PurePosixPath(name).name}"
-            members[path] = jpeg(other_sensor(tile, noise, args.strength), args.quality)
-            stored.append(np.asarray(Image.open(io.BytesIO(members[path]))))
-            rows.append([path, label, part, name])
-    words = random.Random(args.seed)
-    text = io.StringIO()
+def main(args):
+    licence = expanded(args.data_dir) / "eurosat" / "LICENSE.phelber"
+    if not licence.is_file():
+        raise UserError(f"{licence} is missing: the licence of EuroSAT, which goes into the demo")
+    chosen = choose(*(open_dataset("eurosat", part, args.data_dir) for part in ("val", "test")))
+    noise, words = np.random.default_rng(0), random.Random(0)
+    members, stored = {"LICENSE": licence.read_bytes()}, []
+    for split, _, images, path in chosen:
+        content = io.BytesIO()
+        look = other_sensor(np.asarray(images.store.image(path).convert("RGB")), noise)
+        Image.fromarray(look).save(content, "JPEG", quality=85, optimize=True)
+        members[f"{split}/{pathlib.PurePosixPath(path).name}"] = content.getvalue()
+        stored.append(np.asarray(Image.open(content)))
+    text, of = io.StringIO(), measure(np.stack(stored))
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["path", "label", "split", "caption", "source"])
-    of = measure(np.stack(stored))
-    for (path, label, part, name), said in zip(rows, facts(of, thresholds(of))):
-        writer.writerow([path, label, part, caption(label, said, words), f"EuroSAT 2750/{name}"])
-    members["demo.csv"] = text.getvalue().encode()
-    write_zip(args.output, members)
+    for (split, name, _, path), said in zip(chosen, facts(of, thresholds(of))):
+        writer.writerow([f"{split}/{pathlib.PurePosixPath(path).name}", name, split,
+                         caption(name, said, words), f"EuroSAT 2750/{path}"])
+    write_zip(args.output, {**members, "demo.csv": text.getvalue().encode()})
     content = pathlib.Path(args.output).read_bytes()
-    print(f"{args.output}: {len(rows)} images, {len(content):,} bytes, "
+    print(f"{args.output}: {len(chosen)} images, {len(content):,} bytes, "
           f"sha256 {hashlib.sha256(content).hexdigest()}")
 
 
 def get_args(argv=None):
-    assets = pathlib.Path(__file__).resolve().parent.parent / "assets"
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--data-dir", required=True, help="folder with EuroSAT's zip, split file and licence")
-    add("--output", default=str(assets / "demo.zip"), help="file to write")
-    add("--train", type=int, default=64, help="training images per class")
-    add("--val", type=int, default=16, help="validation images per class")
-    add("--test", type=int, default=100, help="test images per class")
-    add("--strength", type=float, default=0.6, help="of the other sensor's look; 0 is the original")
-    add("--quality", type=int, default=85, help="JPEG quality")
-    add("--seed", type=int, default=0, help="of the choice of images, the noise and the wording")
+    parser = Parser(prog="python -m tools.make_demo", description=__doc__.split("\n")[0])
+    parser.add_argument("--data-dir", required=True, help="where eurosat/ lies, with its licence")
+    parser.add_argument("--output", default=str(ASSETS / "demo.zip"), help="file to write")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    make(get_args())
+    sys.exit(guard(main, get_args))
