@@ -1,12 +1,13 @@
-"""What a plan of stages may say: its keys, its defaults, how it is read and what is refused.
+"""What a plan of stages may say: its keys and their defaults, how it is read, what is refused.
 
 A plan is JSON: {"weights": FILE, "defaults": {...}, "eval_sets": {NAME: DATA}, "stages": [{...}]}.
-What a stage is stands here once: the fields of `Stage` are its keys, and most are flags too. Knows
-no model and reads no data.
+What a stage is stands here once: the fields of `Stage` are its keys, and FLAGS names those that are
+flags too. Knows no model and reads no data.
 """
 import argparse
 import dataclasses
 import json
+import pathlib
 import re
 
 from device import expanded, number, UserError, whole  # before torch
@@ -15,13 +16,11 @@ from data import EXTRAS, nearest
 
 LR_AT_1024 = 5e-5     # what fine-tuned CLIPs bear at a batch of 1,024, and in proportion below
 AUGMENT = ("crop", "flip", *EXTRAS)
-FILES = {"": "checkpoint_best.pt", "best": "checkpoint_best.pt", "last": "checkpoint_last.pt",
-         "wise": "wise_best.pt"}   # what STAGE:WORD means
+FILES = {"best": "checkpoint_best.pt", "last": "checkpoint_last.pt", "wise": "wise_best.pt"}
 
 
 def key(default, read, meaning):
-    """A key of a stage: its default, how a word of it is read, and what it means. The default ()
-    stands for a list."""
+    """A key of a stage: its default, how a word of it is read, and what it means."""
     return dataclasses.field(default=default, metadata={"read": read, "help": meaning})
 
 
@@ -46,15 +45,15 @@ class Stage:
     # what trains, and from where
     from_: str = key(None, str, "init, STAGE, STAGE:last or STAGE:wise (default: the best of the "
                      "stage before)")
-    freeze: tuple = key((), str, "what does not train: visual, text, logit_scale, all_but_proj, "
-                        "names of parameters with *; !NAME takes back")
+    freeze: list = key((), str, "what does not train: visual, text, logit_scale, all_but_proj, "
+                       "names of parameters with *; !NAME takes back")
     recompute: int = key(0, whole(0, 1), "1: keep no activations inside blocks, to save memory")
     # the method
     positives: str = key("multi", one_of("multi", "mask", "diag"), "pairs with an equal image or "
                          "caption: positives too (multi), left out (mask), negatives (diag)")
     replay: dict = key((), number(0, 0.9, above=True), "shares of a batch from earlier stages")
-    wise: tuple = key((), number(0, 1), "shares of the best weights in a mean with the stage's "
-                      "start; the mean best on held-out pairs is kept for `from` NAME:wise")
+    wise: list = key((), number(0, 1), "shares of the best weights in a mean with the stage's "
+                     "start; the mean best on held-out pairs is kept for `from` NAME:wise")
     # optimisation
     epochs: int = key(5, whole(1), "passes over its data")
     batch_size: int = key(128, whole(2), "pairs contrasted per step, over all processes")
@@ -65,20 +64,24 @@ class Stage:
     warmup: float = key(0.1, number(0), "steps, or below 1 a share of all")
     grad_clip: float = key(1.0, number(0), "largest norm of the gradient; 0: any")
     early_stop: int = key(0, whole(0), "stop after so many epochs without a better one; 0: never")
-    augment: tuple = key((), one_of(*AUGMENT), f"changes of training images: {', '.join(AUGMENT)}")
+    augment: list = key((), one_of(*AUGMENT), f"changes of training images: {', '.join(AUGMENT)}")
 
     def __post_init__(self):
         self.replay = dict(self.replay)
         self.lr = self.lr or LR_AT_1024 * self.batch_size / 1024
         # What a run finds out. parent: a Stage; start: its file; train, held_out: PairSets
-        self.parent = self.start = self.folder = self.train = self.held_out = None
+        self.parent = self.start = self.folder = self.train = self.held_out = self.args = None
         self.parts, self.sizes = [self], []  # stages with pairs in its batches, and how many
-        self.steps = self.warmup_steps = 0
-        self.kept, self.again, self.done = set(), False, False  # kept: what its files hold
+        self.steps, self.warmup_steps = 0, 0
+        self.kept, self.done = set(), False  # kept: the names of the tensors in its files
+
+    def __str__(self):
+        return f"stage {self.name!r}"
 
 
 KEYS = {field.name.rstrip("_"): field for field in dataclasses.fields(Stage)}
-FLAGS = [name for name in KEYS if name not in ("name", "from", "replay", "matching")]
+FLAGS = ("data", "caption_file", "val", "freeze", "wise", "epochs", "batch_size", "micro_batch",
+         "lr", "wd", "warmup", "grad_clip", "early_stop", "augment")
 OF_THE_RUN = ("model", "weights", "tokenizer", "activation", "max_text", "seed", "data_dir")
 DROPPED = {
     "scale": 'freeze ["logit_scale"] holds it', "steps": "give epochs", "layout": "it is a flag",
@@ -91,63 +94,75 @@ DROPPED = {
     "eval_every": "every epoch is judged",
     **dict.fromkeys(("wd_rule", "beta2", "eps", "schedule", "min_lr"), "AdamW(0.9, 0.98, 1e-6), a "
                     "warm-up and half a cosine are fixed; matrices decay")}
-RESERVED = ("init", "cache", "export", "embeddings")
-DEMO = {"name": "demo", "weights": "tiny", "defaults": {
-            "data": "demo", "epochs": 6, "batch_size": 64, "lr": 1e-3,
-            "freeze": ["token_embedding.weight"]},
-        "stages": [{"name": "land", "matching": "Crop|Vegetation|Forest|Pasture"},
-                   {"name": "towns", "matching": "Residential|Industrial|Highway", "epochs": 8,
-                    "wise": [0.5]},
-                   {"name": "water", "matching": "River|SeaLake",
-                    "replay": {"land": 0.25, "towns": 0.25}}]}
+RESERVED = ("init", "cache", "export", "embeddings", "search")  # folders of a run
+DEMO = pathlib.Path(__file__).resolve().parent / "assets" / "demo_plan.json"
+
+
+# -----------------------------------------------------------------------------
+# Reading a plan
+
+def refuse(where, why, *, when):
+    if when:
+        raise UserError(f"{where}: {why}")
+
+
+def refuse_kind(where, name, value, kind):
+    """UserError if a value is no list or dict where `kind` is that, else if it is no word."""
+    shape = kind if kind in (list, dict) else (str, int, float)
+    wanted = {list: "a list", dict: "an object"}.get(kind, "a text or a number")
+    refuse(where, f"{name} is {value!r}; expected {wanted}",
+           when=not isinstance(value, shape) or value == "")
+
+
+def refuse_name(where, name, taken):
+    """UserError unless a name does for a folder, also on a disk that does not tell A from a."""
+    refuse(where, f"the name {name!r} is a folder's: expected 1 to 40 letters, digits, dots, - and "
+           f"_, and none of {', '.join(taken)}", when=not re.fullmatch(r"\w[\w.-]{0,39}", name)
+           or name.casefold() in [other.casefold() for other in taken])
 
 
 def read_plan(args):
     """The plan of --plan, the demo's, or the one stage that the flags stand for -> dict."""
-    if not args.plan:
-        return DEMO if args.data is None else {"stages": [{"name": "tuned"}]}
+    if args.plan is None and args.data is not None:
+        return {"stages": [{"name": "tuned"}]}
+    place, kinds = f"--plan {args.plan}", {"stages": list, "defaults": dict, "eval_sets": dict}
     try:
-        plan = json.loads(expanded(args.plan).read_text("utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--plan {args.plan}: expected a file of JSON ({error})") from None
-    parts = {"stages": list, "defaults": dict, "eval_sets": dict}
-    if not isinstance(plan, dict) or not plan.get("stages") or not all(
-            isinstance(plan.get(name, kind()), kind) for name, kind in parts.items()):
-        raise UserError(f'--plan {args.plan}: expected {{"stages": [{{"name": ...}}, ...]}}, with '
-                        f'"defaults" and "eval_sets" as objects')
-    for name in plan.keys() - {"name", *parts, *OF_THE_RUN}:
-        raise UserError(f"--plan {args.plan}: unknown key {name!r}"
-                        + nearest(name, ["name", *parts, *OF_THE_RUN]))
+        file = DEMO if args.plan is None else expanded(args.plan)
+        plan = json.loads(file.read_text("utf-8-sig"), object_pairs_hook=keys_once)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{place}: expected a file of JSON ({error})") from None
+    refuse(place, 'expected {"stages": [{"name": ...}, ...]}',
+           when=not isinstance(plan, dict) or not plan.get("stages"))
+    known = ("name", *kinds, *OF_THE_RUN)
+    for name, value in plan.items():
+        refuse(place, f"unknown key {name!r}{nearest(name, known)}", when=name not in known)
+        refuse_kind(place, name, value, kinds.get(name))
     return plan
 
 
-def refuse(stage, why, *, when):
-    if when:
-        raise UserError(f"stage {stage.name!r}: {why}")
+def keys_once(pairs):
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"a key comes twice among {', '.join(names)}")
+    return dict(pairs)
 
 
 def read_keys(entries, where):
-    """Keys of a plan -> {field of Stage: value}, read as on the command line."""
+    """Keys of a stage -> {field of Stage: value}, each word read as on the command line."""
     found = {}
     for name, value in entries.items():
-        if name in DROPPED:
-            raise UserError(f"{where}: {name!r} is no key any more: {DROPPED[name]}")
-        if name not in KEYS:
-            raise UserError(f"{where}: unknown key {name!r}{nearest(name, KEYS)}")
-        read, shape = KEYS[name].metadata["read"], (str, int, float)
-        if KEYS[name].default == ():
-            shape = dict if name == "replay" else list
+        refuse(where, f"{name!r} is no key any more: {DROPPED.get(name)}", when=name in DROPPED)
+        refuse(where, f"unknown key {name!r}{nearest(name, KEYS)}", when=name not in KEYS)
+        field, read = KEYS[name], KEYS[name].metadata["read"]
+        refuse_kind(where, name, value, field.type)
         try:
-            if not isinstance(value, shape) or value == "":
-                raise argparse.ArgumentTypeError("expected " + {
-                    dict: "an object", list: "a list"}.get(shape, "a text or a number"))
-            if shape is dict:
+            if field.type is dict:
                 value = {part: read(str(share)) for part, share in value.items()}
             else:
-                value = [read(str(x)) for x in value] if shape is list else read(str(value))
-            found[KEYS[name].name] = value
+                value = [read(str(x)) for x in value] if field.type is list else read(str(value))
         except (argparse.ArgumentTypeError, re.error) as error:
             raise UserError(f"{where}: {name} is {value!r}; {error}") from None
+        found[field.name] = value
     return found
 
 
@@ -155,36 +170,40 @@ def read_stages(plan, args):
     """The stages of a plan: its own keys win over flags, flags over the plan's defaults."""
     place, stages = f"--plan {args.plan}" if args.plan else "the command line", {}
     base = read_keys(plan.get("defaults", {}), f"{place}: defaults")
+    refuse(place, "defaults give every stage the same name", when="name" in base)
     base |= {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
     for i, entry in enumerate(plan["stages"], 1):
-        if not isinstance(entry, dict) or "name" not in entry:
-            raise UserError(f"{place}: stage {i} has no name")
+        refuse(place, f"stage {i} has no name", when=not isinstance(entry, dict) or
+               "name" not in entry)
         stage = Stage(**{**base, **read_keys(entry, f"{place}: stage {entry['name']!r}")})
+        refuse_name(place, stage.name, [*RESERVED, *stages])
+        earlier = ", ".join(stages) or "there is none"
         stage.from_ = stage.from_ or next(reversed(stages), "init")
         parent, _, which = stage.from_.partition(":")
         stage.parent = stages.get(parent)
-        earlier, taken = ", ".join(stages) or "there is none", (*RESERVED, *stages)
-        refuse(stage, f"a name is a folder: expected 1 to 40 letters, digits, - and _, and none of "
-               f"{taken}", when=stage.name in taken or not re.fullmatch(r"[\w-]{1,40}", stage.name))
-        known = stage.parent and which in FILES and (which != "wise" or stage.parent.wise)
+        known = stage.parent and which in ("", *FILES) and (which != "wise" or stage.parent.wise)
         refuse(stage, f"from {stage.from_!r}: expected init or an earlier stage ({earlier}), :wise "
                f"of one that has it", when=stage.from_ != "init" and not known)
         refuse(stage, f"replay {stage.replay}: expected earlier stages ({earlier}), 0.9 at most",
                when=set(stage.replay) - set(stages) or sum(stage.replay.values()) > 0.9)
         stage.parts += [stages[name] for name in stages if name in stage.replay]
         stages[stage.name] = stage
-    if args.from_stage not in (None, *stages):
-        raise UserError(f"--from-stage {args.from_stage}: expected one of {', '.join(stages)}")
+    for name, source in plan.get("eval_sets", {}).items():
+        refuse_name(f"{place}: eval_sets", name, [*RESERVED, *stages])
+        refuse_kind(f"{place}: eval_sets", name, source, str)
+    refuse(f"--from-stage {args.from_stage}", f"expected one of {', '.join(stages)}",
+           when=args.from_stage not in (None, *stages))
     return list(stages.values())
 
 
 def add_stage_flags(parser):
-    """The keys of a stage as flags, for every stage that does not say otherwise; not those that
+    """The keys of FLAGS as flags, for every stage that does not say otherwise; not those that
     `add_pair_flags` has."""
     group = parser.add_argument_group("stages, where a plan does not say otherwise")
     for name in FLAGS:
-        default, about = KEYS[name].default, KEYS[name].metadata
+        field = KEYS[name]
         if name not in ("data", "caption_file"):
-            said = "" if default in (None, ()) else f" (default: {default})"
-            group.add_argument("--" + name.replace("_", "-"), type=about["read"], metavar="X",
-                               nargs="*" if default == () else None, help=about["help"] + said)
+            said = "" if field.default in (None, ()) else f" (default: {field.default})"
+            group.add_argument("--" + name.replace("_", "-"), type=field.metadata["read"],
+                               metavar="X", nargs="*" if field.type is list else None,
+                               help=field.metadata["help"] + said)

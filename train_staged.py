@@ -22,20 +22,19 @@ with i itself); if no image or caption repeats this is CLIP's loss (Radford et a
     python -m tools.search RUN --query "黑色碳纤维材料表面"         search with each stage
 
 A plan is JSON: {"weights": FILE, "defaults": {...}, "eval_sets": {NAME: DATA}, "stages": [{...}]}.
-The keys of a stage are the fields of `plans.Stage`; most are flags too, which then hold for every
-stage that does not say otherwise. Without a plan the flags are one stage.
+The keys of a stage are the fields of `plans.Stage`; most are flags too, for every stage that does
+not say otherwise. Without a plan the flags are one stage.
 
 Against forgetting, all off by default: `replay` mixes pairs of earlier stages into every batch;
 `freeze` and `layer_decay` hold what need not change; `wise` averages the stage's best weights with
-those it started from (Wortsman et al. 2022, WiSE-FT). The average is one more row of the matrix;
-the next stage, forgetting, the run's scores and --export do not use it unless a later stage says
-"from": "NAME:wise". As a file it is RUN/NAME/wise_best.pt.
+those it started from (Wortsman et al. 2022, WiSE-FT). The average is one more row of the matrix,
+the file RUN/NAME/wise_best.pt, and the start of a later stage that says "from": "NAME:wise".
 
 Different from Chinese-CLIP's trainer: recall is measured on the whole held-out set, not inside
 batches; a missing parent, a batch larger than the data and a warm-up as long as the stage are
-refused before any work; the gradient is that of the whole batch on any number of processes; the
-gains of BERT's LayerNorm, which its rule by names misses, do not decay either; BatchNorm keeps its
-statistics. Scores are in %; r1 is the mean of both directions' R@1.
+refused before any work; the gradient is that of the whole batch on any number of processes; gains
+never decay, BERT's LayerNorm included; BatchNorm keeps its statistics. Scores are in %; r1 is the
+mean of both directions' R@1.
 """
 import argparse
 import copy
@@ -46,20 +45,20 @@ import json
 import math
 import re
 import sys
-import time
 
 from device import add_run_flags, guard, Parser, run_folder, run_identity, start, UserError, whole
 import numpy as np  # device before torch, which reads what it sets
 import torch
 
-from clip_model import evaluating, HEADS, project, text_pieces, unit
+from clip_model import evaluating, HEADS, project, text_pieces, training_mode, unit
 from data import EXTRAS, nearest, Preprocess
-from large_batch import by_rows, together, TwoPass
+from large_batch import info_nce, TwoPass
 from pairs import (add_pair_flags, FeatureLoader, identities, make_mixed_loader, open_pairs,
                    PairBatches)
 from plans import (add_stage_flags, FILES, FLAGS, KEYS, OF_THE_RUN, read_plan, read_stages,
-                   refuse, Stage)
-from scores import bootstrap, embed, frozen_features, image_features, recalls, retrieval_ranks
+                   refuse)
+from scores import (bootstrap, embed, frozen_features, image_features, milliseconds, recalls,
+                    retrieval_ranks)
 from tokenizer import for_model
 from weights import add_model_flags, card, check_layout, digest, export, load, open_clip, sha256_of
 
@@ -73,42 +72,25 @@ SCORES = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "mean_re
 # -----------------------------------------------------------------------------
 # The loss and the step
 
-def row_losses(rows, at, others, scale, ids, positives):
-    """The sum of L_i over n rows of z -> (). rows (n, D): features of one side; at (n,): their
-    places in the batch; others (N, D): all features of the other side; ids (N, k): pairs that are
-    equal in any column have an equal image or caption."""
-    z = scale * rows @ others.T                                               # (n, N)
-    alike = together(ids, at)                                                 # (n, N) bool
-    pair = torch.zeros_like(alike).scatter_(1, at[:, None], True)
-    if positives == "mask":
-        z = z.masked_fill(alike & ~pair, -math.inf)
-    belongs = alike if positives == "multi" else pair
-    log_p = z.log_softmax(dim=1)
-    return -(torch.where(belongs, log_p, 0.0).sum(dim=1) / belongs.sum(dim=1)).sum()
-
-
 def add_gradient(run, model, images, tokens, ids, counts, stage, scaler, seed):
     """Add the gradient of the batch over all processes to `.grad`, as far as it is this process's
     -> {"loss": this process's part}. The sum over processes is the whole, of both.
 
-    images (n, 3, R, R) uint8, tokens (n, L) and ids (n, k) are this process's pairs; in the place
-    of images and tokens may be what frozen towers make of them, (n, W). counts: pairs in each
-    process; seed: of this step's dropout."""
+    images (n, 3, R, R) uint8, tokens (n, L) and ids (n, k) are this process's pairs, and pairs that
+    are equal in a column of ids have an equal image or caption. In the place of images or tokens
+    may be what a frozen tower makes of them, (n, W). counts: pairs in each process; seed: of this
+    step's dropout."""
     micro = stage.micro_batch or len(images)
-    text_parts, places = cut_texts(model, tokens, micro)
+    pieces, places = cut_texts(model, tokens, micro)
     image = TwoPass(run, functools.partial(image_features, run, model), images.split(micro),
                     2 * seed)
-    text = TwoPass(run, functools.partial(text_features, run, model), text_parts, 2 * seed + 1)
-    own_image, own_text = image.features, text.features[run.move(places)]     # (n, D)
+    text = TwoPass(run, functools.partial(text_features, run, model), pieces, 2 * seed + 1)
 
     # ---- the loss, in fp32, over the pairs of all processes ------------------
-    all_image, all_text = run.gather(own_image, counts), run.gather(own_text, counts)   # (N, D)
-    ids = run.gather(run.move(ids), counts)
-    at = sum(counts[:run.rank]) + torch.arange(len(own_image), device=ids.device)
-    scale = model.logit_scale.exp()
-    losses = functools.partial(row_losses, ids=ids, positives=stage.positives)
-    loss = (by_rows(losses, (own_image, at), (all_text, scale))
-            + by_rows(losses, (own_text, at), (all_image, scale))) / (2 * len(ids))
+    texts = run.gather(text.features[run.move(places)], counts)               # (N, D)
+    ids = run.gather(run.move(ids), counts)                                   # (N, k)
+    own = sum(counts[:run.rank]) + torch.arange(len(images), device=ids.device)
+    loss = info_nce(run, image.features, texts, model.logit_scale.exp(), own, ids, stage.positives)
     # --------------------------------------------------------------------------
     scaler.scale(loss).backward()
     image.backward()
@@ -116,20 +98,19 @@ def add_gradient(run, model, images, tokens, ids, counts, stage, scaler, seed):
     return {"loss": loss.detach()}
 
 
-def text_features(run, model, piece):
-    """Unit features (m, D) of texts, or of what the frozen tower made of them, (m, W)."""
-    tokens, ends = run.move(*piece)
-    if tokens.is_floating_point():
-        return unit(project(tokens, model.text_projection))
-    return model.encode_text(tokens, normalize=True, ends=ends)
-
-
 def cut_texts(model, tokens, micro):
     """-> pieces of texts, and the places that put their features into the order given."""
     if tokens.is_floating_point():
-        parts = tokens.split(micro)
-        return [(part, torch.zeros(len(part))) for part in parts], torch.arange(len(tokens))
+        return tokens.split(micro), torch.arange(len(tokens))
     return text_pieces(tokens, micro, model.text_pad)
+
+
+def text_features(run, model, piece):
+    """Unit features (m, D) of a piece of texts, or of what the frozen tower made of it, (m, W)."""
+    if torch.is_tensor(piece):
+        return unit(project(run.move(piece), model.text_projection))
+    tokens, ends = run.move(*piece)
+    return model.encode_text(tokens, normalize=True, ends=ends)
 
 
 # -----------------------------------------------------------------------------
@@ -187,16 +168,6 @@ def rate(step, steps, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def training_mode(model, trainable):
-    """Dropout in the towers that train; BatchNorm keeps its statistics."""
-    below_heads = [name for name in trainable if not name.startswith((*HEADS, "logit_"))]
-    model.train(any(not name.startswith("visual.") for name in below_heads))    # the text tower
-    model.visual.train(any(name.startswith("visual.") for name in below_heads))
-    for module in model.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.eval()
-
-
 # -----------------------------------------------------------------------------
 # Evaluation: the rows of the matrix
 
@@ -247,19 +218,6 @@ def matrix_text(rows):
     return "\n".join(lines)
 
 
-def milliseconds(run, model, encode, x):
-    """The median time of ten passes of `x` through a tower."""
-    took = []
-    with evaluating(model), torch.no_grad(), run.autocast():
-        for _ in range(12):
-            run.synchronize()
-            began = time.perf_counter()
-            encode(run, model, x)
-            run.synchronize()
-            took.append(1000 * (time.perf_counter() - began))
-    return sorted(took[2:])[5]
-
-
 # -----------------------------------------------------------------------------
 # One stage
 
@@ -268,42 +226,40 @@ def train(run, model, stage, loader, tokens, judge, checkpoint):
     loader: batches of the stage's pairs and of those it replays; tokens (M, L): of all their
     captions; judge: () -> scores on its held-out pairs; checkpoint: to go on from, or None."""
     trainable, pairs = freeze(model, stage), loader.dataset
+    patience = stage.early_stop or math.inf
     kept = {n: x for n, x in model.state_dict(keep_vars=True).items() if n in stage.kept}
     optimizer = torch.optim.AdamW(optimizer_groups(model, stage), betas=(0.9, 0.98), eps=1e-6,
                                   fused=run.fused_optimizer)
     scaler, ids = run.scaler(), identities(pairs)
-    counts = [len(range(rank, stage.batch_size, run.world_size)) for rank in range(run.world_size)]
     at = run.load_training(checkpoint, kept, optimizer, scaler)
-    best = dict(checkpoint["best"]) if checkpoint else {
-        "stage": stage.name, "score": None, "step": 0, "stale": 0, "over": False}
+    best = dict(checkpoint["best"]) if checkpoint else {"score": None, "step": 0, "stale": -1}
 
-    def save(name, *moments):
-        run.save_training(at, kept, *(moments or (None, None)), name=name, best=best,
-                          card=card(model))
+    def save(name, optimizer, scaler):
+        run.save_training(at, kept, optimizer, scaler, name=name, best=best, card=card(model))
 
     def consider():
         """Score the weights as they are, and keep them if they are the best so far."""
-        scores = judge() if stage.held_out else None
-        score = scores["mean_recall"] if scores else None
+        scores = judge() if stage.held_out else {"mean_recall": None}
+        score = scores["mean_recall"]
         best["stale"] += 1
-        if scores is None or best["score"] is None or score > best["score"]:
+        best.setdefault("start_score", score)
+        if score is None or best["score"] is None or score > best["score"]:
             best.update(score=score, step=at.step, stale=0)
-            best.setdefault("start_score", score)
-            save(FILES["best"])
-        if scores:
+            save(FILES["best"], None, None)
+        if stage.held_out:
             run.log(at.step, f"{stage.name} val", **{name: scores[name] for name in SCORES})
-        best["over"] = at.step == stage.steps or 0 < stage.early_stop <= best["stale"]
 
     if checkpoint is None:  # what the stage starts from is its first candidate
         consider()
-    at.steps = at.step if best["over"] else stage.steps
-    training_mode(model, trainable)
+    at.steps = at.step if best["stale"] >= patience else stage.steps
+    training_mode(model, statistics=False)
     for images, used, _ in run.batches(loader, at):
         # ---- one step --------------------------------------------------------
         for group in optimizer.param_groups:
             group["lr"] = group["full_lr"] * rate(at.step, stage.steps, stage.warmup_steps)
         optimizer.zero_grad(set_to_none=True)
-        losses = add_gradient(run, model, images, tokens[used], ids[used], counts, stage, scaler,
+        losses = add_gradient(run, model, images, tokens[used], ids[used],
+                              loader.batch_sampler.counts, stage, scaler,
                               run.seed * 1_000_003 + at.step)
         run.sum_gradients(trainable.values())
         run.update(optimizer, trainable.values(), scaler, stage.grad_clip, loss=losses["loss"])
@@ -312,58 +268,49 @@ def train(run, model, stage, loader, tokens, judge, checkpoint):
         # ----------------------------------------------------------------------
         due = run.tick(at, losses, samples=stage.batch_size, scale=model.logit_scale.detach().exp(),
                        lr=max(group["lr"] for group in optimizer.param_groups),
-                       describe=lambda used=used: ", ".join(
-                           pairs.paths[pairs.owner[c]] for c in used[:8].tolist()))
+                       describe=functools.partial(pairs.describe, used))
         if at.batch == 0 or at.step == at.steps:
             consider()
-            training_mode(model, trainable)
         if due:
             save(FILES["last"], optimizer, scaler)
-        if best["over"]:
+        if best["stale"] >= patience:
             break
     return best, at
 
 
-def run_stage(run, model, stage, stages, tokenizer, args, about):
-    """Train a stage from the weights that are in `model`, or from its checkpoint -> its results.
-    Its folder then holds checkpoint_best.pt, checkpoint_last.pt and, with `wise`, wise_best.pt."""
-    run, flags = run.enter(args.seed), {name: getattr(stage, name) for name in FLAGS}
-    checkpoint, _ = run.begin(stage.folder, argparse.Namespace(**{
-        **vars(args), **flags, "overwrite": stage.again}), identity_of(stage, args, about))
-    start_weights = copy.deepcopy(model.state_dict()) if stage.wise else None
-    options = run.loader_options(args.workers)
+def open_batches(run, model, stage, tokenizer, args):
+    """-> the loader of a stage's pairs and of those it replays, and the tokens of all captions."""
+    options, cache = run.loader_options(args.workers), stage.folder.parent / "cache"
     parts = [part.train for part in stage.parts]
     for pairs in parts:
-        pairs.cache(run, model.config.image_size * 8 // 7, stage.folder.parent / "cache",
-                    int(args.cache_gb * 2 ** 30), options["workers"])
+        pairs.cache(run, model.config.image_size * 8 // 7, cache, int(args.cache_gb * 2 ** 30),
+                    options["workers"])
     view = Preprocess.of(model, train=bool(stage.augment), seed=args.seed,
                          scale=(0.8, 1.0) if "crop" in stage.augment else None,
                          flip="flip" in stage.augment,
                          augment=[name for name in stage.augment if name in EXTRAS])
     loader = make_mixed_loader([pairs.with_transform(view) for pairs in parts], stage.sizes,
                                args.seed, args.captions, run.rank, run.world_size, **options)
-    tokens = tokenizer(loader.dataset.captions, context_length=args.max_text)
-    loader, tokens = keep_frozen(run, model, stage, loader, tokens, args)
+    return loader, tokenizer(loader.dataset.captions, context_length=args.max_text)
 
-    model.recompute_blocks(bool(stage.recompute))
-    judge = functools.partial(evaluate, run, model, stage.held_out, tokenizer, args)
-    best, at = train(run, model, stage, loader, tokens, judge, checkpoint)
-    model.recompute_blocks(False)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    found = {"method": "staged", "stage": stage.name, "steps": at.step, "epochs": at.epoch,
-             "start_score": best["start_score"], "best": best["score"], "best_step": best["step"],
-             "trainable_parameters": sum(p.numel() for p in trainable),
-             "trainable_tensors": len(trainable)}
-    model.requires_grad_(True)
-    if stage.wise:
-        so_far = stages[:stages.index(stage) + 1]
-        judges = [other.held_out for other in so_far if other.held_out]
-        found["wise"] = average(run, model, stage, start_weights, judges, tokenizer, args)
-    found = run.finish(found)
-    # A finished stage needs no optimiser state, two thirds of its last checkpoint.
-    run.save(FILES["last"], {**run.load(FILES["last"]), "optimizer": {}, "scaler": {}})
-    run.on_first(lambda: (run.out / "checkpoint_prev.pt").unlink(missing_ok=True))
-    return found
+
+@torch.no_grad()
+def keep_frozen(run, model, stage, loader, tokens, args):
+    """What a frozen tower gives is computed once, and takes the place of the images, where they do
+    not vary, or of the tokens -> loader, tokens."""
+    below_heads = [n for n in freeze(model, stage) if not n.startswith((*HEADS, "logit_"))]
+    trains = {name.startswith("visual.") for name in below_heads}  # the image tower: True
+    if not stage.augment and True not in trains:
+        features = [frozen_features(run, model, part, stage.folder.parent / "cache",
+                                    digest(model, "image"), workers=args.workers)
+                    for part in loader.dataset.parts]
+        loader = FeatureLoader(loader, torch.cat(features))
+    if False not in trains:
+        pieces, places = text_pieces(tokens, 64, model.text_pad)
+        with evaluating(model), run.autocast():
+            features = [model.pooled_text(*run.move(*piece)).float().cpu() for piece in pieces]
+        tokens = torch.cat(features)[places]
+    return loader, tokens
 
 
 def average(run, model, stage, start_weights, judges, tokenizer, args):
@@ -379,45 +326,57 @@ def average(run, model, stage, start_weights, judges, tokenizer, args):
         if mean > max(means.values(), default=-1.0):
             kept = {n: x.clone() for n, x in model.state_dict().items() if n in stage.kept}
         means[f"{share:g}"] = mean
-    run.say(f"stage {stage.name}: mean recall of wise by its share: {means}")
+    run.say(f"{stage}: mean recall of wise by its share: {means}")
     run.save(FILES["wise"], {"weights": kept, "card": card(model)})
     return means
 
 
-@torch.no_grad()
-def keep_frozen(run, model, stage, loader, tokens, args):
-    """Where both towers are frozen and images do not vary, what the heads get is computed once and
-    takes the place of images and tokens -> loader, tokens."""
-    below_heads = [n for n in freeze(model, stage) if not n.startswith((*HEADS, "logit_"))]
-    if stage.augment or below_heads:
-        return loader, tokens
-    images = [frozen_features(run, model, part, stage.folder.parent / "cache",
-                              digest(model, "image"), workers=args.workers)
-              for part in loader.dataset.parts]
-    pieces, places = text_pieces(tokens, 64, model.text_pad)
-    with evaluating(model), run.autocast():
-        texts = [model.pooled_text(*run.move(*piece)).float().cpu() for piece in pieces]
-    return FeatureLoader(loader, torch.cat(images)), torch.cat(texts)[places]
+def run_stage(run, model, stage, stages, tokenizer, args, about):
+    """Train a stage from the weights that are in `model`, or from its checkpoint. Its folder then
+    holds checkpoint_best.pt, checkpoint_last.pt and, with `wise`, wise_best.pt."""
+    run = run.enter(args.seed)
+    checkpoint, _ = run.begin(stage.folder, stage.args, identity_of(stage, about))
+    start_weights = copy.deepcopy(model.state_dict()) if stage.wise else None
+    loader, tokens = open_batches(run, model, stage, tokenizer, args)
+    loader, tokens = keep_frozen(run, model, stage, loader, tokens, args)
+    model.recompute_blocks(bool(stage.recompute))
+    judge = functools.partial(evaluate, run, model, stage.held_out, tokenizer, args)
+    best, at = train(run, model, stage, loader, tokens, judge, checkpoint)
+    model.recompute_blocks(False)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    found = {"method": "staged", "stage": stage.name, "steps": at.step, "epochs": at.epoch,
+             "start_score": best["start_score"], "best": best["score"], "best_step": best["step"],
+             "trainable_parameters": sum(p.numel() for p in trainable),
+             "trainable_tensors": len(trainable)}
+    model.requires_grad_(True)
+    if stage.wise:
+        so_far = stages[:stages.index(stage) + 1]
+        judges = [other.held_out for other in so_far if other.held_out]
+        found["wise"] = average(run, model, stage, start_weights, judges, tokenizer, args)
+    run.finish(found)
+    # A finished stage needs no optimiser state, two thirds of its last checkpoint.
+    run.save(FILES["last"], {**run.load(FILES["last"]), "optimizer": {}, "scaler": {}})
+    run.on_first(lambda: (run.out / "checkpoint_prev.pt").unlink(missing_ok=True))
 
 
 # -----------------------------------------------------------------------------
-# Data, and checking a plan
+# Opening data, and checking a plan
 
-def open_split(source, split, stage, args, whole=False):
-    """A split of `source` -> PairSet; of the stage's own data only what matches. whole: data
-    without splits is not cut."""
-    of_stage = source == stage.data
-    captions = stage.caption_file if of_stage else None
-    pairs = open_pairs(source, split, args.data_dir, args.layout, captions, args.image_column,
+def open_split(source, split, args, stage=None, whole=False):
+    """A split of `source` -> PairSet; of a stage's own data only what matches. whole: data without
+    splits is not cut."""
+    own = stage and source == stage.data
+    pairs = open_pairs(source, split, args.data_dir, args.layout,
+                       stage.caption_file if own else None, args.image_column,
                        args.caption_column, whole)
-    if of_stage and stage.matching:
+    if own and stage.matching:
         wanted = re.compile(stage.matching, re.IGNORECASE)
         pairs = pairs.subset([i for i, name in enumerate(pairs.paths) if wanted.search(
             "\n".join([name, *pairs.texts_of(i)]))])
+        refuse(stage, f"{len(pairs.paths)} {split} images of {source} match {stage.matching!r}: "
+               f"expected 2 or more", when=len(pairs.paths) < 2)
     if args.dry_run and split != "train":
         pairs = pairs.subset(range(min(DRY_IMAGES, len(pairs.paths))))
-    refuse(stage, f"{len(pairs.paths)} {split} images of {source} match {stage.matching!r}: "
-           f"expected 2 or more", when=len(pairs.paths) < 2)
     pairs.check_files()
     return pairs
 
@@ -426,29 +385,24 @@ def open_data(stages, eval_sets, args):
     """Give each stage its pairs -> {name: pairs} of all test sets. No image is read."""
     tests = {}
     for stage in stages:
-        stage.train, found = open_split(stage.data, "train", stage, args, bool(stage.val)), {}
+        stage.train, found = open_split(stage.data, "train", args, stage, bool(stage.val)), {}
         for split in ("val", "test"):
             source = getattr(stage, split) or stage.data
             if source != stage.data or stage.train.counts.get(split):
-                found[split] = open_split(source, split, stage, args, source != stage.data)
+                found[split] = open_split(source, split, args, stage, source != stage.data)
         refuse(stage, f"{stage.data} has neither val nor test pairs; name some in test",
                when=not found)
         stage.held_out = found.get("val")
         tests[stage.name] = found.get("test", stage.held_out)
-    for name, source in eval_sets.items():
-        extra = Stage(name=name, data=source)
-        refuse(extra, f"eval_sets gives {source!r}; expected data, and before it no name of a "
-               f"stage", when=name in tests or not isinstance(source, str))
-        tests[name] = open_split(source, "test", extra, args, True)
-    return tests
+    return tests | {name: open_split(str(source), "test", args, whole=True)
+                    for name, source in eval_sets.items()}
 
 
 def preflight(run, stages, tests, model, args):
     """Work out each stage's steps and say what it will do. UserError for what cannot work."""
-    notes = [note for stage in stages for note in stage.train.notes]
-    for pairs in tests.values():
-        notes += [*pairs.notes, *pairs.retrieval().notes]
-    for note in dict.fromkeys(notes):
+    judged = [*tests.values(), *(stage.held_out for stage in stages if stage.held_out)]
+    notes = [note for pairs in judged for note in (*pairs.notes, *pairs.retrieval().notes)]
+    for note in dict.fromkeys([note for stage in stages for note in stage.train.notes] + notes):
         run.say(note)
     for stage in stages:
         size = stage.batch_size
@@ -483,47 +437,53 @@ def preflight(run, stages, tests, model, args):
                 f"images: {len(stage.held_out.paths) if stage.held_out else 0:,}")
 
 
-def identity_of(stage, args, about):
+def identity_of(stage, about):
     """What must be equal for a stage to be continued or taken as done. "parent" tells the weights
-    that it starts from: the sha256 of its parent's file, or of the tensors of the run's."""
-    keys = {name: getattr(stage, field.name) for name, field in KEYS.items()
-            if name not in ("data", "val", "test", "micro_batch", "recompute")}
-    flags = run_identity(args, (*FLAGS, *OF_THE_RUN, "plan", "from_stage", "check_plan"))
+    that it starts from: the sha256 of its parent's file, or of the run's."""
     parent = about["weights"]
     if stage.parent:
         parent = sha256_of(stage.start) if stage.start.exists() else None
-    return json.loads(json.dumps({
-        **flags, **about, **keys, "stage": stage.name, "seed": args.seed, "max_text": args.max_text,
-        "parent": parent, "data": stage.train.fingerprint,
-        "val": stage.held_out and stage.held_out.fingerprint}))
+    identity = run_identity(stage.args, but=NO_IDENTITY, **about, parent=parent,
+                            data=stage.train.fingerprint,
+                            val=stage.held_out and stage.held_out.fingerprint)
+    return json.loads(json.dumps(identity))
 
 
-def refuse_other_plan(stage, config, identity):
-    """UserError if config.json in a stage's folder is not of this stage under this plan."""
-    try:
-        theirs = dict(json.loads(config.read_text("utf-8"))["identity"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{config} is not of a run: choose another --output-dir") from None
-    changed = [f"{name} was {theirs.get(name)!r}, now {identity.get(name)!r}"
-               for name in theirs | identity if theirs.get(name) != identity.get(name)]
-    refuse(stage, f"{config.parent} was trained under another plan ({'; '.join(changed)}); "
-           f"--from-stage {stage.name} trains it and all after it again; --output-dir OTHER "
-           f"makes another run, --weights {config.parent} one that goes on from it", when=changed)
+def rows_of(stage):
+    """The rows of the matrix that a stage gives -> [(label, kind, file)]."""
+    kinds = ["best", "wise"] if stage.wise else ["best"]
+    return [(stage.name + " wise" * (kind == "wise"), kind, stage.folder / FILES[kind])
+            for kind in kinds]
 
 
 def settle(stages, out, args, about):
-    """Find each stage's folder and whether it is done. UserError where the plan was changed."""
+    """Find each stage's folder and whether it is done. UserError where the plan has changed since,
+    or a file is gone."""
     names = [stage.name for stage in stages]
     for i, stage in enumerate(stages):
         stage.folder = out / stage.name
         if stage.parent:
-            stage.start = stage.parent.folder / FILES[stage.from_.partition(":")[2]]
-        stage.again = args.overwrite or args.dry_run or args.from_stage in names[:i + 1]
-        config = stage.folder / "config.json"
-        if not (stage.again or args.eval_only) and config.exists():
-            refuse_other_plan(stage, config, identity_of(stage, args, about))
-        stage.done = (args.eval_only or not stage.again) and (
-            stage.folder / "results.json").exists()
+            stage.start = stage.parent.folder / FILES[stage.from_.partition(":")[2] or "best"]
+        again = args.overwrite or args.dry_run or args.from_stage in names[:i + 1]
+        keys = {name: getattr(stage, field.name) for name, field in KEYS.items()}
+        stage.args = argparse.Namespace(**{**vars(args), **keys, "overwrite": again})
+        stage.done = (args.eval_only or not again) and (stage.folder / "results.json").exists()
+        config, cure = stage.folder / "config.json", f"--from-stage {stage.name}"
+        if args.eval_only or again or not config.exists():
+            continue
+        try:
+            theirs = dict(json.loads(config.read_text("utf-8"))["identity"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{config} is not of a run: choose another --output-dir") from None
+        ours = identity_of(stage, about)
+        changed = [f"{name} was {theirs.get(name)!r}, now {ours.get(name)!r}"
+                   for name in theirs | ours if theirs.get(name) != ours.get(name)]
+        refuse(stage, f"{stage.folder} was trained under another plan ({'; '.join(changed)}); "
+               f"{cure} trains it and all after it again; --output-dir OTHER makes another run, "
+               f"--weights {stage.folder} one that goes on from it", when=changed)
+        for _, _, path in rows_of(stage):
+            refuse(stage, f"{path} is missing; {cure} trains it and all after it again",
+                   when=stage.done and not path.exists())
 
 
 # -----------------------------------------------------------------------------
@@ -550,21 +510,28 @@ def main(args):
     if args.workers < 0 and max(len(pairs.paths) for pairs in opened) <= FEW:
         args.workers = 0
     preflight(run, stages, tests, model, args)
-    about = {"method": "staged", "model": model.origin["name"], "scale": model.logit_scale.item(),
-             "weights": digest(model, "image") + digest(model, "text"),
+    about = {"method": "staged", "model": model.origin["name"], "weights": model.origin["sha256"],
              "vocabulary": hashlib.sha256(repr(model.vocabulary).encode()).hexdigest()}
-    out = run_folder(args, "staged", plan.get("name") or "_".join(s.name for s in stages)[:60])
+    out = run_folder(args, "staged",
+                     str(plan.get("name") or "_".join(stage.name for stage in stages)[:60]))
     settle(stages, out, args, about)
     if args.check_plan:
         return {"stages": [{"name": stage.name, "steps": stage.steps, "warmup": stage.warmup_steps,
                             "done": stage.done} for stage in stages]}
+    found = go(run, model, plan, stages, tests, tokenizer, out, args, about)
+    if args.export and not args.eval_only:
+        model.load_state_dict(load(out / found["weights"]).state_dict())
+        run.say("wrote " + run.on_first(lambda: str(export(model, out / "export", args.export,
+                                                           tokenizer))))
+    return found
 
+
+def go(run, model, plan, stages, tests, tokenizer, out, args, about):
+    """Train the stages that are not done, and score every row of the matrix -> the results."""
     judged_on = {name: [pairs.fingerprint, len(pairs)] for name, pairs in tests.items()}
     if not args.eval_only:
         _, finished = run.begin(out, args, about)
         if finished and all(s.done for s in stages) and finished["tests"] == judged_on:
-            if args.export:
-                write_export(run, model, out / finished["weights"], out, tokenizer, args)
             return finished
         run.write("plan.json", plan)
         run.on_first(lambda: (out / "results.json").unlink(missing_ok=True))
@@ -584,17 +551,16 @@ def main(args):
             model.load_state_dict(load(stage.start).state_dict() if stage.parent else start_weights)
             run_stage(run, model, stage, stages, tokenizer, args, about)
             stage.done = True
-        for label, kind in ((stage.name, "best"), (f"{stage.name} wise", "wise")):
-            path = stage.folder / FILES[kind]
-            if path.exists() and (kind == "best" or stage.wise):
+        for label, kind, path in rows_of(stage):
+            if path.exists():  # --eval-only takes what there is
                 model.load_state_dict(load(path).state_dict())
                 score(label, stage.name, kind, path)
-    results = report(run, model, rows, stages, tests, tokenizer, args)
-    return run.finish({**results, "tests": judged_on})
+    return run.finish({**report(run, model, rows, stages, tests, tokenizer, args),
+                       "tests": judged_on})
 
 
 def report(run, model, rows, stages, tests, tokenizer, args):
-    """Write the matrix and the export -> the results, but for what `Run.finish` adds."""
+    """Write the matrix -> the results, but for what `Run.finish` adds."""
     text = matrix_text(rows)
     run.write("matrix.md", text)
     run.say(text.rstrip())
@@ -602,8 +568,6 @@ def report(run, model, rows, stages, tests, tokenizer, args):
     judged = last["stage"] or next(iter(tests))
     done = {stage.name: json.loads((stage.folder / "results.json").read_text("utf-8"))
             for stage in stages if stage.done}
-    if args.export and done:
-        write_export(run, model, last["weights"], stages[0].folder.parent, tokenizer, args)
     pixels = torch.zeros(1, 3, *[model.config.image_size] * 2, dtype=torch.uint8)
     tokens = tokenizer(tests[judged].captions[:1], context_length=args.max_text)
     lost, back = forgetting_of(rows, "r1")
@@ -617,14 +581,13 @@ def report(run, model, rows, stages, tests, tokenizer, args):
             "weights": f"{judged}/{FILES['best']}" if done else str(args.weights)}
 
 
-def write_export(run, model, path, out, tokenizer, args):
-    model.load_state_dict(load(path).state_dict())
-    run.say("exported to " + run.on_first(lambda: str(export(model, out / "export", args.export,
-                                                             tokenizer))))
-
-
 # -----------------------------------------------------------------------------
 # The command line
+
+# What the identity of a stage tells by content, or what changes none of its weights.
+NO_IDENTITY = ("from", "data", "val", "test", "recompute", "tokenizer", "plan", "from_stage",
+               "check_plan")
+
 
 def get_args(argv=None):
     """The command line as a namespace. Settings of the run in a plan are defaults, which flags
@@ -635,7 +598,9 @@ def get_args(argv=None):
                  "--logs": "--output-dir", "--checkpoint": "--weights"},
         refused={"--text-data": "texts are found beside the images; --caption-file names others",
                  "--text-model": "--model CN-ViT-B/16 names both towers",
-                 "--query": "use python -m tools.search RUN --query"})
+                 "--query": "use python -m tools.search RUN --query",
+                 **{"--" + name.replace("_", "-"): "it is a key of a stage in a --plan"
+                    for name in KEYS if name not in FLAGS}})
     group = parser.add_argument_group("plan")
     group.add_argument("--plan", metavar="FILE", help="stages as JSON (default: the demo's, or one "
                        "stage of the flags)")
@@ -651,8 +616,7 @@ def get_args(argv=None):
     words = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(words)
     plan = read_plan(args)
-    told = [f"--{name.replace('_', '-')}={plan[name]}" for name in OF_THE_RUN
-            if plan.get(name) is not None]
+    told = [f"--{name.replace('_', '-')}={plan[name]}" for name in OF_THE_RUN if name in plan]
     return parser.parse_args(told + words)
 
 
