@@ -288,6 +288,7 @@ def classify(run, model, images, text_features, args):
     features, labels = encode_images(run, model, images, workers=args.workers, what=images.name)
     if lost := (labels < 0).nonzero()[:, 0].tolist():
         images.refuse_losses(lost, "they do not decode")
+        run.say(f"note: {images.notes[-1]}")
     text = text_features.detach().float().cpu()
     predictions = torch.cat([(rows @ text.T).argmax(dim=1) for rows in features.split(4096)])
     predictions[labels < 0] = -1

@@ -15,6 +15,9 @@ scale too, and nothing is added. Per step, over a batch of images and one prompt
     python train_clipfit.py --data imagenet --setting dg          test on ImageNet-V2/-Sketch/-A/-R
     torchrun --nproc-per-node 2 train_clipfit.py --data dtd       two processes, the same batch
 
+Beside the result stand two baselines: zero-shot, and a linear probe of the pretrained image tower
+on the same shots, its penalty chosen on CoOp's few validation images (scores.linear_probe).
+
 Recipe (the official README): SGD with momentum 0.9, batch 32, lr 0.002 with one epoch at 1e-5 and
 then a cosine, weight decay 5e-4 on all trainable tensors, 100 epochs (Food101 and ImageNet 10),
 reg_weight 8 for DTD, SUN397 and every base-to-new run and 2 elsewhere. The last epoch's weights are
@@ -22,6 +25,7 @@ the result: no validation or test image selects a model. Different from the offi
 - the prompts pass the text tower once per step instead of twice, without the padding behind the
   longest (the same result: a causal tower does not see what follows);
 - `--micro-batch 8` gives the gradient of the whole batch in less memory;
+- several `--template`: the feature of a class is the mean of its prompts', made a unit vector;
 - trainable tensors stay fp32 in every precision; the official run keeps fp16 biases, whose small
   updates round away, and its autocast branch forgets the drift term;
 - a missing list of images is an error, not a silent new split; seed 0 is a seed, not "none";
@@ -47,10 +51,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_model import text_pieces
+from clip_model import text_pieces, unit
 from data import (add_data_flags, class_prompts, few_shot, find_classes, halves, make_loader,
                   normalise, open_dataset, Preprocess, require_words)
-from scores import classify
+from large_batch import TwoPass
+from scores import classification_scores, encode_images, linear_probe, zero_shot
 from tokenizer import for_model
 from weights import add_model_flags, card, check_layout, export, open_clip
 
@@ -73,11 +78,46 @@ def choose_trainable(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def encode_prompts(model, prompts):
-    """Unit features of the class prompts, (C, D). prompts: what `text_pieces` made of them."""
-    pieces, places = prompts  # sorted by length; places: where each prompt of the given order is
+def add_gradients(run, model, images, labels, batch_size, prompts, pretrained, args, scaler):
+    """Add the gradient of this process's share of a batch -> {loss or term: this process's share}.
+
+    images (b, 3, R, R); labels (b,), -1 for an image that cannot be read, which then has no ce;
+    batch_size: of all processes; prompts: their pieces and the places of the classes among them;
+    pretrained (C, D): the classes' features before training. Images pass in pieces, the prompts
+    once, or with --micro-batch in pieces too, which then pass a second time for their gradient.
+    `texts.features` is a leaf that collects it. Exact: no layer mixes images, or prompts.
+    """
+    pieces, places = prompts
+    texts = TwoPass(run, lambda some: encode_pieces(model, some),
+                    [[piece] for piece in pieces] if args.micro_batch else [pieces], seed=0)
+    size = args.micro_batch or max(1, len(images))
+    sums = torch.zeros(4, device=run.device)
+    for some, truth in zip(images.split(size), labels.split(size)):
+        with run.autocast():
+            features = model.encode_image(some, normalize=True)               # (b, D)
+        classes = class_features(texts.features, places)                      # (C, D)
+        logits = model.logit_scale.exp() * features @ classes.T               # (b, C), in fp32
+        share = len(truth) / batch_size  # all shares of all processes add up to 1
+        ce = F.cross_entropy(logits, truth, reduction="sum", ignore_index=-1) / batch_size
+        drift = share * (1 - (classes * pretrained).sum(dim=-1).mean())       # 0 at the first step
+        loss = ce + args.reg_weight * drift
+        scaler.scale(loss).backward()
+        right = 100 * (logits.argmax(dim=-1) == truth).sum() / batch_size
+        sums += torch.stack([loss, ce, drift, right]).detach()
+    texts.backward()
+    return dict(zip(("loss", "ce", "drift", "batch_accuracy"), sums))  # the last on augmented crops
+
+
+def encode_pieces(model, pieces):
+    """Unit features (P, D) of prompts in pieces as `text_pieces` cuts them, in their order."""
     return torch.cat([model.encode_text(tokens, normalize=True, ends=ends)
-                      for tokens, ends in pieces])[places]
+                      for tokens, ends in pieces])
+
+
+def class_features(features, places):
+    """Prompts (P, D) -> classes (C, D). places (T, C): where the prompts of a class are, one of
+    each template; its feature is their mean, made a unit vector (Radford et al. 2021, 3.1.4)."""
+    return unit(features[places].mean(dim=0))
 
 
 def learning_rate(epoch, epochs, lr, warmup):
@@ -88,56 +128,14 @@ def learning_rate(epoch, epochs, lr, warmup):
     return 0.5 * lr * (1 + math.cos(math.pi * (epoch - warmup) / epochs))
 
 
-def add_gradients(run, model, images, labels, batch_size, prompts, pretrained, args, scaler):
-    """Add the gradient of this process's share of a batch -> {loss or term: this process's share}.
-
-    images (b, 3, R, R); labels (b,), -1 for an image that cannot be read, which then has no ce;
-    batch_size: of all processes; pretrained (C, D): the prompts' features before training. The text
-    tower runs once. `texts` is a detached copy of its output: each piece of images backpropagates
-    into `texts.grad`, which then goes through the text tower. Exact: no layer mixes images.
-    """
-    with run.autocast():
-        text_features = encode_prompts(model, prompts)  # (C, D), once for both terms of the loss
-    texts = text_features.detach().requires_grad_()
-    size = args.micro_batch or max(1, len(images))
-    sums = torch.zeros(4, device=run.device)
-    for some, truth in zip(images.split(size), labels.split(size)):
-        with run.autocast():
-            features = model.encode_image(some, normalize=True)               # (b, D)
-        logits = model.logit_scale.exp() * features @ texts.T                 # (b, C), in fp32
-        share = len(truth) / batch_size  # all shares of all processes add up to 1
-        ce = F.cross_entropy(logits, truth, reduction="sum", ignore_index=-1) / batch_size
-        drift = share * (1 - (texts * pretrained).sum(dim=-1).mean())         # 0 at the first step
-        loss = ce + args.reg_weight * drift
-        scaler.scale(loss).backward()
-        right = 100 * (logits.argmax(dim=-1) == truth).sum() / batch_size
-        sums += torch.stack([loss, ce, drift, right]).detach()
-    text_features.backward(texts.grad)
-    return dict(zip(("loss", "ce", "drift", "batch_accuracy"), sums))  # the last on augmented crops
-
-
-@torch.no_grad()
-def evaluate(run, task, args):
-    """Classify every test set by its prompts -> {name: what `scores.classify` gives}."""
-    found = {}
-    for name, images in task.tests.items():
-        with run.autocast():
-            text_features = encode_prompts(task.model, task.prompts[name])    # (C, D)
-        found[name] = score = classify(run, task.model, images, text_features, args)
-        if score["skipped"]:
-            lost = images.paths[score["labels"].tolist().index(-1)]
-            run.say(f"note: {score['skipped']} unreadable {name} images are left out, e.g. {lost}")
-    return found
-
-
 def train(run, task, few, stored, args):
     """Train task.model in place, from the checkpoint `stored` on if there is one -> steps done."""
-    model, trainable = task.model, task.trainable
-    prompts = next(iter(task.prompts.values()))
+    model, trainable, (pieces, places) = task.model, task.trainable, task.prompts
+    few = few.with_transform(Preprocess.of(model, train=True, seed=run.seed))
     loader = make_loader(few, args.batch_size, run.seed, rank=run.rank, world_size=run.world_size,
                          **run.loader_options(0 if few.images else args.workers))
     with torch.no_grad(), run.autocast():
-        pretrained = encode_prompts(model, prompts)                           # (C, D)
+        pretrained = class_features(encode_pieces(model, pieces), places)     # (C, D)
     optimizer = torch.optim.SGD(trainable.values(), lr=args.lr, momentum=0.9, weight_decay=args.wd,
                                 fused=run.fused_optimizer)
     scaler = run.scaler()
@@ -154,8 +152,8 @@ def train(run, task, few, stored, args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
-        losses = add_gradients(run, model, images, labels, batch_size, prompts, pretrained, args,
-                               scaler)
+        losses = add_gradients(run, model, images, labels, batch_size, task.prompts, pretrained,
+                               args, scaler)
         run.sum_gradients(trainable.values())
         # Changes nothing at all if the loss or a gradient is not finite.
         run.update(optimizer, trainable.values(), scaler, args.grad_clip, loss=losses["loss"])
@@ -169,7 +167,7 @@ def train(run, task, few, stored, args):
 
 
 # -----------------------------------------------------------------------------
-# One run: zero-shot, training, test, results
+# One run: zero-shot and linear probe, training, test, results
 
 @dataclasses.dataclass
 class Task:
@@ -177,35 +175,62 @@ class Task:
     model: nn.Module
     tokenizer: object
     tests: dict         # {name: test images}; the classes of the first are the ones to train on
-    prompts: dict       # {name: their class prompts as `text_pieces` cuts them}, on the device
+    prompts: tuple      # their prompts, cut by `text_pieces`, and places (T, C), on the device
     trainable: dict     # {name: Parameter}
     pretrained: dict    # {name: tensor}: their values before training
     departures: list    # from the official recipe, in words
     zero_shot: dict     # {name: scores} before training, of the first run that needs them
 
 
-def run_once(run, task, few, folder, args, identity):
+def evaluate(run, task, args):
+    """Classify every test set by its prompts -> {name: what `scores.classify` gives}."""
+    return {name: zero_shot(run, task.model, images, task.tokenizer, args.template, args)
+            for name, images in task.tests.items()}
+
+
+def probe(run, task, few, val, args):
+    """Scores of the linear probe of the pretrained image tower -> {name: scores} of the test sets
+    that have the classes of the shots."""
+    def encode(images):
+        features, labels = encode_images(
+            run, task.model, images.with_transform(Preprocess.of(task.model)), what="the shots",
+            workers=0 if images.images else args.workers)
+        return features[labels >= 0], labels[labels >= 0]
+    names = few.classnames
+    held_out = encode(val) if len(val) else None
+    weight, bias, C = linear_probe(*encode(few), len(names), held_out)
+    run.say(f"linear probe: C {C:.4g}, " + (f"chosen on {len(held_out[1])} validation images"
+                                            if held_out else "as there are no validation images"))
+    found = {}
+    for name, score in task.zero_shot.items():  # whose features are those of the pretrained tower
+        if task.tests[name].classnames == names:
+            guesses = (score["features"] @ weight.T + bias).argmax(dim=1)
+            found[name] = classification_scores(guesses, score["labels"], len(names))
+    return found
+
+
+def run_once(run, task, few, val, folder, args, identity):
     """Train on the images `few` and test -> the results."""
     # stored: the checkpoint to go on from, or to score; results: of a run that is finished.
     stored, results = run.begin(folder, args, identity)
     run.restore({"weights": task.pretrained, "buffers": {}}, task.trainable)
     if results is None:
         task.zero_shot = task.zero_shot or evaluate(run, task, args)
-        step, after = 0, task.zero_shot
+        step, probed, after = 0, {}, task.zero_shot
         if not stored:
-            log_scores(run, 0, "zero-shot", task.zero_shot)
+            run.log(0, "zero-shot", **summary(task.zero_shot, args))
         if args.eval_only and stored:
             run.restore(stored, task.trainable)
             step, identity = stored["step"], {**identity, **stored["identity"]}
         elif not args.eval_only and len(few):
-            few = few.with_transform(Preprocess.of(task.model, train=True, seed=run.seed))
             for note in few.preload(IN_MEMORY).notes:
                 run.say(note)
+            probed = probe(run, task, few, val, args)
             step = train(run, task, few, stored, args)
         if step:
             after = evaluate(run, task, args)
-            log_scores(run, step, "test", after)
-        results = report(run, task, few, step, after, args, identity)
+            run.log(step, "test", **summary(after, args))
+        results = report(run, task, few, step, probed, after, args, identity)
     elif stored:
         run.restore(stored, task.trainable)
     if args.export:
@@ -215,107 +240,105 @@ def run_once(run, task, few, folder, args, identity):
     return results
 
 
-def log_scores(run, step, what, scores):
+def summary(scores, args, prefix=""):
+    """Scores of the test sets as entries of results.json. Of several sets the one number of a run
+    is H, the harmonic mean, of base and new, or the first set's: ImageNet's."""
+    found = {}
     for name, score in scores.items():
-        run.log(step, split=what if len(scores) == 1 else f"{what} {name}",
-                accuracy=score["accuracy"], macro_f1=score["macro_f1"])
+        part = prefix if args.setting == "fewshot" else f"{prefix}{name}_"
+        found |= {f"{part}accuracy": score["accuracy"], f"{part}macro_f1": score["macro_f1"]}
+    accuracies = [score["accuracy"] for score in scores.values()]
+    if len(accuracies) > 1:
+        found[f"{prefix}accuracy"] = accuracies[0] if args.setting == "dg" else (
+            statistics.harmonic_mean(accuracies))
+    return found
 
 
-def headline(accuracies, setting):
-    """The one number of a run: H of base and new, otherwise the first test's accuracy."""
-    return statistics.harmonic_mean(accuracies) if setting == "base2new" else accuracies[0]
-
-
-def report(run, task, few, step, trained, args, identity):
+def report(run, task, few, step, probed, after, args, identity):
     """Print, write and return what one run found. identity: of the run that trained the weights."""
-    before, after = (headline([score["accuracy"] for score in scores.values()], args.setting)
-                     for scores in (task.zero_shot, trained))
     results = {
         "method": "clipfit", "data": identity["data_name"], "model": identity["model"],
         "setting": args.setting, "shots": identity["shots"] if step else 0,
-        "seed": identity["seed"], "zero_shot_accuracy": before, "accuracy": after,
-        "gain": after - before, "steps": step, "training_images": len(few) if step else 0,
+        "seed": identity["seed"], "steps": step, "training_images": len(few) if step else 0,
         "trainable_parameters": sum(p.numel() for p in task.trainable.values()),
         "trainable_tensors": len(task.trainable), "dry_run": args.dry_run,
-        "images": {name: score["scored"] for name, score in trained.items()},
-        "unreadable_images": sum(score["skipped"] for score in trained.values())}
-    for name, new in trained.items():
-        old, prefix = task.zero_shot[name], f"{name}_" if len(trained) > 1 else ""
-        results |= {f"zero_shot_{prefix}accuracy": old["accuracy"],
-                    f"{prefix}accuracy": new["accuracy"], f"{prefix}macro_f1": new["macro_f1"]}
-        write_tables(run, name, task.tests[name], old, new)
+        "images": {name: score["scored"] for name, score in after.items()},
+        "unreadable_images": sum(score["skipped"] for score in after.values()),
+        **summary(task.zero_shot, args, "zero_shot_"), **summary(probed, args, "linear_probe_"),
+        **summary(after, args), "departures": task.departures, "identity": identity}
+    results["gain"] = results["accuracy"] - results["zero_shot_accuracy"]
+    words = [f"zero-shot {results['zero_shot_accuracy']:.2f} %"]
+    if "linear_probe_accuracy" in results:
+        words.append(f"linear probe {results['linear_probe_accuracy']:.2f} %")
+    if step:
+        words.append(f"trained {results['accuracy']:.2f} % (shots {results['shots']}, seed "
+                     f"{results['seed']}), gain {results['gain']:+.2f}")
+    run.say(f"{'dry run, no result: ' if args.dry_run else ''}"
+            f"{'H of base and new' if args.setting == 'base2new' else 'accuracy'}: "
+            f"{', '.join(words)}")
     run.write("shots.json", {"train": list(zip(few.paths, few.labels))})
-    what = "H of base and new" if args.setting == "base2new" else "accuracy"
-    run.say(f"{'dry run, no result: ' if args.dry_run else ''}{what}: zero-shot {before:.2f} %" + (
-        f", trained {after:.2f} % (shots {results['shots']}, seed {results['seed']}), gain "
-        f"{after - before:+.2f}" if step else ""))
-    return run.finish({**results, "departures": task.departures, "identity": identity})
+    for name, images in task.tests.items():
+        write_tables(run, name, images, task.zero_shot[name], after[name], args)
+    return run.finish(results)
 
 
-def csv_text(*rows):
+def write_tables(run, name, images, before, after, args):
+    """predictions_*.csv, per_class_*.csv and confusion_*.json of one test set, to look into."""
+    words = [*images.classnames, "unreadable"]  # the last is -1's
+    labels, zero_shot, tuned = ([words[i] for i in column.tolist()] for column in (
+        after["labels"], before["predictions"], after["predictions"]))
+    run.write(f"predictions_{name}.csv", csv_text(
+        ("path", "label", "zero_shot", "tuned"), zip(images.paths, labels, zero_shot, tuned)))
+    run.write(f"per_class_{name}.csv", csv_text(
+        ("class", "images", "zero_shot", "tuned"),
+        zip(images.classnames, after["confusion"].sum(axis=1).tolist(), before["per_class"],
+            after["per_class"])))
+    run.write(f"confusion_{name}.json", {
+        "classes": images.classnames, "templates": args.template or [images.template],
+        "zero_shot": before["confusion"].tolist(), "tuned": after["confusion"].tolist()})
+
+
+def csv_text(head, rows):
     out = io.StringIO()
-    csv.writer(out).writerows(rows)
+    csv.writer(out).writerows([head, *rows])
     return out.getvalue()
 
 
-def write_tables(run, name, images, before, after):
-    """predictions_*.csv, per_class_*.csv and confusion_*.json of one test set, to look into."""
-    names, columns = images.classnames, ("zero_shot", "tuned")
-    truth = [names[i] if i >= 0 else "unreadable" for i in after["labels"].tolist()]
-    guesses = ([names[i] if label != "unreadable" else label for i, label in zip(
-        score["predictions"].tolist(), truth)] for score in (before, after))
-    run.write(f"predictions_{name}.csv", csv_text(("path", "label", *columns),
-                                                  *zip(images.paths, truth, *guesses)))
-    counts = after["confusion"].sum(axis=1).tolist()
-    run.write(f"per_class_{name}.csv", csv_text(("class", "images", *columns), *zip(
-        names, counts, before["per_class"], after["per_class"])))
-    confusion = zip(columns, (score["confusion"].tolist() for score in (before, after)))
-    run.write(f"confusion_{name}.json", {"classes": names, **dict(confusion)})
-
-
-# Student's t for a two-sided 95 % interval by degrees of freedom, the last for more.
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
-
-
-def spread(values):
-    """-> mean, sample standard deviation, half width of the 95 % interval; nan for one value."""
-    if len(values) == 1:
-        return values[0], math.nan, math.nan
-    std = statistics.stdev(values)
-    half = T_95[min(len(values) - 2, len(T_95) - 1)] * std / math.sqrt(len(values))
-    return statistics.fmean(values), std, half
-
-
-def tabulate(run, results, args):
-    """table.md, table.csv and results.json of several runs, from unrounded numbers -> results."""
-    keys = [key for key in results[0] if key.endswith("_accuracy") and "zero_shot" not in key]
-    rows, by_shots = [["shots", "score", "zero-shot", *(f"seed {seed}" for seed in args.seed),
-                       "mean", "std", "95 % CI", "gain"]], {}
-    for place, shots in enumerate(args.shots):  # results come shots by shots, seed by seed
-        runs, means = results[place * len(args.seed):(place + 1) * len(args.seed)], []
-        for key in (*keys, "accuracy"):  # the last is the run's headline, of dg ImageNet's
-            values, name = [result[key] for result in runs], key.removesuffix("_accuracy")
-            mean, std, half = spread(values)
-            # H of the means, as published; its std and interval are of the seeds' own H.
-            if key == "accuracy" and args.setting == "base2new":
-                name, mean = "H", headline(means, args.setting)
+def tabulate(run, found, args):
+    """table.md, table.csv and results.json of several runs, from unrounded numbers -> results.
+    found: {shots: results of the runs, one of each seed}."""
+    first, by_shots, rows = found[args.shots[0]][0], {}, []
+    head = ["shots", "score", "zero-shot", "linear probe", *(f"seed {seed}" for seed in args.seed),
+            "mean", "std", "gain"]
+    parts = [] if args.setting == "fewshot" else [f"{name}_" for name in first["images"]]
+    for shots, runs in found.items():
+        means = []
+        for part in (*parts, ""):  # the last is the run's one number
+            values = [result[f"{part}accuracy"] for result in runs]
+            zero_shot, name = runs[0][f"zero_shot_{part}accuracy"], part.strip("_") or "accuracy"
+            probed = [result.get(f"linear_probe_{part}accuracy", math.nan) for result in runs]
+            mean, std = statistics.fmean(values), math.nan
+            if len(values) > 1:
+                std = statistics.stdev(values)
+            if not part and args.setting == "base2new":  # H of the means, as published; its std
+                name, mean = "H", statistics.harmonic_mean(means)  # is of the seeds' own H
             means.append(mean)
-            before = runs[0][f"zero_shot_{key}"]
-            rows.append([shots, name, before, *values, mean, std, half, mean - before])
-        by_shots[shots] = dict(zip(rows[0][2:], rows[-1][2:]))
+            rows.append([shots, name, zero_shot, statistics.fmean(probed), *values, mean, std,
+                         mean - zero_shot])
+        by_shots[shots] = dict(zip(head[2:], rows[-1][2:]))
     lines = [[str(x) if isinstance(x, (int, str)) else "" if math.isnan(x) else f"{x:.2f}"
-              for x in row] for row in rows]
-    lines.insert(1, ["---:"] * len(lines[0]))
+              for x in row] for row in (head, ["---:"] * len(head), *rows)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     run.write("table.md", table + "\n")
-    run.write("table.csv", csv_text(*rows))
+    run.write("table.csv", csv_text(head, rows))
     run.say(table)
     last = by_shots[args.shots[-1]]  # one number for the table: the mean at the last of --shots
     same = ("method", "data", "model", "setting", "trainable_parameters", "trainable_tensors",
             "zero_shot_accuracy")
-    return run.finish({**{key: results[0][key] for key in same}, "shots": args.shots,
-                       "seed": args.seed, "accuracy": last["mean"], "gain": last["gain"],
-                       "accuracy_at_shots": args.shots[-1], "by_shots": by_shots, "runs": results})
+    return run.finish({**{key: first[key] for key in same}, "shots": args.shots, "seed": args.seed,
+                       "linear_probe_accuracy": last["linear probe"], "accuracy": last["mean"],
+                       "gain": last["gain"], "accuracy_at_shots": args.shots[-1],
+                       "by_shots": by_shots, "runs": sum(found.values(), [])})
 
 
 # -----------------------------------------------------------------------------
@@ -350,17 +373,17 @@ def fill_recipe(args, data, model):
     return notes
 
 
-def open_images(run, args, name, split):
-    """A data set; the first process fetches it if it has to be."""
-    if not args.no_download:
-        run.on_first(lambda: open_dataset(name, split, args.data_dir).name)
-    return open_dataset(name, split, args.data_dir, download=False)
-
-
 def open_data(run, args):
-    """-> all training images, the labels to train on, {name: test images}."""
-    train_set = open_images(run, args, args.data, "train")
-    test = open_images(run, args, args.data, "test")
+    """-> all training and validation images, the labels to train on, {name: test images}."""
+    if not args.no_download:
+        run.on_first(lambda: open_dataset(args.data, "train", args.data_dir).name)
+
+    def opened(name, split):
+        return open_dataset(name, split, args.data_dir, download=False)
+    train_set, test = opened(args.data, "train"), opened(args.data, "test")
+    val = train_set.subset([])
+    if train_set.counts["val"] and train_set.name != "imagenet":  # ImageNet's is its test set
+        val = opened(args.data, "val")
     require_words(train_set)  # an id makes no prompt
     names = train_set.classnames
     labels = find_classes(names, args.classes) if args.classes else list(range(len(names)))
@@ -371,15 +394,14 @@ def open_data(run, args):
         labels, new = halves(labels)
         tests = {"base": test.select(labels), "new": test.select(new)}
     if args.setting == "dg":
-        tests = {"imagenet": tests["test"],
-                 **{name: open_images(run, args, name, "test") for name in SHIFTS}}
+        tests = {"imagenet": test, **{name: opened(name, "test") for name in SHIFTS}}
     untaught = [names[label] for label in labels if label not in set(train_set.labels)]
     if untaught:
         raise UserError(f"{train_set.name}: no training image of {', '.join(untaught[:10])}; name "
                         f"the other --classes")
     for images in tests.values():
         images.check_files()
-    return train_set, labels, tests
+    return train_set, val, labels, tests
 
 
 def open_task(run, args, train_set, tests):
@@ -389,15 +411,18 @@ def open_task(run, args, train_set, tests):
     model = open_clip(args)
     if args.export:
         check_layout(model.config, args.export, model.logit_bias is not None)
-    tokenizer, prompts = for_model(model, args.tokenizer), {}
+    tokenizer = for_model(model, args.tokenizer)
     model = run.move(model).fuse_attention(run.fused_attention).eval()
     trainable = choose_trainable(model)
     model.round_frozen(run.dtype)
+    first = next(iter(tests.values()))
+    prompts = [prompt for template in args.template or [first.template]
+               for prompt in class_prompts(first.classnames, template)]
+    pieces, places = text_pieces(tokenizer(prompts, context_length=model.config.context_length),
+                                 128, model.text_pad)
+    prompts = [run.move(*piece) for piece in pieces], run.move(
+        places.view(-1, len(first.classnames)))
     for name, images in tests.items():
-        sentences = class_prompts(images.classnames, args.template or images.template)
-        tokens = tokenizer(sentences, context_length=model.config.context_length)
-        pieces, places = text_pieces(tokens, 128, model.text_pad)
-        prompts[name] = [run.move(*piece) for piece in pieces], run.move(places)
         if args.dry_run:
             images = images.subset(range(min(len(images), 200)))
         tests[name] = images.with_transform(Preprocess.of(model))
@@ -409,8 +434,6 @@ def open_task(run, args, train_set, tests):
             f"{len(trainable)} tensors")
     if not any(name.startswith("visual.") for name in trainable):
         run.say("note: the image tower has no LayerNorm; only the text tower's biases train")
-    if tokenizer.truncated:
-        run.say(f"note: {tokenizer.truncated} class prompts are too long and were cut")
     for departure in departures:
         run.say(f"departs from the official recipe: {departure}")
     return Task(model, tokenizer, tests, prompts, trainable,
@@ -420,7 +443,7 @@ def open_task(run, args, train_set, tests):
 def main(args):
     """Every (shots, seed) of the command line -> the results of the one run, or of the table."""
     run = start(args.device, args.precision, args.seed[0], args.deterministic)
-    train_set, labels, tests = open_data(run, args)
+    train_set, val, labels, tests = open_data(run, args)
     task = open_task(run, args, train_set, tests)
     name = task.model.origin["name"]
     facts = {"method": "clipfit", "data": train_set.fingerprint, "data_name": train_set.name,
@@ -430,18 +453,21 @@ def main(args):
     for shots, seed in itertools.product(args.shots, args.seed):
         # Drawn from all classes and then narrowed, as the official code does: the base shots are
         # among the all-class shots of the same seed.
-        few = few_shot(train_set, shots, seed).select(labels)
+        few, held_out = (part.select(labels) for part in few_shot(train_set, shots, seed, val))
         few.check_files()
         mine = argparse.Namespace(**{**vars(args), "shots": [shots], "seed": [seed]})
         identity = run_identity(mine, **facts, shots=shots, seed=seed, shots_sha256=few.digest())
         inside = folder / f"shots{shots}_seed{seed}"
         alone = single and args.output_dir and not inside.exists()
-        jobs.append((seed, few, folder if alone else inside, mine, identity))
+        jobs.append((few, held_out, folder if alone else inside, mine, identity))
     table = run.enter(args.seed[0])
     if not single and not args.eval_only:
         table.begin(folder, args, run_identity(args, ("shots", "seed"), **facts, table=True))
-    results = [run_once(run.enter(seed), task, *job) for seed, *job in jobs]
-    return results[0] if single else tabulate(table, results, args)
+    found = {shots: [] for shots in args.shots}
+    for few, held_out, place, mine, identity in jobs:
+        run = run.enter(identity["seed"])
+        found[identity["shots"]].append(run_once(run, task, few, held_out, place, mine, identity))
+    return found[args.shots[0]][0] if single else tabulate(table, found, args)
 
 
 # -----------------------------------------------------------------------------
@@ -484,8 +510,8 @@ def get_args(argv=None):
     if args.setting == "dg" and (args.data != "imagenet" or args.classes):
         parser.error("--setting dg trains on all of ImageNet and tests on its four shifts: "
                      "expected --data imagenet and no --classes")
-    if args.template is not None:
-        class_prompts(["class"], args.template)  # raises if it has no {}
+    for template in args.template or ():
+        class_prompts(["class"], template)  # raises if it has no {}
     if args.resume not in ("auto", "none") and len(args.shots) * len(args.seed) > 1:
         parser.error("--resume PATH goes on with one run: give one --shots and one --seed")
     return args

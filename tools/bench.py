@@ -74,7 +74,8 @@ def clipfit(side="ours", size="ViT-B/16", batch=32, precision="fp32", micro_batc
     train_clipfit.choose_trainable(model)
     model.round_frozen(run.dtype)
     tokens, labels = BPETokenizer()([f"{name} texture." for name in DTD]), torch.arange(batch)
-    before, pieces = torch.randn(len(DTD), model.config.embed_dim), text_pieces(tokens, 128)
+    pieces, places = text_pieces(tokens, 128)
+    prompts, before = (pieces, places[None]), torch.randn(len(DTD), model.config.embed_dim)
     args = types.SimpleNamespace(micro_batch=micro_batch, reg_weight=8.0)
 
     def call():
@@ -84,7 +85,7 @@ def clipfit(side="ours", size="ViT-B/16", batch=32, precision="fp32", micro_batc
                 loss = peer("official").loss(model, images, labels, tokens, before, 8.0)[0]
             loss.backward()
         else:
-            train_clipfit.add_gradients(run, model, images, labels, batch, pieces, before, args,
+            train_clipfit.add_gradients(run, model, images, labels, batch, prompts, before, args,
                                         run.scaler())
         return batch
     return call
