@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import difflib
+import importlib.util
 import json
 import math
 import os
@@ -49,24 +50,19 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         words = [self.spelled(word) for word in (sys.argv[1:] if args is None else args)]
-        config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        config.add_argument("--config", nargs="?")
-        path = config.parse_known_args(words)[0].config
-        if path:
-            self.take_defaults(path)
         parsed, odd = super().parse_known_args(words, namespace)
+        if parsed.config:
+            self.take_defaults(parsed.config, words)
+            parsed, odd = super().parse_known_args(words, namespace)
         if odd:
             flags = [flag for action in self._actions for flag in action.option_strings]
             near = difflib.get_close_matches(odd[0].partition("=")[0], flags, n=1)
             self.error(f"unknown argument {odd[0]}" + "".join(f"; is it {x}?" for x in near))
-        resume, folder = getattr(parsed, "resume", "auto"), getattr(parsed, "output_dir", "")
-        if resume not in ("auto", "none") and not expanded(resume).is_file():
-            self.error(f"--resume {resume}: expected auto, none, or the path of a checkpoint")
-        try:
-            if folder and not getattr(parsed, "eval_only", False):
-                refuse_unusable(expanded(folder))
-        except UserError as error:
-            self.error(error)
+        if hasattr(parsed, "resume"):
+            try:
+                refuse_early(parsed)
+            except UserError as error:
+                self.error(error)
         return parsed, odd
 
     def spelled(self, word):
@@ -79,15 +75,18 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{flag} is not a flag here: {self.refused[flag]}")
         return flag + equals + value
 
-    def take_defaults(self, path):
-        """Take the flags of a config.json. As text, argparse checks them like typed ones."""
+    def take_defaults(self, path, words):
+        """Take the flags of a config.json that `words` do not name: one that may be repeated would
+        be added to them. As text, argparse checks them like typed ones."""
+        named = {word.partition("=")[0] for word in words}
         try:
             values = dict(json.loads(expanded(path).read_text("utf-8")))
         except (OSError, ValueError, TypeError) as error:
             self.error(f"--config {path} is not a run's config.json: {one_line(error)}")
         for action in self._actions:
             value = values.get(action.dest)
-            if value is not None and action.dest not in ("resume", "overwrite", "debug"):
+            if value is not None and named.isdisjoint(action.option_strings) and (
+                    action.dest not in ("resume", "overwrite", "debug")):
                 typed = not isinstance(value, (bool, list))
                 self.set_defaults(**{action.dest: str(value) if typed else value})
 
@@ -109,6 +108,7 @@ def add_run_flags(parser, seed=1, log_every=20, several_seeds=False, **defaults)
     add("--export", choices=["openai", "open_clip", "hf", "safetensors"],
         help="also write the trained model for this library")
     add("--workers", type=whole(-1), default=-1, help="processes that read images; -1 chooses")
+    add("--tensorboard", action="store_true", help="what is logged, for TensorBoard too")
     add("--log-every", type=whole(1), default=log_every, help="steps between lines of the log")
     add("--save-every", type=whole(0), default=0, help="steps; 0: save at an epoch's end only")
     add("--deterministic", action="store_true", help="the same bits on a GPU, slower")
@@ -116,8 +116,19 @@ def add_run_flags(parser, seed=1, log_every=20, several_seeds=False, **defaults)
     parser.set_defaults(**defaults)
 
 
-CHANGES_NO_RESULT = """device workers output_dir resume overwrite eval_only dry_run export log_every
-save_every debug config data_dir no_download deterministic micro_batch cache cache_gb""".split()
+def refuse_early(args):
+    """Raise UserError for what these flags alone say cannot be."""
+    if args.resume not in ("auto", "none") and not expanded(args.resume).is_file():
+        raise UserError(f"--resume {args.resume}: expected auto, none, or a checkpoint's path")
+    if args.output_dir and not args.eval_only:
+        refuse_unusable(expanded(args.output_dir))
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard needs a package: pip install tensorboard")
+
+
+CHANGES_NO_RESULT = """device workers output_dir resume overwrite eval_only dry_run export
+tensorboard log_every save_every debug config data_dir no_download deterministic micro_batch cache
+cache_gb""".split()
 
 
 def run_identity(args, but=(), **facts):
@@ -171,10 +182,14 @@ def verdict(error):
         return 128 + 13, ""  # as if SIGPIPE had ended it, which is how `| head` ends programs
     if hasattr(error, "exit_code"):
         return error.exit_code, text
-    if is_oom(error):
+    # Each device has its own type or words for memory that ran out.
+    if isinstance(error, MemoryError) or isinstance(error, (RuntimeError, OSError)) and re.search(
+            "out of memory|allocate memory", text, re.I):
         return 3, (f"out of memory ({text[:150]}): a smaller --micro-batch gives the same result "
                    "in less, --precision bf16 halves most of it; the last checkpoint is intact")
-    if is_lost(error):
+    lost = "^DataLoader worker|closed by peer|reset by peer|Broken pipe"
+    if isinstance(error, (BrokenPipeError, ConnectionResetError, dist.DistError)) or (
+            isinstance(error, RuntimeError) and re.search(lost, text)):
         return 3, (f"a process that this one works with has ended ({text[:150]}): what it said "
                    "itself tells why; the last checkpoint is intact")
     return 1, ""
@@ -193,31 +208,27 @@ def report(error, line, debug):
             print(f"process {rank}: " * bool(rank) + f"error: {line}", file=sys.stderr, flush=True)
 
 
-def is_oom(error):
-    """Whether memory ran out: each device has its own type or words."""
-    return isinstance(error, MemoryError) or isinstance(error, (RuntimeError, OSError)) and bool(
-        re.search("out of memory|allocate memory", str(error), re.I))
-
-
-def is_lost(error):
-    """Whether another process went away: of the group, or one that reads images."""
-    words = re.search("^DataLoader worker|closed by peer|reset by peer|Broken pipe", str(error))
-    return (isinstance(error, (BrokenPipeError, ConnectionResetError, dist.DistError))
-            or isinstance(error, RuntimeError) and bool(words))
-
-
 def sigterm_as_ctrl_c():
     """From now on SIGTERM ends the run as Ctrl-C does: loader workers are stopped, a line is said.
     A second one ends it at once. Not in a group: Python could not answer while it waits there."""
-    owner = os.getpid()
-
-    def handle(number, frame):
-        if os.getpid() != owner:  # a loader's worker
-            os._exit(128 + number)
+    def interrupt(number):
         signal.signal(number, signal.SIG_DFL)
         raise KeyboardInterrupt(number)  # which no `except Exception` on the way swallows
     if os.environ.get("WORLD_SIZE", "") in ("", "0", "1"):
-        signal.signal(signal.SIGTERM, handle)
+        on_signals(interrupt, signal.SIGTERM)
+
+
+def on_signals(answer, *numbers):
+    """From now on these signals call answer(number) -> the handlers before, {number: handler}.
+    Loader workers inherit this: SIGTERM ends one at once, and Ctrl-C is for its parent."""
+    owner = os.getpid()
+
+    def handle(number, frame):
+        if os.getpid() == owner:
+            answer(number)
+        elif number == signal.SIGTERM:
+            os._exit(128 + number)
+    return {number: signal.signal(number, handle) for number in numbers}
 
 
 def tolerate_any_locale():

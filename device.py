@@ -9,7 +9,6 @@ number of processes; a checkpoint on disk is whole or absent, whenever the machi
 that is read can run code.
 """
 import contextlib
-import copy
 import ctypes
 import dataclasses
 import datetime
@@ -34,19 +33,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from command import (add_run_flags, guard, number, Parser, run_folder,  # noqa: F401
+from command import (add_run_flags, guard, number, on_signals, Parser, run_folder,  # noqa: F401
                      run_identity, show, tolerate_any_locale, whole)
-from files import (append, cut_lines, expanded, git_commit, load_checkpoint, one_line, plain,
-                   previous, refuse_unusable, SafeStop, UserError, write_atomic, write_checkpoint)
+from files import (append, as_json, cut_lines, expanded, git_commit, load_checkpoint, one_line,
+                   plain, previous, refuse_unusable, SafeStop, UserError, write_atomic,
+                   write_checkpoint)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PATIENCE = datetime.timedelta(minutes=30)  # for other processes: the first may be downloading
 LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"
-
-
-class Interrupted(Exception):
-    """A signal stopped the run after it saved; `exit_code` is 128 + the signal's number."""
-    exit_code = 130
 
 
 # -----------------------------------------------------------------------------
@@ -55,11 +50,10 @@ class Interrupted(Exception):
 class Kind:
     """What differs between devices: torch.cuda, .npu, .mps and .cpu only look alike."""
 
-    def __init__(self, name, backend, pinned=False, workers=4, context=None):
+    def __init__(self, name, backend, pinned=False):
         self.name = name
         self.backend = backend  # of the process group; "" where there can be one process only
         self.pinned = pinned    # has numbers, and pinned memory; on mps such a copy can lose data
-        self.workers, self.context = workers, context  # most loader processes; how they start
 
     @property
     def module(self):
@@ -114,9 +108,8 @@ class Kind:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-KINDS = {"cuda": Kind("cuda", "nccl", True), "npu": Kind("npu", "hccl", True),
-         "mps": Kind("mps", "", workers=0, context="spawn"),
-         "cpu": Kind("cpu", "gloo")}  # the order in which "auto" tries them
+KINDS = {"cuda": Kind("cuda", "nccl", pinned=True), "npu": Kind("npu", "hccl", pinned=True),
+         "mps": Kind("mps", ""), "cpu": Kind("cpu", "gloo")}  # the order in which "auto" tries them
 
 
 def start(device="auto", precision="auto", seed=0, deterministic=False):
@@ -150,11 +143,11 @@ def processes():
         *found, port = (int(os.environ[name]) for name in names)
         if not port or not os.environ["MASTER_ADDR"]:  # port 0: each would take one of its own
             raise ValueError("MASTER_PORT or MASTER_ADDR")
-        return tuple(found)
     except (KeyError, ValueError) as error:
         raise UserError(f"WORLD_SIZE is set, but {one_line(error)} is not as torchrun sets it: "
                         "unset WORLD_SIZE, or `torchrun --standalone --nproc-per-node 2 ...`"
                         ) from error
+    return found
 
 
 def join_group(device, world_size):
@@ -199,12 +192,12 @@ def pick_device(asked, local_rank=0, world_size=1):
 def pick_precision(device, asked):
     """-> the name of a precision that the device has, and in brackets why."""
     names = KINDS[device.type].precisions(device)
-    if asked == "auto" and device.type == "cuda":
+    if asked == "auto":  # never one that is slower there than fp32
+        if device.type != "cuda":
+            return "fp32", " (auto)"
         # Before tensor cores (Volta, 7.0) half precision is no faster than single.
         fast = torch.cuda.get_device_capability(device) >= (7, 0)
         return "bf16" if "bf16" in names else "fp16" if fast else "fp32", " (auto)"
-    if asked == "auto":
-        return "fp32", " (auto)"
     if asked not in names:
         raise UserError(f"--precision {asked}: expected auto, {', '.join(names)} on {device} with "
                         f"torch {torch.__version__}")
@@ -252,32 +245,28 @@ class Run:
     dtype is what autocast computes in; weights stay fp32. out is the run's folder, a pathlib.Path,
     or None. Every process calls a method at the same point.
     """
-    def __init__(self, device, precision, rank, world_size, seed):
+    def __init__(self, device, precision="fp32", rank=0, world_size=1, seed=0):
         self.device, self.precision, self.dtype = device, precision, PRECISIONS[precision]
         self.rank, self.world_size, self.kind = rank, world_size, KINDS[device.type]
-        self._early = []  # lines said before there was a folder, which may be refused
-        self._start(seed)
-
-    def enter(self, seed):
-        """A Run on the same device and processes with another seed and clock, without a folder."""
-        other = copy.copy(self)
-        other._early = self._early[:1]  # its log too begins with the device
-        other._start(seed)
-        return other
-
-    def _start(self, seed):
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)  # every accelerator's generator too
-        self.seed, self.out, self._identity = seed, None, {}
+        self.seed, self.out, self._identity, self._board = seed, None, {}, None
+        self._early = []  # lines said before there was a folder, which may be refused
         self._log_every, self._save_every, self._logged = 20, 0, 0  # the last: lines of metrics
-        self._began, self._peak, self._shown = time.monotonic(), 0.0, 0
-        # Of training alone: since the last line of the log, and [samples, seconds] of the run.
-        self._seen, self._spent, self._waited, self._asked = 0, 0.0, 0.0, self._began
-        self._since, self._total = 0, [0, 0.0]
+        self._began, self._peak = time.monotonic(), 0.0
+        # Of training alone: samples, seconds, seconds of them waited for data, and steps; of the
+        # run, and as they were at the last line of the log.
+        self._spent, self._told, self._asked = np.zeros(4), np.zeros(4), self._began
         self._steps, self._bad, self._fine = [], 0, None  # steps not looked at; skipped in a row
         self._signal, self._stopping = 0, 0  # seen by this process; agreed on by all
-        self._scaler, self._buffers = None, []
+        self._loss_scale, self._buffers = None, []
+
+    def enter(self, seed):
+        """A Run on the same device and processes with another seed and clock, without a folder."""
+        other = Run(self.device, self.precision, self.rank, self.world_size, seed)
+        other._early = self._early[:1]  # its log too begins with the device
+        return other
 
     # -------------------------------------------------------------------------
     # Placement
@@ -312,15 +301,13 @@ class Run:
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def loader_options(self, workers=-1):
-        """dict(workers, pin_memory, multiprocessing_context) for a DataLoader; -1 chooses."""
+        """dict(workers, pin_memory) for a DataLoader; -1 chooses."""
         if workers == -1:
-            # On Windows and macOS they are fresh interpreters: by default they cost too much.
-            known = hasattr(os, "sched_getaffinity")
-            cpus = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1) \
-                if known else 0
-            workers = min(self.kind.workers, max(known, cpus))
-        return {"workers": workers, "pin_memory": self.kind.pinned,
-                "multiprocessing_context": self.kind.context if workers else None}
+            workers = 0  # on Windows and macOS they are fresh interpreters and cost too much
+            if sys.platform == "linux":
+                mine = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+                workers = min(4, max(1, mine))
+        return {"workers": workers, "pin_memory": self.kind.pinned}
 
     def synchronize(self):
         """Wait until the device has done what it was given; only timing needs this."""
@@ -359,17 +346,17 @@ class Run:
         as DistributedDataParallel does.
         """
         trainable = [p for p in parameters if p.requires_grad and self.world_size > 1]
-        for dtype in sorted({p.dtype for p in trainable}, key=str):
-            group = [p for p in trainable if p.dtype == dtype]
-            here = [float(p.grad is not None) for p in group]
-            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
-                              for p in group] + [group[0].new_tensor(here)])
-            dist.all_reduce(flat)
-            *sums, anywhere = flat.split([p.numel() for p in group] + [len(group)])
-            # Only a missing gradient is worth waiting for the device to learn who has it.
-            anywhere = here if all(here) else anywhere.tolist()
-            for p, total, someone in zip(group, sums, anywhere):
-                p.grad = total.view_as(p).clone() if someone else None
+        if not trainable:
+            return
+        here = [float(p.grad is not None) for p in trainable]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+                          for p in trainable] + [trainable[0].new_tensor(here)])
+        dist.all_reduce(flat)
+        *sums, anywhere = flat.split([p.numel() for p in trainable] + [len(trainable)])
+        # Only a missing gradient is worth waiting for the device to learn who has it.
+        anywhere = here if all(here) else anywhere.tolist()
+        for p, total, someone in zip(trainable, sums, anywhere):
+            p.grad = total.view_as(p).clone() if someone else None
 
     def gather_objects(self, x):
         """[x of process 0, x of process 1, ...]; x is small and picklable."""
@@ -398,18 +385,18 @@ class Run:
 
     def batches(self, loader, at):
         """Yield the batches from where `at` stands up to at.steps, over epochs. Signals are
-        watched meanwhile: Interrupted is raised here, once the checkpoint that one asked for is
-        saved. loader: has a length, and a batch_sampler with set_epoch(epoch, first_batch=)."""
+        watched meanwhile: KeyboardInterrupt is raised here, once the checkpoint that one asks for
+        is saved. loader: has a length, and a batch_sampler with set_epoch(epoch, first_batch=)."""
         at.batches = len(loader)
         with self._watching_signals():
             while at.step < at.steps:
                 loader.batch_sampler.set_epoch(at.epoch, first_batch=at.batch)
                 step, self._asked = at.step, time.monotonic()
                 for batch in loader:
-                    self._waited += time.monotonic() - self._asked
+                    self._spent[2] += time.monotonic() - self._asked
                     yield batch
                     if self._stopping:
-                        raise shared(self._stopping)
+                        raise shared(KeyboardInterrupt(self._stopping))
                     if at.step >= at.steps:
                         return
                     self._asked = time.monotonic()
@@ -449,14 +436,14 @@ class Run:
             for buffer, kept in self._buffers:
                 kept.copy_(torch.where(fine, buffer, kept))
                 buffer.copy_(kept)
-        self._scaler, self._fine = scaler, fine
+        self._fine = fine
         if scaler.is_enabled():
-            scale = scaler.get_scale()
+            scale = self._loss_scale = scaler.get_scale()
             self._fine = fine | sound & (scale > 1)  # a scale that is still falling is no failure
             scaler.update(None if sound else scale)
         return fine
 
-    def tick(self, at, losses, samples, describe=None, **scalars):
+    def tick(self, at, losses, samples, describe, **scalars):
         """Count a step: move `at`, check the step, log, look for signals -> whether a checkpoint
         is due (end of an epoch, --save-every, the last step, a signal). Once after each `update`.
 
@@ -471,16 +458,13 @@ class Run:
         last = at.step == at.steps
         log = last or at.step % self._log_every == 0
         due = last or at.batch == 0 or bool(self._save_every and at.step % self._save_every == 0)
-        self._steps.append((self._fine, describe or (lambda: f"step {at.step}")))
+        self._steps.append((self._fine, describe))
         # On a CPU looking is free; elsewhere it waits for the device and the other processes.
         if log or due or at.step % 20 == 0 or self.device.type == "cpu":
             self._look_at_steps()
         if log:
             losses = {name: float(self.sum(torch.as_tensor(x))) for name, x in losses.items()}
-        seconds = time.monotonic() - self._asked
-        self._seen, self._spent, self._since = (
-            self._seen + samples, self._spent + seconds, self._since + 1)
-        self._total = [self._total[0] + samples, self._total[1] + seconds]
+        self._spent += samples, time.monotonic() - self._asked, 0, 1
         if log:
             self._log_training(at, epoch, {**losses, **scalars})
         return due or bool(self._stopping)
@@ -498,31 +482,23 @@ class Run:
                     raise shared(SafeStop(f"{what}, the third in a row; the last checkpoint is "
                                           "intact. Try a smaller --lr, or --precision fp32"))
                 self.say(what)
-        wanted = max(self.gather_objects(self._signal))
-        if wanted:
-            self._stopping = Interrupted(f"stopped by {signal.Signals(wanted).name} after saving; "
-                                         "--resume auto continues")
-            self._stopping.exit_code = 128 + wanted
+        self._stopping = max(self.gather_objects(self._signal))
 
     @contextlib.contextmanager
     def _watching_signals(self):
         """Inside, Ctrl-C and SIGTERM ask to stop, and a second one exits at once, saving nothing.
         Only in the main thread: Python allows no other."""
-        owner, since, self._signal, self._stopping = os.getpid(), 0.0, 0, None
+        self._signal, self._stopping, since = 0, 0, 0.0
 
-        def handle(number, frame):
+        def answer(number):
             nonlocal since
-            if os.getpid() != owner:  # a loader's worker: its parent tells it when to stop
-                if number == signal.SIGTERM:
-                    os._exit(128 + number)
-            elif not self._signal:
+            if not self._signal:
                 self._signal, since = number, time.monotonic()
             # Ctrl-C under torchrun comes twice at once: from the terminal and from torchrun.
             elif self.world_size == 1 or time.monotonic() - since > 2:
                 os._exit(128 + number)
-        before = {}
-        if threading.current_thread() is threading.main_thread():
-            before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        in_main = threading.current_thread() is threading.main_thread()
+        before = on_signals(answer, *[signal.SIGINT, signal.SIGTERM] * in_main)
         try:
             yield
         finally:
@@ -536,19 +512,16 @@ class Run:
         """Print a line, and append it to log.txt."""
         if self.rank:
             return
-        show(("\r" + " " * self._shown + "\r") * bool(self._shown) + text)
-        self._shown = 0
+        show(text)
         if self.out:
             append(self.out / "log.txt", text)
         else:
             self._early.append(text)
 
-    def progress(self, done, total, what=""):
-        """A line that overwrites itself on a terminal; nothing at all elsewhere."""
+    def progress(self, done, total, what):
+        """A line that the next one overwrites on a terminal; nothing at all elsewhere."""
         if not self.rank and sys.stdout and sys.stdout.isatty():
-            text = f"{what} {done}/{total}"
-            show("\r" + text.ljust(self._shown), end="")
-            self._shown = len(text)
+            show(f"{what} {done}/{total}", end="\r")
 
     def log(self, step, split, epoch=None, rate=0.0, wait=0.0, head="", tail="", **scalars):
         """Scores: one line for people, one JSON object in metrics.jsonl for programs. scalars are
@@ -558,23 +531,29 @@ class Run:
                  for name, x in scalars.items()]
         head = head or (f"{split} at step {step}" if step else split)
         self.say("  ".join([head, *words, tail]).rstrip())
-        if self.out and not self.rank:
-            append(self.out / "metrics.jsonl", json.dumps({
-                "step": step, "epoch": epoch, "split": split, **scalars,
-                "samples_per_second": round(rate, 3), "data_wait": round(wait, 4),
-                "memory_mb": self.memory_mb(), "time": round(time.time(), 3)}, ensure_ascii=False))
-            self._logged += 1
+        if self.rank or not self.out:
+            return
+        record = {"step": step, "epoch": epoch, "split": split, **scalars,
+                  "samples_per_second": round(rate, 3), "data_wait": round(wait, 4),
+                  "memory_mb": self.memory_mb(), "time": round(time.time(), 3)}
+        append(self.out / "metrics.jsonl", as_json(record))
+        self._logged += 1
+        if self._board:
+            for name, x in record.items():
+                if isinstance(x, (int, float)) and name not in ("step", "epoch", "time"):
+                    self._board.add_scalar(f"{split}/{name}", x, step)
+            self._board.flush()  # a kill loses nothing
 
     def _log_training(self, at, epoch, scalars):
-        if self._scaler is not None and self._scaler.is_enabled():
-            scalars["loss_scale"] = self._scaler.get_scale()
-        spent = max(self._spent, 1e-9)
-        rate, wait = self._seen / spent, self._waited / spent
-        left = datetime.timedelta(seconds=round((at.steps - at.step) * spent / self._since))
+        if self._loss_scale:
+            scalars["loss_scale"] = self._loss_scale
+        samples, seconds, waited, steps = self._spent - self._told
+        self._told = self._spent.copy()
+        rate, wait = samples / max(seconds, 1e-9), waited / max(seconds, 1e-9)
+        left = datetime.timedelta(seconds=round((at.steps - at.step) * seconds / steps))
         self.log(at.step, "train", epoch, rate, wait, f"{at.step:>{len(str(at.steps))}}/{at.steps}",
                  f"{rate:.3g} samples/s  wait {wait:.0%}  {self.memory_mb():.0f} MB  eta {left}",
                  **scalars)
-        self._seen, self._spent, self._waited, self._since = 0, 0.0, 0.0, 0
 
     # -------------------------------------------------------------------------
     # The run's folder
@@ -588,16 +567,19 @@ class Run:
         written, and the checkpoint is the one to score. Raises UserError, before anything is
         changed, for a folder that cannot be used and for a run or checkpoint of another kind.
         """
-        folder, stored, named = expanded(folder), None, args.resume not in ("auto", "none")
-        self._identity = json.loads(json.dumps(plain(identity), default=str))
+        folder, stored, named = expanded(folder), None, None
+        self._identity = json.loads(as_json(identity))
         self._log_every, self._save_every = args.log_every, args.save_every
         fresh = (args.overwrite or args.dry_run) and not args.eval_only
-        if named or args.resume == "auto" and not fresh:
+        if args.resume not in ("auto", "none"):
+            named = expanded(args.resume).absolute()
+            stored = self.load(named)
+        elif args.resume == "auto" and not fresh:
             best = args.eval_only and (folder / BEST).exists()
-            stored = self.load(args.resume if named else folder / (BEST if best else LAST))
+            stored = self.load(folder.absolute() / (BEST if best else LAST))
         if stored:
-            self._refuse_other(stored.get("identity"), args.resume if named else folder,
-                               ("method", "model", "weights") if args.eval_only else None)
+            self._refuse_other(stored.get("identity"), named or folder,
+                               ("method", "model", "weights") if args.eval_only else ())
         if len(set(self.gather_objects(stored and stored["step"]))) > 1:
             raise shared(UserError(f"not all processes see the checkpoint in {folder}: expected "
                                    "--output-dir on a disk that they share"))
@@ -605,6 +587,9 @@ class Run:
             if not stored:
                 self.say(f"no checkpoint in {folder}: this scores what --weights gives")
             return stored, None
+        if named and not stored["optimizer"]:
+            raise UserError(f"--resume {named}: it was kept for its scores, without what training "
+                            f"needs to go on; give {LAST}, or start from it with --weights")
         self.on_first(lambda: self._claim(folder, args, fresh))
         self.out = folder
         if (folder / "results.json").exists():
@@ -613,7 +598,11 @@ class Run:
         self._logged = stored["logged"] if stored and not named else 0
         self.on_first(lambda: cut_lines(folder / "metrics.jsonl", self._logged))
         if named:
-            self.on_first(lambda: self._take_best(expanded(args.resume).parent / BEST, stored))
+            self.on_first(lambda: self._take_best(named.parent / BEST, stored))
+        if args.tensorboard and not self.rank:
+            from torch.utils.tensorboard import SummaryWriter
+            seen = stored["step"] + 1 if stored else 0  # later points are drawn anew
+            self._board = SummaryWriter(folder / "tensorboard", purge_step=seen)
         if stored:
             self.say(f"continuing after step {stored['step']}")
         return stored, None
@@ -635,7 +624,7 @@ class Run:
             if not fresh:
                 self._refuse_other(theirs, folder)
         ours = ["env.json", "command.txt", "log.txt", "metrics.jsonl", "results.json", "*_last.pt",
-                "*_prev.pt", "*_best.pt"]
+                "*_prev.pt", "*_best.pt", "tensorboard/events.*"]
         for name in ["*.tmp", *(ours if fresh else [])]:  # .tmp: left by a write that was killed
             for path in folder.glob(name):
                 path.unlink()
@@ -647,20 +636,22 @@ class Run:
         append(folder / "command.txt", shlex.join([sys.executable, *sys.argv]))
         append(folder / "log.txt", *self._early)
 
-    def _refuse_other(self, theirs, where, keys=None):
-        """Raise UserError unless `theirs` is this run's identity (or its `keys` are)."""
+    def _refuse_other(self, theirs, where, keys=()):
+        """Raise UserError unless `theirs` is this run's identity, or its `keys` are."""
         ours, theirs = self._identity, theirs if isinstance(theirs, dict) else {}
         if theirs.get("method") != ours.get("method"):
             keys = ["method"]  # nothing else need be compared
-        changed = {key: f"{key} was {theirs.get(key)!r}, now {ours.get(key)!r}"
-                   for key in keys or sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)}
+        changed = [key for key in keys or sorted({*theirs, *ours})
+                   if theirs.get(key) != ours.get(key)]
+        if not changed:
+            return
         what, advice = "another run", ("choose another --output-dir, or give the old values; a "
                                        "CLIP to start from goes to --weights")
         if {*changed} <= {"epochs", "max_steps"} and pathlib.Path(where, "results.json").exists():
             what, advice = "a finished run", (
                 f"to train on from its best weights: --weights {where} --output-dir OTHER")
-        if changed:
-            raise UserError(f"{where} is of {what} ({'; '.join(changed.values())}): {advice}")
+        how = [f"{key} was {theirs.get(key)!r}, now {ours.get(key)!r}" for key in changed]
+        raise UserError(f"{where} is of {what} ({'; '.join(how)}): {advice}")
 
     def _take_best(self, best, stored):
         """The best weights that lie beside a checkpoint of another folder come along."""
@@ -680,7 +671,7 @@ class Run:
     def finish(self, results):
         """`results` with what every script adds, written to results.json. Returns the dict."""
         self.synchronize()
-        samples, seconds = self._total
+        samples, seconds, *_ = self._spent
         results = {"samples_per_second": round(samples / seconds, 3) if seconds else 0.0,
                    **plain(results), "seconds": round(time.monotonic() - self._began, 3),
                    "peak_memory_mb": max(self.gather_objects(self.memory_mb())), **self._facts()}
@@ -699,20 +690,21 @@ class Run:
             "optimizer": optimizer.state_dict() if optimizer else {},
             "scaler": scaler.state_dict() if scaler else {},
             "epoch": at.epoch, "batch": at.batch, "step": at.step,  # what comes next
-            "timed": self._total, "logged": self._logged,
+            "timed": self._spent[:2].tolist(), "logged": self._logged,
             "rng": self.gather_objects(self._random_state()), "identity": self._identity, **more})
 
     def load_training(self, stored, trainable, optimizer, scaler, buffers=()):
         """Put what `save_training` wrote back in place -> Place. stored None: a new run."""
+        at = Place()
+        if stored:
+            self.restore(stored, trainable, buffers)
+            optimizer.load_state_dict(stored["optimizer"])
+            scaler.load_state_dict(stored["scaler"])
+            self._set_random_state(stored["rng"])
+            self._spent[:2] = self._told[:2] = stored["timed"]
+            at = Place(stored["epoch"], stored["batch"], stored["step"])
         self._buffers = [(b, b.detach().clone()) for b in dict(buffers).values()]
-        if not stored:
-            return Place()
-        self.restore(stored, trainable, buffers)
-        optimizer.load_state_dict(stored["optimizer"])
-        scaler.load_state_dict(stored["scaler"])
-        self._set_random_state(stored["rng"])
-        self._total = stored["timed"]
-        return Place(stored["epoch"], stored["batch"], stored["step"])
+        return at
 
     @torch.no_grad()
     def restore(self, stored, trainable, buffers=()):
@@ -725,7 +717,6 @@ class Run:
                             "here; give the --model and the flags of what is trained as then")
         for name, tensor in here.items():
             tensor.copy_(there[name])
-        self._buffers = [(b, b.detach().clone()) for b in dict(buffers).values()]
 
     def save(self, path, state):
         """Write `state` (tensors, numbers, text, containers of them) so that a kill at any moment
@@ -757,16 +748,12 @@ class Run:
         return path if not bare else self.out / path if self.out else None
 
     def _random_state(self):
-        name, keys, *rest = np.random.get_state()
         own = None if self.device.type == "cpu" else self.kind.module.get_rng_state()
-        return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest),
-                "torch": torch.get_rng_state(), "device_type": self.device.type, "device": own}
+        return {"torch": torch.get_rng_state(), "device_type": self.device.type, "device": own}
 
     def _set_random_state(self, states):
         """states: what `_random_state` gave in each process."""
         state = states[min(self.rank, len(states) - 1)]
-        random.setstate(state["python"])
-        np.random.set_state(state["numpy"])
         torch.set_rng_state(state["torch"].cpu())
         if state["device_type"] != self.device.type or len(states) != self.world_size:
             self.say("note: the checkpoint is of another kind of device or number of processes: "

@@ -416,25 +416,28 @@ def script(module, *flags):
     return device.guard(module.main, module.get_args, [str(flag) for flag in flags])
 
 
-def at_call(owner, name, number, fault):
-    """`fault()` before the call `number` (from 1) of owner.name, which then goes on. For use in a
-    `Child`: nothing is put back."""
+def at_call(owner, name, number, fault, after=False):
+    """`fault()` before (or after) the call `number` (from 1) of owner.name. For use in a `Child`:
+    nothing is put back."""
     real, calls = getattr(owner, name), itertools.count(1)
 
     def counted(*args, **options):
-        if next(calls) == number:
+        now = next(calls) == number
+        if now and not after:
             fault()
-        return real(*args, **options)
+        result = real(*args, **options)
+        if now and after:
+            fault()
+        return result
     setattr(owner, name, counted)
+
+
+def at_step(number, fault):
+    """`fault()` in the training step `number`, after its update. For use in a `Child`."""
+    import device
+    at_call(device.Run, "update", number, fault, after=True)
 
 
 def die():
     """End as `kill -9` does."""
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def at_step(number, fault):
-    """`fault()` in the optimiser's step `number`, after its update. For use in a `Child`."""
-    from torch.optim.optimizer import register_optimizer_step_post_hook
-    steps = itertools.count(1)
-    register_optimizer_step_post_hook(lambda *_: fault() if next(steps) == number else None)

@@ -47,9 +47,9 @@ def gradients(rank):
         loss = sum(F.cross_entropy(a @ b.T * scale, labels, reduction="sum")
                    for a, b in zip(local, reversed(everyone))) / n
         loss.backward()
-        unused, once = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+        unused, once = (torch.nn.Parameter(torch.ones(2).double()) for _ in range(2))
         if rank == run.world_size - 1:
-            once.grad = torch.full((2,), 3.0)
+            once.grad = torch.full((2,), 3.0).double()
         run.sum_gradients([weight, unused, once, scale])
         expected, whole = of_one_process(n)
         assert (weight.grad - expected).abs().max() < 1e-12
@@ -117,7 +117,7 @@ def together(rank, folder):
         if at.step == 3 and rank:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)  # the echo torchrun makes is not a second one
-        due = run.tick(at, {}, 4)
+        due = run.tick(at, {}, 4, str)
         assert due == (at.step == 4)
         if due:
             break
