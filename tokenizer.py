@@ -17,16 +17,15 @@ every piece is merged bottom-up from bytes (Sennrich et al. 2016):
 3. Of all neighbouring pairs the one that stands first in the merge list is joined, wherever it
    occurs, until no neighbouring pair is in the list.
 
-The vocabulary follows from the list: 256 bytes, the same 256 with "</w>", 48,894 merges, start and
-end of text. Id 0 is the real token "!" and also the padding, so padding cannot be told by value:
-what counts is the first end of text, the largest id there is.
+The vocabulary is 256 bytes, the same 256 with "</w>", 48,894 merges, start and end of text. Id 0 is
+the real token "!" and also the padding: what counts is the first end of text, the largest id.
 
 RoBERTa (Liu et al. 2019): steps 1 and 3 on the text as it is, with the space before each word.
 BERT (Devlin et al. 2019): control characters are dropped, every ideograph and punctuation mark is a
 word of its own, accents are stripped, letters are lower case; then the longest known beginning of
 the word is taken off, and again from what is left, marked "##". A word that cannot be spelled so is
-[UNK] as a whole. Text never becomes a special token ("[MASK]" is spelled out), as in transformers
-with `split_special_tokens=True`. OpenAI's tokenizer takes its two from text, and so does ours.
+[UNK]. Text never becomes a special token ("[MASK]" is spelled out), as in transformers with
+`split_special_tokens=True`. OpenAI's tokenizer takes its two from text, and so does ours.
 """
 import gzip
 import hashlib
@@ -79,7 +78,6 @@ class Tokenizer:
     """What all kinds share. A kind cuts a text into chunks whose ids depend on nothing outside the
     chunk and finds the ids of one, which are kept: captions do not repeat, but their words do."""
     kind = text_kind = "bpe"  # text_kind: as `CLIP.text_kind` has it
-    unknown_id = None         # the id of what cannot be spelled, where there is such a thing
     rules = {}                # arguments of the class beside the vocabulary
 
     def __init__(self, ids, start, end, pad, merges=None):
@@ -136,7 +134,7 @@ class Tokenizer:
             raise TokenizerError(f"token id {error} is outside the vocabulary") from None
 
     def facts(self):
-        """What `from_facts` needs to make this tokenizer again, as a dict of plain values."""
+        """What `open_tokenizer` needs to make this tokenizer again, a dict of plain values."""
         merges = {"merges": [" ".join(pair) for pair in self.ranks]} if self.ranks else {}
         return {"kind": self.kind, "vocab": self.tokens, **merges, **self.rules}
 
@@ -238,12 +236,12 @@ class BPETokenizer(Tokenizer):
 
 
 class ByteBPETokenizer(Tokenizer):
-    """RoBERTa's tokenizer: of a vocab.json and a merges.txt, a tokenizer.json, a folder with them,
-    or the lists of tokens and of merges ("a b"). TokenizerError when they do not fit."""
+    """RoBERTa's tokenizer: of a vocab.json with merges.txt beside it, a tokenizer.json, a folder
+    with them, or the lists of tokens and of merges ("a b"). TokenizerError when they do not fit."""
     kind = text_kind = "bytebpe"
     theirs = {"tokenizer_class": "RobertaTokenizer"}
 
-    def __init__(self, vocab, merges=None):
+    def __init__(self, vocab, merges=()):
         _, ids, pairs, _ = read_vocabulary(vocab, self.kind, merges)
         super().__init__(ids, "<s>", "</s>", "<pad>", pairs)
 
@@ -338,29 +336,33 @@ class ChineseTokenizer(WordPieceTokenizer):
         return super()._chunks(text)
 
 
+# -----------------------------------------------------------------------------
+# Vocabularies in files
+
 NEEDED = {"wordpiece": ["[PAD]", "[UNK]", "[CLS]", "[SEP]"],
           "bytebpe": ["<s>", "<pad>", "</s>", *CHARACTERS], "bpe": []}
 FAST = {("WordPiece", "BertNormalizer", "BertPreTokenizer"): "wordpiece",  # of a tokenizer.json
         ("BPE", None, "ByteLevel"): "bytebpe"}
-SETTINGS = {  # those that change ids, as they are here; tokenizer_config.json may say otherwise
+SETTINGS = {  # those that change ids, as they are here; what lies beside may say otherwise
     "clean_text": "True", "do_basic_tokenize": "True", "add_prefix_space": "False",
+    "use_regex": "True", "ignore_merges": "False", "max_input_chars_per_word": "100",
+    "continuing_subword_prefix": "(##)?", "end_of_word_suffix": "",
     "tokenizer_class": "(Bert|DistilBert|Electra|Roberta|Bart|PreTrained)Tokenizer(Fast)?"
                        "|TokenizersBackend"}
 
 
-def read_vocabulary(vocab, wanted=None, merges=None):
+def read_vocabulary(vocab, wanted=None, merges=()):
     """-> kind, {token: id}, merges as pairs of tokens, config by transformers' names.
 
-    vocab: vocab.txt, vocab.json (with `merges`, or merges.txt beside it), tokenizer.json, a folder
-    with them, or the list of tokens (with the list of `merges`). A tokenizer_config.json there is
-    obeyed. TokenizerError when it is not what the kind, or the one `wanted`, needs.
+    vocab: a file or folder, see `open_tokenizer`, or the list of tokens, with the list of `merges`.
+    TokenizerError when it is not what the kind, or the one `wanted`, needs.
     """
     try:
         if isinstance(vocab, (list, tuple)):
-            kind, pairs, config = wanted, merges or [], {}
+            kind, pairs, config = wanted, merges, {}
             ids = {token: i for i, token in enumerate(vocab) if token is not None}
         else:
-            kind, ids, pairs, config = read_files(pathlib.Path(vocab).expanduser(), merges)
+            kind, ids, pairs, config = read_files(pathlib.Path(vocab).expanduser())
         pairs = [(left, right) for left, right in (
             pair.split(" ") if isinstance(pair, str) else pair for pair in pairs)]
         needed = [*NEEDED[wanted or kind], *(t for a, b in pairs for t in (a, b, a + b))]
@@ -378,7 +380,7 @@ def read_vocabulary(vocab, wanted=None, merges=None):
     return kind, ids, pairs, config
 
 
-def read_files(path, merges=None):
+def read_files(path):
     """What `read_vocabulary` gives, unchecked. Raises anything."""
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
@@ -386,7 +388,7 @@ def read_files(path, merges=None):
         path = next((file for file in files if file.is_file()), files[0])
 
     def lines(file):  # not splitlines(): the Chinese vocabulary has a row that is U+2028
-        return pathlib.Path(file).read_text("utf-8").removesuffix("\n").split("\n")
+        return file.read_text("utf-8").removesuffix("\n").split("\n")
     config = {}
     for name in ("config.json", "tokenizer_config.json"):
         if (folder / name).is_file():
@@ -394,36 +396,32 @@ def read_files(path, merges=None):
     if path.suffix != ".json":
         return "wordpiece", {line: i for i, line in enumerate(lines(path))}, [], config
     content = json.loads(path.read_text("utf-8"))
-    parts = [content.get(name) or {} for name in ("model", "normalizer", "pre_tokenizer")]
-    model, normalizer, cut = parts
-    ids = content if path.name != "tokenizer.json" else model["vocab"]
+    model, normalizer, cut = (content.get(key) or {}
+                              for key in ("model", "normalizer", "pre_tokenizer"))
+    ids = model["vocab"] if path.name == "tokenizer.json" else content
     if "<|startoftext|>" in ids:
         return "bpe", ids, [], {}  # compared with CLIP's own
     if ids is content:
-        pairs = lines(merges or folder / "merges.txt")
-        return "bytebpe", ids, [pair for pair in pairs if pair[:8] not in ("", "#version")], config
-    fast = {**normalizer, **cut, "do_lower_case": normalizer.get("lowercase"),
+        pairs = lines(folder / "merges.txt")
+        return "bytebpe", ids, [x for x in pairs if x[:8] not in ("", "#version")], config
+    kind = FAST[tuple(part.get("type") for part in (model, normalizer, cut))]
+    fast = {**model, **normalizer, **cut, "do_lower_case": normalizer.get("lowercase"),
             "tokenize_chinese_chars": normalizer.get("handle_chinese_chars")}
-    kind = FAST[tuple(part.get("type") for part in parts)]
     return kind, ids, model.get("merges", []), {**fast, **config}
-
-
-def from_facts(facts):
-    """A tokenizer again from its `facts()`. Raises TokenizerError."""
-    kinds = BPETokenizer, WordPieceTokenizer, ChineseTokenizer, ByteBPETokenizer
-    try:
-        make = next(kind for kind in kinds if kind.kind == facts["kind"])
-        return make(**{key: x for key, x in facts.items() if key != "kind"})
-    except (KeyError, TypeError, StopIteration):  # a checkpoint can hold anything
-        raise TokenizerError("a checkpoint's vocabulary is of no known kind") from None
 
 
 def open_tokenizer(path):
     """The tokenizer of a file or a Hugging Face folder, of the kind that its files show: vocab.txt:
     WordPiece, or Chinese-CLIP's beside such a model; vocab.json and merges.txt: byte-level BPE, or
-    CLIP's; tokenizer.json: any; *.txt.gz: CLIP's merge list. Or of `facts()`. TokenizerError."""
+    CLIP's; tokenizer.json: any; *.txt.gz: CLIP's merge list. A tokenizer_config.json there is
+    obeyed. Or of `facts()`. TokenizerError."""
     if isinstance(path, dict):
-        return from_facts(path)
+        kinds = BPETokenizer, WordPieceTokenizer, ChineseTokenizer, ByteBPETokenizer
+        try:
+            make = next(kind for kind in kinds if kind.kind == path["kind"])
+            return make(**{key: x for key, x in path.items() if key != "kind"})
+        except (KeyError, TypeError, StopIteration):  # a checkpoint can hold anything
+            raise TokenizerError("a checkpoint's vocabulary is of no known kind") from None
     if pathlib.Path(path).suffix == ".gz":
         return BPETokenizer(path)
     kind, ids, _, config = read_vocabulary(path)
@@ -439,24 +437,27 @@ def open_tokenizer(path):
 def for_model(model, path=None):
     """The tokenizer of the text tower of `model`, a `clip_model.CLIP`: of `path` if one is given;
     else what the model's file said of it; else CLIP's for CLIP's own tower; else what lies in or
-    beside the model's file. TokenizerError when there is none, or it is not of this tower: another
+    beside the tower's file. TokenizerError when there is none, or it is not of this tower: another
     kind, more tokens than the tower has, another padding."""
-    origin = model.origin
-    place = path or model.vocabulary or ({"kind": "bpe"} if model.text_kind == "bpe" else None)
-    if place is None:
-        home = pathlib.Path(origin["path"])
+    origin = model.origin.get("text") or model.origin  # a CLIP of two towers has both
+    place, size = path or model.vocabulary, model.config.vocab_size
+    if not place and model.text_kind == "bpe":
+        place = {"kind": "bpe"}
+    if not place:
+        home = pathlib.Path(origin.get("path", ""))
         place = home if home.is_dir() else home.parent
-        if not origin["path"] or not [*place.glob("vocab.*"), *place.glob("tokenizer.json")]:
+        if not origin.get("path") or not [*place.glob("vocab.*"), *place.glob("tokenizer.json")]:
             raise TokenizerError(f"the text tower of {origin['name']} needs its {model.text_kind} "
                                  f"vocabulary: name the folder with --tokenizer")
-    tokenizer, size = open_tokenizer(place), model.config.vocab_size
     if not isinstance(place, dict) and (
-            origin["layout"] == "chinese_clip" or origin["name"].startswith("CN-")):
+            origin.get("layout") == "chinese_clip" or origin["name"].startswith("CN-")):
         tokenizer = ChineseTokenizer(place)
         tokens = "\n".join(token or "" for token in tokenizer.tokens).encode("utf-8", "replace")
         if size == 21_128 and hashlib.sha256(tokens).hexdigest() != CHINESE_SHA256:
             raise TokenizerError(f"{place} is not the vocabulary of Chinese-CLIP: ids would mean "
                                  f"other words; the package cn_clip has the right one")
+    else:
+        tokenizer = open_tokenizer(place)
     ours = tokenizer.text_kind, tokenizer.pad_id, tokenizer.vocab_size
     theirs = model.text_kind, model.pad_id, size
     if ours[:2] != theirs[:2] or ours[2] > theirs[2]:

@@ -15,7 +15,7 @@ import torch
 from helpers import refused, ROOT
 
 from clip_model import bert_fields, BertConfig, CLIP, CONFIGS
-from tokenizer import (BPETokenizer, ByteBPETokenizer, ChineseTokenizer, for_model, from_facts,
+from tokenizer import (BPETokenizer, ByteBPETokenizer, ChineseTokenizer, for_model,
                        merge, MERGES, open_tokenizer, WordPieceTokenizer)
 
 TINY = ROOT / "assets" / "tiny_vocab"
@@ -331,7 +331,7 @@ def test_the_longest_token_is_found_and_a_long_word_is_unknown():
 def all_kinds():
     return [BPETokenizer(), WordPieceTokenizer(TINY / "wordpiece", lowercase=False),
             ChineseTokenizer(TINY / "wordpiece", straight_quotes=False),
-            ByteBPETokenizer(TINY / "bytebpe" / "vocab.json", TINY / "bytebpe" / "merges.txt")]
+            ByteBPETokenizer(TINY / "bytebpe" / "vocab.json")]
 
 
 @pytest.mark.parametrize("ours", all_kinds(), ids=lambda ours: ours.kind)
@@ -342,7 +342,7 @@ def test_a_tokenizer_comes_back_from_facts_files_and_pickle(ours, transformers, 
     if ours.kind == "chinese":
         (tmp_path / "config.json").write_text('{"model_type": "chinese_clip"}')
     texts = [*NASTY, "A photo of the 黑色森林"]
-    for again in (from_facts(json.loads(json.dumps(stored))), pickle.loads(pickle.dumps(ours))):
+    for again in (open_tokenizer(json.loads(json.dumps(stored))), pickle.loads(pickle.dumps(ours))):
         assert type(again) is type(ours)
         assert [again.encode(text) for text in texts] == [ours.encode(text) for text in texts]
     opened = open_tokenizer(tmp_path)
@@ -374,6 +374,7 @@ BAD = {
     "a number": {"tokenizer.json": 5}, "empty": {"tokenizer.json": {}},
     "unigram": {"tokenizer.json": FAST | {"model": {"type": "Unigram", "vocab": []}}},
     "odd merges": {"tokenizer.json": FAST | {"model": FAST["model"] | {"merges": [5, [1, 2]]}}},
+    "merges ignored": {"tokenizer.json": FAST | {"model": FAST["model"] | {"ignore_merges": True}}},
     "a normalizer": {"tokenizer.json": FAST | {"normalizer": {"type": "NFC"}}},
     "changed CLIP": {"vocab.json": {"<|startoftext|>": 0}, "merges.txt": "a b"}}
 
@@ -399,7 +400,7 @@ def test_facts_that_make_no_tokenizer_are_refused():
     for facts in ({}, {"kind": "other", "vocab": []}, {"kind": "chinese", "vocab": [1, 2]},
                   {"kind": "wordpiece", "vocab": ["a", "a"]}, {"kind": "wordpiece"}, {"kind": []},
                   {"kind": "bytebpe", "vocab": list(BYTES), "merges": 5}):
-        refused(lambda facts=facts: from_facts(facts))
+        refused(lambda facts=facts: open_tokenizer(facts))
 
 
 def clip(family, vocab_size, **origin):
