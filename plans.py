@@ -74,6 +74,7 @@ class Stage:
         self.parts, self.sizes = [self], []  # stages with pairs in its batches, and how many
         self.steps, self.warmup_steps = 0, 0
         self.kept, self.done = set(), False  # kept: the names of the tensors in its files
+        self.kinds = ["best", "wise"] if self.wise else ["best"]  # its rows, as in FILES
 
     def __str__(self):
         return f"stage {self.name!r}"

@@ -189,32 +189,31 @@ def evaluate(run, model, pairs, tokenizer, args, draws=0):
             "texts": len(text)}
 
 
-def forgetting_of(rows, score):
-    """-> {set: how far the last stage is below the best row}, and backward transfer: what later
-    stages did to the sets of earlier ones, on average (Lopez-Paz and Ranzato 2017). Rows of `wise`
-    do not count."""
+def forgetting_of(rows):
+    """-> {set: how far the r1 of the last stage is below the best row}, and backward transfer: what
+    later stages did to the sets of earlier ones, on average, or None (Lopez-Paz and Ranzato 2017).
+    Rows of `wise` do not count."""
     rows = [row for row in rows if row["kind"] != "wise"]
-    last = {name: x[score] for name, x in rows[-1]["sets"].items()}
-    lost = {name: max(row["sets"][name][score] for row in rows) - last[name] for name in last}
-    gains = [last[row["stage"]] - row["sets"][row["stage"]][score] for row in rows[1:-1]]
+    r1 = {row["stage"]: {name: x["r1"] for name, x in row["sets"].items()} for row in rows}
+    last = r1[rows[-1]["stage"]]
+    lost = {name: max(row[name] for row in r1.values()) - last[name] for name in last}
+    gains = [last[row["stage"]] - r1[row["stage"]][row["stage"]] for row in rows[1:-1]]
     return lost, sum(gains) / len(gains) if gains else None
 
 
-def matrix_text(rows):
-    """The matrix as Markdown: R@1, then mean recall."""
-    sets, lines = rows[0]["sets"], []
-    for score, title in (("r1", "R@1"), ("mean_recall", "mean of R@1, 5 and 10")):
-        lost, back = forgetting_of(rows, score)
-        lines += [f"{title} both ways, in % [95 % interval]", "", "| weights | " + " | ".join(
-            f"{name} ({x['images']} images)" for name, x in sets.items()) + " |",
-            "|---" * (len(sets) + 1) + "|"]
-        for row in rows:
-            cells = ("{:.1f} [{:.1f}, {:.1f}]".format(x[score], *x["interval"][score])
-                     for x in row["sets"].values())
-            lines.append(f"| {row['row']} | {' | '.join(cells)} |")
-        lines += ["| forgotten | " + " | ".join(f"{x:.1f}" for x in lost.values()) + " |", ""]
-        if back is not None:
-            lines += [f"backward transfer, later stages' effect on earlier sets: {back:+.1f}", ""]
+def matrix_text(rows, lost, back):
+    """The matrix of r1 as Markdown."""
+    sets = rows[0]["sets"]
+    lines = ["R@1, mean of both directions, in % [95 % interval]", "", "| weights | " + " | ".join(
+        f"{name} ({x['images']} images)" for name, x in sets.items()) + " |",
+        "|---" * (len(sets) + 1) + "|"]
+    for row in rows:
+        cells = ("{:.1f} [{:.1f}, {:.1f}]".format(x["r1"], *x["interval"]["r1"])
+                 for x in row["sets"].values())
+        lines.append(f"| {row['row']} | {' | '.join(cells)} |")
+    lines += ["| forgotten | " + " | ".join(f"{x:.1f}" for x in lost.values()) + " |", ""]
+    if back is not None:
+        lines += [f"backward transfer, later stages' effect on earlier sets: {back:+.1f}", ""]
     return "\n".join(lines)
 
 
@@ -316,7 +315,7 @@ def keep_frozen(run, model, stage, loader, tokens, args):
 def average(run, model, stage, start_weights, judges, tokenizer, args):
     """WiSE-FT: (1 - a) start + a best for every a of `wise`. The weights with the highest mean
     recall over the held-out pairs of all stages so far are kept -> {a: that mean}."""
-    end, means, kept = load(run.out / FILES["best"]).state_dict(), {}, None
+    end, means = load(run.out / FILES["best"]).state_dict(), {}
     for share in stage.wise:
         model.load_state_dict({
             name: torch.lerp(x, run.move(end[name]), share) if x.is_floating_point() else x
@@ -324,10 +323,10 @@ def average(run, model, stage, start_weights, judges, tokenizer, args):
         scores = [evaluate(run, model, pairs, tokenizer, args)["mean_recall"] for pairs in judges]
         mean = sum(scores) / max(1, len(scores))
         if mean > max(means.values(), default=-1.0):
-            kept = {n: x.clone() for n, x in model.state_dict().items() if n in stage.kept}
+            kept = {name: x for name, x in model.state_dict().items() if name in stage.kept}
+            run.save(FILES["wise"], {"weights": kept, "card": card(model)})
         means[f"{share:g}"] = mean
     run.say(f"{stage}: mean recall of wise by its share: {means}")
-    run.save(FILES["wise"], {"weights": kept, "card": card(model)})
     return means
 
 
@@ -449,13 +448,6 @@ def identity_of(stage, about):
     return json.loads(json.dumps(identity))
 
 
-def rows_of(stage):
-    """The rows of the matrix that a stage gives -> [(label, kind, file)]."""
-    kinds = ["best", "wise"] if stage.wise else ["best"]
-    return [(stage.name + " wise" * (kind == "wise"), kind, stage.folder / FILES[kind])
-            for kind in kinds]
-
-
 def settle(stages, out, args, about):
     """Find each stage's folder and whether it is done. UserError where the plan has changed since,
     or a file is gone."""
@@ -481,9 +473,9 @@ def settle(stages, out, args, about):
         refuse(stage, f"{stage.folder} was trained under another plan ({'; '.join(changed)}); "
                f"{cure} trains it and all after it again; --output-dir OTHER makes another run, "
                f"--weights {stage.folder} one that goes on from it", when=changed)
-        for _, _, path in rows_of(stage):
-            refuse(stage, f"{path} is missing; {cure} trains it and all after it again",
-                   when=stage.done and not path.exists())
+        for file in (stage.folder / FILES[kind] for kind in stage.kinds):
+            refuse(stage, f"{file} is missing; {cure} trains it and all after it again",
+                   when=stage.done and not file.exists())
 
 
 # -----------------------------------------------------------------------------
@@ -513,12 +505,12 @@ def main(args):
     about = {"method": "staged", "model": model.origin["name"], "weights": model.origin["sha256"],
              "vocabulary": hashlib.sha256(repr(model.vocabulary).encode()).hexdigest()}
     out = run_folder(args, "staged",
-                     str(plan.get("name") or "_".join(stage.name for stage in stages)[:60]))
+                     str(plan.get("name") or "_".join(stage.name for stage in stages))[:60])
     settle(stages, out, args, about)
     if args.check_plan:
         return {"stages": [{"name": stage.name, "steps": stage.steps, "warmup": stage.warmup_steps,
                             "done": stage.done} for stage in stages]}
-    found = go(run, model, plan, stages, tests, tokenizer, out, args, about)
+    found = run_plan(run, model, plan, stages, tests, tokenizer, out, args, about)
     if args.export and not args.eval_only:
         model.load_state_dict(load(out / found["weights"]).state_dict())
         run.say("wrote " + run.on_first(lambda: str(export(model, out / "export", args.export,
@@ -526,7 +518,7 @@ def main(args):
     return found
 
 
-def go(run, model, plan, stages, tests, tokenizer, out, args, about):
+def run_plan(run, model, plan, stages, tests, tokenizer, out, args, about):
     """Train the stages that are not done, and score every row of the matrix -> the results."""
     judged_on = {name: [pairs.fingerprint, len(pairs)] for name, pairs in tests.items()}
     if not args.eval_only:
@@ -551,17 +543,19 @@ def go(run, model, plan, stages, tests, tokenizer, out, args, about):
             model.load_state_dict(load(stage.start).state_dict() if stage.parent else start_weights)
             run_stage(run, model, stage, stages, tokenizer, args, about)
             stage.done = True
-        for label, kind, path in rows_of(stage):
+        for kind in stage.kinds:
+            path = stage.folder / FILES[kind]
             if path.exists():  # --eval-only takes what there is
                 model.load_state_dict(load(path).state_dict())
-                score(label, stage.name, kind, path)
+                score(stage.name + " wise" * (kind == "wise"), stage.name, kind, path)
     return run.finish({**report(run, model, rows, stages, tests, tokenizer, args),
                        "tests": judged_on})
 
 
 def report(run, model, rows, stages, tests, tokenizer, args):
     """Write the matrix -> the results, but for what `Run.finish` adds."""
-    text = matrix_text(rows)
+    lost, back = forgetting_of(rows)
+    text = matrix_text(rows, lost, back)
     run.write("matrix.md", text)
     run.say(text.rstrip())
     last = [row for row in rows if row["kind"] != "wise"][-1]
@@ -570,7 +564,6 @@ def report(run, model, rows, stages, tests, tokenizer, args):
             for stage in stages if stage.done}
     pixels = torch.zeros(1, 3, *[model.config.image_size] * 2, dtype=torch.uint8)
     tokens = tokenizer(tests[judged].captions[:1], context_length=args.max_text)
-    lost, back = forgetting_of(rows, "r1")
     return {"method": "staged", "data": "+".join(dict.fromkeys(s.train.name for s in stages)),
             "model": model.origin["name"], "judged_on": judged,
             **{name: last["sets"][judged][name] for name in SCORES},

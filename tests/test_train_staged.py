@@ -3,7 +3,6 @@ resuming, forgetting and what holds it, frozen towers."""
 import colorsys
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import shutil
