@@ -166,8 +166,8 @@ def take(x, rows):
 
 
 def attend(q, k, v, heads, seen=None, causal=False, fused=True, dropout=0.0):
-    """softmax(q k^T / sqrt(W / H)) v in each of H heads: q (B, M, W), k and v (B, L, W) -> (B, M, W).
-    seen: bool, broadcast to (B, H, M, L), True where q may look.
+    """softmax(q k^T / sqrt(W / H)) v in each of H heads: q (B, M, W), k and v (B, L, W) -> q's
+    shape. seen: bool, broadcast to (B, H, M, L), True where q may look.
 
     fused: torch's one kernel, or the two products and the softmax written out. The kernel is as
     fast or faster but on a CPU in bf16, and on some accelerators it has had bugs.

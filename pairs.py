@@ -254,6 +254,20 @@ def open_pairs(name_or_path, split, data_dir="data", layout="auto", caption_file
     return PairSet(name, root, listing, split)
 
 
+def open_splits(args):
+    """The train, val and test pairs that the flags of `add_pair_flags` name, None for a split that
+    there is not; their files are looked for. What is to be told of the whole is in train.notes."""
+    def opened(split):
+        pairs = open_pairs(args.data, split, args.data_dir, args.layout, args.caption_file,
+                           args.image_column, args.caption_column)
+        if split != "train":
+            pairs.notes.clear()
+        pairs.check_files()
+        return pairs
+    train = opened("train")
+    return train, *(opened(split) if train.counts.get(split) else None for split in ("val", "test"))
+
+
 # -----------------------------------------------------------------------------
 # Batches
 

@@ -65,7 +65,7 @@ import weights
 from clip_model import HEADS, text_pieces, training_mode
 from data import ImageSet, open_dataset, Preprocess, require_words
 from large_batch import by_rows, info_nce, together, TwoPass
-from pairs import (add_pair_flags, FeatureLoader, identities, make_pair_loader, open_pairs,
+from pairs import (add_pair_flags, FeatureLoader, identities, make_pair_loader, open_splits,
                    PairBatches, PairSet)
 from scores import embed, frozen_features, image_features, recall_at_k, zero_shot
 from tokenizer import for_model
@@ -343,7 +343,6 @@ class Data:
     test: PairSet | None
     labelled: ImageSet | None            # of --zero-shot
     tokenizer: object
-    notes: list                          # what is worth telling the user
     pooled: dict = dataclasses.field(default_factory=dict)  # split -> features kept of its images
     loader: object = None                # of the training pairs
     tokens: torch.Tensor | None = None   # (M, L) of all their captions
@@ -352,28 +351,24 @@ class Data:
 
 def open_data(run, model, tokenizer, args):
     """The pairs that the flags name, and the images of --zero-shot, checked -> Data."""
-    names = ("data_dir", "layout", "caption_file", "image_column", "caption_column")
-    where, whole = {name: getattr(args, name) for name in names}, Preprocess.of(model)
+    whole, labelled = Preprocess.of(model), None
     crop = Preprocess.of(model, train=True, seed=args.seed, flip=False, scale=(args.crop, 1.0))
-    train = open_pairs(args.data, "train", **where).with_transform(crop if args.crop else whole)
-    val, test = (open_pairs(args.data, split, **where).with_transform(whole)
-                 if train.counts.get(split) else None for split in ("val", "test"))
-    notes, labelled = [*train.notes], None
+    train, val, test = open_splits(args)
+    train = train.with_transform(crop if args.crop else whole)
+    val, test = (pairs and pairs.with_transform(whole) for pairs in (val, test))
     if val and (not test or test.paths == val.paths):
         test = val
-        notes.append("NOTE: there are no test pairs, so the best epoch is chosen and reported on "
-                     "the same val images, and the score flatters")
+        train.notes.append("NOTE: there are no test pairs, so the best epoch is chosen and scored "
+                           "on the same val images, which flatters")
     if test:
-        notes += test.retrieval().notes
+        train.notes += test.retrieval().notes
     if args.zero_shot:
         source = dict(name_or_path=args.zero_shot, split="test", data_dir=args.data_dir, whole=True)
         run.on_first(lambda: len(open_dataset(**source)))  # fetches it, if that is needed
         labelled = open_dataset(**source, download=False).with_transform(whole)
+        labelled.check_files()
         require_words(labelled)
-    for some in dict.fromkeys(filter(None, (train, val, test, labelled))):
-        some.notes.clear()
-        some.check_files()  # notes what cannot be read
-    return Data(train, val, test, labelled, tokenizer, notes)
+    return Data(train, val, test, labelled, tokenizer)
 
 
 def prepare(run, model, data, folder, args):
@@ -393,14 +388,13 @@ def prepare(run, model, data, folder, args):
             pairs.cache(run, model.config.image_size * 8 // 7, cache,
                         int(args.cache_gb * 2 ** 30), options["workers"])
         if frozen:
-            data.notes.append("with --crop 0 the frozen image tower would see each image only once")
-    lost = [note for some in filter(None, (*splits, data.labelled)) for note in some.notes]
-    for note in (*model.origin["notes"], *data.notes, *lost):
+            train.notes.append("with --crop 0 the frozen image tower would see an image only once")
+    for note in (*model.origin["notes"], *(note for pairs in splits for note in pairs.notes)):
         run.say(note)
     if args.eval_only:
         return
     if args.workers < 0 and train.pixels is not None:  # decoded: little is left to do
-        options["workers"], options["multiprocessing_context"] = 0, None
+        options["workers"] = 0
     data.loader = make_pair_loader(train, args.batch_size, args.seed, args.captions, run.rank,
                                    run.world_size, **options)
     if data.pooled:
