@@ -44,12 +44,14 @@ def one_line(error):
     return text if isinstance(error, WeightsError) else (wish[0] if wish else text)[:200]
 
 
-def allow(table, **allowed):
-    """Refuse by its name a setting of another library that is not among those allowed."""
-    for key, values in allowed.items():
-        if key in table and table[key] not in values:
-            raise WeightsError(f"{key} {table[key]!r} is not supported; expected "
-                               f"{' or '.join(map(repr, values))}")
+def allow(table, harmless=None, **allowed):
+    """Refuse by its name a setting of another library that is not among those allowed. harmless:
+    the names whose value does not matter; where they are given, every other must be off."""
+    for key, value in table.items():
+        known = key in allowed or harmless is None or key in harmless or not value
+        if not known or value not in allowed.get(key, (value,)):
+            raise WeightsError(f"{key} {value!r} is not supported" + (
+                f"; expected {' or '.join(map(repr, allowed[key]))}" if key in allowed else ""))
 
 
 # -----------------------------------------------------------------------------
@@ -194,6 +196,22 @@ def openai_names(state):
 # Settings: fields of CLIPConfig, with "text" a dict of fields of BertConfig, and "pixels".
 # read(name) gives the table in a JSON file beside the weights, {} where there is none.
 
+HUGGING_FACE = set(  # what shapes tell, what is read below, and what changes no feature
+    "_attn_implementation_autoset _name_or_path architectures attention_dropout "
+    "attention_probs_dropout_prob bos_token_id classifier_dropout cls_token_id dim directionality "
+    "dropout dtype eos_token_id finetuning_task gradient_checkpointing hidden_dim "
+    "hidden_dropout_prob hidden_size id2label image_size initializer_factor initializer_range "
+    "intermediate_size label2id layer_norm_eps length_penalty logit_scale_init_value mask_token_id "
+    "max_length max_position_embeddings model_type n_heads n_layers num_attention_heads "
+    "num_beam_groups num_beams num_channels num_hidden_layers num_return_sequences output_past "
+    "pad_token_id patch_size pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers "
+    "pooler_size_per_head pooler_type problem_type projection_dim qa_dropout repetition_penalty "
+    "return_dict sep_token_id seq_classif_dropout sinusoidal_pos_embds temperature text_config "
+    "text_config_dict tie_weights_ tie_word_embeddings tokenizer_class top_k top_p torch_dtype "
+    "transformers_version type_vocab_size typical_p unk_token_id use_cache vision_config "
+    "vision_config_dict vocab_size".split())
+
+
 def known_from_hugging_face(read):
     config = read("config.json")
     kind = config.get("model_type")
@@ -211,9 +229,11 @@ def known_from_hugging_face(read):
     image = config if kind == "clip_vision_model" else image
     text = config if kind == "clip_text_model" else text
     activations = tuple(ACTIVATIONS)
+    if not kind.startswith("clip_"):
+        allow(config, HUGGING_FACE)
     if kind != "clip_text_model":
-        allow(image, model_type=("clip", "clip_vision_model", "chinese_clip_vision_model"),
-              hidden_act=activations, layer_norm_eps=(1e-5,))
+        allow(image, HUGGING_FACE, hidden_act=activations, layer_norm_eps=(1e-5,),
+              model_type=("clip", "clip_vision_model", "chinese_clip_vision_model"))
         known["activation"] = image.get("hidden_act", "quick_gelu")
         known["vision_head"] = head_width(image, 768, 12)
         activations = (known["activation"],)  # there is one for both towers here
@@ -222,10 +242,11 @@ def known_from_hugging_face(read):
     elif text.get("model_type") in FAMILIES:
         known["text"] = bert_settings(text)
     elif kind != "clip_vision_model":
-        allow({"hidden_act": "quick_gelu"} | text, hidden_act=activations, layer_norm_eps=(1e-5,),
+        text = {"hidden_act": "quick_gelu"} | text
+        allow(text, HUGGING_FACE, hidden_act=activations, layer_norm_eps=(1e-5,),
               model_type=("clip", "clip_text_model"),  # 2 is an old word for the largest id
               eos_token_id=(2, text.get("vocab_size", 49_408) - 1))
-        known["activation"] = text.get("hidden_act", "quick_gelu")
+        known["activation"] = text["hidden_act"]
         known["text_head"] = head_width(text, 512, 8)
     return known
 
@@ -237,8 +258,8 @@ def head_width(config, width, heads):
 def bert_settings(config):
     def get(default, *names):  # DistilBERT has names of its own
         return next((config[name] for name in names if name in config), default)
-    allow(config, model_type=tuple(FAMILIES), hidden_act=("gelu",), activation=("gelu",),
-          is_decoder=(False,), position_embedding_type=("absolute",))
+    allow(config, HUGGING_FACE, model_type=tuple(FAMILIES), hidden_act=("gelu",),
+          activation=("gelu",), position_embedding_type=("absolute",))
     family = config["model_type"]
     return {"family": family, "heads": get(12, "num_attention_heads", "n_heads"),
             "pad_id": get(int(family == "roberta"), "pad_token_id"),
@@ -290,22 +311,23 @@ def make_pixels(mean, std, resize, interpolation):
     return found
 
 
-def pixels_from_timm(config, name):
-    """Pixels of the config.json of timm's model folders, None of another; a model of another name
-    can have the same tensors and compute something else."""
+def known_from_timm(config, name):
+    """From the config.json of timm's model folders: a model of another name can have the same
+    tensors and compute something else."""
     weights = config.get("pretrained_cfg")
     if not weights:
-        return None
+        return {}
     allow(config, architecture=(name.partition(".")[0],))
-    return make_pixels(weights["mean"], weights["std"], None, weights.get("interpolation"))
+    return {"pixels": make_pixels(weights["mean"], weights["std"], None,
+                                  weights.get("interpolation"))}
 
 
-HARMLESS = (  # what shapes tell, and what changes nothing
+OPEN_CLIP = set(  # what shapes tell, and what changes no feature
     "embed_dim vision_cfg text_cfg quick_gelu custom_text init_logit_scale init_logit_bias "
     "output_dict cast_dtype layers width head_width heads patch_size image_size mlp_ratio "
     "patch_dropout output_tokens context_length vocab_size pad_id eos_id attn_pooler_queries "
     "attn_pooler_heads timm_pool timm_proj timm_drop timm_drop_path hf_model_pretrained "
-    "hf_proj_type hf_pooler_type").split()
+    "hf_proj_type hf_pooler_type".split())
 
 
 def known_from_open_clip(read):
@@ -314,10 +336,9 @@ def known_from_open_clip(read):
     if model is None:
         return {}
     image, text, pixels = model["vision_cfg"], model["text_cfg"], config.get("preprocess_cfg") or {}
-    for part, pool in ((model, None), (image, "tok"), (text, "argmax")):
-        usual = {"pool_type": pool, "pos_embed_type": "learnable", "proj_type": "linear"}
-        allow({key: x for key, x in part.items() if x and key not in HARMLESS},  # all else is off
-              **{key: (usual.get(key),) for key in part})
+    allow(model, OPEN_CLIP)
+    allow(image, OPEN_CLIP, pool_type=("tok",), pos_embed_type=("learnable",))
+    allow(text, OPEN_CLIP, pool_type=("argmax",), proj_type=("linear",))
     allow(pixels, mode=("RGB",))
     return {"activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
             "vision_head": image.get("head_width", 64),

@@ -2,12 +2,16 @@
 
     from weights import load, save
     model = load("ViT-B/16")                  # OpenAI's, fetched once into ~/.cache/clip
+    model = load("laion/CLIP-ViT-B-32-laion2B-s34B-b79K")    # from huggingface.co, likewise
     model = load("runs/clipfit/dtd")          # a run's folder, a checkpoint, a file of any layout
-    model = load(image_tower="resnet50:IMAGENET1K_V2", text_tower="path/of/roberta-base")
+    model = load(image_tower="resnet50:IMAGENET1K_V2", text_tower="FacebookAI/roberta-base")
     save(model, "clip.safetensors")
 
 A file is never trusted: nothing in it is executed, its frame and checksums are verified, sizes are
 read off the tensors. How libraries name tensors and settings is the subject of layouts.py.
+
+Two environment variables name mirrors: CLIP_MIRROR is asked for OpenAI's files before their own
+address (CLIP_MIRROR/SHA256/RN50.pt), HF_ENDPOINT in the place of https://huggingface.co.
 """
 import collections
 import contextlib
@@ -23,9 +27,7 @@ import pathlib
 import pickle
 import pickletools
 import re
-import sys
 import typing
-import urllib.request
 import warnings
 import zipfile
 
@@ -33,10 +35,12 @@ import torch
 
 from clip_model import (
     BERTS, CLIP, CONFIGS, HEADS, CLIPConfig, bert_fields, canonical_name, make_backbone)
+from fetch import fetch, hash_files, only_one
+from files import expanded, mistaken, write_atomic, write_whole
 from layouts import (
     CARD, WeightsError, about, card, check_layout, check_state, config_from_state_dict, describe,
     hugging_face_tables, image_fields, is_chinese_clip, known_from_card, known_from_hugging_face,
-    known_from_open_clip, name_of, one_line, open_clip_tables, openai_names, pixels_from_timm,
+    known_from_open_clip, known_from_timm, name_of, one_line, open_clip_tables, openai_names,
     skeleton, state_in, text_fields, to_hugging_face)
 
 OPENAI_URL = "https://openaipublic.azureedge.net/clip/models"
@@ -51,10 +55,15 @@ RELEASED = {  # name -> sha256, which is also the folder in the URL
     "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
     "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"}
 TINY = pathlib.Path(__file__).resolve().parent / "assets" / "tiny_clip.safetensors"
-FOLDER_FILES = (  # what a folder is asked for, in this order; the last are those of a run
+HUB_WEIGHTS = (  # what a folder is asked for, in this order: files of other libraries,
     "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors",
-    "open_clip_pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json",
+    "open_clip_pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+OWN_WEIGHTS = (  # exports and checkpoints
     "clip.safetensors", "clip.pt", "chinese_clip.pt", "checkpoint_best.pt", "checkpoint_last.pt")
+HUB_SETTINGS = (  # what can stand beside the weights: how to compute, and the tokenizer
+    "config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json",
+    "1_Pooling/config.json", "2_Dense/config.json", "tokenizer_config.json", "vocab.txt",
+    "vocab.json", "merges.txt", "tokenizer.json")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.bool}
@@ -125,10 +134,10 @@ def read_pytorch(path):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
-                root = [name[:-8] for name in names if re.fullmatch("[^/]*/?data.pkl", name)]
-                if not root:
+                root = next((name[:-8] for name in names
+                             if re.fullmatch("[^/]*/?data.pkl", name)), None)
+                if root is None:
                     raise ValueError("no data.pkl; unpack a bundle first")
-                root = root[0]
                 for info in archive.infolist():
                     if info.compress_type and not info.filename.startswith(f"{root}code/"):
                         raise ValueError("compressed weights, which PyTorch never writes")
@@ -169,15 +178,25 @@ def read_safetensors(path):
     return tensors, metadata
 
 
+def shards_of(path):
+    """The files that a Hugging Face *.index.json names; of another file, none."""
+    if not path.name.endswith(".index.json"):
+        return []
+    with about(path):
+        names = sorted(set(read_json(path)["weight_map"].values()))
+        for name in names:
+            if pathlib.PurePath(name).name != name:
+                raise WeightsError(f"it names {name!r}, outside its own folder")
+    return [path.parent / name for name in names]
+
+
 def read_shards(path):
-    """The tensors of all shards that a Hugging Face *.index.json names, each verified."""
+    """The tensors of all shards of an index, each verified."""
     where, tensors = read_json(path)["weight_map"], {}
-    for name in sorted(set(where.values())):
-        if pathlib.PurePath(name).name != name:
-            raise WeightsError(f"it names {name!r}, outside its own folder")
-        content, _, _ = read_file(path.parent / name)
-        if content.keys() != {key for key, shard in where.items() if shard == name}:
-            raise WeightsError(f"{name} holds other tensors than it says; fetch both again")
+    for shard in shards_of(path):
+        content, _, _ = read_file(shard)
+        if content.keys() != {key for key, name in where.items() if name == shard.name}:
+            raise WeightsError(f"{shard.name} holds other tensors than it says; fetch both again")
         tensors |= content
     return tensors
 
@@ -190,26 +209,16 @@ def read_json(path):
     return {}
 
 
-STRANGE = {  # how files begin that are often taken for weights
-    b"<": "a web page: the download gave a login or error page", b"\x1f\x8b": "gzip-compressed",
-    b"version https://git-lfs": "a Git LFS pointer; run `git lfs pull` where it came from"}
-
-
 def read_file(path):
     """Any weight file -> (content, format, metadata); WeightsError says what a bad one is."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(512)
-    except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error.strerror}") from None
     with about(path):
-        what = next((what for begin, what in STRANGE.items() if head.lstrip().startswith(begin)),
-                    "" if head else "empty (0 bytes): an interrupted download or copy")
-        if what:
+        if what := mistaken(path):
             raise WeightsError(what)
         if path.name.endswith(".index.json"):
             return read_shards(path), "shards", {}
-        if path.suffix == ".safetensors" or head[8:9] == b"{":
+        with open(path, "rb") as file:
+            header = file.read(9)[8:]
+        if path.suffix == ".safetensors" or header == b"{":
             with about("a damaged or truncated safetensors file, or none; fetch it again"):
                 tensors, metadata = read_safetensors(path)
             return tensors, "safetensors", metadata
@@ -229,6 +238,11 @@ class Source(typing.NamedTuple):
     fields: dict = {}         # of CLIPConfig: those of the one tower
 
 
+def unread(name, **more):
+    """The origin of a tower that has no file."""
+    return {"name": name, "path": "", "sha256": "", "layout": "", "format": "", "notes": [], **more}
+
+
 def read(name_or_path, activation=None):
     """A name, file or folder -> Source. Raises WeightsError."""
     path = locate(name_or_path)
@@ -243,6 +257,8 @@ def read(name_or_path, activation=None):
         else:
             state, notes = state_in(content)
             state, layout = openai_names(state)
+            if card and kind == "safetensors" and layout == "chinese_clip":
+                layout = "safetensors"  # our own file of a CLIP with another BERT: same names
         beside = {"hf": known_from_hugging_face, "openai": known_from_open_clip}.get(layout)
         known = (known_from_card(card) if card else {"text": {"pool": "first"}} if not beside else
                  beside(lambda name: read_json(path.parent / name)))
@@ -281,19 +297,19 @@ def checkpoint_state(content, card):
 
 
 def load(name_or_path=None, image_tower=None, text_tower=None, proj="linear", embed_dim=512,
-         pool=None, image_size=None, activation=None, keep_projections=True):
+         pool=None, image_size=None, activation=None):
     """A CLIP with weights, fp32, in eval mode, on the CPU. Raises WeightsError.
 
     name_or_path: a released name ("ViT-B/16"), "tiny" (bundled), a file (.pt, .bin, .safetensors:
-    OpenAI, OpenCLIP, Hugging Face, Chinese-CLIP or our own, also a training checkpoint), or a
-    folder of these, also a run's. A name wins over a folder of the same name; "./RN50" is the
-    folder. activation: "quick_gelu" or "gelu" where the file does not tell; OpenAI's otherwise.
+    OpenAI, OpenCLIP, Hugging Face, Chinese-CLIP or our own, also a training checkpoint), a folder
+    of these, also a run's, or ORG/NAME of huggingface.co. A released name wins over a folder of the
+    same name; "./RN50" is the folder. activation: "quick_gelu" or "gelu" where the file does not
+    tell; OpenAI's otherwise.
     image_tower, text_tower: the towers of a new CLIP, see `image_source` and `text_source`; the one
     that is not given comes from `name_or_path`. The other arguments are for `join` alone."""
     if image_tower is not None or text_tower is not None:
         return join(image_source(image_tower or name_or_path, image_size, activation),
-                    text_source(text_tower or name_or_path, pool, activation),
-                    proj, embed_dim, keep_projections)
+                    text_source(text_tower or name_or_path, pool, activation), proj, embed_dim)
     source = read(name_or_path, activation)
     with about(source.origin["path"]):
         config = config_from_state_dict(source.state, **source.known)
@@ -328,11 +344,10 @@ def fill(model, state, pixels, vocabulary):
     return model.requires_grad_(True).eval()
 
 
-def join(image, text, proj, embed_dim, keep_projections):
+def join(image, text, proj, embed_dim):
     """A CLIP of two towers, each a Source. proj: "linear" (no bias) or "mlp", a `ResidualHead`, to
-    `embed_dim`. A tower that comes from a CLIP keeps its own projection where the shapes agree,
-    unless keep_projections is false (transformers' dual encoder always starts anew). What has no
-    weights is drawn from torch's global generator; `origin["notes"]` tells."""
+    `embed_dim`. A tower that comes from a CLIP keeps its own projection where the shapes agree.
+    What has no weights is drawn from torch's global generator; `origin["notes"]` tells."""
     sources, notes = (image, text), []
     if len({s.fields.get("activation") for s in sources} - {None}) > 1:
         raise WeightsError("one CLIP has QuickGELU and the other GELU; give both with the same")
@@ -348,7 +363,7 @@ def join(image, text, proj, embed_dim, keep_projections):
     for head in HEADS:
         names = {name for name in own if name.startswith(head)}
         fits = all(name in state and state[name].shape == own[name].shape for name in names)
-        if names and not (fits and keep_projections):
+        if names and not fits:
             had = state.get(head, state.get(head + ".weight"))
             notes.append(f"{head} starts from random numbers" + (
                 "" if had is None else f" (the CLIP's own is {tuple(had.shape)})"))
@@ -356,9 +371,9 @@ def join(image, text, proj, embed_dim, keep_projections):
             drawn |= names
     state = {name: own[name] for name in drawn} | state
     check_state(model.config, state)
-    model.origin = {"name": "+".join(source.origin["name"] for source in sources), "path": "",
-                    "sha256": "+".join(filter(None, (s.origin["sha256"] for s in sources))),
-                    "layout": "towers", "format": "", "notes": notes, "text": text.origin}
+    model.origin = unread("+".join(source.origin["name"] for source in sources), layout="towers",
+                          sha256="+".join(filter(None, (s.origin["sha256"] for s in sources))),
+                          notes=notes, text=text.origin)
     return fill(model, state, image.known.get("pixels"), text.vocabulary)
 
 
@@ -370,8 +385,7 @@ def clip_source(side, tower, activation, size=None):
         fields = {key: getattr(config, key) for key in vars(config)
                   if key.startswith(("vision_", "image_", "backbone") if side == "image" else
                                     ("text", "context_", "vocab_"))}
-        source = Source({}, {"activation": activation} if activation else {},
-                        {"name": name, "sha256": "", "notes": []})
+        source = Source({}, {"activation": activation} if activation else {}, unread(name))
     else:
         source = read(tower, activation)
         with about(f"{source.origin['path']} (the state dict of a classifier is given as NAME:FILE)"
@@ -395,11 +409,12 @@ def image_source(tower, size, activation):
     CLIP and torchvision both know ("vit_b_16") is CLIP's, without the prefix "torchvision:".
     """
     text = str(tower or "")
-    if not tower or canonical_name(text.removesuffix(":none")) or expanded(text).exists():
+    if (not text or canonical_name(text.removesuffix(":none")) or expanded(text).exists()
+            or is_hub_name(text)):
         return clip_source("image", text, activation, size)
     library, name, weights = re.fullmatch(r"(torchvision:|timm:)?([^:]*):?(.*)", text).groups()
-    state, given, problems = {}, None, []
-    origin = {"name": name, "sha256": "", "notes": []}
+    state, known, problems = {}, {}, []
+    origin = unread(name)
     if weights.startswith("IMAGENET"):
         with about(f"torchvision could not fetch {text}"):
             from torchvision import models
@@ -408,28 +423,32 @@ def image_source(tower, size, activation):
         path = locate(weights)
         with about(path):
             state, origin["notes"] = state_in(read_file(path)[0])
-            given = pixels_from_timm(read_json(path.parent / "config.json"), name)
+            known = known_from_timm(read_json(path.parent / "config.json"), name)
         origin["sha256"] = sha256_of(path)
     names = [f"timm:{name}", name] if library == "timm:" else [name, f"timm:{name}"]
     for backbone in names if state else names[:1]:
         try:
-            with skeleton():
-                trunk, removed, width, side, pixels = make_backbone(backbone, size)
+            source = backbone_source(backbone, state, size)
+            return source._replace(known=source.known | known, origin=origin)
         except (ImportError, ValueError, RuntimeError) as error:
             problems.append(one_line(error))
-            continue
-        cut = {key: t for key, t in state.items() if not key.startswith(f"{removed}.")}
-        shapes = [{(key, t.shape) for key, t in table.items() if not key.endswith("_tracked")}
-                  for table in (cut, trunk.state_dict())]
-        odd = [key for key, _ in shapes[0] ^ shapes[1]] if state else []
-        if not odd:
-            fields = {"backbone": backbone, "image_size": side, "vision_layers": 0,
-                      "vision_patch": None, "vision_width": width}
-            return Source({f"visual.trunk.{key}": t for key, t in cut.items()},
-                          {"pixels": given or pixels}, origin, fields=fields)
-        problems.append(f"{backbone} has other tensors ({min(odd)})")
     raise WeightsError(f"no image tower {text!r}: {'; '.join(problems)}; expected a CLIP's name or "
                        f"path, or [timm:]NAME[:FILE] with a classifier such as resnet50")
+
+
+def backbone_source(name, state, size=None):
+    """The classifier `name` as an image tower, with the tensors of `state` or, where that is empty,
+    random numbers. ImportError, ValueError or RuntimeError when there is none, or of others."""
+    with skeleton():
+        trunk, removed, width, side, pixels = make_backbone(name, size)
+    state = {key: t for key, t in state.items() if not key.startswith(f"{removed}.")}
+    found, expected = ({(key, t.shape) for key, t in table.items() if not key.endswith("_tracked")}
+                       for table in (state, trunk.state_dict()))
+    if state and found != expected:
+        raise ValueError(f"{name} has other tensors ({min(found ^ expected)[0]})")
+    return Source({f"visual.trunk.{key}": t for key, t in state.items()}, {"pixels": pixels}, {},
+                  fields={"backbone": name, "image_size": side, "vision_layers": 0,
+                          "vision_patch": None, "vision_width": width})
 
 
 def text_source(tower, pool, activation):
@@ -443,7 +462,7 @@ def text_source(tower, pool, activation):
     name = text.removesuffix(":none")
     if name in BERTS and name != text:
         bert = dataclasses.replace(BERTS[name], pool=pool or BERTS[name].pool)
-        return Source({}, {}, {"name": name, "sha256": "", "notes": []}, fields=bert_fields(bert))
+        return Source({}, {}, unread(name), fields=bert_fields(bert))
     source = clip_source("text", text, activation)
     bert, known = source.fields.get("text"), source.known.get("text") or {}
     if not bert:
@@ -474,108 +493,94 @@ def spread_embedding(state, vocab_size):
 # -----------------------------------------------------------------------------
 # Finding and fetching
 
-def expanded(path):
-    with about(path):
-        return pathlib.Path(os.path.expandvars(path)).expanduser()
+def is_hub_name(text):
+    """Whether it is ORG/NAME as on huggingface.co: not "ViT-B/32", nor the path of a file."""
+    file = text.endswith((".pt", ".pth", ".bin", ".json", ".safetensors"))
+    return bool(re.fullmatch(r"\w[\w.-]*/[A-Za-z][\w.-]*", text)) and not file
 
 
 def locate(name_or_path):
-    """The path of a weight file; fetches a released model that is not here. A name wins over a
-    folder of the same name, which "./NAME" means."""
+    """The path of a weight file; fetches what is not here. A released name wins over a folder of
+    the same name, which "./NAME" means."""
     text = str(name_or_path or "")
-    path, known = expanded(text), canonical_name(text)
-    if path.is_file():
-        return path
-    if text and path.is_dir() and not (known and not text.startswith((".", "/", "~"))):
-        best = read_json(path / "results.json").get("weights")  # of a run in several stages
-        for name in (*FOLDER_FILES, best if isinstance(best, str) else ""):
-            if (path / name).is_file():
-                return path / name
-        raise WeightsError(f"the folder {path} has none of {', '.join(FOLDER_FILES)}")
-    if known == "tiny":
-        return TINY
-    if known in RELEASED:
-        return download(known)
-    raise WeightsError(f"no weights {text!r} here; expected a file or folder, \"tiny\" or one of "
-                       f"{', '.join(RELEASED)}; random numbers are --weights none, or NAME:none as "
-                       f"a tower")
+    folder, known = expanded(text), "" if is_hub_name(text) else canonical_name(text)
+    if folder.is_file():
+        return folder
+    if not text or not folder.is_dir() or known and text[0] not in "./~":
+        if known == "tiny":
+            return TINY
+        if known in RELEASED:
+            return download(known)
+        if not is_hub_name(text):
+            raise WeightsError(
+                f"no weights {text!r} here; expected a file or folder, \"tiny\", ORG/NAME of "
+                f"huggingface.co or one of {', '.join(RELEASED)}; random numbers are --weights "
+                f"none, or NAME:none as a tower")
+        folder = from_hub(text)
+    best = read_json(folder / "results.json").get("weights")  # of a run in several stages
+    for name in (*HUB_WEIGHTS, *OWN_WEIGHTS, best if isinstance(best, str) else ""):
+        if (folder / name).is_file():
+            return folder / name
+    raise WeightsError(f"the folder {folder} has none of {', '.join(HUB_WEIGHTS + OWN_WEIGHTS)}")
 
 
 def sha256_of(path):
     """Of a file's bytes; of an index of shards, with theirs behind."""
-    paths = [path]
-    if path.name.endswith(".index.json"):
-        shards = sorted(set(read_json(path)["weight_map"].values()))
-        paths += [path.parent / name for name in shards]
-    return hash_files(tuple((path, path.stat().st_mtime_ns) for path in paths))
+    paths = path, *shards_of(path)
+    return kept_hash(paths, tuple(path.stat().st_mtime_ns for path in paths))
 
 
 @functools.lru_cache
-def hash_files(files):
-    found = hashlib.sha256()
-    for path, _ in files:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                found.update(chunk)
-    return found.hexdigest()
+def kept_hash(paths, times):
+    return hash_files(*paths)
 
 
 def download(name):
-    """Fetch a released model into ~/.cache/clip, as OpenAI's code does -> its path. A file gets its
-    name when its sha256 is right; a broken transfer goes on where it stopped. CLIP_MIRROR replaces
-    the address."""
-    digest, target = RELEASED[name], expanded("~/.cache/clip") / (
-        re.sub(r"[/@]", "-", name) + ".pt")
-    partial = target.with_suffix(".partial")
-    url = f"{os.environ.get('CLIP_MIRROR', OPENAI_URL).rstrip('/')}/{digest}/{target.name}"
-    for _ in range(3):
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with only_one(target.with_suffix(".lock")):
-                if target.is_file() and sha256_of(target) == digest:
-                    return target
-                transfer(url, partial)
-                why = f"its sha256 is {sha256_of(partial)}"
-                if digest in why:
-                    os.replace(partial, target)
-                    return target
-                partial.unlink()
-        except Exception as error:  # networks fail in many ways
-            why = one_line(getattr(error, "reason", error))
-    raise WeightsError(f"could not fetch {name} from {url} ({why}); put the file with sha256 "
-                       f"{digest} at {target} by hand, or pass its path as --weights")
+    """Fetch a released model into ~/.cache/clip, as OpenAI's code does -> its path."""
+    digest, problems = RELEASED[name], []
+    target = expanded("~/.cache/clip") / (re.sub(r"[/@]", "-", name) + ".pt")
+    with about(target), only_one(target):
+        if target.is_file() and sha256_of(target) == digest:
+            return target
+        for base in filter(None, (os.environ.get("CLIP_MIRROR"), OPENAI_URL)):
+            url = f"{base.rstrip('/')}/{digest}/{target.name}"
+            problem = fetch(url, target, digest)
+            if not problem:
+                return target
+            problems.append(f"{url}: {problem}")
+    raise WeightsError(f"could not fetch {name} ({'; '.join(problems)}); put the file with sha256 "
+                       f"{digest} at {target} by hand, pass its path as --weights, or name a "
+                       f"mirror in the variable CLIP_MIRROR")
 
 
-def transfer(url, partial):
-    """Append to `partial` what is missing of `url`; OSError when the transfer stops early."""
-    have = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=30)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing is missing; the hash will tell
-            return
-        raise
-    have = have if response.status == 206 else 0
-    with response, open(partial, "ab" if have else "wb") as file:
-        total = have + int(response.headers.get("Content-Length") or 0)
-        while chunk := response.read(1 << 20):
-            have += file.write(chunk)
-            if sys.stderr.isatty():
-                print(f"\r{url.rsplit('/', 1)[1]}: {have >> 20:,} of {total >> 20:,} MB", end="",
-                      file=sys.stderr, flush=True)
-    if have < total:
-        raise OSError(f"the connection ended at {have:,} of {total:,} bytes")
+def from_hub(name):
+    """Fetch what is needed of a model of huggingface.co into ~/.cache/clip -> its folder, which
+    gets its name when all is there."""
+    folder = expanded("~/.cache/clip") / name.replace("/", "--")
+    partial = folder.with_name(folder.name + ".partial")
+    base = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
-
-@contextlib.contextmanager
-def only_one(lock):
-    """Processes that fetch the same file wait for each other (where the system has fcntl)."""
-    with open(lock, "w") as file:
-        with contextlib.suppress(ImportError):
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    def get(file):
+        if file in HUB_SETTINGS or not (partial / file).is_file():
+            problem = fetch(f"{base}/{name}/resolve/main/{file}", partial / file)
+            if problem and not problem.startswith("HTTP Error 404"):
+                raise WeightsError(problem)
+            return not problem
+        return True
+    with about(f"no file or folder {name!r} here, and {base} did not give it; config.json, the "
+               f"weights and the tokenizer's files can be put into {folder} by hand"
+               ), only_one(folder):
+        if not folder.is_dir():
+            for file in HUB_SETTINGS:
+                get(file)
+            weights = next(filter(get, HUB_WEIGHTS), None)
+            if not weights:
+                raise WeightsError(f"it has none of {', '.join(HUB_WEIGHTS)}")
+            for shard in shards_of(partial / weights):
+                if not get(shard.name):
+                    raise WeightsError(f"it has no {shard.name}, which {weights} names")
+            os.replace(partial, folder)
+    return folder
 
 
 # -----------------------------------------------------------------------------
@@ -614,11 +619,12 @@ def save(model, path, layout="safetensors", dtype=torch.float32, token_rows=None
     if layout in ("hf", "open_clip") and path.suffix not in (".pt", ".bin", ".safetensors"):
         tables = hugging_face_tables(model) if layout == "hf" else open_clip_tables(model)
         for name, table in tables.items():
-            write(path / name, json.dumps(table, indent=2).encode())
+            write_atomic(path / name, table)
         path /= "model.safetensors" if layout == "hf" else "open_clip_model.safetensors"
     beside = {key: json.dumps(known[key]) for key in CARD if known[key]}
     if path.suffix == ".safetensors" or layout == "safetensors":
-        write(path, *safetensors_bytes(state, {"format": "pt", **beside}))
+        chunks = safetensors_bytes(state, {"format": "pt", **beside})
+        write_whole(path, lambda file: file.writelines(chunks))
         return path
     if layout == "chinese_clip":
         state = {"epoch": 0, "step": 0, "name": name_of(config), "card": known, "state_dict": {
@@ -626,9 +632,7 @@ def save(model, path, layout="safetensors", dtype=torch.float32, token_rows=None
     else:  # torch's own place for what goes with a state dict and is no tensor
         state = collections.OrderedDict(state)
         state._metadata = beside
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write(path, buffer.getbuffer())
+    write_whole(path, lambda file: torch.save(state, file))
     return path
 
 
@@ -643,18 +647,6 @@ def export(model, folder, layout, tokenizer=None):
     if tokenizer is not None and layout == "hf":
         tokenizer.save(path.parent)
     return path
-
-
-def write(path, *chunks):
-    """Bytes to a file beside its place, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def safetensors_bytes(state, metadata):
@@ -692,7 +684,7 @@ def add_model_flags(parser, towers=False):
     add = parser.add_argument_group("model").add_argument
     add("--model", help="a released size such as ViT-B/16 or RN50, or tiny (bundled)")
     add("--weights", default="auto", help="auto: OpenAI's for the model; none: random; or a file, "
-        "a model folder or a run folder, whose model it is (default: auto)")
+        "a model's or run's folder or ORG/NAME of huggingface.co: its model (default: auto)")
     add("--activation", choices=("quick_gelu", "gelu"), help="where the file does not say it")
     add("--tokenizer", help="file or folder of the text tower's vocabulary")
     if towers:

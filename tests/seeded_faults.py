@@ -72,7 +72,8 @@ FAULTS = [
     Fault(5, "pickle", "weights.py", "weights may run code",
           "weights_only=True", "weights_only=False", "test_weights.py -k never_run"),
     Fault(5, "weights-in-place", "weights.py", "weights written over the older file",
-          'temporary = path.with_name(path.name + ".partial")', "temporary = path",
+          "write_whole(path, lambda file: file.writelines(chunks))",
+          'path.write_bytes(b"".join(chunks))',
           "test_weights.py -k interrupted"),
     Fault(5, "bomb", "images.py", "decompression bombs are decoded",
           "if image.width * image.height > MAX_PIXELS", "if False", "test_data.py -k bombs"),
@@ -127,8 +128,8 @@ FAULTS = [
     Fault(8, "untrained", "train_clipfit.py", "the weights of the start are tested",
           "after = evaluate(run, task, args)", "pass",
           f"{CLIPFIT} -k demo_learns"),
-    Fault(9, "download-unchecked", "weights.py", "a download is taken as it is",
-          "if digest in why:", "if why:", "test_weights.py -k partial_or_damaged"),
+    Fault(9, "download-unchecked", "fetch.py", "a download is taken as it is",
+          "if found == expected:", "if True:", "test_weights.py -k partial_or_damaged"),
 ]
 
 

@@ -16,6 +16,7 @@ import threading
 import warnings
 import zipfile
 
+import helpers
 import pytest
 import torch
 from helpers import Child, Payload, attempt, damaged_files, images_for, refused, tiny_clip
@@ -23,8 +24,10 @@ from torch import nn
 
 import weights
 from clip_model import BERTS, CLIP, CONFIGS, BertConfig, Pixels, bert_fields
+from files import SafeStop
 from layouts import LAYOUTS, to_hugging_face
 from tools import convert
+from tokenizer import WordPieceTokenizer, for_model
 from weights import (
     add_model_flags, card, check_layout, digest, export, kept_tensors, load, open_clip, save)
 
@@ -95,7 +98,7 @@ def test_every_layout_brings_back_all_that_a_model_is(tmp_path, changes, layouts
                 assert same(back, model) and back.vocabulary == model.vocabulary
                 assert back.origin["notes"] == [] or layout == "chinese_clip"
                 assert not back.training and all(p.requires_grad for p in back.parameters())
-    assert not list(tmp_path.rglob("*.partial"))
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 class OpenAIShaped(CLIP):
@@ -199,7 +202,7 @@ def test_an_interrupted_save_leaves_the_older_file(tmp_path, monkeypatch):
             raise error
         with monkeypatch.context() as patch:
             patch.setattr(os, call, fail)
-            with pytest.raises(type(error)):
+            with pytest.raises((SafeStop, KeyboardInterrupt), match="No space|^$"):
                 save(make(seed=1), path)
         assert path.read_bytes() == old
     assert same(load(save(make(seed=1), path)), make(seed=1))
@@ -384,7 +387,7 @@ def test_a_bad_file_is_refused_in_one_line_and_never_run(tmp_path, kind):
 @pytest.mark.parametrize("file", ["whole.pt", "whole.safetensors"])
 def test_damaged_files_are_named_as_what_they_are(tmp_path, file):
     whole = save(make(), tmp_path / file, "open_clip" if file.endswith(".pt") else "safetensors")
-    words = {"empty": "0 bytes", "gzip": "gzip", "html": "web page", "lfs": "LFS"}
+    words = {"empty": "empty", "gzip": "gzip", "html": "web page", "lfs": "LFS"}
     for kind, path in damaged_files(tmp_path / "damaged", whole).items():
         if (kind, path.suffix) != ("flipped", ".safetensors"):  # the format has no checksum
             refused(lambda: load(path), path, words.get(kind, ""))  # noqa: B023
@@ -398,8 +401,8 @@ def test_claims_of_a_file_about_itself_are_not_believed(tmp_path, claim):
     model, path = make(), tmp_path / "a.safetensors"
     if isinstance(claim, dict):
         claim = dataclasses.asdict(model.config) | claim
-    weights.write(path, *weights.safetensors_bytes(model.state_dict(), {
-        "clip_config": claim if claim == "{" else json.dumps(claim)}))
+    path.write_bytes(b"".join(weights.safetensors_bytes(model.state_dict(), {
+        "clip_config": claim if claim == "{" else json.dumps(claim)})))
     try:
         assert same(load(path), model)
     except weights.WeightsError:
@@ -556,8 +559,7 @@ def test_a_clips_own_projection_is_kept_where_it_fits_and_notes_say_what_is_rand
     assert kept.origin["notes"] == ["tiny-bert starts from random numbers",
                                     "text_projection starts from random numbers"]
     assert kept.logit_scale.item() == pytest.approx(2.6593, abs=1e-4)
-    for more in ({"embed_dim": 32, "keep_projections": False}, {"embed_dim": 24},
-                 {"embed_dim": 32, "proj": "mlp"}):
+    for more in ({"embed_dim": 24}, {"embed_dim": 32, "proj": "mlp"}):
         new = load(file, text_tower="tiny-bert:none", **more)
         assert any("visual.proj" in note and "(64, 32)" in note for note in new.origin["notes"])
         assert torch.equal(new.visual.ln_post.weight, base.visual.ln_post.weight)
@@ -628,17 +630,29 @@ def test_convert_inspects_exports_and_shrinks(tmp_path, shared):
 # Fetching, from a server of our own
 
 class Server(http.server.BaseHTTPRequestHandler):
-    plan, log, content = [], [], b""  # plan: what the next answers are; then honest
+    """Serves `files`: {path: bytes}. plan: what the next answers for weights are; then honest."""
+    plan, log, files, checksum = [], [], {}, None
 
     def do_GET(self):
-        begin, step = self.headers.get("Range"), self.plan.pop(0) if self.plan else "ok"
+        content, large = self.files.get(self.path), not self.path.endswith((".json", ".txt"))
+        if content is None:
+            return self.send_error(404)
+        begin = self.headers.get("Range")
         self.log.append((self.path, begin))
+        if self.checksum and large and not self.path.startswith("/cdn"):  # as huggingface.co does
+            self.files["/cdn" + self.path] = content
+            self.send_response(302)
+            self.send_header("Location", "/cdn" + self.path)
+            self.send_header("X-Linked-Etag", f'"{self.checksum}"')
+            return self.end_headers()
+        step = self.plan.pop(0) if self.plan and large else "ok"
         begin = int(begin[6:-1]) if begin and step != "no ranges" else 0
-        if isinstance(step, int) or begin >= len(self.content):
+        if isinstance(step, int) or begin >= len(content):
             return self.send_error(step if isinstance(step, int) else 416)
-        body = b"<html>log in</html>" if step == "html" else self.content[begin:]
+        body = b"<html>log in</html>" if step == "html" else content[begin:]
         self.send_response(206 if begin else 200)
         self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", '"' + "f" * 64 + '"' if self.path.startswith("/cdn") else "x")
         self.end_headers()
         self.wfile.write(body[:len(body) // 2] if step == "break" else body)
         self.close_connection = True
@@ -647,58 +661,154 @@ class Server(http.server.BaseHTTPRequestHandler):
         pass
 
 
+NOBODY = "http://127.0.0.1:9/nothing"  # nobody listens there
+
+
 @pytest.fixture
-def mirror(tmp_path, monkeypatch):
-    """A mirror that serves one small released model; the test scripts its answers."""
+def server(tmp_path, monkeypatch):
+    """A server of one small released model, RN50, at /clip; the test scripts its answers."""
     content = save(make(), tmp_path / "source.pt", layout="openai").read_bytes()
-    handler = type("Handler", (Server,), {"plan": [], "log": [], "content": content})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    monkeypatch.setenv("CLIP_MIRROR", f"http://127.0.0.1:{server.server_port}/clip/")
+    digest = hashlib.sha256(content).hexdigest()
+    handler = type("Handler", (Server,), {"plan": [], "log": [], "files": {
+        f"/clip/{digest}/RN50.pt": content}})
+    http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=http_server.serve_forever, args=(0.02,), daemon=True).start()
+    handler.address = f"http://127.0.0.1:{http_server.server_port}"
+    monkeypatch.setattr(weights, "OPENAI_URL", NOBODY)
+    monkeypatch.setenv("CLIP_MIRROR", f"{handler.address}/clip/")
+    monkeypatch.setenv("HF_ENDPOINT", handler.address + "/")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    handler.digest = hashlib.sha256(content).hexdigest()
-    monkeypatch.setitem(weights.RELEASED, "RN50", handler.digest)
-    handler.target = tmp_path / "home" / ".cache" / "clip" / "RN50.pt"
+    monkeypatch.setitem(weights.RELEASED, "RN50", digest)
+    handler.digest, handler.content = digest, content
+    handler.cache = tmp_path / "home" / ".cache" / "clip"
+    handler.target = handler.cache / "RN50.pt"
     yield handler
-    server.shutdown()
-    server.server_close()
+    http_server.shutdown()
+    http_server.server_close()
+
+
+def cached(server):
+    """What lies in the cache under its final name."""
+    return {p.name for p in server.cache.iterdir() if p.suffix not in (".lock", ".partial")}
 
 
 @pytest.mark.parametrize("plan", [[500], ["break"], ["break", "no ranges"], ["html"]])
-def test_a_released_name_is_fetched_once_whatever_passes_and_then_used_offline(mirror, monkeypatch,
+def test_a_released_name_is_fetched_once_whatever_passes_and_then_used_offline(server, monkeypatch,
                                                                                plan):
-    mirror.plan.extend(plan)
-    assert same(load("rn50"), make()) and load("rn50").origin["sha256"] == mirror.digest
-    assert {path for path, _ in mirror.log} == {f"/clip/{mirror.digest}/RN50.pt"}
-    assert len(mirror.log) == 2
+    server.plan.extend(plan)
+    assert same(load("rn50"), make()) and load("rn50").origin["sha256"] == server.digest
+    assert len(server.log) == 2
     if plan == ["break"]:  # goes on where it stopped
-        assert mirror.log[1][1] == f"bytes={len(mirror.content) // 2}-"
-    monkeypatch.setenv("CLIP_MIRROR", "http://127.0.0.1:9/nothing")
-    assert same(load("RN50"), make())
-    assert [p.name for p in mirror.target.parent.iterdir() if p.suffix != ".lock"] == ["RN50.pt"]
+        assert server.log[1][1] == f"bytes={len(server.content) // 2}-"
+    for variable in ("CLIP_MIRROR", "HF_ENDPOINT"):
+        monkeypatch.setenv(variable, NOBODY)
+    assert same(load("RN50"), make()) and cached(server) == {"RN50.pt"}
 
 
-def test_a_partial_or_damaged_file_of_an_earlier_run_is_completed_or_replaced(mirror):
-    mirror.target.parent.mkdir(parents=True)
-    partial = mirror.target.with_name("RN50.partial")
-    for begun in (mirror.content[:1000], mirror.content, b"x" * 1000):
-        mirror.target.write_bytes(b"half of an older download")
+def test_a_released_name_has_a_second_source(server, monkeypatch):
+    monkeypatch.setattr(weights, "OPENAI_URL", f"{server.address}/clip")
+    for mirror in (NOBODY, f"{server.address}/empty", ""):
+        monkeypatch.setenv("CLIP_MIRROR", mirror)
+        assert same(load("RN50"), make())
+        server.target.unlink()
+
+
+def test_a_partial_or_damaged_file_of_an_earlier_run_is_completed_or_replaced(server):
+    server.target.parent.mkdir(parents=True)
+    partial = server.target.with_name("RN50.pt.partial")
+    for begun in (server.content[:1000], server.content, b"x" * 1000):
+        server.target.write_bytes(b"half of an older download")
         partial.write_bytes(begun)
         assert same(load("RN50"), make()) and not partial.exists()
-        assert mirror.target.read_bytes() == mirror.content
-        mirror.target.unlink()
+        assert server.target.read_bytes() == server.content
+        server.target.unlink()
 
 
-def test_lasting_trouble_says_what_to_do_by_hand(mirror, monkeypatch):
-    for step in (404, 500, "html", "offline"):
-        mirror.plan[:] = [step] * 3
+def test_lasting_trouble_says_what_to_do_by_hand(server, monkeypatch):
+    for step in (404, 500, "html", "break", "offline"):
+        server.plan[:] = [step] * 3
         if step == "offline":
-            monkeypatch.setenv("CLIP_MIRROR", "http://127.0.0.1:9/clip")  # nobody listens there
-        refused(lambda: load("RN50"), "RN50", mirror.digest, mirror.target, "/clip/", "--weights")
-        assert not mirror.target.exists()
+            monkeypatch.setenv("CLIP_MIRROR", NOBODY)
+        refused(lambda: load("RN50"), "RN50", server.digest, server.target, "--weights",
+                "CLIP_MIRROR")
+        assert cached(server) == set()
 
 
-def test_processes_that_fetch_at_once_fetch_once(mirror):
+def test_processes_that_fetch_at_once_fetch_once(server):
     children = [Child(lambda: load("RN50") and 0) for _ in range(3)]
     assert [child.end().code for child in children] == [0, 0, 0]
-    assert len(mirror.log) == 1 and mirror.target.read_bytes() == mirror.content
+    assert len(server.log) == 1 and server.target.read_bytes() == server.content
+
+
+NAME = "openai/clip-vit-base-patch32"
+
+
+@pytest.fixture
+def hub(tmp_path, server):
+    """The server with a model of Hugging Face's -> it, the model, the address of its weights"""
+    model = make(bert="bert")
+    model.image_mean = (0.1, 0.2, 0.3)
+    path = export(model, tmp_path, "hf", WordPieceTokenizer(helpers.WORDS))
+    server.files |= {f"/{NAME}/resolve/main/{file.relative_to(path.parent)}": file.read_bytes()
+                     for file in path.parent.iterdir()}
+    return server, model, f"/{NAME}/resolve/main/{path.name}"
+
+
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("plan", [[], ["break"], [503, "break", "no ranges"]])
+def test_a_model_of_hugging_face_is_fetched_once_and_then_used_offline(hub, plan, linked,
+                                                                       monkeypatch):
+    server, model, file = hub
+    server.checksum = hashlib.sha256(server.files[file]).hexdigest() if linked else None
+    server.plan.extend(plan)
+    assert same(load(NAME), model)
+    asked = [begin for path, begin in server.log if path == file]
+    assert any(asked) == bool(plan) and len(asked) <= 4
+    for variable in ("CLIP_MIRROR", "HF_ENDPOINT"):
+        monkeypatch.setenv(variable, NOBODY)
+    found = open_clip(flags(weights=NAME))
+    assert same(found, model) and for_model(found).kind == "wordpiece"
+    for towers in ({"image_tower": NAME, "text_tower": "tiny-vit:none"},
+                   {"image_tower": "tiny-vit:none", "text_tower": NAME}):
+        both = open_clip(flags(**towers, embed_dim=32))
+        x = (images_for(both, 2), texts(both))
+        if towers["text_tower"] == NAME:
+            assert torch.equal(both.encode_text(texts(both)), model.encode_text(texts(model)))
+            assert for_model(both).vocab_size == len(helpers.WORDS)
+        else:
+            assert torch.equal(both.encode_image(x[0]), model.encode_image(x[0]))
+    assert cached(server) == {"openai--clip-vit-base-patch32"}
+
+
+def test_shards_of_hugging_face_are_fetched_with_their_index(tmp_path, hub):
+    server, model, file = hub
+    state, _, metadata = weights.read_file(tmp_path / "hf" / "model.safetensors")
+    where = {name: f"{'ab'[name < 'text']}.safetensors" for name in state}
+    for shard in ("a.safetensors", "b.safetensors"):
+        part = {name: tensor for name, tensor in state.items() if where[name] == shard}
+        server.files[file.replace("model.safetensors", shard)] = b"".join(
+            weights.safetensors_bytes(part, metadata))
+    del server.files[file]
+    server.files[file + ".index.json"] = json.dumps({"weight_map": where}).encode()
+    server.plan[:] = ["ok"] + ["break"] * 9
+    refused(lambda: load(NAME), NAME)
+    server.plan.clear()
+    model.vocabulary, again = None, load(NAME)  # the first shard is not fetched again
+    assert torch.equal(again.encode_text(texts(model)), model.encode_text(texts(model)))
+    assert sum(path.endswith("/a.safetensors") for path, _ in server.log) == 1
+
+
+@pytest.mark.parametrize("fault", ["dies", "checksum", "offline", "nothing there", "login"])
+def test_a_model_of_hugging_face_that_does_not_come_leaves_nothing_half(hub, monkeypatch, fault):
+    server, _, file = hub
+    if fault == "offline":
+        monkeypatch.setenv("HF_ENDPOINT", NOBODY)
+    elif fault == "checksum":
+        server.checksum = "0" * 64
+    elif fault == "nothing there":
+        server.files.clear()
+    else:
+        server.plan[:] = {"dies": ["break"], "login": [401]}[fault] * 9
+    result = attempt(convert, "inspect", NAME)
+    refused(result, NAME, server.cache / "openai--clip-vit-base-patch32")
+    assert cached(server) == set() and not result.out
