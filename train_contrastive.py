@@ -108,8 +108,7 @@ def siglip(image, own, texts, scale, bias, ids, positives):
     """image (m, D), texts (N, D) -> the sum over these rows, ()."""
     z = scale * image @ texts.T + bias                                         # (m, N)
     sign = torch.full_like(z, -1)
-    if positives != "diag":
-        sign.masked_fill_(together(ids, own), 1 if positives == "multi" else 0)
+    sign.masked_fill_(together(ids, own), 1 if positives == "multi" else 0)
     sign.scatter_(1, own[:, None], 1)
     return -(sign.abs() * F.logsigmoid(sign * z)).sum()
 
