@@ -30,7 +30,7 @@ import torch
 from PIL import Image, ImageDraw
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SCRIPTS = ("train_clipfit", "train_contrastive", "train_distill", "train_staged")
+SCRIPTS = sorted(path.stem for path in ROOT.glob("train_*.py"))
 
 
 # -----------------------------------------------------------------------------
@@ -268,6 +268,29 @@ def images_for(model, count, seed=5):
     return images.to(next(model.parameters()).dtype)
 
 
+def unit_pairs(n, dim=7, seed=0):
+    """Unit rows (n, dim) of images and of texts near them in float64, and ids (n, 2) in which each
+    pair has partners in either column."""
+    generator = torch.Generator().manual_seed(seed)
+    image, text = (torch.randn(n, dim, dtype=torch.float64, generator=generator) for _ in range(2))
+    image, text = (torch.nn.functional.normalize(x, dim=1) for x in (image, text + 0.7 * image))
+    return image, text, torch.stack([torch.arange(n) // 2, torch.arange(n) % 7], dim=1)
+
+
+def gradients(loss, *tensors):
+    """-> loss(*tensors), and its gradient for each of them, zeros where it has none."""
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    value = loss(*leaves)
+    found = torch.autograd.grad(value, leaves, allow_unused=True)
+    return [value.detach(), *(torch.zeros_like(x) if g is None else g
+                              for x, g in zip(leaves, found))]
+
+
+def largest(ones, others):
+    """The largest difference of two lists of tensors."""
+    return max(float((a - b).abs().max()) for a, b in zip(ones, others, strict=True))
+
+
 # -----------------------------------------------------------------------------
 # A run of each script: six steps, of which every third ends an epoch
 
@@ -438,6 +461,10 @@ def at_step(number, fault):
     at_call(device.Run, "update", number, fault, after=True)
 
 
+def raise_signal(number):
+    os.kill(os.getpid(), number)
+
+
 def die():
     """End as `kill -9` does."""
-    os.kill(os.getpid(), signal.SIGKILL)
+    raise_signal(signal.SIGKILL)

@@ -7,6 +7,7 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import gradients, largest, unit_pairs
 from torch import nn
 
 from device import start
@@ -18,17 +19,6 @@ POSITIVES = ("diag", "mask", "multi")
 @pytest.fixture(scope="module")
 def run():
     return start("cpu", "fp32")
-
-
-def pairs_of(n, dim=7, seed=0):
-    """Unit rows of images and texts in float64, and ids (n, 2) with partners in either column."""
-    generator = torch.Generator().manual_seed(seed)
-    image, text = (F.normalize(torch.randn(n, dim, dtype=torch.float64, generator=generator), dim=1)
-                   for _ in range(2))
-    ids = torch.stack([torch.arange(n), torch.arange(n) + 100], dim=1)
-    for i, j, column in ((0, 3, 0), (3, n - 1, 1), (1, 2, 1), (4, 5, 0)):
-        ids[j, column] = ids[i, column]
-    return image, text, ids
 
 
 def defined(image, text, scale, ids, positives):
@@ -44,21 +34,10 @@ def defined(image, text, scale, ids, positives):
     return total / (2 * n)
 
 
-def gradients(loss, *tensors):
-    leaves = [x.clone().requires_grad_() for x in tensors]
-    value = loss(*leaves)
-    value.backward()
-    return [value.detach(), *(leaf.grad for leaf in leaves)]
-
-
-def largest(ones, others):
-    return max(float((a - b).abs().max()) for a, b in zip(ones, others))
-
-
 @pytest.mark.parametrize("positives", POSITIVES)
 def test_info_nce_is_its_definition(run, positives):
     """N = 13 in chunks of 1, of 5, which does not divide it, and of all."""
-    image, text, ids = pairs_of(13)
+    image, text, ids = unit_pairs(13)
     scale, at = torch.tensor(9.0, dtype=torch.float64), torch.arange(13)
     truth = gradients(lambda *x: defined(*x, ids, positives), image, text, scale)
     for chunk in (1, 5, 64):
@@ -79,7 +58,7 @@ def hinges(rows, at, others, bias):
 
 def test_by_rows_is_the_sum_over_all_rows_and_takes_part_in_sums():
     """Also where only some of the tensors want a gradient, or none."""
-    image, text, _ = pairs_of(11)
+    image, text, _ = unit_pairs(11)
     inputs, at = (image, text, torch.tensor(0.2, dtype=torch.float64)), torch.arange(11)
     truth = gradients(lambda i, t, b: 3 * hinges(i, at, t, b) + t.sum() ** 2, *inputs)
     ours = gradients(lambda i, t, b: 3 * by_rows(hinges, (i, at), (t, b), 4) + t.sum() ** 2,
@@ -188,7 +167,7 @@ def test_batch_norm_counts_each_piece_once(run, batch):
 @pytest.mark.parametrize("count", [2, 3])
 def test_any_number_of_processes_gives_the_gradient_of_one(count, tmp_path):
     """13 pairs with partners across processes: loss and the gradient of a tower, of the scale."""
-    image, text, ids = pairs_of(13, dim=6)
+    image, text, ids = unit_pairs(13, dim=6)
 
     def work(run):
         counts = [len(range(r, 13, run.world_size)) for r in range(run.world_size)]

@@ -10,7 +10,8 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import attempt, checkpoint, metrics, refused, run_main
+from helpers import (attempt, checkpoint, gradients, largest, metrics, refused, run_main,
+                     unit_pairs)
 
 import device
 import re
@@ -55,15 +56,6 @@ def options(**changes):
 # -----------------------------------------------------------------------------
 # The losses against their definitions, in float64
 
-def pairs_of(n, dim=7, seed=0):
-    """Unit rows of images and of texts near them, and ids (n, 2) with partners in either column."""
-    generator = torch.Generator().manual_seed(seed)
-    image, text = (F.normalize(torch.randn(n, dim, dtype=torch.float64, generator=generator), dim=1)
-                   for _ in range(2))
-    ids = torch.stack([torch.arange(n) // 2, torch.arange(n) % 7], dim=1)
-    return image, F.normalize(text + 0.7 * image, dim=1), ids
-
-
 def defined(image, text, ids, scale, bias, args):
     """The loss on the whole N x N matrix, as the papers write it."""
     n = len(image)
@@ -95,18 +87,6 @@ def defined(image, text, ids, scale, bias, args):
     return total
 
 
-def gradients(loss, *tensors):
-    leaves = [x.clone().requires_grad_() for x in tensors]
-    value = loss(*leaves)
-    found = torch.autograd.grad(value, leaves, allow_unused=True)
-    return [value.detach(), *(torch.zeros_like(x) if g is None else g
-                              for x, g in zip(leaves, found))]
-
-
-def largest(ones, others):
-    return max(float((a - b).abs().max()) for a, b in zip(ones, others, strict=True))
-
-
 def script_loss(run, image, text, ids, scale, bias, args):
     model = types.SimpleNamespace(logit_scale=scale.log(), logit_bias=bias)
     return batch_loss(run, model, image, text, ids, [len(image)], args)["loss"]
@@ -116,7 +96,7 @@ def script_loss(run, image, text, ids, scale, bias, args):
 def test_losses_and_gradients_are_those_of_the_definition(run, loss, kind):
     """150 pairs, more than are taken at once; and 6, where semi-hard finds none for some."""
     for n in (150, 6):
-        image, text, ids = pairs_of(n)
+        image, text, ids = unit_pairs(n)
         scale, bias = (torch.tensor(x, dtype=torch.float64) for x in (9.0, -3.0))
         values = {}
         for positives in POSITIVES:
@@ -133,7 +113,7 @@ def test_losses_and_gradients_are_those_of_the_definition(run, loss, kind):
 
 def test_siglip_is_open_clips(run):
     theirs = pytest.importorskip("open_clip.loss").SigLipLoss()
-    image, text, ids = pairs_of(150)
+    image, text, ids = unit_pairs(150)
     inputs = image, text, *(torch.tensor(x, dtype=torch.float64) for x in (14.0, -10.0))
     args = options(loss="siglip", positives="diag")
     ours = gradients(lambda i, t, s, b: script_loss(run, i, t, ids, s, b, args), *inputs)
@@ -160,7 +140,7 @@ def batch_of(model, n=11, seed=2):
     tokens = torch.randint(4, 30, (n, 12), generator=generator)
     lengths = torch.randint(3, 10, (n,), generator=generator)
     tokens[torch.arange(12) >= lengths[:, None]] = 0
-    return images, tokens, pairs_of(n)[2]
+    return images, tokens, unit_pairs(n)[2]
 
 
 def pixels(model, images):
