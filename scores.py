@@ -269,15 +269,22 @@ def zero_shot_weights(encode, prompts_per_class, chunk=256):
     return unit(torch.stack([part.mean(dim=0) for part in parts]))
 
 
-def zero_shot(run, model, images, tokenizer, templates, args):
-    """`classify` labelled images by sentences on their classes; templates: a list with {} for the
-    name of the class, or None for the data set's own."""
-    templates, cut = templates or [images.template], tokenizer.truncated
-    prompts = list(zip(*(class_prompts(images.classnames, template) for template in templates)))
-    text = zero_shot_weights(lambda some: encode_texts(
-        run, model, tokenizer, some, getattr(args, "max_text", None)), prompts)
+def text_classifier(run, model, tokenizer, classnames, templates, max_text=None):
+    """The `zero_shot_weights` (C, D) of class names; templates: a list with {} for the name."""
+    prompts = list(zip(*(class_prompts(classnames, template) for template in templates)))
+    cut = tokenizer.truncated
+    weights = zero_shot_weights(
+        lambda some: encode_texts(run, model, tokenizer, some, max_text), prompts)
     if tokenizer.truncated > cut:
-        run.say(f"note: {tokenizer.truncated - cut} prompts of {images.name} are too long, cut")
+        run.say(f"note: {tokenizer.truncated - cut} class prompts are too long and were cut")
+    return weights
+
+
+def zero_shot(run, model, images, tokenizer, templates, args):
+    """`classify` labelled images by the `text_classifier` of their classes; templates: None for the
+    data set's own."""
+    text = text_classifier(run, model, tokenizer, images.classnames,
+                           templates or [images.template], getattr(args, "max_text", None))
     return classify(run, model, images, text, args)
 
 

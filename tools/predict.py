@@ -1,0 +1,103 @@
+"""What a CLIP takes images for: the five likeliest classes of each.
+
+    python -m tools.predict --weights ViT-B/16 photo.jpg folder --classes cat dog "polar bear"
+    python -m tools.predict --weights ViT-B/16 folder --data food101 --csv predictions.csv
+    python -m tools.predict --weights runs/train_clipfit/mine photo.jpg    the run's own classes
+
+The numbers are shares of the softmax over these classes, in %: an image of none of them gets high
+ones too.
+"""
+import csv
+import io
+import json
+import sys
+
+from device import expanded, guard, Parser, start, UserError, write_atomic  # before torch
+
+from data import (ANY_TEMPLATE, ImageSet, is_image, list_dataset, Preprocess, require_words, Source,
+                  TEMPLATES)
+from images import ImageStore
+from scores import encode_images, text_classifier
+from tokenizer import for_model
+from weights import load
+
+
+def choose_classes(args):
+    """-> class names, templates: the flags', or those of the CLIPFit run that --weights is in."""
+    names, templates, path = args.classes, [ANY_TEMPLATE], expanded(args.weights)
+    if args.data:
+        source = list_dataset(args.data, args.data_dir)
+        require_words(source)
+        names, templates = source.classnames, [TEMPLATES.get(source.name, ANY_TEMPLATE)]
+    elif not names and path.exists():
+        places = [path, *path.parents][:3]  # as a file of a run, or in its export/
+        tables = [json.loads(file.read_text("utf-8")) for place in places
+                  for file in sorted(place.glob("confusion_*.json"))]
+        names = [name for table in tables for name in table["classes"]]
+        templates = tables[0].get("templates", templates) if tables else templates
+    names = list(dict.fromkeys(names or ()))
+    if len(names) < 2:
+        raise UserError(f"{len(names)} classes are too few: give two or more as --classes, a "
+                        f"data set of them as --data, or a run of train_clipfit.py as --weights")
+    return names, args.template or templates
+
+
+def main(args):
+    """Print the classes of each image -> {path: [(class, %), ...]}, without what cannot be read."""
+    (names, templates), paths, found = choose_classes(args), [], {}
+    for path in map(expanded, args.images):
+        inside = ImageStore(path).names() if path.is_dir() else ()
+        paths += [str(path / name) for name in inside if is_image(name)] or [str(path)]
+    if args.csv and not expanded(args.csv).parent.is_dir():
+        raise UserError(f"--csv {args.csv}: there is no such folder")
+    run = start(args.device, args.precision)
+    model = load(args.weights, activation=args.activation)
+    for note in model.origin["notes"]:
+        run.say(note)
+    tokenizer = for_model(model, args.tokenizer)
+    model = run.move(model).fuse_attention(run.fused_attention)
+    classes = text_classifier(run, model, tokenizer, names, templates)
+    rows = {"test": [(path, 0) for path in paths]}  # with a label that nobody asks for
+    images = ImageSet(Source("images", "", ImageStore("."), rows, names), "test")
+    features, labels = encode_images(run, model, images.with_transform(Preprocess.of(model)),
+                                     workers=-1 if len(images) > 200 else 0)
+    scale = float(model.logit_scale.detach().exp())
+    values, places = (scale * features @ classes.T).softmax(dim=1).topk(min(5, len(names)))
+    for path, label, shares, best in zip(paths, labels, values.tolist(), places.tolist()):
+        if label >= 0:  # else the image cannot be read
+            found[path] = [(names[i], 100 * share) for i, share in zip(best, shares)]
+            run.say(f"{path}: " + ", ".join(f"{name} {x:.1f} %" for name, x in found[path]))
+    lost = [path for path in paths if path not in found]
+    if lost:
+        run.say(f"{len(lost)} of {len(paths)} images cannot be read: {', '.join(lost[:20])}")
+    if not found:
+        raise UserError(f"none of {len(paths)} images can be read, e.g. {paths[0]}")
+    if args.csv:
+        out = io.StringIO()
+        csv.writer(out).writerows([("image", "rank", "class", "percent"), *(
+            (path, rank, *best) for path in found for rank, best in enumerate(found[path], 1))])
+        write_atomic(expanded(args.csv), out.getvalue())
+    return found
+
+
+def get_args(argv=None):
+    parser = Parser(prog="python -m tools.predict", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGE", help="an image, or a folder of images at any depth")
+    add("--weights", required=True, help="a run, its checkpoint or export, a file, a model's name")
+    known = parser.add_mutually_exclusive_group().add_argument
+    known("--classes", nargs="+", metavar="NAME", help="what to tell apart")
+    known("--data", help="a data set whose classes and template to take")
+    add("--data-dir", default="data", help="where named data lies (default: data)")
+    add("--template", action="append", metavar="TEXT", help="prompt with {}; several: their mean")
+    add("--csv", metavar="FILE", help="also write a table there")
+    add("--tokenizer", help="vocabulary, where the weights have none")
+    add("--activation", choices=("quick_gelu", "gelu"), help="where the file does not say it")
+    for flag in ("--device", "--precision"):
+        add(flag, default="auto", help="as of the scripts (default: auto)")
+    add("--debug", action="store_true", help="show tracebacks")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main, get_args))
