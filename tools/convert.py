@@ -24,11 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_model import CLIP, CONFIGS, canonical_name, ends_of, make_backbone
-from layouts import LAYOUTS, about, image_fields, name_of, skeleton, state_in, text_fields
+from clip_model import CLIP, CONFIGS, canonical_name, ends_of
+from layouts import (
+    LAYOUTS, WeightsError, about, config_from_state_dict, describe, image_fields, name_of, state_in,
+    text_fields)
+from tokenizer import TokenizerError, for_model
 from weights import (
-    RELEASED, WeightsError, config_from_state_dict, describe, export, load, locate, read, read_file,
-    save, sha256_of)
+    RELEASED, backbone_source, export, load, locate, read, read_file, save, sha256_of)
 
 # -----------------------------------------------------------------------------
 # inspect
@@ -41,7 +43,7 @@ def inspect(name_or_path):
     with about(path):
         state, _ = state_in(content)
     report = {"file": str(path), "bytes": path.stat().st_size, "sha256": sha256_of(path),
-              "format": kind, "beside_the_weights": {
+              "format": kind, "architecture": None, "beside_the_weights": {
                   key: value for key, value in content.items()
                   if isinstance(value, (str, int, float, bool)) or value is None}}
     try:
@@ -49,19 +51,20 @@ def inspect(name_or_path):
         state = source.state
         report |= {"layout": source.origin["layout"], "notes": source.origin["notes"],
                    "vocabulary": source.vocabulary and source.vocabulary.get("kind")}
-        report |= architecture(state, source.known) or classifier(state, path.stem)
+        report |= architecture(source, path)
     except WeightsError as error:
-        report |= {"why": str(error)}
+        report["why"] = str(error)
     dtypes = collections.Counter(str(t.dtype).removeprefix("torch.") for t in state.values())
     buffers = ("running_mean", "running_var", "num_batches_tracked")
-    return {"architecture": None, **report, "tensors": len(state), "dtypes": dict(dtypes),
+    return {**report, "tensors": len(state), "dtypes": dict(dtypes),
             "first_tensors": list(state)[:4],
             "released_as": next((n for n, x in RELEASED.items() if x == report["sha256"]), None),
             "parameters": sum(t.numel() for n, t in state.items() if not n.endswith(buffers))}
 
 
-def architecture(state, known):
-    """The CLIP, or the tower of one, that these tensors make; {} for none."""
+def architecture(source, path):
+    """The CLIP, a tower of one, or the classifier that these tensors make."""
+    state, known = source.state, source.known
     if "logit_scale" in state:
         config = config_from_state_dict(state, **known)
         return {"architecture": "CLIP", "towers": describe(config), "name": name_of(config),
@@ -71,30 +74,25 @@ def architecture(state, known):
             config = fields(state, known)
             bert = config.get("text")
             return {"architecture": kind, "config": dataclasses.asdict(bert) if bert else config}
-    return {}
+    for name in mentioned(path.stem):
+        with contextlib.suppress(ImportError, ValueError, RuntimeError):
+            backbone_source(name, state)
+            return {"architecture": "classifier", "config": {"backbone": name},
+                    "use_it_as": f"--image-tower {name}:{path}"}
+    raise WeightsError("neither a CLIP, a tower of one, nor a classifier that its name mentions")
 
 
-def classifier(state, stem):
-    """The classifier of torchvision or timm whose tensors these are; of timm's many only those that
-    the file's name mentions are tried."""
+def mentioned(stem):
+    """The classifiers of torchvision and timm that a file's name mentions, longest first."""
     names = []
     with contextlib.suppress(ImportError, RuntimeError, OSError):
         from torchvision import models
-        names += sorted(models.list_models(module=models), key=lambda name: name not in stem)
+        names += models.list_models(module=models)
     with contextlib.suppress(ImportError):
         import timm
-        mentioned = sorted((n for n in timm.list_models() if n in stem.lower()), key=len)
-        names = [f"timm:{name}" for name in mentioned[::-1]] + names  # longest first: others differ
-    for name in names:
-        with contextlib.suppress(ImportError, ValueError, RuntimeError):
-            with skeleton():
-                trunk, removed, *_ = make_backbone(name)
-            own = {key: t.shape for key, t in trunk.state_dict().items()}
-            if own == {key: t.shape for key, t in state.items()
-                       if not key.startswith(f"{removed}.")}:
-                return {"architecture": "classifier", "config": {"backbone": name},
-                        "use_it_as": f"--image-tower {name}:FILE"}
-    return {"why": "neither a CLIP, a tower of one, nor a classifier that is known by its names"}
+        names += [f"timm:{name}" for name in timm.list_models()]
+    names = [name for name in names if name.removeprefix("timm:") in stem.lower()]
+    return sorted(names, key=lambda name: -len(name.removeprefix("timm:")))
 
 
 # -----------------------------------------------------------------------------
@@ -112,10 +110,12 @@ def inputs_for(model, count=3):
 
 
 @torch.no_grad()
-def exported(model, out, layout):
+def exported(model, out, layout, tokenizer=None):
     """Write `model` in a layout of `weights.save`, read it back -> (path, largest difference)."""
-    is_file = pathlib.Path(out).suffix in (".pt", ".bin", ".safetensors")
-    path = (save if is_file else export)(model, out, layout)
+    if pathlib.Path(out).suffix in (".pt", ".bin", ".safetensors"):
+        path = save(model, out, layout)
+    else:
+        path = export(model, out, layout, tokenizer)
     other, inputs = load(path), inputs_for(model)
     return path, max(float((one - two).abs().max())
                      for one, two in zip(model(*inputs), other(*inputs)))
@@ -169,20 +169,26 @@ def to_onnx(model, folder):
 BLOCK = re.compile(r"((?:visual\.)?transformer\.resblocks|bert\.encoder\.layer)\.(\d+)\.(.+)")
 
 
-def small_config(config, like, **changes):
-    """The larger model's config with the sizes of `like` (a key of CONFIGS) and of `changes`, its
-    image grid, text tower's kind and words kept."""
-    sizes = ("embed_dim", "vision_width", "vision_layers", "text_width", "text_layers")
-    wanted = {key: getattr(CONFIGS[like], key) for key in sizes} if like else {}
-    wanted |= {key: value for key, value in changes.items() if value}
-    if config.text:
-        width = wanted.get("text_width", config.text.width)
-        head = config.text.width // config.text.heads
-        bert = dataclasses.replace(
-            config.text, width=width, layers=wanted.get("text_layers", config.text.layers),
-            heads=width // head, intermediate=config.text.intermediate * width // config.text.width)
-        wanted["text"] = bert
-    return dataclasses.replace(config, **wanted)
+def shrunk(teacher, args):
+    """A CLIP of the sizes of --like and of the flags, its image grid, text tower's kind and words
+    the teacher's, that starts from a part of the teacher's weights."""
+    config, wanted = teacher.config, {}
+    for key in ("embed_dim", "vision_width", "vision_layers", "text_width", "text_layers"):
+        like = getattr(CONFIGS[args.like], key) if args.like else None
+        wanted[key] = getattr(args, key) or like or getattr(config, key)
+    bert = config.text
+    if bert:
+        width = wanted["text_width"]
+        wanted["text"] = dataclasses.replace(
+            bert, width=width, layers=wanted["text_layers"],
+            heads=width * bert.heads // bert.width,
+            intermediate=width * bert.intermediate // bert.width)
+    with about("these sizes"):
+        model = CLIP(dataclasses.replace(config, **wanted)).eval()
+    model.set_pixels(teacher.pixels)
+    model.vocabulary = teacher.vocabulary
+    print("\n".join(inherit(model, teacher)))
+    return model
 
 
 @torch.no_grad()
@@ -193,15 +199,15 @@ def inherit(student, teacher):
     L; of every tensor the leading channels are taken, in attention the leading heads. WeightsError
     where a tower is of another kind, or larger than the teacher's.
     """
-    depths = {prefix: (layers(student, prefix), layers(teacher, prefix))
-              for prefix in ("visual.", "")}
-    if student.config.backbone or teacher.config.vision_patch is None:
+    small, large, theirs = student.config, teacher.config, teacher.state_dict()
+    if large.vision_patch is None:
         raise WeightsError("only a ViT can be shrunk, not a ResNet or a classifier")
-    theirs = teacher.state_dict()
+    depths = {"image": (small.vision_layers, large.vision_layers),
+              "text": (small.text_layers, large.text_layers)}
     for name, tensor in student.state_dict().items():
         block = BLOCK.fullmatch(name)
         if block:
-            mine, of = depths["visual." if name.startswith("visual.") else ""]
+            mine, of = depths["image" if name.startswith("visual.") else "text"]
             source = theirs[f"{block[1]}.{int(block[2]) * of // mine}.{block[3]}"]
         else:
             source = theirs[name]
@@ -214,15 +220,8 @@ def inherit(student, teacher):
         shape = (len(tensor) // len(parts), *tensor.shape[1:]) if tensor.dim() else ()
         leading = [part[tuple(slice(size) for size in shape)] for part in parts]
         tensor.copy_(torch.cat(leading) if len(parts) > 1 else leading[0])
-    return [f"{'image' if prefix else 'text'} tower: blocks "
-            f"{', '.join(str(i * of // mine) for i in range(mine))} of {of}"
-            for prefix, (mine, of) in depths.items()]
-
-
-def layers(model, prefix):
-    names = {m[2] for m in map(BLOCK.fullmatch, model.state_dict())
-             if m and m[1].startswith("visual.") == bool(prefix)}
-    return len(names)
+    return [f"{side} tower: blocks {', '.join(str(i * of // mine) for i in range(mine))} of {of}"
+            for side, (mine, of) in depths.items()]
 
 
 def resize_positions(table, patches):
@@ -241,26 +240,23 @@ def main(args):
         lines = [f"{key:<19} {f'{x:,}' if type(x) is int else x}" for key, x in report.items()]
         print(json.dumps(report, indent=2) if args.json else "\n".join(lines))
         return report
-    if args.command == "shrink" and args.like and canonical_name(args.like) is None:
-        raise UserError(f"--like {args.like}: expected one of {', '.join(CONFIGS)}")
     model = load(args.file, activation=args.activation)
     for note in model.origin["notes"]:
         print(f"note: {note}")
     if args.command == "onnx":
         path, difference = args.out, to_onnx(model, args.out)
+    elif args.command == "shrink":
+        path, difference = exported(shrunk(model, args), args.out, "safetensors")
     else:
-        if args.command == "shrink":
-            teacher, args.layout = model, "safetensors"
-            config = small_config(
-                model.config, canonical_name(args.like or ""), embed_dim=args.embed_dim,
-                vision_width=args.vision_width, vision_layers=args.vision_layers,
-                text_width=args.text_width, text_layers=args.text_layers)
-            with about("these sizes"):
-                model = CLIP(config).eval()
-            model.set_pixels(teacher.pixels)
-            model.vocabulary = teacher.vocabulary
-            print("\n".join(inherit(model, teacher)))
-        path, difference = exported(model, args.out, args.layout)
+        tokenizer = None
+        try:
+            tokenizer = for_model(model, args.tokenizer)
+            model.vocabulary = tokenizer.facts()
+        except TokenizerError as error:
+            if args.tokenizer:
+                raise
+            print(f"note: written without a vocabulary: {error}")
+        path, difference = exported(model, args.out, args.layout, tokenizer)
     print(f"wrote {path}; " + ("not run, there is no onnxruntime here" if math.isnan(difference)
                                else f"largest difference of a feature {difference:.1e}"))
     return {"path": str(path), "difference": difference}
@@ -284,8 +280,10 @@ def get_args(argv=None):
         if name == "export":
             command.add_argument("--layout", choices=LAYOUTS, default="safetensors",
                                  help="whose (default: safetensors, our own)")
+            command.add_argument("--tokenizer", help="where its vocabulary lies, if elsewhere")
         if name == "shrink":
-            command.add_argument("--like", help="a size to shrink to, such as ViT-39M/16")
+            command.add_argument("--like", type=lambda name: canonical_name(name) or name,
+                                 choices=CONFIGS, metavar="SIZE", help="such as ViT-39M/16")
             for size in ("embed-dim", "vision-width", "vision-layers", "text-width", "text-layers"):
                 command.add_argument(f"--{size}", type=int, help="instead of the size's")
     return parser.parse_args(argv)
