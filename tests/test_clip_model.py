@@ -5,12 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import images_for, python, tiny_clip
-from torch import nn
+from helpers import images_for, tiny_clip
 
-from clip_model import (
-    CLIP, CONFIGS, Attention, BertConfig, QuickGELU, bert_fields, canonical_name, evaluating,
-    ends_of, project, text_pieces, unit)
+from clip_model import (CLIP, CONFIGS, BertConfig, bert_fields, canonical_name, ends_of, evaluating,
+                        project, text_pieces, training_mode, unit)
 from weights import RELEASED, config_from_state_dict
 
 VOCAB, EXACT = 64, {"rtol": 0, "atol": 1e-12}
@@ -92,39 +90,6 @@ def test_names_are_found_however_they_are_spelt():
 
 # -----------------------------------------------------------------------------
 # Twins
-
-def test_attention_is_torchs_multihead_attention_fused_or_not():
-    torch.manual_seed(0)
-    ours = Attention(48, 4).double()
-    theirs = nn.MultiheadAttention(48, 4, batch_first=True).double()
-    nn.init.normal_(ours.in_proj_bias)
-    nn.init.normal_(ours.out_proj.bias)
-    theirs.load_state_dict(ours.state_dict())  # strict: the names are the same
-    x = torch.randn(3, 7, 48, dtype=torch.float64)
-    mask = torch.full((7, 7), -math.inf, dtype=torch.float64).triu(1)
-    rows = torch.tensor([0, 6, 3])
-    for ours.fused in (True, False):
-        for causal in (False, True):
-            expected = theirs(x, x, x, attn_mask=mask if causal else None, need_weights=False)[0]
-            torch.testing.assert_close(ours(x, causal), expected, **EXACT)
-            torch.testing.assert_close(ours(x, causal, rows), expected[range(3), rows], **EXACT)
-        torch.testing.assert_close(ours(x, rows=0), theirs(x, x, x)[0][:, 0], **EXACT)
-
-
-def test_attention_pool_is_torchs_functional_form():
-    pool = make("tiny-rn").visual.attnpool
-    x = torch.randn(2, 256, 2, 2, dtype=torch.float64)
-    sequence = x.flatten(2).permute(2, 0, 1)
-    sequence = torch.cat([sequence.mean(0, keepdim=True), sequence])
-    sequence = sequence + pool.positional_embedding[:, None]
-    expected = F.multi_head_attention_forward(
-        sequence[:1], sequence, sequence, 256, 4, None,
-        torch.cat([pool.q_proj.bias, pool.k_proj.bias, pool.v_proj.bias]), None, None, False, 0,
-        pool.c_proj.weight, pool.c_proj.bias, training=False, need_weights=False,
-        use_separate_proj_weight=True, q_proj_weight=pool.q_proj.weight,
-        k_proj_weight=pool.k_proj.weight, v_proj_weight=pool.v_proj.weight)[0][0]
-    torch.testing.assert_close(pool.c_proj(pool(x)), expected, **EXACT)
-
 
 def twin_norm(x, state, name):
     mean = x.mean(-1, keepdim=True)
@@ -228,11 +193,8 @@ def test_plain_attention_and_recomputed_blocks_give_the_same_gradients(name, ber
         assert kernels
 
 
-def test_quick_gelu_and_the_residual_head_are_their_formulas():
-    x = torch.linspace(-8, 8, 1001, dtype=torch.float64)
-    torch.testing.assert_close(QuickGELU()(x), x / (1 + torch.exp(-1.702 * x)), **EXACT)
-    head = make(proj="mlp").text_projection
-    x = torch.randn(5, 64, dtype=torch.float64)
+def test_the_residual_head_is_its_formula():
+    head, x = make(proj="mlp").text_projection, torch.randn(5, 64, dtype=torch.float64)
     p = x @ head.projection.weight.t() + head.projection.bias
     y = p * 0.5 * (1 + torch.erf(p / 2 ** 0.5)) @ head.fc.weight.t() + head.fc.bias + p
     y = (y - y.mean(1, keepdim=True)) / (y.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
@@ -303,15 +265,14 @@ def test_features_do_not_depend_on_the_batch_the_padding_or_the_pieces(bert):
         assert model.encode_text(torch.full((2, 5), model.pad_id)).isfinite().all()
 
 
-def test_what_stands_after_the_end_of_text_changes_nothing():
+def test_what_stands_after_the_end_of_text_changes_nothing_and_what_stands_before_does():
     model, tokens = make(), some_texts([4, 15, 9])
-    changed = tokens.clone()
-    for row, end in zip(changed, (3, 14, 8)):
-        row[end + 1:] = torch.randint(1, VOCAB, (76 - end,))  # a second end may be among it
-        row[-1] = VOCAB - 1
-    torch.testing.assert_close(model.encode_text(changed), model.encode_text(tokens), **EXACT)
-    changed[:, 1] = 7  # but what stands before it does
-    assert (model.encode_text(changed) - model.encode_text(tokens)).abs().max() > 1e-4
+    features, changed = model.encode_text(tokens), tokens.clone()
+    for row, length in zip(changed, (4, 15, 9)):
+        row[length:] = VOCAB - 1  # a second end of text
+    torch.testing.assert_close(model.encode_text(changed), features, **EXACT)
+    changed[:, 1] = 7
+    assert (model.encode_text(changed) - features).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("rates", [(0.0, 0.0), (0.3, 0.0), (0.0, 0.3)])
@@ -330,6 +291,20 @@ def test_a_berts_dropout_acts_in_training_alone_and_evaluating_ends_it(rates):
         torch.manual_seed(5)
         assert torch.equal(model.encode_text(tokens), once)
         assert torch.allclose(model.encode_text(tokens), once) == (not any(rates))
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+def test_what_is_frozen_has_no_training_mode(statistics):
+    """A tower, a part of one; a head trains on. The frozen BatchNorm is not among those told."""
+    model = make("tiny-rn", "bert")
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.startswith(("bert.encoder.layer.1.", "visual.layer1.")))
+    norms = training_mode(model, statistics)
+    assert all(norm.training == statistics for norm in norms) and model.visual.bn1 in norms
+    assert not model.visual.layer1[0].bn1.training and model.visual.layer1[0].bn1 not in norms
+    assert [layer.training for layer in model.bert.encoder["layer"]] == [True, False, True]
+    model.visual.requires_grad_(False)
+    assert not training_mode(model) and model.bert.training and not model.visual.training
 
 
 # -----------------------------------------------------------------------------
@@ -400,12 +375,3 @@ def test_gradients_reach_every_tensor(changes, proj):
 def test_what_makes_no_clip_is_refused(changes):
     with pytest.raises(ValueError):
         CLIP(dataclasses.replace(CONFIGS["tiny-vit"], **changes))
-
-
-def test_the_modules_read_and_draw_nothing_at_import():
-    python("""import sys, torch
-before, opened = torch.random.get_rng_state(), []
-sys.addaudithook(lambda event, args: event == "open" and opened.append(str(args[0])))
-import clip_model, weights
-assert torch.equal(before, torch.random.get_rng_state())
-assert not [path for path in opened if "assets" in path or ".cache/clip" in path]""").ok()
