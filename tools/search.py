@@ -9,23 +9,23 @@
 WEIGHTS is a staged run, whose test sets are searched, or what --weights of the scripts takes.
 --data is a captioned set, as in the scripts, or a folder that is only images.
 
-Leaves search.json, search.html and a picture per query, a line for each row of weights. A query
-that is a caption of a set has known answers: they are framed green, other images red, and P@k is
-said: how many of the first k images are right, in % of how many could be. Features are kept in
-embeddings/ROW/SET and found again by content: weights, bytes of the images, words.
+Leaves search.json, search.html and a sheet of pictures per query, a line for each row of weights.
+A query that is a caption of a set has known answers: they are framed green, other images red, and
+P@k is said: how many of the first k images are right, in % of how many could be. Features are kept
+in embeddings/ROW/SET and found again by content: weights, bytes of the images, words.
 """
 import contextlib
 import copy
 import functools
 import hashlib
 import html
-import io
+import itertools
 import json
 import pathlib
 import sys
 import types
 
-from device import expanded, guard, one_line, Parser, start, UserError, whole, write_atomic
+from device import expanded, guard, Parser, start, UserError, whole, write_atomic
 import numpy as np  # device before torch, which reads what it sets
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -33,14 +33,16 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 import plans
 import train_staged
 from clip_model import evaluating
-from data import DataError, is_image, Preprocess, read_image, UnreadableImage
+from data import DataError, is_image, Preprocess, read_image, read_text, UnreadableImage
+from files import refuse_unusable, write_whole
 from images import ImageStore
 from pairs import open_pairs, PairImages
 from scores import encode_images, encode_texts, image_features, top_k
 from tokenizer import for_model
 from weights import digest, load
 
-TILE = 112  # pixels of a picture's side on a sheet
+TILE, LABEL = 112, 130  # pixels of a picture's side on a sheet, and of the space for a row's name
+FRAMES = {None: "white", True: "#1a9850", False: "#d73027"}  # by whether an answer is right
 FONTS = ("NotoSansCJK*", "NotoSansSC*", "SourceHanSans*", "wqy-*", "PingFang*", "STHeiti*", "msyh*",
          "simhei*", "DroidSansFallback*", "DejaVuSans.ttf")
 FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts",
@@ -62,7 +64,7 @@ def open_set(run, name, args):
             raise
         run.say(f"{name}: {len(paths):,} images, no captions ({error})")
         return types.SimpleNamespace(name=folder.name, store=store, paths=paths, captions=[],
-                                     owner=[], transform=None)
+                                     owner=[])
 
 
 def rows_of_run(folder, args):
@@ -83,16 +85,22 @@ def rows_of_run(folder, args):
 # -----------------------------------------------------------------------------
 # Features, kept by their content
 
-def features(run, model, tokenizer, pairs, folder, args):
-    """Unit features of a set's images (n, D) and texts (M, D), and its metadata; out of `folder`
-    if the same weights made them there of the same images and words."""
-    task = pairs.retrieval() if pairs.captions else None
-    texts, shown, content = task.texts if task else [], copy.copy(pairs), hashlib.sha256()
-    shown.transform = Preprocess.of(model)
+def content_of(pairs):
+    """The sha256 of the names and bytes of a set's images."""
+    content = hashlib.sha256()
     for path in pairs.paths:
         with contextlib.suppress(UnreadableImage):
             content.update(path.encode("utf-8", "surrogatepass") + pairs.store.read(path))
-    look = (digest(model, "image"), digest(model, "text"), content.hexdigest(), texts, model.pixels,
+    return content.hexdigest()
+
+
+def features(run, model, tokenizer, pairs, content, folder, args):
+    """Unit features of a set's images (n, D) and texts (M, D), and its metadata; out of `folder`
+    if the same weights made them there of the same images and words."""
+    task = pairs.retrieval() if pairs.captions else None
+    texts, shown = task.texts if task else [], copy.copy(pairs)
+    shown.transform = Preprocess.of(model)
+    look = (digest(model, "image"), digest(model, "text"), content, texts, model.pixels,
             args.max_text, run.precision)
     known = {"key": hashlib.sha256(repr(look).encode("utf-8", "surrogatepass")).hexdigest(),
              "paths": pairs.paths, "texts": texts, "data": str(pairs.store),
@@ -105,28 +113,30 @@ def features(run, model, tokenizer, pairs, folder, args):
     if lost := int((positions < 0).sum()):
         run.say(f"{pairs.name}: {lost} images cannot be read and are not found")
     text = encode_texts(run, model, tokenizer, texts, args.max_text) if texts else image[:0]
-    folder.mkdir(parents=True, exist_ok=True)
     for file, rows in zip(files, (image, text)):
-        content = io.BytesIO()
-        np.save(content, rows.numpy())
-        write_atomic(file, content.getvalue())
+        write_whole(file, functools.partial(np.save, arr=rows.numpy()))
     write_atomic(about, known)  # last: it says that the others are whole
     return image, text, known
 
 
 def write_clip_retrieval(folder, found):
-    """Embeddings as clip-retrieval reads them: line i of each file is an image with one text."""
+    """Embeddings as clip-retrieval reads them: line i of each file is an image with one text, or,
+    where no set has texts, an image alone."""
     images, texts, lines = [], [], []
+    with_text = any(known["texts"] for _, _, known in found.values())
     for name, (image, text, known) in found.items():
-        for i, t in sorted({i: t for t, i in reversed(known["relevant"])}.items()):
+        first = {i: t for t, i in reversed(known["relevant"])}
+        for i in sorted(first) if with_text else range(len(image)):
             images.append(image[i])
-            texts.append(text[t])
-            lines.append(json.dumps({"image_path": known["paths"][i], "set": name,
-                                     "caption": known["texts"][t]}, ensure_ascii=False) + "\n")
-    for part, rows in (("img_emb", images), ("text_emb", texts), ("metadata", lines)):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-        if part != "metadata":
-            np.save(folder / part / f"{part}_0.npy", torch.stack(rows).numpy())
+            line = {"image_path": known["paths"][i], "set": name}
+            if with_text:
+                texts.append(text[first[i]])
+                line["caption"] = known["texts"][first[i]]
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    for part, rows in (("img_emb", images), ("text_emb", texts)):
+        if rows:
+            write_whole(folder / part / f"{part}_0.npy",
+                        functools.partial(np.save, arr=torch.stack(rows).numpy()))
     write_atomic(folder / "metadata" / "metadata_0.jsonl", "".join(lines))
 
 
@@ -134,15 +144,11 @@ def write_clip_retrieval(folder, found):
 # The search
 
 def read_queries(asked):
-    """The words of --query -> list of texts and paths of pictures. UserError for what is none."""
+    """The words of --query -> list of texts and paths of pictures."""
     queries = []
     for query in asked:
         path = expanded(query)
-        try:
-            text = path.read_text("utf-8-sig") if path.suffix == ".txt" else query
-        except (OSError, ValueError) as error:
-            raise UserError(f"--query {query}: expected UTF-8 text with a query in each line "
-                            f"({one_line(error)})") from None
+        text = read_text(path) if path.suffix == ".txt" else query
         queries += [line for line in text.splitlines() if line.strip()]
     if not queries:
         raise UserError("--query: expected words, a picture, or a .txt file with a query per line")
@@ -161,21 +167,29 @@ def ask(run, model, tokenizer, query, args):
         return image_features(run, model, pixels).float().cpu()
 
 
-def search(run, rows, sets, queries, out, args):
-    """Ask every row of weights -> what search.json holds."""
-    places = [(name, path) for name, pairs in sets.items() for path in pairs.paths]
-    right_of, start_of = {}, 0
+def right_answers(sets):
+    """-> {caption: the places of its images among those of all sets}."""
+    right, start_of = {}, 0
     for pairs in sets.values():
         for i, caption in zip(pairs.owner, pairs.captions):
-            right_of.setdefault(" ".join(caption.split()), set()).add(start_of + i)
+            right.setdefault(" ".join(caption.split()), set()).add(start_of + i)
         start_of += len(pairs.paths)
+    return right
+
+
+def search(run, rows, sets, queries, folder, args):
+    """Ask every row of weights -> what search.json holds."""
+    places = [(name, path) for name, pairs in sets.items() for path in pairs.paths]
+    known_right = right_answers(sets)
+    content = {name: content_of(pairs) for name, pairs in sets.items()}
     answers, precision = [{"query": query, "rows": []} for query in queries], {}
     for label, path in rows:
         model = load(path, activation=args.activation)
         tokenizer = for_model(model, args.tokenizer)
         model = run.move(model).fuse_attention(run.fused_attention)
-        found = {name: features(run, model, tokenizer, pairs, out / "embeddings" / label / name,
-                                args) for name, pairs in sets.items()}
+        found = {name: features(run, model, tokenizer, pairs, content[name],
+                                folder / "embeddings" / label / name, args)
+                 for name, pairs in sets.items()}
         if args.clip_retrieval and label == rows[-1][0]:
             write_clip_retrieval(expanded(args.clip_retrieval), found)
         if not queries:
@@ -184,36 +198,33 @@ def search(run, rows, sets, queries, out, args):
         gallery, hits = torch.cat([image for image, _, _ in found.values()]), []
         scores, order = top_k(asking, gallery, max(5, args.top))
         for answer, values, best in zip(answers, scores.tolist(), order.tolist()):
-            right = right_of.get(" ".join(answer["query"].split()), set())
+            right = known_right.get(" ".join(answer["query"].split()), set())
             if right:
                 hits.append([100 * len(right & set(best[:k])) / min(k, len(right)) for k in (1, 5)])
             results = [{"set": places[i][0], "path": places[i][1], "score": value,
                         "right": i in right if right else None}
                        for value, i in zip(values[:args.top], best) if value > -1.5]
             answer["rows"].append({"row": label, "results": results})
-            run.say(f"{answer['query']} | {label}: " + ", ".join(
-                f"{one['path']} {one['score']:.3f}" for one in results[:5]))
+            run.say(f"{answer['query']} | {label}: {in_words(results[:5])}")
         if hits:
             precision[label] = dict(zip(("p1", "p5"), np.mean(hits, axis=0).tolist()))
             run.say(f"{label}: P@1 {precision[label]['p1']:.1f}, P@5 {precision[label]['p5']:.1f}")
     return {"precision": precision, "queries": answers}
 
 
+def in_words(results):
+    return ", ".join(f"{one['path']} {one['score']:.3f}" for one in results)
+
+
 # -----------------------------------------------------------------------------
 # Sheets and the page
 
 @functools.cache
-def font_files(given):
-    """Pillow's own font (None), then --font, or what is installed."""
-    return [None, *([given] if given else [
-        file for folder in FONT_FOLDERS for name in FONTS
-        for file in sorted(pathlib.Path(folder).expanduser().rglob(name))])]
-
-
-@functools.cache
 def font_for(text, given):
-    """A font that has every letter of `text`, or None."""
-    for file in font_files(given):
+    """A font that has every letter of `text`, or None: Pillow's own, --font, or one installed."""
+    files = [given] if given else (file for folder in FONT_FOLDERS for name in FONTS
+                                   for file in sorted(expanded(folder).rglob(name)))
+    for file in itertools.chain([None], files):
         with contextlib.suppress(OSError):
             font = ImageFont.truetype(str(file), 14) if file else ImageFont.load_default(14)
             letters = [font.getmask(letter) for letter in "\U0010fffd" + "".join(text.split())]
@@ -227,7 +238,7 @@ def draw_sheet(number, answer, sets, given):
     """A line of pictures for every row of weights, framed by what is known of them."""
     rows, line, small = answer["rows"], TILE + 20, font_for("0", None)
     wide = max(4, *(len(row["results"]) for row in rows))
-    sheet = Image.new("RGB", (130 + wide * TILE, 34 + line * len(rows)), "white")
+    sheet = Image.new("RGB", (LABEL + wide * TILE, 34 + line * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
 
     def write(y, text, instead):
@@ -237,9 +248,8 @@ def draw_sheet(number, answer, sets, given):
     for i, row in enumerate(rows):
         y = 34 + i * line
         write(y + TILE // 2, row["row"][:18], f"row {i + 1}")
-        for j, one in enumerate(row["results"]):
-            x, frame = 130 + j * TILE, {None: "white", True: "#1a9850", False: "#d73027"}
-            sheet.paste(frame[one["right"]], (x, y, x + TILE - 6, y + TILE - 6))
+        for x, one in zip(range(LABEL, sheet.width, TILE), row["results"]):
+            sheet.paste(FRAMES[one["right"]], (x, y, x + TILE - 6, y + TILE - 6))
             picture = sets[one["set"]].store.image(one["path"])
             sheet.paste(ImageOps.fit(picture, (TILE - 14, TILE - 14)), (x + 4, y + 4))
             pen.text((x + 4, y + TILE - 6), f"{one['score']:.3f}", "black", small)
@@ -249,15 +259,13 @@ def draw_sheet(number, answer, sets, given):
 def write_page(out, found):
     """search.html: every query in its own words, its sheet, and the paths of what it found."""
     parts = ["<!doctype html><meta charset=utf-8><title>search</title><style>body{font:15px "
-             "sans-serif;margin:2em}img{max-width:100%}td{padding:.1em .8em}</style>"]
+             "sans-serif;margin:2em}img{max-width:100%}</style>"]
     parts += [f"<p>{html.escape(label)}: P@1 {scores['p1']:.1f}, P@5 {scores['p5']:.1f}</p>"
               for label, scores in found["precision"].items()]
     for number, answer in enumerate(found["queries"], 1):
-        parts.append(f"<h2>{html.escape(answer['query'])}</h2><img src=search_{number}.png><table>")
-        parts += [f"<tr><td>{html.escape(row['row'])}</td><td>" + html.escape(", ".join(
-            f"{one['path']} {one['score']:.3f}" for one in row["results"])) + "</td></tr>"
-            for row in answer["rows"]]
-        parts.append("</table>")
+        parts.append(f"<h2>{html.escape(answer['query'])}</h2><img src=search_{number}.png>")
+        parts += [f"<p>{html.escape(row['row'])}: {html.escape(in_words(row['results']))}</p>"
+                  for row in answer["rows"]]
     write_atomic(out / "search.html", "\n".join(parts))
 
 
@@ -273,13 +281,18 @@ def main(args):
         raise UserError(f"--font {args.font}: there is no such file")
     if not staged and not args.data:
         raise UserError(f"{first} is no finished run of stages; name what to search with --data")
+    out = expanded(args.out or (first if staged else "runs/search"))
+    for folder in (out, expanded(args.clip_retrieval or out)):
+        refuse_unusable(folder)
     run = start(args.device, args.precision)
     rows, sets = [(pathlib.Path(path).name, path) for path in args.weights], {}
     if staged:
         rows, sets = rows_of_run(first, args)
     if args.data:
         sets = {pathlib.Path(name).name: open_set(run, name, args) for name in args.data}
-    out = expanded(args.out or (first if staged else "runs/search"))
+    if len(sets) < len(args.data or []) or len(dict(rows)) < len(rows):
+        raise UserError("--data, WEIGHTS: each is called by the last part of its path, and two are "
+                        "called alike; give a link of another name")
     found = search(run, rows, sets, queries, out, args)
     if queries:
         out = out / "search"
