@@ -25,9 +25,10 @@ from torch import nn
 import weights
 from clip_model import BERTS, CLIP, CONFIGS, BertConfig, Pixels, bert_fields
 from files import SafeStop
+from images import Preprocess, normalise
 from layouts import LAYOUTS, to_hugging_face
 from tools import convert
-from tokenizer import WordPieceTokenizer, for_model
+from tokenizer import BPETokenizer, ChineseTokenizer, WordPieceTokenizer, for_model
 from weights import (
     add_model_flags, card, check_layout, digest, export, kept_tensors, load, open_clip, save)
 
@@ -193,6 +194,15 @@ def test_chinese_clips_own_files_are_read_and_written(tmp_path):
     assert all(name.startswith("module.") for name in stored["state_dict"])
 
 
+def test_a_clip_with_another_bert_does_not_come_back_as_chinese_clip(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(helpers.WORDS))
+    for bert in ("bert", "bare", "mean"):
+        back = load(save(make(bert=bert), tmp_path / "a.safetensors"))
+        assert back.origin["layout"] == "safetensors" and for_model(back).kind == "wordpiece"
+        both = load(image_tower="tiny-vit:none", text_tower=tmp_path / "a.safetensors")
+        assert for_model(both, tmp_path).kind == "wordpiece"
+
+
 def test_an_interrupted_save_leaves_the_older_file(tmp_path, monkeypatch):
     path = save(make(), tmp_path / "a.safetensors")
     old = path.read_bytes()
@@ -285,6 +295,81 @@ def test_a_model_name_wins_over_a_folder_and_a_file_over_a_model_name(tmp_path, 
     refused(lambda: load("nowhere.pt"), "nowhere.pt")
     refused(lambda: load(tmp_path), tmp_path)
     refused(lambda: load("CN-ViT-B/16"), "CN-ViT-B/16")
+
+
+OLDER = {  # what transformers 4 wrote into every part of a config.json
+    "_name_or_path": "x", "chunk_size_feed_forward": 0, "id2label": {"0": "LABEL_0"},
+    "is_decoder": False, "length_penalty": 1.0, "max_length": 20, "num_beams": 1,
+    "return_dict": True, "temperature": 1.0, "tie_word_embeddings": True, "top_k": 50,
+    "torch_dtype": "float32", "transformers_version": "4.16.0.dev0", "use_cache": True}
+
+
+@pytest.mark.parametrize("layout, file, parts", [
+    ("hf", "config.json", ("", "text_config", "vision_config")),
+    ("open_clip", "open_clip_config.json", ("model_cfg", "text_cfg", "vision_cfg"))])
+def test_a_setting_that_is_not_known_is_refused_by_its_name(tmp_path, layout, file, parts):
+    folder = bare_folder(tmp_path, layout)
+    content = json.loads((folder / file).read_text())
+    inside = {"": content, **content, **content.get("model_cfg", {})}
+    for part in parts:
+        inside[part] |= OLDER if part.endswith("config") else {}
+    assert same(load(with_table(folder, file, content)), make())
+    for part in parts:
+        inside[part]["a_new_setting"] = 1
+        refused(lambda: load(with_table(folder, file, content)), "a_new_setting", folder)
+        del inside[part]["a_new_setting"]
+
+
+# -----------------------------------------------------------------------------
+# Exports open elsewhere without help
+
+TEXTS = ["a photo of a cat's 3 toys!", "The dog"]
+
+
+def same_inputs(model, tokenizer, ids, pixels):
+    """What another library makes of a picture and of texts is what we make of them."""
+    picture = helpers.noise(50, 40)
+    ours = normalise(Preprocess.of(model)(picture)[None], model.image_mean, model.image_std)
+    assert torch.allclose(pixels(picture), ours, rtol=0, atol=1e-6) and ours.std() > 0.1
+    for text in TEXTS:  # alone: they pad with another word than OpenAI
+        assert ids(text) == tokenizer(text, None)[0].tolist()
+
+
+@pytest.mark.parametrize("bert, kind", [("", "CLIP"), ("bare", "ChineseCLIP"),
+                                        ("bert", "VisionTextDualEncoder")])
+def test_transformers_opens_our_folder_with_its_processor(tmp_path, bert, kind):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    model = make(bert=bert, **{} if bert else {"vocab_size": 49_408})
+    model.image_resize = "squash" if bert == "bare" else "shortest"
+    model.image_mean, model.image_interpolation = (0.5, 0.4, 0.3), "bilinear"
+    tokenizer = {"": BPETokenizer, "bare": lambda: ChineseTokenizer(helpers.WORDS),
+                 "bert": lambda: WordPieceTokenizer(helpers.WORDS)}[bert]()
+    folder = export(model, tmp_path, "hf", tokenizer).parent
+    processor = getattr(transformers, f"{kind}Processor").from_pretrained(folder, backend="pil")
+    same_inputs(model, tokenizer, lambda text: processor(text=text)["input_ids"], lambda picture:
+                processor(images=picture, return_tensors="pt")["pixel_values"])
+    inputs = processor(text=TEXTS, images=[helpers.noise()], padding=True, return_tensors="pt")
+    theirs = getattr(transformers, f"{kind}Model").from_pretrained(folder).eval()(**inputs)
+    image, text, scale = model(inputs["pixel_values"], tokenizer(TEXTS, 24))
+    assert (theirs.logits_per_image - scale * image @ text.t()).abs().max() <= 1e-5
+    assert (theirs.image_embeds - image).abs().max() <= 1e-5
+    again = load(folder)
+    assert same(again, model) and for_model(again).kind == tokenizer.kind
+
+
+def test_open_clip_opens_our_folder_with_its_transform_and_tokenizer(tmp_path):
+    theirs = pytest.importorskip("open_clip", reason="open_clip is not installed",
+                                 exc_type=(ImportError, RuntimeError, OSError))
+    model, tokenizer = make(vocab_size=49_408), BPETokenizer()
+    model.image_mean, model.image_interpolation = (0.5, 0.4, 0.3), "bilinear"
+    place = f"local-dir:{export(model, tmp_path, 'open_clip', tokenizer).parent}"
+    other, _, prepare = theirs.create_model_and_transforms(place)
+    encode = theirs.get_tokenizer(place)
+    same_inputs(model, tokenizer, lambda text: [i for i in encode(text)[0].tolist() if i],
+                lambda picture: prepare(picture)[None])
+    tokens = tokenizer(TEXTS)
+    assert torch.equal(encode(TEXTS), tokens)
+    assert (other.eval().encode_text(tokens) - model.encode_text(tokens)).abs().max() <= 1e-5
 
 
 # -----------------------------------------------------------------------------
