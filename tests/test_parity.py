@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import images_for, refused, tiny_clip
 
 from clip_model import BERTS, CLIP, CONFIGS, BertConfig, bert_fields
@@ -172,14 +171,9 @@ def test_shards_are_read_together_each_verified_and_a_shard_alone_is_named(tmp_p
     assert index.origin == ours.origin | {"name": "model.safetensors.index.json"}
     refused(lambda: load(shards[1]), shards[1].name, "index.json", f"{len(shards)}")
     whole = shards[1].read_bytes()
-    shards[1].write_bytes(whole[:-8])
-    refused(lambda: load(tmp_path), shards[1].name)
-    shards[1].write_bytes(shards[0].read_bytes())  # a whole file, of other tensors
-    refused(lambda: load(tmp_path), shards[1].name)
-    shards[1].unlink()
-    refused(lambda: load(tmp_path), shards[1].name)
-    shards[1].write_bytes(whole)
-    assert load(tmp_path).origin["sha256"] == ours.origin["sha256"]
+    for content in (whole[:-8], shards[0].read_bytes(), None):  # cut; of other tensors; gone
+        shards[1].write_bytes(content) if content else shards[1].unlink()
+        refused(lambda: load(tmp_path), shards[1].name)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -485,23 +479,3 @@ def test_names_of_torchvision_and_of_timm_are_both_read(tmp_path, models):
                          text_tower="tiny-vit:none"), "other.pth", "efficientnet_b0")
     refused(lambda: load(image_tower=tmp_path / "other.pth", text_tower="tiny-vit:none"),
             "other.pth", "NAME:FILE")
-
-
-def test_the_pretrained_towers_on_hand(shared, models):
-    """Real ImageNet weights, in torchvision's names and in timm's."""
-    timm = pytest.importorskip("timm", reason="timm is not installed")
-    for name, path in (("squeezenet1_0", shared / "weights" / "squeezenet1_0_imagenet.pt"),
-                       ("tf_efficientnet_lite0",
-                        shared / "weights" / "tf_efficientnet_lite0_imagenet.safetensors")):
-        ours = load(image_tower=f"{name}:{path}", text_tower="tiny-vit:none", image_size=96)
-        images = images_for(ours, 2)
-        if name == "squeezenet1_0":
-            theirs = models.squeezenet1_0()
-            theirs.load_state_dict(torch.load(path, weights_only=True))
-            expected = theirs.eval().features(images).relu().mean((2, 3))
-        else:
-            theirs = timm.create_model(name, checkpoint_path=str(path)).eval()
-            expected = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
-            assert ours.image_mean == (0.5, 0.5, 0.5)
-        assert (ours.pooled_image(images) - expected).abs().max() <= TOLERANCE
-        assert F.cosine_similarity(*ours.pooled_image(images), dim=0) < 0.99

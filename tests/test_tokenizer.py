@@ -14,9 +14,10 @@ import regex
 import torch
 from helpers import refused, ROOT
 
+import weights
 from clip_model import bert_fields, BertConfig, CLIP, CONFIGS
-from tokenizer import (BPETokenizer, ByteBPETokenizer, ChineseTokenizer, for_model,
-                       merge, MERGES, open_tokenizer, WordPieceTokenizer)
+from tokenizer import (BPETokenizer, ByteBPETokenizer, ChineseTokenizer, for_model, merge, MERGES,
+                       open_tokenizer, WordPieceTokenizer)
 
 TINY = ROOT / "assets" / "tiny_vocab"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -156,13 +157,6 @@ def test_captions_equal_open_clips(bpe):
     assert torch.equal(bpe(["a dog", "naïve café"]), theirs(["a dog", "naïve café"]))
 
 
-def test_real_captions_equal_open_clips(bpe, shared):
-    theirs = pytest.importorskip("open_clip.tokenizer").SimpleTokenizer()
-    for name in ("Flickr8k.token.txt", "flickr8kzhc.caption.txt"):
-        lines = (shared / "flickr8k" / name).read_text("utf-8").splitlines()[::20]
-        assert len(lines) > 2000 and torch.equal(bpe(lines), theirs(lines))
-
-
 def test_a_batch_is_padded_and_a_long_text_keeps_its_end():
     bpe, words = BPETokenizer(), "one two three four five six seven eight nine ten "
     tokens = bpe(["a dog", "", words * 20], context_length=77)
@@ -188,15 +182,14 @@ def test_decoding_gives_the_cleaned_text_back(bpe):
         refused(lambda bad=bad: bpe.decode([bad]), bad)
 
 
-def test_a_megabyte_without_spaces_does_not_take_quadratic_time():
+def test_a_text_without_spaces_does_not_take_quadratic_time():
     class Counting(dict):
         asked = 0
 
         def get(self, *pair):
             self.asked += 1
             return dict.get(self, *pair)
-    letters = "".join(random.Random(0).choices("etaoin", k=8000))
-    costs = []
+    letters, costs = "".join(random.Random(0).choices("etaoin", k=8000)), []
     for size in (2000, 8000):
         ranks = Counting(BPETokenizer().ranks)
         merge(list(letters[:size]), ranks)
@@ -204,13 +197,13 @@ def test_a_megabyte_without_spaces_does_not_take_quadratic_time():
     assert costs[1] < 5 * costs[0]  # four times the text; a quadratic loop asks 16 times as often
 
 
-@pytest.mark.parametrize("text", [
-    "hello world " * 83_000, "!" * 300_000, "狗" * 60_000, "\u0301\u0323" * 250_000,
-    "&amp;" * 200_000, "e\u0301" * 100_000], ids=lambda text: ascii(text[:2]))
-def test_huge_texts_end(bpe, text):
-    for tokenizer in (bpe, open_tokenizer(TINY / "bytebpe"), open_tokenizer(TINY / "wordpiece"),
-                      ChineseTokenizer(TINY / "wordpiece")):
-        assert tokenizer(text, context_length=77).shape == (1, 77)
+def test_huge_texts_end(bpe):
+    tokenizers = [bpe, open_tokenizer(TINY / "bytebpe"), open_tokenizer(TINY / "wordpiece"),
+                  ChineseTokenizer(TINY / "wordpiece")]
+    for text in ("hello world " * 20_000, "!" * 100_000, "狗" * 20_000, "\u0301\u0323" * 80_000,
+                 "&amp;" * 60_000, "e\u0301" * 40_000):
+        for tokenizer in tokenizers:
+            assert tokenizer(text, context_length=77).shape == (1, 77)
 
 
 def test_a_bad_merge_list_is_refused(tmp_path):
@@ -342,7 +335,7 @@ def test_a_tokenizer_comes_back_from_facts_files_and_pickle(ours, transformers, 
     if ours.kind == "chinese":
         (tmp_path / "config.json").write_text('{"model_type": "chinese_clip"}')
     texts = [*NASTY, "A photo of the 黑色森林"]
-    for again in (open_tokenizer(json.loads(json.dumps(stored))), pickle.loads(pickle.dumps(ours))):
+    for again in (open_tokenizer(stored), pickle.loads(pickle.dumps(ours))):
         assert type(again) is type(ours)
         assert [again.encode(text) for text in texts] == [ours.encode(text) for text in texts]
     opened = open_tokenizer(tmp_path)
@@ -431,3 +424,17 @@ def test_a_model_gets_the_tokenizer_of_its_own_text_tower(tmp_path):
     assert type(for_model(chinese, TINY / "wordpiece" / "vocab.txt")) is ChineseTokenizer
     refused(lambda: for_model(clip("bert", 21_128, name="CN-ViT-B/16"), TINY / "wordpiece"),
             "Chinese-CLIP")
+
+
+def test_the_vocabulary_that_lies_beside_a_chosen_text_tower_is_found(transformers, tmp_path):
+    """As in folders of sentence-transformers: a tokenizer.json, and no vocab.txt."""
+    transformers.BertTokenizerFast.from_pretrained(TINY / "wordpiece").save_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").unlink(missing_ok=True)
+    transformers.BertModel(transformers.BertConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=1,
+        intermediate_size=32, max_position_embeddings=40)).save_pretrained(tmp_path)
+    ours = for_model(weights.load(image_tower="tiny-vit:none", text_tower=tmp_path))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    texts = ["a photo of a dog", "", "一只狗"]
+    assert ours(texts, 20).tolist() == theirs(texts, padding="max_length", max_length=20)[
+        "input_ids"]
