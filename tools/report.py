@@ -32,7 +32,7 @@ from scores import retrieval_ranks
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")
-BLUE, ORANGE = PALETTE[:2]
+BLUE, ORANGE, GREEN = PALETTE[:3]
 CHINESE = "CJK|PingFang|Hiragino Sans GB|YaHei|SimHei|WenQuanYi"  # in the names of fonts with it
 NOT_DRAWN = ("step", "steps", "epoch", "time", "samples_per_second", "data_wait", "memory_mb")
 MOST_CLASSES = 100  # a confusion matrix of more classes has cells too small to see
@@ -237,29 +237,31 @@ def add_curves(page, runs, title="Curves", file="curves"):
 # Few-shot runs: accuracy over shots, classes, confusion
 
 def add_shots(page, runs):
-    """Accuracy over training images per class: mean and standard deviation over seeds."""
-    of_shots, zero = {}, []
-    for run in runs:
-        shots, accuracy, before = map(run.results.get, ("shots", "accuracy", "zero_shot_accuracy"))
-        if isinstance(shots, int) and isinstance(accuracy, float):
-            of_shots.setdefault(shots, []).append(accuracy)
-            zero += [before] * isinstance(before, float)
-    if len(of_shots) < 2:
+    """Accuracy over training images per class, mean and standard deviation over seeds, beside the
+    linear probe on the same images and zero-shot."""
+    runs = [run.results for run in runs if isinstance(run.results.get("shots"), int)
+            and isinstance(run.results.get("accuracy"), float)]
+    shots = sorted({run["shots"] for run in runs})
+    if len(shots) < 2:
         return
-    rows = [(shots, len(values), statistics.fmean(values),
-             statistics.stdev(values) if len(values) > 1 else 0.0)
-            for shots, values in sorted(of_shots.items())]
-    shots, _, mean, std = zip(*rows)
+    rows = [[count, sum(run["shots"] == count for run in runs)] for count in shots]
     figure, axis = page.plot.subplots(figsize=(6, 3.6))
-    axis.errorbar(shots, mean, yerr=std, fmt="o-", color=BLUE, capsize=3, label="tuned")
-    if zero:
-        axis.axhline(statistics.fmean(zero), color=ORANGE, linestyle="--", label="zero-shot")
+    for key, label, colour in (("accuracy", "tuned", BLUE),
+                               ("linear_probe_accuracy", "linear probe", GREEN),
+                               ("zero_shot_accuracy", "zero-shot", ORANGE)):
+        of_shots = [[run[key] for run in runs if run["shots"] == count
+                     and isinstance(run.get(key), float)] or [math.nan] for count in shots]
+        mean = [statistics.fmean(values) for values in of_shots]
+        std = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in of_shots]
+        axis.errorbar(shots, mean, yerr=std, fmt="o-", color=colour, capsize=3, label=label)
+        rows = [[*row, *numbers] for row, *numbers in zip(rows, mean, std)]
     axis.set_xscale("log", base=2)
     axis.set_xticks(shots, map(str, shots))
     axis.set(xlabel="training images per class", ylabel="accuracy (%)")
     axis.legend()
     page.add("Accuracy over shots", page.figure("shots", figure, "accuracy over shots"),
-             table(["shots", "runs", "mean accuracy", "std"], rows))
+             table(["shots", "runs", "tuned", "std", "linear probe", "std", "zero-shot", "std"],
+                   rows))
 
 
 def add_classes(page, run, name):
