@@ -4,15 +4,16 @@
     python train_distill.py --reinforced stored --data flickr8k                     and no more
 
 What teachers compute is the same for every student and every attempt, and most of the cost. A
-stored teacher (Faghri et al. 2023, "Reinforce Data, Multiply Impact") has their embeddings of a few
+stored teacher (Faghri et al. 2023, "Reinforce Data, Multiply Impact") has their features of a few
 random views of every image. A view is a function of (seed, its number, the image), so the number is
 all that there is to keep of it. Its folder has
 
-    teacher.json    what it was made from, and the teachers
+    teacher.json    what it was made from, the teachers, and the sha256 of all of it
     images.npy      (V, images, D) fp32 unit rows, K teachers side by side; nan: not readable
     texts.npy       (captions, D)
 """
 import dataclasses
+import hashlib
 import json
 import pathlib
 
@@ -21,7 +22,6 @@ import torch
 from torch.utils.data import Dataset
 
 import weights
-from clip_model import text_pieces, unit
 from images import DataError, one_line, Preprocess, sample_seed, UnreadableImage
 from tokenizer import for_model
 
@@ -32,9 +32,9 @@ class Teacher:
     name: str
     path: str                       # where its weights lie
     sha256: str
-    dim: int                        # D of its embeddings
+    dim: int                        # D of its features
     scale: float
-    look: tuple                     # how it takes images: (size, resize, interpolation)
+    look: tuple                     # how it takes images, see look_of
     proj: str                       # the kind of its heads, for a student with its text tower
     activation: str
     model: object = None
@@ -43,20 +43,22 @@ class Teacher:
 
     def facts(self):
         """Itself in plain values, for teacher.json."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
-                if field.name not in ("model", "tokenizer", "texts")}
+        return {name: value for name, value in vars(self).items()
+                if name not in ("model", "tokenizer", "texts")}
 
 
 def look_of(model):
+    """How a CLIP takes images: size, resize, interpolation."""
     return model.config.image_size, model.image_resize, model.image_interpolation
 
 
-def open_teachers(names, activation=None, tokenizer=None):
-    """CLIPs by name, file or folder -> [Teacher], on the CPU. tokenizer: file or folder of the
-    vocabulary, where a model has none of its own and is not OpenAI's."""
+def open_teachers(run, names, activation=None, tokenizer=None):
+    """CLIPs by name, file or folder -> [Teacher], frozen, on the device. tokenizer: file or folder
+    of the vocabulary, where a model has none of its own and is not OpenAI's."""
     found = []
     for name in names:
-        model = weights.load(name, activation=activation).requires_grad_(False)
+        model = run.move(weights.load(name, activation=activation).requires_grad_(False))
+        model.fuse_attention(run.fused_attention)
         found.append(Teacher(
             model.origin["name"], model.origin["path"], model.origin["sha256"],
             model.config.embed_dim, float(model.logit_scale.exp()), look_of(model),
@@ -65,15 +67,12 @@ def open_teachers(names, activation=None, tokenizer=None):
     return found
 
 
-@torch.no_grad()
-def ask_texts(run, folder, texts, max_text):
-    """What a BERT alone makes of texts -> unit vectors (M, D), less what all have in common."""
-    bert = run.move(weights.load(image_tower="tiny-vit:none", text_tower=folder))
-    tokens = for_model(bert, folder)(texts, context_length=min(max_text,
-                                                               bert.config.context_length))
-    pieces, places = text_pieces(tokens, 256, bert.text_pad)
-    table = torch.cat([bert.pooled_text(*run.move(*piece)).float().cpu() for piece in pieces])
-    return unit(table[places] - table.mean(dim=0))
+def open_text_teacher(folder):
+    """A BERT alone, without a head -> model, frozen, and tokenizer"""
+    bert = weights.load(image_tower="tiny-vit:none", text_tower=folder).requires_grad_(False)
+    width = len(bert.text_projection)
+    bert.text_projection = torch.nn.Parameter(torch.eye(width), requires_grad=False)
+    return bert, for_model(bert)
 
 
 # -----------------------------------------------------------------------------
@@ -108,12 +107,20 @@ class Views:
 # -----------------------------------------------------------------------------
 # A stored teacher
 
+def digest(folder, facts):
+    """The sha256 of a stored teacher, from its facts and arrays."""
+    found = hashlib.sha256(json.dumps({**facts, "sha256": ""}, sort_keys=True).encode())
+    for name in ("images.npy", "texts.npy"):
+        found.update(weights.sha256_of(folder / name).encode())
+    return found.hexdigest()
+
+
 class Stored:
     """A folder that tools.reinforce wrote: images (V, n, D) and texts (M, D), read where rows are
-    asked for; teachers; facts, what teacher.json holds. Raises DataError unless it is whole."""
+    asked for; teachers; facts, what teacher.json holds. DataError where that is not there."""
 
     def __init__(self, folder):
-        folder = pathlib.Path(folder).expanduser()
+        self.folder = folder = pathlib.Path(folder).expanduser()
         try:
             self.facts = json.loads((folder / "teacher.json").read_text("utf-8"))
             self.images, self.texts = (torch.from_numpy(np.load(folder / f"{name}.npy", "c"))
@@ -131,37 +138,36 @@ class Stored:
         return Views(looks, *(self.facts[name] for name in ("seed", "crop", "randaugment")))
 
     def check(self, pairs):
-        """Raise DataError unless these are the images that the teachers saw, in the same views."""
-        facts, seen = self.facts, self.views([t.look for t in self.teachers]).probe(pairs)
+        """Raise DataError unless every byte is as it was written, and these are the images that
+        the teachers saw, in the same views."""
+        facts = self.facts
+        if facts.get("sha256") != digest(self.folder, facts):
+            raise DataError(f"the stored teacher in {self.folder} is damaged, or of an older "
+                            f"version; write it again")
+        seen = self.views([teacher.look for teacher in self.teachers]).probe(pairs)
         same = (facts["data"], facts["split"]) == (pairs.fingerprint, pairs.split)
         if not same or (torch.tensor(seen) - torch.tensor(facts["probe"])).abs().max() > 8:
             raise DataError(f"the stored teacher was asked about other images than those of "
                             f"{pairs.name}, or about other views of them; write it again")
 
     def answers(self, shown, epoch, used):
-        """-> of each teacher the embeddings (n, D_k) of what these captions' images showed."""
+        """-> of each teacher the features (n, D_k) of what these captions' images showed."""
         images = [shown.owner[c] for c in used.tolist()]
-        found = self.images[[shown.view(epoch, i) for i in images], images].split(self.dims, dim=1)
-        for rows in found:
-            if len(odd := ((rows.norm(dim=1) - 1).abs() < 1e-3).logical_not().nonzero()):
-                path = shown.paths[images[odd[0]]]
-                raise DataError(f"the stored teacher has no answer for {path}, which was not "
-                                f"readable then, or is damaged; write it again")
-        return found
+        found = self.images[[shown.view(epoch, i) for i in images], images]
+        if len(lost := found.isnan().any(dim=1).nonzero()):
+            raise DataError(f"the stored teacher has no answer for {shown.paths[images[lost[0]]]}, "
+                            f"which was not readable then; write it again")
+        return found.split(self.dims, dim=1)
 
 
 class ShownPairs(Dataset):
     """A PairSet each of whose images shows one of `count` stored views, drawn by (seed, epoch,
     image). views: for the looks in use."""
-    reading = None
 
     def __init__(self, pairs, views, count, seed):
         self.pairs, self.transform, self.count, self.seed = (
             pairs.with_transform(None), views, count, seed)
         self.paths, self.owner = pairs.paths, pairs.owner
-
-    def __len__(self):
-        return len(self.owner)
 
     def view(self, epoch, image):
         return sample_seed(self.seed + 3, epoch, image) % self.count

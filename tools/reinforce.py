@@ -9,7 +9,6 @@ It takes 4 bytes times views times images times the teachers' dimensions: 250 MB
 12,000 images by a ViT-B. teachers.py says what lies in it. Several teachers are asked side by side,
 and with torchrun several processes share the images.
 """
-import dataclasses
 import shutil
 import sys
 
@@ -20,39 +19,34 @@ import torch
 from device import expanded, guard, number, Parser, UserError, whole, write_atomic
 from pairs import add_pair_flags, open_pairs
 from scores import encode_images, encode_texts
-from teachers import open_teachers, Views
+from teachers import digest, open_teachers, Views
 
 
-@dataclasses.dataclass
 class OneView:
-    """A transform: view `number` of an image as one of the teachers looks at it."""
-    views: Views
-    look: tuple
-    number: int
+    """A transform: the view `number` of an image, as the Preprocess `draw` makes it."""
 
-    @property
-    def size(self):
-        return self.look[0]
+    def __init__(self, draw, number):
+        self.draw, self.number, self.size = draw, number, draw.size
 
     def __call__(self, image, epoch, index):
-        return self.views(image, self.number, index)[self.views.looks.index(self.look)]
+        return self.draw(image, self.number, index)
 
 
 def ask(run, teachers, pairs, views, args):
-    """Every teacher about every caption and every view -> texts (M, D), then for each view images
-    (n, D), teachers side by side. nan where an image cannot be read."""
+    """For each view what every teacher makes of the images -> (n, D), teachers side by side; nan
+    where an image cannot be read."""
     workers = 0 if pairs.pixels is not None and args.workers < 0 else args.workers
-    yield torch.cat([encode_texts(run, teacher.model, teacher.tokenizer, pairs.captions,
-                                  args.max_text) for teacher in teachers], dim=1)
-    for number_ in range(args.views):
+    for view in range(args.views):
         found = []
         for teacher in teachers:
-            shown = pairs.with_transform(OneView(views, teacher.look, number_)).image_items()
-            features, places = encode_images(run, teacher.model, shown, workers=workers,
-                                             what=f"view {number_ + 1} of {args.views}")
+            draw = views.each[views.looks.index(teacher.look)]
+            features, places = encode_images(
+                run, teacher.model, pairs.with_transform(OneView(draw, view)).image_items(),
+                workers=workers, what=f"view {view + 1} of {args.views}")
             found.append(features)
-        if number_ == 0:
+        if view == 0:
             pairs.refuse_losses((places < 0).nonzero()[:, 0].tolist(), "they do not decode")
+        run.say(f"view {view + 1} of {args.views}: {len(pairs.paths):,} images")
         yield torch.cat(found, dim=1)
 
 
@@ -66,7 +60,7 @@ def main(args):
     pairs = open_pairs(args.data, "train", args.data_dir, args.layout, args.caption_file,
                        args.image_column, args.caption_column)
     pairs.check_files()
-    teachers = open_teachers(args.teacher, args.teacher_activation, args.tokenizer)
+    teachers = open_teachers(run, args.teacher, args.teacher_activation, args.tokenizer)
     views = Views([teacher.look for teacher in teachers], args.seed, args.crop, args.randaugment)
 
     def begin():
@@ -76,20 +70,17 @@ def main(args):
         except OSError as error:
             raise UserError(f"--output {target} cannot be written: {error.strerror}") from None
     run.on_first(begin)
-    side = max(teacher.look[0] for teacher in teachers) * 8 // 7
+    side = max(size for size, *_ in views.looks) * 8 // 7
     pairs.cache(run, side, part / "cache", int(args.cache_gb * 2 ** 30))
-    for teacher in teachers:
-        run.move(teacher.model).fuse_attention(run.fused_attention)
-    answers = ask(run, teachers, pairs, views, args)
-    texts, images = next(answers), None
-    shape = (args.views, len(pairs.paths), texts.shape[1])
-    for number_, found in enumerate(answers):
+    texts = torch.cat([encode_texts(run, teacher.model, teacher.tokenizer, pairs.captions)
+                       for teacher in teachers], dim=1)
+    shape = args.views, len(pairs.paths), texts.shape[1]
+    images = np.lib.format.open_memmap(part / "images.npy", "w+", np.float32, shape
+                                       ) if run.rank == 0 else None
+    for view, found in enumerate(ask(run, teachers, pairs, views, args)):
         if run.rank == 0:
-            if images is None:
-                images = np.lib.format.open_memmap(part / "images.npy", "w+", np.float32, shape)
-            images[number_] = found.numpy()
-        run.say(f"view {number_ + 1} of {args.views}: {len(pairs.paths):,} images")
-    facts = {"format": "reinforced/2", "data": pairs.fingerprint, "split": pairs.split,
+            images[view] = found.numpy()
+    facts = {"format": "reinforced/3", "data": pairs.fingerprint, "split": pairs.split,
              "seed": args.seed, "crop": args.crop, "randaugment": args.randaugment,
              "views": args.views, "probe": views.probe(pairs), "precision": run.precision,
              "teachers": [teacher.facts() for teacher in teachers]}
@@ -98,7 +89,7 @@ def main(args):
         images.flush()
         np.save(part / "texts.npy", texts.numpy())
         shutil.rmtree(part / "cache", ignore_errors=True)
-        write_atomic(part / "teacher.json", facts)
+        write_atomic(part / "teacher.json", {**facts, "sha256": digest(part, facts)})
         if target.exists():
             shutil.rmtree(target)
         part.rename(target)
@@ -112,7 +103,7 @@ def main(args):
 
 def get_args(argv=None):
     parser = Parser(prog="python -m tools.reinforce", description="Store what teachers say.",
-                    aliases={"--write-reinforced": "--output", "--output-dir": "--output"})
+                    aliases={"--output-dir": "--output"})
     add = parser.add_argument
     add("--teacher", nargs="+", required=True, help="one CLIP or several: names, files or folders")
     add("--output", required=True, metavar="FOLDER", help="to be written")
@@ -122,7 +113,6 @@ def get_args(argv=None):
     add("--randaugment", action="store_true", help="distort the views: two of RandAugment's")
     add("--teacher-activation", choices=("quick_gelu", "gelu"), help="where its file does not say")
     add("--tokenizer", help="file or folder of the teachers' vocabulary, if they have none")
-    add("--max-text", type=whole(3), default=77, help="tokens of a text (default: 77)")
     add("--seed", type=whole(0, 2 ** 32 - 1), default=1, help="of the views (default: 1)")
     add("--device", default="auto", help="auto, cuda, mps, npu or cpu (default: auto)")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
