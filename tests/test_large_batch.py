@@ -162,39 +162,7 @@ def test_batch_norm_counts_each_piece_once(run, batch):
 
 
 # -----------------------------------------------------------------------------
-# Processes and memory
-
-@pytest.mark.parametrize("count", [2, 3])
-def test_any_number_of_processes_gives_the_gradient_of_one(count, tmp_path):
-    """13 pairs with partners across processes: loss and the gradient of a tower, of the scale."""
-    image, text, ids = unit_pairs(13, dim=6)
-
-    def work(run):
-        counts = [len(range(r, 13, run.world_size)) for r in range(run.world_size)]
-        order = torch.cat([torch.arange(r, 13, run.world_size) for r in range(run.world_size)])
-        mine = order.split(counts)[run.rank]
-        found = []
-        for positives in POSITIVES:
-            tower, scale = Tower().double(), nn.Parameter(torch.tensor(9.0, dtype=torch.float64))
-            images = TwoPass(run, tower, image[mine].split(2), 0)
-            texts = TwoPass(run, tower, text[mine].split(3), 1)
-            at = torch.arange(13).split(counts)[run.rank]
-            loss = info_nce(run, images.features, run.gather(texts.features, counts), scale, at,
-                            run.gather(ids[mine], counts), positives, chunk=2)
-            loss.backward()
-            images.backward()
-            texts.backward()
-            parameters = [*tower.parameters(), scale]
-            run.sum_gradients(parameters)
-            found += [run.sum(loss), *(p.grad for p in parameters)]
-        return found
-    truth = work(start("cpu", "fp32"))
-
-    def child(rank):
-        assert largest(work(start("cpu", "fp32")), truth) < 1e-12
-    for result in helpers.processes(count, child):
-        result.ok()
-
+# Memory. That any number of processes gives the gradient of one: test_train_contrastive.
 
 MEMORY = """
 import resource, device, torch
