@@ -239,9 +239,8 @@ def top_k(queries, gallery, k=10, chunk=1024):
     if not len(gallery) or queries.shape[1:] != gallery.shape[1:] or k < 1:
         raise DataError(f"queries {tuple(queries.shape)}, gallery {tuple(gallery.shape)}, k {k}: "
                         f"expected (Q, D) and (N, D) with N > 0, and 1 or more")
-    k, size = min(k, len(gallery)), max(1, min(chunk, BLOCK // len(gallery)))
-    found = [(queries.new_zeros(0, k), torch.zeros(0, k, dtype=torch.long, device=queries.device))]
-    for rows in queries.split(size) if len(queries) else ():
+    k, found = min(k, len(gallery)), []
+    for rows in queries.split(max(1, min(chunk, BLOCK // len(gallery)))):
         scores = rows @ gallery.T                                           # (size, N)
         scores.masked_fill_(scores.isnan(), -math.inf)
         best, places = scores.topk(min(k + 1, len(gallery)), dim=1)
@@ -335,10 +334,13 @@ def linear_probe(features, labels, classes, val=None, strengths=STRENGTHS):
 
     as scikit-learn's LogisticRegression does. Of `strengths`, C is the most accurate one on `val`,
     a pair (features, labels), and the smallest of equal ones; without val it is DEFAULT_STRENGTH.
+    Rows with label -1 do not count.
     """
-    x, best, most = features.double(), None, -1
+    x, labels = features[labels >= 0].double(), labels[labels >= 0]
     weight = x.new_zeros(classes, x.shape[1], requires_grad=True)
-    bias = x.new_zeros(classes, requires_grad=True)
+    bias, best, most = x.new_zeros(classes, requires_grad=True), None, -1
+    if val is None:
+        val, strengths = (features, labels), [DEFAULT_STRENGTH]
 
     def objective():
         optimizer.zero_grad()
@@ -346,14 +348,12 @@ def linear_probe(features, labels, classes, val=None, strengths=STRENGTHS):
         loss = loss + weight.square().sum() / (2 * C * len(x))
         loss.backward()
         return loss
-    for C in sorted(strengths) if val else [DEFAULT_STRENGTH]:  # each from where the last ended
+    for C in sorted(strengths):  # each begins where the last ended
         optimizer = torch.optim.LBFGS([weight, bias], max_iter=1000, history_size=10,
                                       tolerance_change=1e-12, line_search_fn="strong_wolfe")
         optimizer.step(objective)
         found = weight.detach().float(), bias.detach().float(), C
-        if not val:
-            return found
-        right = int(((val[0] @ found[0].T + found[1]).argmax(dim=1) == val[1]).sum())
+        right = ((val[0] @ found[0].T + found[1]).argmax(dim=1) == val[1]).sum()
         if right > most:
             best, most = found, right
     return best

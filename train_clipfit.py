@@ -82,10 +82,10 @@ def add_gradients(run, model, images, labels, batch_size, prompts, pretrained, a
     """Add the gradient of this process's share of a batch -> {loss or term: this process's share}.
 
     images (b, 3, R, R); labels (b,), -1 for an image that cannot be read, which then has no ce;
-    batch_size: of all processes; prompts: their pieces and the places of the classes among them;
-    pretrained (C, D): the classes' features before training. Images pass in pieces, the prompts
-    once, or with --micro-batch in pieces too, which then pass a second time for their gradient.
-    `texts.features` is a leaf that collects it. Exact: no layer mixes images, or prompts.
+    batch_size: of all processes; prompts: as in Task; pretrained (C, D): the classes' features
+    before training. The images of each piece send their gradient back to `texts.features`, a leaf;
+    from there it goes through the text tower, which the prompts pass once, or, with --micro-batch,
+    in pieces and twice. Exact: no layer mixes images, or prompts.
     """
     pieces, places = prompts
     texts = TwoPass(run, lambda some: encode_pieces(model, some),
@@ -175,7 +175,7 @@ class Task:
     model: nn.Module
     tokenizer: object
     tests: dict         # {name: test images}; the classes of the first are the ones to train on
-    prompts: tuple      # their prompts, cut by `text_pieces`, and places (T, C), on the device
+    prompts: tuple      # their prompts in pieces, and places (T, C) in them: see class_features
     trainable: dict     # {name: Parameter}
     pretrained: dict    # {name: tensor}: their values before training
     departures: list    # from the official recipe, in words
@@ -189,24 +189,20 @@ def evaluate(run, task, args):
 
 
 def probe(run, task, few, val, args):
-    """Scores of the linear probe of the pretrained image tower -> {name: scores} of the test sets
-    that have the classes of the shots."""
+    """The linear probe of the pretrained image tower -> {name: scores} of the test sets that have
+    the classes of the shots."""
     def encode(images):
-        features, labels = encode_images(
-            run, task.model, images.with_transform(Preprocess.of(task.model)), what="the shots",
-            workers=0 if images.images else args.workers)
-        return features[labels >= 0], labels[labels >= 0]
-    names = few.classnames
-    held_out = encode(val) if len(val) else None
-    weight, bias, C = linear_probe(*encode(few), len(names), held_out)
-    run.say(f"linear probe: C {C:.4g}, " + (f"chosen on {len(held_out[1])} validation images"
-                                            if held_out else "as there are no validation images"))
-    found = {}
-    for name, score in task.zero_shot.items():  # whose features are those of the pretrained tower
-        if task.tests[name].classnames == names:
-            guesses = (score["features"] @ weight.T + bias).argmax(dim=1)
-            found[name] = classification_scores(guesses, score["labels"], len(names))
-    return found
+        return encode_images(run, task.model, images.with_transform(Preprocess.of(task.model)),
+                             workers=0 if images.images else args.workers, what="the shots")
+    names, shots = few.classnames, encode(few)
+    held_out = encode(val) if len(val) else [x[:0] for x in shots]
+    count = int((held_out[1] >= 0).sum())
+    weight, bias, C = linear_probe(*shots, len(names), held_out if count else None)
+    run.say(f"linear probe: C {C:.4g}, " + (f"chosen on {count} validation images" if count else
+                                            "the default: there are no validation images"))
+    return {name: classification_scores((score["features"] @ weight.T + bias).argmax(dim=1),
+                                        score["labels"], len(names))
+            for name, score in task.zero_shot.items() if task.tests[name].classnames == names}
 
 
 def run_once(run, task, few, val, folder, args, identity):
@@ -304,41 +300,40 @@ def csv_text(head, rows):
     return out.getvalue()
 
 
-def tabulate(run, found, args):
-    """table.md, table.csv and results.json of several runs, from unrounded numbers -> results.
-    found: {shots: results of the runs, one of each seed}."""
-    first, by_shots, rows = found[args.shots[0]][0], {}, []
-    head = ["shots", "score", "zero-shot", "linear probe", *(f"seed {seed}" for seed in args.seed),
-            "mean", "std", "gain"]
-    parts = [] if args.setting == "fewshot" else [f"{name}_" for name in first["images"]]
-    for shots, runs in found.items():
-        means = []
+def tabulate(run, results, args):
+    """table.md, table.csv and results.json of several runs, from unrounded numbers -> results."""
+    parts = [] if args.setting == "fewshot" else [f"{name}_" for name in results[0]["images"]]
+    rows, by_shots = [], {}
+    for place, shots in enumerate(args.shots):  # results come shots by shots, seed by seed
+        runs, means = results[place * len(args.seed):][:len(args.seed)], []
         for part in (*parts, ""):  # the last is the run's one number
             values = [result[f"{part}accuracy"] for result in runs]
-            zero_shot, name = runs[0][f"zero_shot_{part}accuracy"], part.strip("_") or "accuracy"
             probed = [result.get(f"linear_probe_{part}accuracy", math.nan) for result in runs]
-            mean, std = statistics.fmean(values), math.nan
-            if len(values) > 1:
-                std = statistics.stdev(values)
-            if not part and args.setting == "base2new":  # H of the means, as published; its std
-                name, mean = "H", statistics.harmonic_mean(means)  # is of the seeds' own H
-            means.append(mean)
-            rows.append([shots, name, zero_shot, statistics.fmean(probed), *values, mean, std,
-                         mean - zero_shot])
-        by_shots[shots] = dict(zip(head[2:], rows[-1][2:]))
-    lines = [[str(x) if isinstance(x, (int, str)) else "" if math.isnan(x) else f"{x:.2f}"
-              for x in row] for row in (head, ["---:"] * len(head), *rows)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            before, name = runs[0][f"zero_shot_{part}accuracy"], part.strip("_") or "accuracy"
+            means.append(statistics.fmean(values))
+            if name == "accuracy" and args.setting == "base2new":
+                # H of the means, as published; its std is of the seeds' own H.
+                name, means[-1] = "H", statistics.harmonic_mean(means[:-1])
+            rows.append({"shots": shots, "score": name, "zero-shot": before,
+                         "linear probe": statistics.fmean(probed),
+                         **{f"seed {seed}": x for seed, x in zip(args.seed, values)},
+                         "mean": means[-1], "gain": means[-1] - before,
+                         "std": statistics.stdev(values) if len(values) > 1 else math.nan})
+        by_shots[shots] = rows[-1]
+    lines = [rows[0], ["---:"] * len(rows[0]), *(row.values() for row in rows)]
+    table = "\n".join("| " + " | ".join(
+        str(x) if isinstance(x, (int, str)) else "" if math.isnan(x) else f"{x:.2f}"
+        for x in line) + " |" for line in lines)
     run.write("table.md", table + "\n")
-    run.write("table.csv", csv_text(head, rows))
+    run.write("table.csv", csv_text(rows[0], (row.values() for row in rows)))
     run.say(table)
-    last = by_shots[args.shots[-1]]  # one number for the table: the mean at the last of --shots
     same = ("method", "data", "model", "setting", "trainable_parameters", "trainable_tensors",
             "zero_shot_accuracy")
-    return run.finish({**{key: first[key] for key in same}, "shots": args.shots, "seed": args.seed,
-                       "linear_probe_accuracy": last["linear probe"], "accuracy": last["mean"],
-                       "gain": last["gain"], "accuracy_at_shots": args.shots[-1],
-                       "by_shots": by_shots, "runs": sum(found.values(), [])})
+    last = rows[-1]  # one number for the table: the mean at the last of --shots
+    return run.finish({**{key: results[0][key] for key in same}, "shots": args.shots,
+                       "seed": args.seed, "accuracy": last["mean"], "gain": last["gain"],
+                       "linear_probe_accuracy": last["linear probe"],
+                       "accuracy_at_shots": last["shots"], "by_shots": by_shots, "runs": results})
 
 
 # -----------------------------------------------------------------------------
@@ -416,12 +411,12 @@ def open_task(run, args, train_set, tests):
     trainable = choose_trainable(model)
     model.round_frozen(run.dtype)
     first = next(iter(tests.values()))
-    prompts = [prompt for template in args.template or [first.template]
-               for prompt in class_prompts(first.classnames, template)]
-    pieces, places = text_pieces(tokenizer(prompts, context_length=model.config.context_length),
-                                 128, model.text_pad)
-    prompts = [run.move(*piece) for piece in pieces], run.move(
-        places.view(-1, len(first.classnames)))
+    sentences = [sentence for template in args.template or [first.template]
+                 for sentence in class_prompts(first.classnames, template)]
+    tokens = tokenizer(sentences, context_length=model.config.context_length)
+    pieces, places = text_pieces(tokens, 128, model.text_pad)
+    places = places.view(-1, len(first.classnames))
+    prompts = [run.move(*piece) for piece in pieces], run.move(places)
     for name, images in tests.items():
         if args.dry_run:
             images = images.subset(range(min(len(images), 200)))
@@ -459,15 +454,12 @@ def main(args):
         identity = run_identity(mine, **facts, shots=shots, seed=seed, shots_sha256=few.digest())
         inside = folder / f"shots{shots}_seed{seed}"
         alone = single and args.output_dir and not inside.exists()
-        jobs.append((few, held_out, folder if alone else inside, mine, identity))
+        jobs.append((seed, few, held_out, folder if alone else inside, mine, identity))
     table = run.enter(args.seed[0])
     if not single and not args.eval_only:
         table.begin(folder, args, run_identity(args, ("shots", "seed"), **facts, table=True))
-    found = {shots: [] for shots in args.shots}
-    for few, held_out, place, mine, identity in jobs:
-        run = run.enter(identity["seed"])
-        found[identity["shots"]].append(run_once(run, task, few, held_out, place, mine, identity))
-    return found[args.shots[0]][0] if single else tabulate(table, found, args)
+    results = [run_once(run.enter(seed), task, *job) for seed, *job in jobs]
+    return results[0] if single else tabulate(table, results, args)
 
 
 # -----------------------------------------------------------------------------
@@ -479,9 +471,7 @@ ALIASES = {
     "--checkpoint": "--weights", "--lambda": "--reg-weight", "--seeds": "--seed",
     "--max-epochs": "--epochs", "--learning-rate": "--lr", "--weight-decay": "--wd",
     "--num-workers": "--workers", "--output": "--output-dir", "--max-grad-norm": "--grad-clip"}
-REFUSED = {
-    "--accum-steps": "--micro-batch says how many images are in memory at a time",
-    "--download": "absent images are fetched by themselves"}
+REFUSED = {"--accum-steps": "--micro-batch says how many images are in memory at a time"}
 
 
 def get_args(argv=None):
