@@ -3,7 +3,7 @@
     python -m tools.bench                            every table but `huge`
     python -m tools.bench clipfit loss --rounds 5    some of them: see TABLES
     python -m tools.bench "clipfit batch=4"          a step, with arguments of its function
-    python -m tools.bench before ../old              the same steps in another checkout and here
+    python -m tools.bench before ../old              steps of the same names, there and here
 
 The steps of a table take turns, and medians are compared: two runs of anything on a shared machine
 differ by more than some of these ratios. Weights, images and captions are drawn, for the arithmetic
@@ -26,7 +26,6 @@ import time
 import types
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# Last: `before` runs this file with the files of another checkout, which PYTHONPATH names.
 sys.path += [str(ROOT), str(ROOT / "tests")]
 import device  # before torch
 
@@ -232,30 +231,30 @@ BEFORE = ("clipfit batch=32", "clipfit batch=8", "contrastive", "contrastive mic
 
 
 class Child:
-    """A step in a process of its own, with the files of a checkout. A call gives how many MB the
-    step took at most beyond those before it."""
+    """A step in a process of its own, as the bench of that checkout knows it. A call gives how many
+    MB the step took at most beyond those before it."""
 
     def __init__(self, step, folder=ROOT):
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "step", step, str(torch.get_num_threads())], text=True,
+            [sys.executable, folder / "tools" / "bench.py", "step", step], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(folder)})
 
     def __call__(self):
-        print(file=self.process.stdin, flush=True)
+        print(torch.get_num_threads(), file=self.process.stdin, flush=True)
         return float(self.process.stdout.readline())
 
 
-def serve(step, threads):
+def serve(step):
     """What a Child's process does: the step, once for each line of its input."""
-    torch.set_num_threads(int(threads))
     call, proc = prepare(step), pathlib.Path("/proc/self")
 
     def memory(field):
         if not proc.exists():  # only Linux tells
             return 0.0
         return int(re.search(rf"{field}:\s+(\d+)", (proc / "status").read_text())[1]) / 1024
-    for _ in sys.stdin:
+    for threads in sys.stdin:
+        torch.set_num_threads(int(threads))
         if proc.exists():
             (proc / "clear_refs").write_text("5")  # the peak begins anew
         before = memory("VmRSS")
@@ -322,7 +321,8 @@ def get_args(argv=None):
     parser.add_argument("--threads", type=device.whole(), default=0, help="default: torch's choice")
     args = parser.parse_args(argv)
     if args.tables[:1] == ["before"]:
-        if len(args.tables) != 2 or not pathlib.Path(args.tables[1], "device.py").exists():
+        if len(args.tables) != 2 or not pathlib.Path(
+                args.tables[1], "tools", "bench.py").exists():
             parser.error("before: expected the folder of another checkout")
     elif unknown := [x for x in args.tables if x not in TABLES and x.split()[0] not in STEPS]:
         parser.error(f"{unknown[0]}: expected before DIR, or some of {', '.join(TABLES)}")
@@ -330,4 +330,4 @@ def get_args(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(serve(*sys.argv[2:]) if sys.argv[1:2] == ["step"] else device.guard(main, get_args))
+    sys.exit(serve(sys.argv[2]) if sys.argv[1:2] == ["step"] else device.guard(main, get_args))

@@ -32,7 +32,7 @@ from tools.make_demo import FRAMES, PHRASES, SUBJECTS, caption, facts, measure, 
 from weights import save
 
 BATCH, LR, JITTER = 256, 1e-3, 0.1  # images per step, its peak, up to 10 % of brightness
-# Prompts with nothing but the class name; the first one is CLIPFit's for EuroSAT.
+# Prompts with nothing but the class name; CLIPFit's for EuroSAT is drawn twice as often.
 PROMPTS = ("a centered satellite photo of {}.", "a centered satellite photo of {}.", "{}",
            "a photo of a {}.", "a photo of {}.", "a satellite photo of {}.",
            "a satellite image of {}.", "an aerial photo of {}.", "an image of {}.",
