@@ -6,7 +6,7 @@ A source is found (which of LAYOUTS lies there), read (every reader gives a List
 split. What is not understood is refused with the names of the files that were not read: a wrong
 guess would train on wrong captions. No file can run code, and nothing is unpacked.
 """
-import base64
+import contextlib
 import dataclasses
 import fnmatch
 import functools
@@ -22,8 +22,8 @@ import tarfile
 import numpy as np
 
 import data
-from data import read_table, read_text, split_word
-from images import DataError, ImageStore, is_image, leaves_folder, one_line, UnreadableImage
+from data import read_table, read_text, split_word, table_rows
+from images import DataError, ImageStore, is_image, leaves_folder, one_line, SpanStore
 
 
 SPLITS = ("train", "val", "test")
@@ -49,72 +49,7 @@ class Listing:
 
 
 # -----------------------------------------------------------------------------
-# Where images lie
-
-class SpanStore(ImageStore):
-    """Images inside larger files, read in place: `index` maps a path to (file, offset, bytes), of
-    the image or, if `coded`, of its base64 text in either alphabet."""
-
-    def __init__(self, path, index, coded=False):
-        super().__init__(path)
-        self.index, self.coded, self.zipped = index, coded, True
-
-    def names(self):
-        return sorted(self.index)
-
-    def has(self, path):
-        return path in self.index
-
-    def raw(self, path):
-        file, offset, size = self.index[path]
-        with open(file, "rb") as source:
-            source.seek(offset)
-            content = source.read(size)
-        if len(content) < size:
-            raise OSError("the file ends inside it")
-        return content
-
-    def read(self, path):
-        try:
-            content = self.raw(path)
-            if self.coded:
-                content = content.strip().translate(bytes.maketrans(b"-_", b"+/"))
-                return base64.b64decode(content, validate=True)
-            return content
-        except (KeyError, OSError, ValueError) as error:
-            raise UnreadableImage(f"{self.path}:{path}: no image ({one_line(error)})") from error
-
-
-def locate(root, paths):
-    """The ImageStore in a folder or zip with most of `paths`: itself, a folder in it, or a zip."""
-    sample, best, most = paths[::len(paths) // 50 + 1], ImageStore(root), 0
-    for place in image_places(root):
-        found = sum(map(place.has, sample))
-        if found > most:
-            best, most = place, found
-        if most == len(sample):
-            break
-    return best
-
-
-def image_places(root):
-    """Where images may lie, the likely places first."""
-    yield ImageStore(root)
-    if os.path.isfile(root):
-        tops = {name.partition("/")[0] for name in ImageStore(root).names() if "/" in name}
-        yield from (ImageStore(root, f"{top}/") for top in sorted(tops))
-        return
-    folders = folders_in(root)
-    yield from map(ImageStore, folders)
-    for archive in sorted(pathlib.Path(root).glob("*.zip")):  # as COCO publishes its images
-        yield from (ImageStore(archive, f"{archive.stem}/"), ImageStore(archive))
-    for folder in folders:
-        yield from map(ImageStore, folders_in(folder))
-
-
-def folders_in(folder):
-    return sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
-
+# Caption files: COCO's and Karpathy's JSON, Flickr's lines, tables
 
 def matching(store, pattern):
     """The names in a folder or zip that match a pattern, sorted."""
@@ -125,12 +60,7 @@ def matching(store, pattern):
     return sorted(path.relative_to(home).as_posix() for path in home.glob(pattern))
 
 
-# -----------------------------------------------------------------------------
-# Caption files: COCO's and Karpathy's JSON, Flickr's lines, tables
-
-IMAGE_COLUMNS = ("image", "filepath", "file_name", "filename", "path", "image_path", "image_name",
-                 "file")
-CAPTION_COLUMNS = ("caption", "title", "text", "captions", "comment")
+CAPTION_COLUMNS = ("caption", "captions", "title", "text")
 # Flickr's "name.jpg#0<TAB>caption", or Kaggle's "name.jpg| 0| caption", where one row of Flickr30k
 # lacks its second bar; Flickr8k has captions of one image that no copy holds
 LINE = re.compile(r"\s*(.+?)(?:#(?:\w+#)?\d+[ \t]|\s*\|\s*\d+(?:\s*\|)?)\s*(.*)")
@@ -158,7 +88,7 @@ def read_captions(store, names, columns):
             split = split_of(name) if split == "all" and len(files) > 1 else split
             if len(files) > 1 and (split == "all" or split in listing.rows):
                 raise DataError(f"{store} holds {len(files)} caption files whose names are not "
-                                f"those of splits: {', '.join(files)}; choose one with "
+                                f"those of splits: {', '.join([*files][:9])}; choose one with "
                                 f"--caption-file")
             listing.add(split, rows)
     for name in matching(store, "Flickr_8k.*Images.txt") + matching(store, "coco-cn_*.txt"):
@@ -176,29 +106,32 @@ def read_caption_file(name, content, columns):
         whole = json.loads(read_text(name, content)) if name.endswith(".json") else None
     except (json.JSONDecodeError, RecursionError):
         whole = None  # JSON lines, perhaps: the table reader will say
+    listing = Listing()
     if isinstance(whole, dict) and "images" in whole:
-        return read_json(name, whole)
-    return read_pair_table(name, content, columns)
+        read_json(name, whole, listing)
+    else:
+        read_table_of_captions(name, content, columns, listing)
+    return listing.rows
 
 
-def read_json(name, whole):
-    """COCO's captions, or a Karpathy split (dataset_coco.json, dataset_flickr8k.json, ...), whose
-    restval counts as train, as everyone trains -> {split or "all": rows}."""
-    listing, captions = Listing(), {}
+def read_json(name, whole, listing):
+    """COCO's captions, or a Karpathy split (dataset_coco.json, ...). An image without a caption, or
+    a caption without an image, is a row without it."""
+    captions = {}
     try:
         for note in whole.get("annotations", ()):
             captions.setdefault(note["image_id"], []).append(note["caption"])
         for image in whole["images"]:
             if "annotations" in whole:
-                path, split, texts = image["file_name"], name, captions.get(image["id"], [])
+                path, split, texts = image["file_name"], name, captions.pop(image["id"], [])
             else:
                 path = "/".join(filter(None, (image.get("filepath"), image["filename"])))
-                split = image["split"].replace("restval", "train")
-                texts = [text["raw"] for text in image["sentences"]]
-            listing.add(split_of(split), ((path, text) for text in texts))
+                split, texts = image["split"], [text["raw"] for text in image["sentences"]]
+            listing.add(split_of(split), ((path, text) for text in texts or [""]))
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{name} is not a caption file of COCO or Karpathy ({error!r})") from None
-    return listing.rows
+    for texts in captions.values():
+        listing.add(split_of(name), (("", text) for text in texts))
 
 
 def read_lines(name, text):
@@ -213,30 +146,21 @@ def read_lines(name, text):
     return rows
 
 
-def read_pair_table(name, content, columns):
-    """CSV, TSV, JSON lines or a JSON list -> {split or "all": rows}. Values stay text: "None",
-    "null" and "NA" are captions. The images of a metadata.* lie beside it, as Hugging Face's."""
-    wanted = [(own.lower(),) if own else known
-              for own, known in zip(columns, (IMAGE_COLUMNS, CAPTION_COLUMNS))]
-    listed, records = read_table(name, content, join=wanted[1])
-    for keys, flag in zip(wanted, ("--image-column", "--caption-column")):
-        if not set(keys) & set(listed):
-            raise DataError(f"{name} holds no captions that are understood: it has the columns "
-                            f"{listed[:9]} and none of {list(keys)}; name it with {flag}, or "
-                            f"choose another file or --layout")
-    wanted = [[key for key in keys if key in listed] for keys in wanted]
-    listing, (folder, slash, base) = Listing(), name.rpartition("/")
+def read_table_of_captions(name, content, columns, listing):
+    """CSV, TSV, JSON lines or a JSON list. Values stay text: "None", "null" and "NA" are captions.
+    A cell may hold several captions, as a JSON list. The images of a metadata.* lie beside it, as
+    Hugging Face's."""
+    folder, slash, base = name.rpartition("/")
     folder = folder + slash if base.startswith("metadata.") else ""
-    for line, record in records:
-        path, texts = (next(filter(None, map(record.get, keys)), "") for keys in wanted)
-        texts, word = texts if isinstance(texts, list) else [texts], record.get("split") or "all"
-        split = "all" if word == "all" else isinstance(word, str) and split_word(word)
-        if not split or any(not isinstance(x or "", str) for x in (path, *texts)):
-            raise DataError(f"{name}, line {line}: expected text as image and caption, and train, "
-                            f"val or test as split, found {str(record)[:80]}")
-        path = path.strip().replace("\\", "/").removeprefix("./")
-        listing.add(split, ((path and folder + path, text) for text in texts))
-    return listing.rows
+    for line, image, cell, split in table_rows(name, content, CAPTION_COLUMNS, columns, True):
+        if isinstance(cell, str) and cell.startswith('["'):
+            with contextlib.suppress(ValueError, RecursionError):
+                cell = json.loads(cell)
+        texts = cell if isinstance(cell, list) else [cell]
+        if not all(isinstance(text or "", str) for text in texts):
+            raise DataError(f"{name}, line {line}: expected text as caption, not {str(cell)[:80]}")
+        image = image.removeprefix("./")
+        listing.add(split, ((image and folder + image, text) for text in texts))
 
 
 # -----------------------------------------------------------------------------
@@ -394,7 +318,8 @@ class LMDBStore(SpanStore):
 
     def raw(self, path):
         folder, _, image = path.partition(":")
-        return open_lmdb(os.path.join(self.path, folder), os.getpid()).get(image.encode())
+        opened = open_lmdb(os.path.join(self.path, folder), os.getpid())
+        return opened.get(image.encode()) or b""
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -463,33 +388,37 @@ def find_captions(path, layout, caption_file):
     home = path if path.is_dir() or path.suffix.lower() == ".zip" else path.parent
     if caption_file:
         return home, "table", [os.path.relpath(home / caption_file, home)]
-    for name, (patterns, reader) in LAYOUTS.items():
-        for pattern in patterns if home != path else ():
-            if path.match(pattern):
+    if home != path:
+        for name, (patterns, _) in LAYOUTS.items():
+            for pattern in filter(path.match, patterns):
                 home = path.parents[pattern.count("/")]
                 return home, name, [path.relative_to(home).as_posix()]
-        names = {file for pattern in patterns for file in matching(ImageStore(home), pattern)}
-        many = reader is read_captions and len(names) > 12  # such as a JSON beside each image
-        if names and not many and home == path and layout in ("auto", "simple-clip", name):
-            return home, name, sorted(names)
-    other = "classes" if layout == "classes" else "texts"
-    return home, other if home == path else "table", [path.name]
+        return home, "table", [path.name]
+    store = ImageStore(home)
+    for name, (patterns, _) in LAYOUTS.items():
+        found = {file for pattern in patterns for file in matching(store, pattern)}
+        if name == "json":  # those beside an image are of that image
+            stems = {os.path.splitext(file)[0] for file in matching(store, "*") if is_image(file)}
+            found = {file for file in found if os.path.splitext(file)[0] not in stems}
+        if found and layout in ("auto", "simple-clip", name):
+            return home, name, sorted(found)
+    return home, "classes" if layout == "classes" else "texts", []
 
 
-def no_words(caption):
-    """Whether it is numbers (a label, a box), an address or the name of a file."""
-    return not re.search(r"[^\W\d_]", caption) or " " not in caption and re.fullmatch(
-        r"\S+://\S+|\S+\.(?:jpe?g|png|webp|gif)", caption, re.IGNORECASE)
+# A caption without words: numbers (a label, a box), an address, the name of a file, a list as text
+NO_WORDS = re.compile(r"[\W\d_]*|\S+://\S+|\S+\.(jpe?g|png|webp|gif)|\[['\"].*['\"]\]",
+                      re.IGNORECASE)
 
 
 def clean(root, listing):
     """Fold the blanks in captions; drop rows without image or caption, and count them. Raises
-    DataError if nothing is left, or captions are labels, boxes, addresses or files."""
+    DataError if nothing is left, or most captions hold no words; a few that do are noted."""
     dropped, captions = 0, []
     for split, rows in listing.rows.items():
         kept, before = [], len(captions)
         for path, caption, *query in rows:
             caption = " ".join((caption or "").split())
+            caption = "" if caption.lower() == "nan" else caption  # of pandas: an empty cell
             if path and caption or query:
                 kept.append((path, caption, query[0] if query else None))
             if path and caption:
@@ -497,11 +426,12 @@ def clean(root, listing):
         dropped += len(rows) - len(kept)
         listing.rows[split] = kept if len(captions) > before else []  # MUGE hides those of its test
     sample = captions[::len(captions) // 1000 + 1]
-    odd = list(filter(no_words, sample))
+    odd = list(filter(NO_WORDS.fullmatch, sample))
+    said = f"of {len(sample)} captions {len(odd)} hold no words, e.g. {odd[:1]}"
     if 2 * len(odd) >= len(sample):
-        raise DataError(f"{root} gives {len(captions):,} captions of images, and of {len(sample)} "
-                        f"{len(odd)} hold no words {odd[:2]}; name another column or file"
-                        + "".join(f"; {note}" for note in listing.notes))
+        raise DataError(f"{root} gives {len(captions):,} captions of images; {said}; name another "
+                        f"column or file" + "".join(f"; {note}" for note in listing.notes))
+    listing.notes += [said] * bool(odd)
     listing.notes += [f"{dropped:,} rows without image or caption left out"] * bool(dropped)
 
 
@@ -514,10 +444,7 @@ def use_splits(rows, notes):
     if rows["val"] and not rows["test"]:
         notes.append("there is no test split: val is used as test")
         rows["test"] = rows["val"]
-    held_out = {row[0] for row in rows["val"] + rows["test"] if row[0]}
-    if leaks := held_out & {row[0] for row in rows["train"]}:
-        notes.append(f"{len(leaks):,} images of val or test are in train too, e.g. {min(leaks)}: "
-                     f"their scores flatter")
+    notes += data.note_leaks(rows)
     return rows
 
 

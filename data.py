@@ -10,7 +10,6 @@ Pixels, transforms and batches stand in images.py; its names can be imported fro
 that is not understood is refused: no class name, label or row is guessed.
 """
 import collections
-import copy
 import csv
 import difflib
 import hashlib
@@ -23,16 +22,16 @@ import pathlib
 import posixpath
 import random
 import re
+import shutil
 import sys
 import unicodedata
 from typing import NamedTuple
 
-from PIL import Image
-from torch.utils.data import Dataset
-
-from images import (Batches, CLIP_MEAN, CLIP_STD, DataError, EXTRAS, ImageStore,  # noqa: F401
-                    import_torchvision, is_image, leaves_folder, load_batches, LostWorker,
-                    normalise, one_line, Preprocess, read_image, sample_seed, UnreadableImage)
+from fetch import fetch
+from images import (Batches, CLIP_MEAN, CLIP_STD, DataError, EXTRAS, held, Images,  # noqa: F401
+                    ImageStore, import_torchvision, is_image, leaves_folder, load_batches, locate,
+                    LostWorker, normalise, one_line, places, Preprocess, read_image, sample_seed,
+                    UnreadableImage)
 
 ASSETS = pathlib.Path(__file__).resolve().parent / "assets"
 
@@ -40,10 +39,19 @@ ASSETS = pathlib.Path(__file__).resolve().parent / "assets"
 # -----------------------------------------------------------------------------
 # Text files and tables
 
-NO_TEXT = {b"PK": "is a zip or an Excel workbook; export the sheet as CSV",
-           b"\x1f\x8b": "is gzipped; unpack it first",
-           b"PAR1": "is Parquet; write it as CSV or JSONL"}
+NO_TEXT = {  # how other files begin
+    b"pk\3\4": "a zip or an Excel workbook: export the sheet as CSV",
+    b"par1": "Parquet: write it as CSV or JSONL", b"arrow1": "an Arrow file: write it as JSONL",
+    b"\x1f\x8b": "gzipped: unpack it", b"\xff\xfe": "UTF-16: save it as UTF-8",
+    b"\xfe\xff": "UTF-16: save it as UTF-8", b"<!doctype": "a web page: fetch the file itself",
+    b"<html": "a web page: fetch the file itself",
+    b"version https://git-lfs": "a Git LFS pointer: run git lfs pull"}
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+IMAGE_COLUMNS = ("image", "filepath", "file_name", "filename", "path", "image_path", "image_name",
+                 "file")
+SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "dev": "val",
+               "validation": "val", "eval": "val", "test": "test", "testing": "test",
+               "restval": "train"}  # of COCO, in Karpathy's split: as everyone trains
 QUOTED_CELL = re.compile(r'(?:^|(?<=\t))"(?:[^"]|"")*"(?=\t|\r?$)', re.MULTILINE)
 # In a cell of several lines, one that looks like the row of another image: a quote never closed.
 SWALLOWED = r"\n[^\n{0}]+\.(jpe?g|png|webp)\s*{0}|{0}[^\n{0}]+\.(jpe?g|png|webp)\s*\n"
@@ -54,16 +62,52 @@ def read_text(path, content=None):
     """A text file (or its bytes), with or without a byte-order mark. Raises DataError."""
     try:
         content = pathlib.Path(path).read_bytes() if content is None else content
-        text, bad = content.decode("utf-8-sig"), content.find(b"\0")
     except OSError as error:
         raise DataError(f"cannot read {path} ({error.strerror}); a file was expected") from None
+    for begin, kind in NO_TEXT.items():
+        if content[:40].lower().startswith(begin):
+            raise DataError(f"{path} is {kind}")
+    try:
+        text, bad = content.decode("utf-8-sig"), content.find(b"\0")
     except UnicodeDecodeError as error:
         bad = error.start
     if bad >= 0:
-        kind = [kind for magic, kind in NO_TEXT.items() if content.startswith(magic)] or [
-            "is not UTF-8 text; save it as UTF-8"]
-        raise DataError(f"{path}, line {content.count(10, 0, bad) + 1}: the file {kind[0]}")
+        raise DataError(f"{path}, line {content.count(10, 0, bad) + 1}: no UTF-8 text; save it as "
+                        f"UTF-8")
     return text
+
+
+def split_word(name):
+    """The name of a folder, or a cell -> "train", "val", "test", or None if it names no split."""
+    return SPLIT_WORDS.get(re.sub(r"[ _-]?set$", "", name.strip().lower()))
+
+
+def table_rows(path, content, known, own=(None, None), captions=False):
+    """A table of images and their classes or captions -> [(line, image, cell, split or "all")].
+
+    `known`: what the second column may be called, the best first; own: the names of both columns,
+    if the user gave them. Of captions, surplus delimiters belong to them, as read_table says, and
+    which one of two columns is meant is not guessed. Raises DataError.
+    """
+    wanted = [(name.lower(),) if name else names
+              for name, names in zip(own, (IMAGE_COLUMNS, known), strict=True)]
+    columns, records = read_table(path, content, join=wanted[1] if captions else ())
+    found = [[key for key in keys if key in columns] for keys in wanted]
+    if not all(found) or captions and len(found[1]) > 1:
+        flags = "; choose with --image-column, --caption-column or --caption-file" * captions
+        raise DataError(f"{path} is not understood: among its columns {columns[:9]}, one of "
+                        f"{list(wanted[0])} and one of {list(wanted[1])} was expected{flags}")
+    if not records:
+        raise DataError(f"{path} has a header and no rows")
+    rows = []
+    for line, record in records:
+        image, cell, word = (record.get(key) for key in (found[0][0], found[1][0], "split"))
+        split = "all" if word in (None, "", "all") else isinstance(word, str) and split_word(word)
+        if not split or not isinstance(image or "", str):
+            raise DataError(f"{path}, line {line}: expected the path of an image, and train, val "
+                            f"or test as split; found {str(record)[:80]}")
+        rows.append((line, (image or "").strip().replace("\\", "/"), cell, split))
+    return rows
 
 
 def read_table(path, content=None, join=()):
@@ -151,21 +195,15 @@ class Source(NamedTuple):
         return [path for rows in self.rows.values() for path, _ in rows]
 
 
-class ImageSet(Dataset):
-    """Labelled images of one split. `set[index]` or `set[(epoch, index)]` -> (image, label, index).
-
-    The image is a tensor if there is a transform, called as transform(image, epoch, index), else a
-    PIL image. The pair as key lets the sampler say which epoch it is: workers that live on would
-    never see an attribute change. An unreadable image gives black and label -1, which scores skip.
+class ImageSet(Images):
+    """Labelled images of one split; items as of Images.
 
     name, split, root      as opened                     paths       as the split file writes them
     labels                 list of int, 0 .. C-1         classnames  C names, raw
-    template, templates    prompts with a {}             counts      images per split as published
+    template               a prompt with {}              counts      images per split as published
     fingerprint            sha256 of the lists of all splits: identifies the data on resume
     notes                  sentences worth telling the user
     """
-    reading = None  # in a loader's worker: the cell of shared memory for what it is reading
-    transform = images = None
 
     def __init__(self, source, split):
         if len(source.classnames) < 2 or not source.rows[split]:
@@ -173,39 +211,17 @@ class ImageSet(Dataset):
             raise DataError(f"{source.root}: {len(source.classnames)} classes with the splits "
                             f"{having}; expected two classes or more and {split} images (class "
                             f"folders, or a table, without any splits are cut)")
+        super().__init__(source.store, [path for path, _ in source.rows[split]],
+                         [label for _, label in source.rows[split]])
         self.name, self.root, self.split = source.name, source.root, split
-        self.store, self.classnames = source.store, list(source.classnames)
+        self.classnames = list(source.classnames)
         self.template = TEMPLATES.get(self.name, ANY_TEMPLATE)
-        self.templates = [self.template]
-        self.paths = [path for path, _ in source.rows[split]]
-        self.labels = [label for _, label in source.rows[split]]
         self.counts = {key: len(rows) for key, rows in source.rows.items()}
         lists = json.dumps([self.classnames, source.rows], sort_keys=True)
         self.fingerprint = hashlib.sha256(lists.encode()).hexdigest()
         sizes = " / ".join(f"{count:,} {key}" for key, count in self.counts.items())
         said = f"{self.name}: {sizes} images in {len(self.classnames)} classes, split "
         self.notes = [*source.notes, said + self.fingerprint[:12]]
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, key):
-        epoch, index = key if isinstance(key, (tuple, list)) else (0, key)
-        if self.reading is not None:
-            self.reading[0] = index
-        label = self.labels[index]
-        try:
-            image = self.images[index] if self.images else self.store.image(self.paths[index])
-        except UnreadableImage:
-            if self.transform is None:
-                raise
-            image, label = Image.new("RGB", (8, 8)), -1
-        return (self.transform(image, epoch, index) if self.transform else image), label, index
-
-    def with_transform(self, transform):
-        chosen = copy.copy(self)
-        chosen.transform, chosen.notes = transform, list(self.notes)
-        return chosen
 
     def subset(self, indices):
         """The same set with only the images at these positions, in this order."""
@@ -223,31 +239,28 @@ class ImageSet(Dataset):
         chosen.classnames = [self.classnames[label] for label in labels]
         return chosen
 
-    def check_files(self):
-        """Raise DataError unless the images are there, as refuse_losses says. Opens none."""
-        lost = [i for i, path in enumerate(self.paths) if not self.store.has(path)]
-        self.refuse_losses(lost, "there is no such file")
-
     def preload(self, limit=1 << 62):
         """Decode every image into memory once (4 bytes per pixel) and return the set itself.
         Unreadable ones are dropped, or refused as refuse_losses says (DataError). Beyond `limit`
         bytes it gives up, notes that, and images go on being read when asked for."""
-        images, lost, held = {}, {}, 0
-        for index, path in enumerate([] if self.images else self.paths):
+        if self.images:
+            return self
+        images, lost, size = {}, {}, 0
+        for index, path in enumerate(self.paths):
             try:
                 images[index] = self.store.image(path)
-                held += 4 * images[index].width * images[index].height
+                size += 4 * images[index].width * images[index].height
             except UnreadableImage as error:
                 lost[index] = error
-            if held > limit:
+            if size > limit:
                 self.notes.append(f"{len(self):,} {self.split} images take over {limit >> 20:,} MB "
                                   f"decoded: they are read again at every use")
                 return self
-        self.refuse_losses(lost, "; ".join(map(str, [*lost.values()][:1])))
-        if images:
-            self.paths = [self.paths[i] for i in images]
-            self.labels = [self.labels[i] for i in images]
-            self.images = list(images.values())
+        if lost:
+            self.refuse_losses(list(lost), str(next(iter(lost.values()))))
+        self.paths = [self.paths[i] for i in images]
+        self.labels = [self.labels[i] for i in images]
+        self.images = list(images.values())
         return self
 
     def digest(self):
@@ -263,22 +276,12 @@ class ImageSet(Dataset):
         return total.hexdigest()
 
     def refuse_losses(self, lost, reason):
-        """Raise DataError if the images at positions `lost` are a whole class or more than
-        max(1, 1 %); else note them."""
-        if not len(lost):
-            return
+        """As of Images; a whole class that is lost is refused too."""
         left = {self.labels[i] for i in set(range(len(self))) - set(lost)}
         empty = [self.classnames[label] for label in sorted(set(self.labels) - left)]
-        said = (f"{self.name}: {len(lost):,} of {len(self):,} {self.split} images cannot be read, "
-                f"e.g. {self.paths[next(iter(lost))]} ({reason})")
-        if not left:
-            raise DataError(f"{said}, all under {self.store}: put them there, name the right "
-                            f"folder, or leave out --no-download where a set can be fetched")
-        if empty or len(lost) > max(1, len(self) // 100):
-            raise DataError(f"{said}, more than 1 % or whole classes under {self.store}: restore "
-                            f"them, or take the rest with --classes; {len(empty)} of "
-                            f"{len(set(self.labels))} classes are empty: {', '.join(empty)}")
-        self.notes.append(f"{said}: they are left out")
+        also = (f" ({len(empty)} of {len(set(self.labels))} classes are empty: {', '.join(empty)}; "
+                f"take others with --classes)" if empty else "")
+        super().refuse_losses(lost, reason, also)
 
 
 def few_shot(dataset, shots, seed, val=None):
@@ -332,6 +335,8 @@ def make_loader(dataset, batch_size, seed=0, shuffle=True, drop_last=None, rank=
 ANY_TEMPLATE = "a photo of a {}."
 WORDS = "classnames.txt"       # CoOp's: lines of wnid and name
 WNID = re.compile(r"n\d{8}")   # how ImageNet names its folders
+CODE = re.compile(r"n\d{8}|(class|label|category|id)?[\W_]*\d[\d.]*", re.IGNORECASE)
+NUMBER = re.compile(r"^(\d+[._-]|n\d{8}[ _-])\s*(?=[^\W\d_])")  # before words
 
 
 def class_prompts(classnames, template):
@@ -379,51 +384,46 @@ def halves(labels):
 def read_words(home):
     """classnames.txt in `home`, near it or in an imagenet folder near it -> {wnid: name}."""
     home = pathlib.Path(home).absolute()
-    places = [place / known / WORDS for place in (home, *home.parents[:3])
-              for known in (".", "imagenet")]
-    table = next(filter(pathlib.Path.is_file, places), None)
+    near = [folder / known / WORDS for folder in (home, *home.parents[:3])
+            for known in (".", "imagenet")]
+    table = next(filter(pathlib.Path.is_file, near), None)
     pairs = [line.strip().partition(" ") for line in read_text(table).splitlines()] if table else []
     return {wnid: name.strip() for wnid, _, name in pairs if name.strip()}
 
 
 def readable_names(names, home):
-    """Folder names -> what a prompt can say of them, notes. 001.Black_footed_Albatross loses its
-    number; n01440764, and numbers, become words if classnames.txt is near."""
-    codes = all(map(WNID.fullmatch, names)) or all(map(str.isdecimal, names))
+    """Folder names -> what a prompt can say of them, notes. 001.Black_footed_Albatross and
+    n02085620-Chihuahua lose what stands before the words; n01440764, and numbers, become words if
+    classnames.txt is near."""
+    codes = all(map(CODE.fullmatch, names))
     words = read_words(home) if codes else {}
     if "imagenetv2" in str(home).lower():  # its folders are line numbers
         words = {str(line): name for line, name in enumerate(words.values())}
     if words and set(names) <= set(words):
         return [words[name] for name in names], [f"class names are those of {WORDS}"]
-    bare = [re.sub(r"^\d+[._]\s*", "", name) for name in names]
-    numbered = all(re.match(r"\d+[._]", name) for name in names)
-    if numbered and all(bare) and len(set(map(cleaned, bare))) == len(names):
+    bare = [NUMBER.sub("", name) for name in names]
+    if all(map(NUMBER.match, names)) and len(set(map(cleaned, bare))) == len(names):
         return bare, [f"the numbers before the class names are left out: {names[0]} -> {bare[0]}"]
-    return names, [f"class names are codes such as {names[0]}"] * codes
+    return names, [f"class names are codes such as {names[0]}"] if codes else []
 
 
 def require_words(images):
-    """Raise DataError if the classes of an ImageSet are named by WordNet ids, as the folders of
+    """Raise DataError if classes of an ImageSet are named by WordNet ids, as the folders of
     ImageNet are: prompts like "a photo of a n01440764." score at chance."""
-    if all(map(WNID.fullmatch, images.classnames)):
-        raise DataError(f"{images.root}: no prompt can be made of classes named like "
-                        f"{images.classnames[0]!r}; put CoOp's {WORDS} (wnid and name) there")
+    if ids := list(filter(WNID.fullmatch, images.classnames)):
+        raise DataError(f"{images.root}: no prompt can be made of classes named like {ids[0]!r}; "
+                        f"put CoOp's {WORDS} (wnid and name) there")
 
 
 # -----------------------------------------------------------------------------
 # The user's own data: class folders, tables, zips, split files
 
-SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "dev": "val",
-               "validation": "val", "eval": "val", "test": "test", "testing": "test"}
-PATH_COLUMNS = ("image", "path", "filepath", "filename", "file_name", "file", "image_path")
-LABEL_COLUMNS = ("classname", "class", "category", "label")
-NO_CLASS = re.compile(r"(.+[ _-])?(train|val|valid|test|pred|image|img|photo|picture|jpe?g|caption|"
-                      r"annotation|label)(s|ing|idation|images)?([ _-].+|\d+)?", re.IGNORECASE)
-
-
-def split_word(name):
-    """The name of a folder, or a cell -> "train", "val", "test", or None if it names no split."""
-    return SPLIT_WORDS.get(re.sub(r"[ _-]?set$", "", name.strip().lower()))
+LABEL_COLUMNS = ("classname", "class_name", "label_name", "category_name", "class", "category",
+                 "label")
+NO_LABEL = re.compile(r"$|nan$|[\[{]", re.IGNORECASE)  # of pandas; a list
+NO_CLASS = re.compile(
+    r"(.+[ _-])?(train|val|valid|test|pred|image|img|photo|picture|jpe?g|caption|annotation|label|"
+    r"mask|segmentation|depth)(s|ing|idation|images|class|object)?([ _-].+|\d+)?", re.IGNORECASE)
 
 
 def read_coop_split(path, content=None):
@@ -431,39 +431,32 @@ def read_coop_split(path, content=None):
     text, names, rows = read_text(path, content), {}, {}
     try:
         listed = json.loads(text)
+        if not isinstance(listed, dict) or not {"train"} <= set(listed) <= {"train", "val", "test"}:
+            raise ValueError(f"it holds {', '.join(map(str, listed))[:60]}")
         for split in ("train", "val", "test"):
             rows[split] = [(image, label) for image, label, _ in listed.get(split, [])]
             for image, label, name in listed.get(split, []):
-                if leaves_folder(image) or names.setdefault(label, name) != name:
+                if type(label) is not int or not isinstance(name, str) or leaves_folder(image) or (
+                        names.setdefault(label, name) != name):
                     raise ValueError(f"bad entry {[image, label, name]} in {split}")
-        if not names or sorted(names) != list(range(len(names))):
-            raise ValueError("labels must run from 0 without a gap")
-    except (ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is not a split file ({error}); expected train, val and test lists "
-                        f"of [relative path, label, class name]") from None
+        if sorted(names) != list(range(len(names))) or len(set(names.values())) < len(names):
+            raise ValueError("labels must run from 0 without a gap, each with its own name")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path} is not a split file ({one_line(error)}); expected train, val and "
+                        f"test lists of [relative path, label, class name]") from None
     return rows, [names[label] for label in sorted(names)]
 
 
 def read_labels(path, content=None):
     """A table of images and class names -> {split or "all": [(path, class name)]}. `content` is
     that of a table in a zip, whose paths must stay there. Raises DataError."""
-    columns, table = read_table(path, content)
-    keys = [next((key for key in known if key in columns), None)
-            for known in (PATH_COLUMNS, LABEL_COLUMNS, ("split",))]
-    if None in keys[:2] or not table:
-        raise DataError(f"{path} has {len(table)} rows of {columns}; expected one of "
-                        f"{list(PATH_COLUMNS)} and one of {list(LABEL_COLUMNS)}, between commas, "
-                        f"tabs or semicolons")
     rows = {}
-    for line, record in table:
-        cells = [record.get(key) for key in keys]
-        image, label, word = ("" if cell is None else str(cell).strip() for cell in cells)
-        image, split = image.replace("\\", "/"), split_word(word) if keys[2] else "all"
+    for line, image, cell, split in table_rows(path, content, LABEL_COLUMNS):
+        label = "" if isinstance(cell, (list, dict, bool, type(None))) else str(cell).strip()
         outside = ".." in image.split("/") or content and leaves_folder(image)
-        if not image or not label or not split or outside or any(
-                isinstance(cell, (list, dict, bool)) for cell in cells):
-            raise DataError(f"{path}, line {line}: {cells}; expected an image under its folder, a "
-                            f"class name and, as split, train, val or test")
+        if not image or outside or NO_LABEL.match(label):
+            raise DataError(f"{path}, line {line}: expected an image under its folder and the name "
+                            f"of its class, found {image!r} and {cell!r}")
         rows.setdefault(split, []).append((posixpath.normpath(image), label))
     return rows
 
@@ -530,6 +523,8 @@ def complete_splits(rows, whole=None):
     cut, groups = {split: rows.get(split, []) for split in ("train", "val", "test")}, {}
     if cut["val"] and not cut["test"]:
         return {**cut, "val": [], "test": cut["val"]}, ["no test split: val is used as test"]
+    if "all" in rows and len(rows) > 1:
+        raise DataError(f"{len(rows['all'])} rows name no split and others do; fill the column")
     if "all" not in rows or whole:
         return {**cut, **({whole: sorted(rows["all"])} if "all" in rows else {})}, []
     for path, label in sorted(rows["all"]):
@@ -543,21 +538,29 @@ def complete_splits(rows, whole=None):
     return cut, ["no splits were given: each class is cut 50/20/30 by a fixed permutation"]
 
 
+def note_leaks(rows):
+    """{split: [(path, ...)]} -> notes on images of val or test that are trained on, too."""
+    tested = {row[0] for row in rows["val"] + rows["test"] if row[0]}
+    leaks = tested & {row[0] for row in rows["train"]}
+    return [f"{len(leaks):,} images of val or test are in train too, e.g. {min(leaks)}: their "
+            f"scores flatter"] if leaks else []
+
+
 def list_path(path, whole=None):
     """A folder, table, zip or split file of the user's own -> Source."""
     store, suffix, notes = ImageStore(path), path.suffix.lower(), []
     lists = [path] if suffix == ".json" else list(path.glob("split_zhou_*.json"))
     if len(lists) == 1:
-        home, rows = lists[0].parent, read_coop_split(lists[0])
         name = next((n for n in KNOWN if KNOWN[n]["split"] == lists[0].name), lists[0].stem)
-        source = Source(name, str(home), store, *rows)
-        return find_images(source, [home], KNOWN[name]["images"] if name in KNOWN else "")
+        rows, classnames = read_coop_split(lists[0])
+        source = Source(name, str(lists[0].parent), None, rows, classnames, note_leaks(rows))
+        return find_images(source, [lists[0].parent], KNOWN.get(name, {}).get("images", ""))
     inner = [name for name in store.names() if name.endswith(TABLE_SUFFIXES) and "/" not in name
              ] if suffix == ".zip" else []
-    if suffix in TABLE_SUFFIXES:
-        store, rows = ImageStore(path.parent), read_labels(path)
-    elif inner:
-        rows = read_labels(inner[0], store.read(inner[0]))
+    if suffix in TABLE_SUFFIXES or inner:
+        rows = read_labels(inner[0], store.read(inner[0])) if inner else read_labels(path)
+        paths = [image for entries in rows.values() for image, _ in entries]
+        store = locate(places(path if inner else path.parent), paths)
     elif path.is_dir() or suffix == ".zip":
         rows, notes = read_class_folders(store)
     else:
@@ -575,6 +578,7 @@ def list_path(path, whole=None):
 # The published data sets
 
 KNOWN = json.loads((ASSETS / "datasets.json").read_text("utf-8"))["sets"]  # "about" explains them
+DRIVE = "https://drive.google.com/"
 TEMPLATES = {"demo": "a centered satellite photo of {}.",
              **{name: KNOWN[name].get("template", ANY_TEMPLATE) for name in KNOWN}}
 
@@ -589,13 +593,11 @@ def dataset_name(text):
 
 
 def find_images(source, homes, folder):
-    """A Source with the ImageStore that holds its paths: `folder` under the first of `homes` where
-    some lie, else a zip in the first home, else the first folder, for messages to name."""
-    places = [ImageStore(home / folder) for home in homes]
-    for archive in sorted(homes[0].glob("*.zip")):
-        places += [ImageStore(archive, prefix) for prefix in (f"{folder}/", "")]
-    found = (place for place in places if place.has_some(source.paths()))
-    return source._replace(store=next(found, places[0]))
+    """A Source with the store that holds its images: `folder` under one of `homes`, or a zip or
+    another folder in the first home."""
+    likely = [ImageStore(home / folder) for home in homes]
+    likely += [ImageStore(archive, f"{folder}/") for archive in sorted(homes[0].glob("*.zip"))]
+    return source._replace(store=locate([*likely, *places(homes[0])], source.paths()))
 
 
 def read_aircraft(home):
@@ -634,26 +636,60 @@ def list_known(name, data_dir):
     return find_images(Source(name, str(home), None, *lists), homes, known["images"])
 
 
-def fetch_images(name, data_dir):
-    """Let torchvision download a published data set, md5 checked, into its own folder under
-    data_dir, unless some of its images are there. Says what it does. Raises DataError."""
+def fetch_missing(name, data_dir):
+    """Get what a published data set lacks: its list, or the class names of ImageNet, from where
+    CoOp keeps them; its images, if none of them is there, by torchvision, md5 checked. Says what it
+    does. Raises DataError, and leaves no half of it behind."""
     known = KNOWN[name]
+    homes, file = [data_dir / folder for folder in known["folders"]], known["split"]
+    there = read_words(homes[0]) if file == WORDS else any(
+        (home / file).is_file() for home in homes)
+    if not there and known.get("link", "").startswith(DRIVE):
+        fetch_list(name, (data_dir / "imagenet" if file == WORDS else homes[0]) / file,
+                   homes[0] / known["images"])
+    if "fetch" not in known:
+        return
     try:
         source = list_known(name, data_dir)
-        if "fetch" not in known or source.store.has_some(source.paths()):
+        if held(source.store, source.paths()):
             return
     except DataError:
         if name != "fgvc_aircraft":  # whose lists come with its images
             raise
     print(f"{name}: no images under {data_dir}; fetching {known['size']} to there, once",
-          file=sys.stderr, flush=True)
+          flush=True)
+    inside = [folder for folder in (homes[-1] / known["images"] / "x").parents
+              if data_dir in folder.parents]
+    new = next((folder for folder in reversed(inside) if not folder.exists()), None)
     try:
         getattr(import_torchvision("datasets"), known["fetch"])(str(data_dir), download=True)
     except ImportError:
         pass  # scipy, which torchvision wants for labels that are not needed here
-    except Exception as error:
+    except BaseException as error:
+        if new:
+            shutil.rmtree(new, ignore_errors=True)  # a part of the images would pass for all
+        if not isinstance(error, Exception):
+            raise
         raise DataError(f"{name}: the download failed ({one_line(error)}); try again, or put the "
                         f"files under {data_dir} by hand") from error
+
+
+def fetch_list(name, target, images):
+    link, new = KNOWN[name]["link"], target.with_name(target.name + ".new")
+    print(f"{name}: fetching {target} from {link}, once", flush=True)
+    try:
+        if problem := fetch(link, new):
+            raise DataError(problem)
+        if target.name != WORDS:
+            read_coop_split(new)  # or it is a page that asks for something
+        elif not WNID.match(read_text(new)):
+            raise DataError("what came is no list of class names")
+        os.replace(new, target)
+    except (OSError, DataError) as error:
+        for left in new.parent.glob(f"{new.name}*"):
+            left.unlink()
+        raise DataError(f"{name}: {target} is missing and was not fetched ({error}); get {link}, "
+                        f"and the images into {images}") from None
 
 
 # -----------------------------------------------------------------------------
@@ -693,7 +729,7 @@ def open_dataset(name_or_path, split, data_dir="data", classes=None, download=Tr
     if split not in ("train", "val", "test"):
         raise DataError(f"split {split!r}: expected train, val or test")
     if download and (name := dataset_name(name_or_path)):
-        fetch_images(name, expanded(data_dir))
+        fetch_missing(name, expanded(data_dir))
     images = ImageSet(list_dataset(name_or_path, data_dir, split if whole else None), split)
     return images.select(find_classes(images.classnames, classes)) if classes else images
 

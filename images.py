@@ -9,7 +9,9 @@ of an image of (seed, epoch, index). So a run is the same for any number of work
 and goes on from the middle of an epoch with nothing saved but two integers. Files are never
 trusted: nothing is unpacked, image bombs are refused by their header.
 """
+import base64
 import contextlib
+import copy
 import functools
 import importlib
 import io
@@ -23,7 +25,7 @@ import zipfile
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Sampler, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 
 class DataError(ValueError):
@@ -61,10 +63,11 @@ def to_rgb(image):
     """PIL image of any mode -> RGB, 8 bits. Alpha is dropped, as CoOp's loader does. A palette goes
     through RGBA, where its transparency is understood. 16-bit grey is scaled, where Pillow would
     give white; ValueError for pixels whose white is not known."""
-    if image.mode == "F" or image.mode == "I" and image.getextrema()[1] > 65535:
+    low, high = image.getextrema() if image.mode == "I" else (0, 0)
+    if image.mode == "F" or low < 0 or high > 65535:
         raise ValueError("pixels of 32 bits have no defined white; save 8 or 16 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = (np.asarray(image).clip(0, 65535).astype(np.uint32) + 128) // 257  # rounded
+        grey = (np.asarray(image).astype(np.uint32) + 128) // 257  # rounded
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode in ("P", "PA", "La", "RGBa"):
         image = image.convert("RGBA" if image.mode != "La" else "LA")
@@ -207,7 +210,7 @@ def normalise(images, mean=CLIP_MEAN, std=CLIP_STD):
 
 
 # -----------------------------------------------------------------------------
-# Where images lie: a folder or a zip
+# Where images lie: in a folder, a zip, or inside larger files
 
 IMAGE_SUFFIXES = (  # of what Pillow reads by itself
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".gif", ".webp",
@@ -245,36 +248,33 @@ def walk(folder):
         yield from (f"{base}{name}".replace(os.sep, "/") for name in files if not is_litter(name))
 
 
+@functools.lru_cache(maxsize=None)
+def open_zip(path, pid, changed):
+    """Each process opens a zip for itself, once: two that share one open file after a fork also
+    share its read position, and would read each other's bytes. Raises DataError."""
+    try:
+        archive = zipfile.ZipFile(path)
+        if bad := list(filter(leaves_folder, archive.namelist())):
+            raise zipfile.BadZipFile(f"its member {bad[0]!r} lies outside of it")
+        return archive
+    except (OSError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is no sound zip ({error}); fetch it again, or zip the folder with "
+                        f"relative names") from None
+
+
 class ImageStore:
     """A folder of images, or a zip read in place, never unpacked. `prefix` goes before each path.
-
-    Picklable. Every process opens the zip for itself: two processes that share one open file after
-    a fork also share its read position, and would read each other's bytes.
-    """
+    Other stores have other `names`, `has` and `content`. Picklable."""
 
     def __init__(self, path, prefix=""):
         self.path, self.prefix = os.fspath(path), prefix
         self.zipped = os.path.isfile(self.path)
-        self._zip = self._pid = None
-
-    def __getstate__(self):
-        return {**self.__dict__, "_zip": None, "_pid": None}
 
     def __str__(self):
         return os.path.join(self.path, self.prefix) if self.prefix else self.path
 
     def archive(self):
-        if self._pid != os.getpid():
-            try:
-                self._zip = zipfile.ZipFile(self.path)
-                bad = [name for name in self._zip.namelist() if leaves_folder(name)]
-                if bad:
-                    raise zipfile.BadZipFile(f"its member {bad[0]!r} lies outside of it")
-            except (OSError, zipfile.BadZipFile) as error:
-                raise DataError(f"{self.path} is no sound zip ({error}); fetch it again, or zip "
-                                f"the folder with relative names") from None
-            self._pid = os.getpid()
-        return self._zip
+        return open_zip(self.path, os.getpid(), os.stat(self.path).st_mtime_ns)
 
     def names(self):
         """Sorted paths of everything inside, the prefix included; directories end in "/"."""
@@ -288,24 +288,144 @@ class ImageStore:
             return os.path.isfile(os.path.join(self.path, self.prefix, path))
         return self.prefix + path in self.archive().NameToInfo
 
-    def has_some(self, paths):
-        """Whether any of about 200 of these is there: a set may lie there in part."""
-        return any(map(self.has, paths[::max(1, len(paths) // 200)]))
+    def content(self, path):
+        file = pathlib.Path(self.path, self.prefix, path)
+        info = self.archive().getinfo(self.prefix + path) if self.zipped else file.stat()
+        size = info.file_size if self.zipped else info.st_size
+        if size > MAX_FILE_BYTES:
+            raise ValueError(f"{size:,} bytes are too many")
+        return self.archive().read(info) if self.zipped else file.read_bytes()
 
     def read(self, path):
         """The bytes of one file, of a zip's with its CRC checked. Raises UnreadableImage."""
-        file = pathlib.Path(self.path, self.prefix, path)
         try:
-            info = self.archive().getinfo(self.prefix + path) if self.zipped else file.stat()
-            size = info.file_size if self.zipped else info.st_size
-            if size > MAX_FILE_BYTES:
-                raise ValueError(f"{size:,} bytes are too many")
-            return self.archive().read(info) if self.zipped else file.read_bytes()
+            return self.content(path)
         except Exception as error:  # zlib.error, BadZipFile, an encrypted member, a disk fault ...
             raise UnreadableImage(f"{self}/{path}: cannot be read ({one_line(error)})") from error
 
     def image(self, path):
         return read_image(io.BytesIO(self.read(path)), f"{self}/{path}")
+
+
+class SpanStore(ImageStore):
+    """Images inside larger files, read in place: `index` maps a path to (file, offset, bytes), of
+    the image or, if `coded`, of its base64 text in either alphabet."""
+
+    def __init__(self, path, index, coded=False):
+        super().__init__(path)
+        self.index, self.coded, self.zipped = index, coded, True
+
+    def names(self):
+        return sorted(self.index)
+
+    def has(self, path):
+        return path in self.index
+
+    def raw(self, path):
+        file, offset, size = self.index[path]
+        with open(file, "rb") as source:
+            source.seek(offset)
+            return source.read(size)  # less, if the file was cut: no image, or no base64 then
+
+    def content(self, path):
+        if not self.coded:
+            return self.raw(path)
+        text = self.raw(path).strip().translate(bytes.maketrans(b"-_", b"+/"))
+        return base64.b64decode(text, validate=True)
+
+
+def places(root):
+    """Where the images of a folder or zip may lie, the likely places first: in itself, in a folder
+    of it, in a zip of it (as COCO publishes them), in a folder of a folder."""
+    yield ImageStore(root)
+    if os.path.isfile(root):
+        tops = {name.partition("/")[0] for name in ImageStore(root).names() if "/" in name}
+        yield from (ImageStore(root, f"{top}/") for top in sorted(tops))
+    elif os.path.isdir(root):
+        folders = sorted(entry.path for entry in os.scandir(root) if entry.is_dir())
+        yield from map(ImageStore, folders)
+        for archive in sorted(pathlib.Path(root).glob("*.zip")):
+            yield from (ImageStore(archive, f"{archive.stem}/"), ImageStore(archive))
+        for folder in folders:
+            inner = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
+            yield from map(ImageStore, inner)
+
+
+def held(store, paths):
+    """How many of about 200 of these paths lie in a store."""
+    return sum(map(store.has, paths[::len(paths) // 200 + 1]))
+
+
+def locate(likely, paths):
+    """The first of these stores that holds all of a sample of the paths, else the one that holds
+    most of it, else the first."""
+    best, most = None, -1
+    for store in likely:
+        found = held(store, paths)
+        if found > most:
+            best, most = store, found
+        if most == len(paths[::len(paths) // 200 + 1]):
+            break
+    return best
+
+
+# -----------------------------------------------------------------------------
+# A set of images
+
+class Images(Dataset):
+    """Images, each with a label. `set[index]` or `set[(epoch, index)]` -> (image, label, index).
+
+    The image is a tensor if there is a transform, called as transform(image, epoch, index), else a
+    PIL image. The pair as key lets the sampler say which epoch it is: workers that live on would
+    never see an attribute change. An unreadable image gives black and label -1, which scores skip.
+    """
+    reading = None  # in a loader's worker: the cell of shared memory for what it is reading
+    images = None   # decoded, where they are kept in memory
+
+    def __init__(self, store, paths, labels, transform=None):
+        self.store, self.paths, self.labels, self.transform = store, paths, labels, transform
+        self.notes = []
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, key):
+        epoch, index = key if isinstance(key, (tuple, list)) else (0, key)
+        if self.reading is not None:
+            self.reading[0] = index
+        label = self.labels[index]
+        try:
+            image = self.images[index] if self.images else self.store.image(self.paths[index])
+        except UnreadableImage:
+            if self.transform is None:
+                raise
+            image, label = Image.new("RGB", (8, 8)), -1
+        return (self.transform(image, epoch, index) if self.transform else image), label, index
+
+    def with_transform(self, transform):
+        chosen = copy.copy(self)
+        chosen.transform, chosen.notes = transform, list(self.notes)
+        return chosen
+
+    def check_files(self):
+        """Raise DataError unless the images are there, as refuse_losses says. Opens none."""
+        lost = [i for i, path in enumerate(self.paths) if not self.store.has(path)]
+        self.refuse_losses(lost, "there is no such file")
+
+    def refuse_losses(self, lost, reason, also=""):
+        """Raise DataError if the images at positions `lost` are more than max(1, 1 %), or if there
+        is `also` something wrong; else note them."""
+        if not lost:
+            return
+        said = (f"{self.name}: {len(lost):,} of {len(self.paths):,} {self.split} images cannot be "
+                f"read, e.g. {self.paths[lost[0]]} ({reason})")
+        if len(lost) == len(self.paths):
+            raise DataError(f"{said}, all under {self.store}: put them there, or name the right "
+                            f"folder (a published set is fetched without --no-download)")
+        if also or len(lost) > max(1, len(self.paths) // 100):
+            raise DataError(f"{said}, more than 1 %{also}, under {self.store}: restore them, or "
+                            f"list the rest")
+        self.notes.append(f"{said}: they are left out")
 
 
 # -----------------------------------------------------------------------------

@@ -14,16 +14,16 @@ import io
 import json
 import os
 import pathlib
-from copy import copy
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from captions import LAYOUTS, list_pairs, locate, SpanStore
-from images import Batches, DataError, load_batches, one_line, sample_seed, UnreadableImage
+from captions import LAYOUTS, list_pairs
+from images import (Batches, DataError, Images, load_batches, locate, one_line, places, sample_seed,
+                    SpanStore, UnreadableImage)
 
 
 class Retrieval(NamedTuple):
@@ -34,7 +34,7 @@ class Retrieval(NamedTuple):
     notes: list
 
 
-class PairSet(Dataset):
+class PairSet(Images):
     """Images with their captions. `set[c]` or `set[(epoch, c)]` -> (image, used, asked): asked is
     c, a position in `captions`, and so is used, unless its image cannot be read; then used is
     another pair, found by c alone, so the same in every run and worker. The image is a PIL image,
@@ -47,12 +47,10 @@ class PairSet(Dataset):
     pixels              the file of `cache`, or None
     """
 
-    reading = None  # in a loader's worker: the cell of shared memory for what it is reading
-
     def __init__(self, name, root, listing, split):
         self.name, self.root, self.split = name, root, split
         self.take(listing.rows[split])
-        self.store = listing.store or locate(root, self.paths)
+        self.store = listing.store or locate(places(root), self.paths)
         self.counts = {key: len({row[0] for row in rows if row[0]})
                        for key, rows in listing.rows.items()}
         lists = json.dumps(listing.rows, sort_keys=True)
@@ -135,26 +133,6 @@ class PairSet(Dataset):
         chosen.take(rows)
         return chosen
 
-    def with_transform(self, transform):
-        chosen = copy(self)
-        chosen.transform, chosen.notes = transform, list(self.notes)
-        return chosen
-
-    def check_files(self):
-        """Note the images that are missing; DataError if they are more than max(1, 1 %)."""
-        lost = [i for i, path in enumerate(self.paths) if not self.store.has(path)]
-        self.refuse_losses(lost, "there is no such file")
-
-    def refuse_losses(self, lost, reason):
-        """Raise DataError if the images at positions `lost` are over max(1, 1 %), else note."""
-        if lost:
-            said = (f"{len(lost):,} of {len(self.paths):,} {self.split} images cannot be read, "
-                    f"e.g. {self.paths[lost[0]]} ({reason})")
-            if len(lost) > max(1, len(self.paths) // 100) or len(lost) == len(self.paths):
-                raise DataError(f"{self.name}: {said}, more than 1 %, under {self.store}; restore "
-                                f"them, name the right folder, or list the rest")
-            self.notes.append(f"{said}: other pairs take their places")
-
     def cache(self, run, side, folder, limit=8 << 30, workers=0):
         """Decode every image once, to at most `side` pixels on its short side (never enlarged),
         into one file of `folder`; further crops come from there. Returns the set.
@@ -179,28 +157,12 @@ class PairSet(Dataset):
         return self
 
 
-class PairImages(Dataset):
-    """The images of a PairSet, each once: `[i]` or `[(epoch, i)]` -> (image, position, i), position
-    being i, or -1 with a black image where it cannot be read. Goes to make_loader like an ImageSet;
-    the caller counts the -1 and hands them to `refuse_losses` of the set."""
-
-    reading = None  # as in PairSet
+class PairImages(Images):
+    """The images of a PairSet, each once, labelled by its own position. The caller counts the -1 of
+    unreadable ones and hands them to `refuse_losses` of the set."""
 
     def __init__(self, pairs):
-        self.store, self.transform, self.paths = pairs.store, pairs.transform, pairs.paths
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, key):
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        if self.reading is not None:
-            self.reading[0] = index
-        try:
-            image, position = self.store.image(self.paths[index]), index
-        except UnreadableImage:
-            image, position = Image.new("RGB", (8, 8)), -1
-        return self.transform(image, epoch, index) if self.transform else image, position, index
+        super().__init__(pairs.store, pairs.paths, range(len(pairs.paths)), pairs.transform)
 
 
 def as_ppm(image, epoch, index, side):
@@ -393,6 +355,13 @@ def identities(pairs):
                          for owner, caption in zip(part.owner, part.captions)])
 
 
+def gigabytes(text):
+    """An argparse type."""
+    if not 0 <= float(text) < float("inf"):
+        raise ValueError
+    return float(text)
+
+
 def add_pair_flags(parser):
     """The flags of captioned data, the same in every script."""
     group = parser.add_argument_group("images with captions")
@@ -406,6 +375,6 @@ def add_pair_flags(parser):
     group.add_argument("--caption-column", help="default: found by name")
     group.add_argument("--captions", choices=("one", "all"), default="one", help="in each epoch "
                        "one caption of each image, or all (default: one)")
-    group.add_argument("--cache-gb", type=float, default=8.0, help="keep decoded images in a file "
-                       "of at most this size, 0: do not (default: 8)")
+    group.add_argument("--cache-gb", type=gigabytes, default=8.0, help="keep decoded images in a "
+                       "file of at most this size, 0: do not (default: 8)")
     return group

@@ -205,6 +205,10 @@ def test_new_images_move_no_old_ones(tmp_path):
 # -----------------------------------------------------------------------------
 # What is not understood is refused
 
+def no_captions(folder, files, *names):
+    refused(lambda: open_pairs(write(folder, {**files, ".x": ""}), "train", whole=True), *names)
+
+
 IMAGES = {"images/a.jpg": 1, "images/b.jpg": 2}
 
 
@@ -214,38 +218,73 @@ IMAGES = {"images/a.jpg": 1, "images/b.jpg": 2}
     ({**IMAGES, "text/a.txt": "a cat", "text/b.txt": "a dog"}, ["text/a.txt"]),
     ({**IMAGES, "notes.xlsx": b"PK\3\4"}, ["notes.xlsx"]),
     ({**IMAGES, "labels.json": '{"a": 1}'}, ["labels.json"]),
+    ({**IMAGES, "annotations/instances_val2017.json": '{"images": []}'}, ["instances_val2017"]),
     ({**IMAGES, "images/x.txt": "a cat"}, ["images/x.txt"]),
-    ({"train-00000-of-00001.parquet": b"PAR1\x15\xff"}, ["train-00000-of-00001.parquet"]),
-    ({"0.tar.gz": gzip.compress(b"x")}, ["0.tar.gz"]), ({"0.tar": gzip.compress(b"x")}, ["gzip"]),
+    ({"a.json": json.dumps({f"{i}.jpg": ["a cat"] for i in range(999)})}, ["a.json", "0.jpg"]),
+    ({"annotations/captions_val2017.json": '{"images": [{"id": 1}], "annotations": []}'},
+     ["captions_val2017.json"]),
     ({"a.csv": "image,caption\na.png,x y", "captions.txt": "image,caption\na.png,x y"},
      ["a.csv", "captions.txt", "--caption-file"]),
-    ({"a.csv": ""}, ["a.csv"]), ({"a.csv": "image,caption\n"}, ["0 captions"]),
-    ({"a.csv": "image,caption\na.png,\n"}, ["0 captions"]),
-    ({"a.csv": "title,filepath\na dog, wet,a.png\n"}, ["a.csv", "line 2"]),
+    ({"x_imgs.tsv": "1\tQQ=="}, ["x_texts.jsonl"])])
+def test_a_folder_that_holds_something_else(tmp_path, files, names):
+    no_captions(tmp_path, files, *names)
+
+
+@pytest.mark.parametrize("name, content, kind", [
+    ("train-00000-of-00001.parquet", b"PAR1\x15\xff", "Parquet"),
+    ("0.tar.gz", gzip.compress(b"x"), "packed"), ("0.tar", gzip.compress(b"x"), "gzip"),
+    ("0.tar", b"PK\3\4 no tar" * 99, "damaged"), ("captions.csv", b"\x1f\x8b", "gzip"),
+    ("metadata.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "LFS")])
+def test_a_file_whose_type_the_message_misnames(tmp_path, name, content, kind):
+    no_captions(tmp_path, {name: content}, name, kind)
+    refused(lambda: open_pairs(tmp_path / name, "train"), name)
+
+
+@pytest.mark.parametrize("text, names", [
+    ("", []), ("image,caption\n", []), ("title,filepath\na dog, wet,a.png\n", ["line 2"]),
+    ('image,caption\na.png,"best view\nb.png,x\nc.png,"y\n', ["line 2"]),
+    ("image\tcaption\na.png\ta\tb\n", ["line 2"]), ("image,caption\na.png\n", ["line 2"]),
+    ("picture,words\na.png,a cat\n", ["picture", "--image-column"]),
+    ("image,label\na.png,cat\n", ["label", "--caption-column"]),
+    ("image,title,text\na.png,a,b\n", ["title", "--caption-column"]),  # which one is not guessed
+    ("images/0.jpg,a nice view\nimages/1.jpg,another\n", ["a nice view"])])
+def test_a_row_that_does_not_fit_its_header(tmp_path, text, names):
+    no_captions(tmp_path, {"a.csv": text}, "a.csv", *names)
+
+
+@pytest.mark.parametrize("files, names", [
+    ({"a.csv": "image,caption\na.png,\nb.png,nan\n"}, ["0 captions"]),
     ({"a.csv": "image,caption\na.png,caf\xe9 b".encode("cp1252")}, ["a.csv", "line 2"]),
-    ({"a.csv": "image,caption\na.png,一只猫在".encode("gbk")}, ["a.csv", "line 2"]),
-    ({"a.csv": "image,caption\na.png,a cat".encode("utf-16")}, ["a.csv"]),
-    ({"a.csv": 'image,caption\na.png,"best view\nb.png,x\nc.png,"y\n'}, ["a.csv", "line 2"]),
     ({"a.csv": "image,caption,split\na.png,x y,train\nb.png,x y,best"}, ["a.csv", "line 3"]),
-    ({"0.tar": b"PK\3\4 no tar" * 99}, ["0.tar", "damaged"]),
-    ({"a.json": json.dumps({f"{i}.jpg": ["a cat"] for i in range(999)})}, ["a.json", "0.jpg"]),
-    ({"a.csv": "picture,words\na.png,a cat\n"}, ["picture", "--image-column"]),
-    ({"a.csv": "image,label\na.png,cat\n"}, ["label", "--caption-column"]),
     ({"a.csv": "image,caption\na.png,b.png\nb.png,c.png\n"}, ["b.png"]),        # columns mixed up
     ({"a.csv": "image,text\na.png,3\nb.png,17\n"}, ["3"]),                       # labels
+    ({"a.csv": "image,text\na.png,\"['a dog', 'a cat']\"\n"}, ["a dog"]),        # Python's lists
     ({"a.tsv": "image\tcaption\na\thttp://x/a.jpg\nb\thttps://y.z\n"}, ["http"]),
     ({"a.png": 1, "a.txt": "0 0.5 0.5 0.1 0.1\n1 0.2 0.2 0.3 0.3"}, ["0.5"]),    # boxes
     ({"a.jsonl": '{"image": "a.png", "caption": 5}'}, ["a.jsonl", "line 1"]),
+    ({"a.jsonl": '{"image": {"path": "a.png"}, "caption": "b c"}'}, ["a.jsonl", "line 1"]),
+    ({"a.jsonl": '{"image": "a.png", "caption": [["b c"]]}'}, ["a.jsonl", "line 1"]),
     ({"a.jsonl": '{"image": "a", "caption": "b c"}\n["a"]'}, ["a.jsonl", "line 2"]),
-    ({"annotations/captions_val2017.json": '{"images": [{"id": 1}], "annotations": []}'},
-     ["captions_val2017.json"]),
     ({"a.token": "a.jpg#0\tx y\nno caption here\n"}, ["a.token", "line 2"]),
     ({"x_imgs.tsv": "no tab", "x_texts.jsonl": "{}"}, ["x_imgs.tsv", "line 1"]),
-    ({"x_imgs.tsv": "1\tQQ=="}, ["x_texts.jsonl"]),
     ({"x_imgs.tsv": "1\tQQ==", "x_texts.jsonl": '{"text": "a b", "image_ids": 3}'},
      ["x_texts.jsonl", "line 1"])])
-def test_sources_that_are_no_captions_are_refused_by_name(tmp_path, files, names):
-    refused(lambda: open_pairs(write(tmp_path, {**files, ".x": ""}), "train", whole=True), *names)
+def test_a_cell_that_is_not_what_its_column_promises(tmp_path, files, names):
+    no_captions(tmp_path, files, *names)
+
+
+def test_cells_with_lists_and_rows_without_a_partner(tmp_path):
+    source = write(tmp_path / "lists", {"a.csv": 'image,captions\n1.png,"[""one"", ""two""]"\n'
+                                                 '2.png,"[sic] one, two"\n3.png,nan\n4.png,17\n'})
+    found = open_pairs(source, "train", whole=True)
+    assert rows_of(found) == [("1.png", "one"), ("1.png", "two"), ("2.png", "[sic] one, two"),
+                              ("4.png", "17")]
+    assert said(found, "1 rows without", "1 hold no words")
+    coco = {"images": [{"id": i, "file_name": f"{i}.png"} for i in range(2)],
+            "annotations": [{"image_id": i, "caption": f"number {i}"} for i in (1, 2, 2)]}
+    write(tmp_path / "coco", {"annotations/captions_train2017.json": json.dumps(coco)})
+    found = open_pairs(tmp_path / "coco", "train")
+    assert rows_of(found) == [("1.png", "number 1")] and said(found, "3 rows without")
 
 
 def test_class_folders_are_captions_only_when_asked_for(tmp_path):

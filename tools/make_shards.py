@@ -7,7 +7,7 @@
 Shards are plain tars <split>-000000.tar, <split>-000001.tar, ... of 00000000.jpg, .txt with the
 first caption, which every reader of WebDataset knows, and .json with all of them. Any source that
 training reads can be written. A shard is there whole or not at all; images that cannot be read are
-left out and counted.
+left out and named.
 """
 import io
 import json
@@ -24,8 +24,7 @@ KEPT = (".jpg", ".jpeg", ".png", ".webp")  # other kinds of file are written as 
 
 
 def main(args):
-    """-> {split: (shards, images)}."""
-    out, written, before = pathlib.Path(args.out), {}, None
+    out, before = pathlib.Path(args.out), None
     if any(out.glob("*.tar")):
         raise UserError(f"--out {out} holds shards already; name another folder")
     counts = open_pairs(args.data, "train", args.data_dir, args.layout).counts
@@ -36,43 +35,41 @@ def main(args):
         pairs.check_files()
         images = [i for i, captions in enumerate(pairs.captions_of) if captions]
         parts = [images[i:i + args.per_shard] for i in range(0, len(images), args.per_shard)]
-        lost = sum(write_shard(pairs, part, out / f"{split}-{number:06d}.tar")
-                   for number, part in enumerate(parts))
-        written[split], before = (len(parts), len(images) - lost), pairs
-        print(f"{split}: {written[split][1]:,} images in {out}/{split}-"
-              f"{{000000..{len(parts) - 1:06d}}}.tar" + f"; {lost} unreadable" * bool(lost))
+        for number, part in enumerate(parts):
+            write_shard(pairs, part, out / f"{split}-{number:06d}.tar")
+        print(f"{split}: {len(images):,} images in {out}/{split}-{{000000..{len(parts) - 1:06d}}}"
+              f".tar")
+        before = pairs
     print(f"train with --data {out}")
-    return written
 
 
 def write_shard(pairs, images, file):
-    """The images at these positions -> how many of them could not be read."""
-    lost, part = 0, file.with_suffix(".part")
+    """The images at these positions, with their captions, into one tar."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(part, "w") as tar:
+    with tarfile.open(file.with_suffix(".part"), "w") as tar:
         for i in images:
             try:
-                pairs.store.image(pairs.paths[i])
-                add_sample(tar, pairs, i)
+                sample = files_of(pairs, i)
             except UnreadableImage as error:
-                lost += 1
                 print(f"note: left out: {error}", file=sys.stderr)
-    os.replace(part, file)
-    return lost
+                continue
+            for suffix, content in sample.items():
+                info = tarfile.TarInfo(f"{i:08d}{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    os.replace(file.with_suffix(".part"), file)
 
 
-def add_sample(tar, pairs, i):
-    kind, content = os.path.splitext(pairs.paths[i])[1].lower(), pairs.store.read(pairs.paths[i])
+def files_of(pairs, i):
+    """The files of one sample, {suffix: bytes}. Raises UnreadableImage."""
+    path, captions = pairs.paths[i], pairs.texts_of(i)
+    content, image = pairs.store.read(path), pairs.store.image(path)
+    kind, buffer = os.path.splitext(path)[1].lower(), io.BytesIO()
     if kind not in KEPT:
-        kind, buffer = ".png", io.BytesIO()
-        pairs.store.image(pairs.paths[i]).save(buffer, "png")
-        content = buffer.getvalue()
-    about = {"captions": pairs.texts_of(i), "path": pairs.paths[i]}
-    for suffix, data in ((kind, content), (".txt", about["captions"][0].encode()),
-                         (".json", json.dumps(about, ensure_ascii=False).encode())):
-        info = tarfile.TarInfo(f"{i:08d}{suffix}")
-        info.size = len(data)
-        tar.addfile(info, io.BytesIO(data))
+        image.save(buffer, "png")
+        kind, content = ".png", buffer.getvalue()
+    about = json.dumps({"captions": captions, "path": path}, ensure_ascii=False)
+    return {kind: content, ".txt": captions[0].encode(), ".json": about.encode()}
 
 
 def get_args(argv=None):
