@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 
 import device
+from tools import doctor
 from device import guard, load_checkpoint, Parser, SafeStop, start, UserError
-from helpers import (at_call, cli, damaged_files, die, differences, in_child, metrics,
+from helpers import (at_call, attempt, damaged_files, die, differences, in_child, metrics,
                      Payload, python, refused, results, same_run)
 
 
@@ -592,11 +593,19 @@ def test_a_wrong_command_line_gets_one_line(words, names, capsys):
     assert caught.value.code == 2 and text.count("\n") == 1 and all(x in text for x in names)
 
 
-def test_the_doctor_finds_this_cpu_right(tmp_path):
-    report = json.loads(cli("-m", "tools.doctor", "--device", "cpu", "--seconds", 0,
-                            "--json").ok().out)
-    cpu, = report["devices"]
-    assert len(cpu["rows"]) == 6 and not any(row["wrong"] for row in cpu["rows"])
-    assert all(row["error"] < 5e-4 for row in cpu["rows"] if row["precision"] == "fp32")
-    assert cpu["verdict"].endswith("--device cpu --precision fp32") and cpu["transfer"] is None
-    refused(cli("-m", "tools.doctor", "--device", "npu:99"), "--device")
+def test_the_doctor_finds_this_cpu_right(capsys):
+    rows = doctor.main(doctor.get_args(["--device", "cpu", "--seconds", "0"]))["cpu"]
+    assert "--device cpu --precision" in capsys.readouterr().out.splitlines()[-1]
+    assert not any(row["wrong"] for row in rows.values())
+    assert rows["fp32"]["error"] < 5e-4 < rows["bf16"]["error"]
+    refused(attempt(doctor, "--device", "npu:99"), "--device")
+
+
+def test_the_doctor_recommends_nothing_that_is_wrong_or_slower():
+    cpu, row = torch.device("cpu"), {"speed": 1.0, "wrong": ""}
+    for bf16, best in ((row, "fp32"), ({**row, "speed": 0.1}, "fp32"), ({**row, "speed": 3.0}, "bf16"),
+                       ({"speed": 3.0, "wrong": "is wrong"}, "fp32")):
+        assert f"--precision {best}" in doctor.advice(cpu, {"fp32": row, "bf16": bf16})
+    wrong = {**row, "wrong": "is wrong"}
+    assert "--precision bf16" in doctor.advice(cpu, {"fp32": wrong, "bf16": {**row, "speed": 0.5}})
+    assert "do not" in doctor.advice(cpu, {"fp32": wrong})
