@@ -71,6 +71,16 @@ class CLIPConfig:
     proj: str = "linear"          # the step to D on either side; or "mlp", a `ResidualHead`
 
 
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """How images are prepared. resize: "shortest" (the shorter side, then the centre square) or
+    "squash" (both sides); interpolation: "bicubic" or "bilinear"."""
+    mean: tuple = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple = (0.26862954, 0.26130258, 0.27577711)
+    resize: str = "shortest"
+    interpolation: str = "bicubic"
+
+
 FAMILIES = {"bert": "wordpiece", "distilbert": "wordpiece", "roberta": "bytebpe"}  # their tokens
 BERTS = {
     "roberta-base": BertConfig("roberta", 50_265, positions=514, type_vocab=1, pad_id=1, eps=1e-5),
@@ -412,9 +422,8 @@ class BertLayer(nn.Module):
             y = F.dropout(part["dense"](y), self.config.dropout, self.training)
             return part["LayerNorm"](y + x)
         asking, projections = x[:, :1] if first else x, self.attention["self"]
-        q, k, v = (projections[name](y)
-                   for name, y in (("query", asking), ("key", x), ("value", x)))
-        out = attend(q, k, v, self.config.heads, seen, fused=self.fused,
+        out = attend(projections["query"](asking), projections["key"](x), projections["value"](x),
+                     self.config.heads, seen, fused=self.fused,
                      dropout=self.config.attention_dropout if self.training else 0.0)
         x = add(self.attention["output"], out, asking)
         return add(self.output, F.gelu(self.intermediate["dense"](x)), x)
@@ -466,16 +475,6 @@ class BertTower(nn.Module):
         return self.pooler["dense"](x[:, 0]).tanh() if config.pool == "pooler" else x[:, 0]
 
 
-@dataclasses.dataclass(frozen=True)
-class Pixels:
-    """How images are prepared. resize: "shortest" (the shorter side, then the centre square) or
-    "squash" (both sides); interpolation: "bicubic" or "bilinear"."""
-    mean: tuple = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple = (0.26862954, 0.26130258, 0.27577711)
-    resize: str = "shortest"
-    interpolation: str = "bicubic"
-
-
 def make_backbone(name, size=None):
     """A classifier without its last layer -> (module: (B, 3, R, R) -> (B, F), the name of what was
     removed, F, R, its Pixels). size: pixels per side R, those of its published weights unless
@@ -488,11 +487,8 @@ def make_backbone(name, size=None):
     preset = models.get_model_weights(name).DEFAULT.transforms()
     size = size or preset.crop_size[0]
     more = {"image_size": size} if name.startswith("vit_") else {}
-    try:
+    with torch.device("cpu"):  # RegNet computes in its constructor, which "meta" cannot
         trunk = models.get_model(name, weights=None, **more)
-    except NotImplementedError:  # RegNet computes in its constructor, which "meta" cannot
-        with torch.device("cpu"):
-            trunk = models.get_model(name, weights=None, **more).to("meta")
     removed, last = [(path, module) for path, module in trunk.named_modules()
                      if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
     parent, _, child = removed.rpartition(".")
@@ -541,62 +537,6 @@ class BackboneTower(nn.Module):
 
 # -----------------------------------------------------------------------------
 # CLIP
-
-# How the names of the two heads begin; the ModifiedResNet's is a part of its pool.
-HEADS = ("visual.proj", "visual.attnpool.c_proj", "text_projection")
-
-
-def ends_of(tokens, pad_id=None):
-    """The place (N,) of each text's last token: CLIP's end of text, which is the largest id in the
-    vocabulary (argmax finds its first place), or where `pad_id` is given the last other id."""
-    if pad_id is None:
-        return tokens.argmax(dim=-1)
-    places = torch.arange(tokens.shape[-1], device=tokens.device)
-    return ((tokens != pad_id) * places).argmax(dim=-1)
-
-
-def text_pieces(tokens, size, pad_id=None):
-    """Texts (N, L) in pieces of `size`, sorted by length, so that short ones do not pay for the
-    longest -> (pieces [(tokens (n, l), ends (n,))] as `encode_text` takes them, places (N,)).
-    `torch.cat(features of the pieces)[places]` is in the order given."""
-    ends = ends_of(tokens, pad_id)
-    order = ends.argsort(stable=True)
-    pieces = [(tokens[rows, :int(ends[rows[-1]]) + 1], ends[rows])
-              for rows in order.split(size) if len(rows)]
-    return pieces or [(tokens, ends)], order.argsort()
-
-
-@contextlib.contextmanager
-def evaluating(model):
-    """Eval mode in here; then each module is in the mode that it was in."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield model
-    finally:
-        for m in training:
-            m.training = True
-
-
-def training_mode(model, statistics=True):
-    """Training mode, but in what is frozen -> the BatchNorms in the rest, whose statistics move
-    only if `statistics`."""
-    model.train()
-    for module in model.modules():
-        parameters = list(module.parameters())
-        if parameters and not any(p.requires_grad for p in parameters):
-            module.eval()
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
-    for norm in norms:
-        norm.train(statistics)
-    return norms
-
-
-def unit(x):
-    """Rows of length 1, in fp32 (or fp64 if `x` is)."""
-    x = x if x.dtype == torch.float64 else x.float()
-    return x / x.norm(dim=-1, keepdim=True)
-
 
 def check_config(config):
     """ValueError for a config that no CLIP can have; what only torch can tell, it tells."""
@@ -745,3 +685,62 @@ class CLIP(nn.Module):
         """-> image features (B, D) and text features (N, D) with unit rows, and the scale ()."""
         return (self.encode_image(images, normalize=True),
                 self.encode_text(tokens, normalize=True), self.logit_scale.exp())
+
+
+# -----------------------------------------------------------------------------
+# What users of a CLIP share
+
+# How the names of the two heads begin; the ModifiedResNet's is a part of its pool.
+HEADS = ("visual.proj", "visual.attnpool.c_proj", "text_projection")
+
+
+def ends_of(tokens, pad_id=None):
+    """The place (N,) of each text's last token: CLIP's end of text, which is the largest id in the
+    vocabulary (argmax finds its first place), or where `pad_id` is given the last other id."""
+    if pad_id is None:
+        return tokens.argmax(dim=-1)
+    places = torch.arange(tokens.shape[-1], device=tokens.device)
+    return ((tokens != pad_id) * places).argmax(dim=-1)
+
+
+def text_pieces(tokens, size, pad_id=None):
+    """Texts (N, L) in pieces of `size`, sorted by length, so that short ones do not pay for the
+    longest -> (pieces [(tokens (n, l), ends (n,))] as `encode_text` takes them, places (N,)).
+    `torch.cat(features of the pieces)[places]` is in the order given."""
+    ends = ends_of(tokens, pad_id)
+    order = ends.argsort(stable=True)
+    pieces = [(tokens[rows, :int(ends[rows[-1]]) + 1], ends[rows])
+              for rows in order.split(size) if len(rows)]
+    return pieces or [(tokens, ends)], order.argsort()
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Eval mode in here; then each module is in the mode that it was in."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for m in training:
+            m.training = True
+
+
+def training_mode(model, statistics=True):
+    """Training mode for what trains, eval mode for what is frozen -> the BatchNorms in the former,
+    whose statistics move only if `statistics`."""
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            module.eval()
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    for norm in norms:
+        norm.train(statistics)
+    return norms
+
+
+def unit(x):
+    """Rows of length 1, in fp32 (or fp64 if `x` is)."""
+    x = x if x.dtype == torch.float64 else x.float()
+    return x / x.norm(dim=-1, keepdim=True)
