@@ -8,6 +8,7 @@
 The steps of a table take turns, and medians are compared: two runs of anything on a shared machine
 differ by more than some of these ratios. Weights, images and captions are drawn, for the arithmetic
 does not depend on them. Compared with: the packages of requirements-dev.txt, tests/official.py.
+OMP_NUM_THREADS says how many threads compute.
 """
 import contextlib
 import functools
@@ -293,7 +294,6 @@ def print_rows(names, calls, rounds, rate=False):
 
 
 def main(args):
-    torch.set_num_threads(args.threads or torch.get_num_threads())
     facts = pathlib.Path("/proc/cpuinfo")  # of Linux; elsewhere the processor's name is shorter
     names = re.findall("model name\\s*: (.*)", facts.read_text()) if facts.exists() else []
     print(f"{[*names, platform.processor()][0]}, {torch.backends.cpu.get_cpu_capability()}, "
@@ -318,7 +318,6 @@ def get_args(argv=None):
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"{', '.join(TABLES)}; a step; "
                         "or: before DIR (default: all tables but huge)")
     parser.add_argument("--rounds", type=device.whole(1), default=3, help="default: 3")
-    parser.add_argument("--threads", type=device.whole(), default=0, help="default: torch's choice")
     args = parser.parse_args(argv)
     if args.tables[:1] == ["before"]:
         if len(args.tables) != 2 or not pathlib.Path(
