@@ -199,7 +199,7 @@ def openai_names(state):
 HUGGING_FACE = set(  # what shapes tell, what is read below, and what changes no feature
     "_attn_implementation_autoset _name_or_path architectures attention_dropout "
     "attention_probs_dropout_prob bos_token_id classifier_dropout cls_token_id dim directionality "
-    "dropout dtype eos_token_id finetuning_task gradient_checkpointing hidden_dim "
+    "dropout dtype eos_token_id finetuning_task gradient_checkpointing hidden_act hidden_dim "
     "hidden_dropout_prob hidden_size id2label image_size initializer_factor initializer_range "
     "intermediate_size label2id layer_norm_eps length_penalty logit_scale_init_value mask_token_id "
     "max_length max_position_embeddings model_type n_heads n_layers num_attention_heads "
@@ -210,6 +210,9 @@ HUGGING_FACE = set(  # what shapes tell, what is read below, and what changes no
     "text_config_dict tie_weights_ tie_word_embeddings tokenizer_class top_k top_p torch_dtype "
     "transformers_version type_vocab_size typical_p unk_token_id use_cache vision_config "
     "vision_config_dict vocab_size".split())
+ONE_TOWER = {"clip_vision_model": "vision", "clip_text_model": "text"}
+CHINESE_CLIP = {"text": {"pool": "first"},  # what none of its own files says
+                "pixels": Pixels(resize="squash")}
 
 
 def known_from_hugging_face(read):
@@ -219,40 +222,35 @@ def known_from_hugging_face(read):
         return {}  # another program's
     if kind in FAMILIES:
         return {"text": bert_settings(config) | pooling_settings(read)}
-    allow({"model_type": kind}, model_type=(
-        "clip", "chinese_clip", "vision-text-dual-encoder", "clip_vision_model", "clip_text_model",
-        *FAMILIES))
-    known = {"pixels": pixels_from_hugging_face(read("preprocessor_config.json") or read(
-        "processor_config.json").get("image_processor"))}
-    image, text = ({**(config.get(f"{side}_config") or {}), **(config.get(f"{side}_config_dict")
-                   or {})} for side in ("vision", "text"))  # theirs: the old second one wins
-    image = config if kind == "clip_vision_model" else image
-    text = config if kind == "clip_text_model" else text
-    activations = tuple(ACTIVATIONS)
-    if not kind.startswith("clip_"):
-        allow(config, HUGGING_FACE)
-    if kind != "clip_text_model":
+    allow(config, HUGGING_FACE, model_type=(
+        "clip", "chinese_clip", "vision-text-dual-encoder", *ONE_TOWER, *FAMILIES))
+    towers = {ONE_TOWER[kind]: config} if kind in ONE_TOWER else {
+        side: {**(config.get(f"{side}_config") or {}), **(config.get(f"{side}_config_dict") or {})}
+        for side in ("vision", "text")}  # theirs: the old second table wins
+    image, text, activations = towers.get("vision"), towers.get("text"), tuple(ACTIVATIONS)
+    known = {"pixels": pixels_from_hugging_face(
+        read("preprocessor_config.json") or read("processor_config.json").get("image_processor"))}
+    if image is not None:
+        image = {"hidden_act": "quick_gelu", "hidden_size": 768, "num_attention_heads": 12} | image
         allow(image, HUGGING_FACE, hidden_act=activations, layer_norm_eps=(1e-5,),
               model_type=("clip", "clip_vision_model", "chinese_clip_vision_model"))
-        known["activation"] = image.get("hidden_act", "quick_gelu")
-        known["vision_head"] = head_width(image, 768, 12)
-        activations = (known["activation"],)  # there is one for both towers here
+        known["activation"] = image["hidden_act"]
+        known["vision_head"] = image["hidden_size"] // image["num_attention_heads"]
+        activations = (image["hidden_act"],)  # there is one for both towers here
     if kind == "chinese_clip":
-        known["text"] = bert_settings(text | {"model_type": "bert"}) | {"pool": "first"}
-    elif text.get("model_type") in FAMILIES:
+        known["pixels"] = known["pixels"] or CHINESE_CLIP["pixels"]
+        known["text"] = bert_settings(text | {"model_type": "bert"}) | CHINESE_CLIP["text"]
+    elif text is not None and text.get("model_type") in FAMILIES:
         known["text"] = bert_settings(text)
-    elif kind != "clip_vision_model":
-        text = {"hidden_act": "quick_gelu"} | text
+    elif text is not None:
+        text = {"hidden_act": "quick_gelu", "hidden_size": 512, "num_attention_heads": 8,
+                "vocab_size": 49_408} | text
         allow(text, HUGGING_FACE, hidden_act=activations, layer_norm_eps=(1e-5,),
-              model_type=("clip", "clip_text_model"),  # 2 is an old word for the largest id
-              eos_token_id=(2, text.get("vocab_size", 49_408) - 1))
+              model_type=("clip", "clip_text_model"),
+              eos_token_id=(2, text["vocab_size"] - 1))  # 2: an old word for the largest id
         known["activation"] = text["hidden_act"]
-        known["text_head"] = head_width(text, 512, 8)
+        known["text_head"] = text["hidden_size"] // text["num_attention_heads"]
     return known
-
-
-def head_width(config, width, heads):
-    return config.get("hidden_size", width) // config.get("num_attention_heads", heads)
 
 
 def bert_settings(config):

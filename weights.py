@@ -38,10 +38,10 @@ from clip_model import (
 from fetch import fetch, hash_files, only_one
 from files import expanded, mistaken, write_atomic, write_whole
 from layouts import (
-    CARD, WeightsError, about, card, check_layout, check_state, config_from_state_dict, describe,
-    hugging_face_tables, image_fields, is_chinese_clip, known_from_card, known_from_hugging_face,
-    known_from_open_clip, known_from_timm, name_of, one_line, open_clip_tables, openai_names,
-    skeleton, state_in, text_fields, to_hugging_face)
+    CARD, CHINESE_CLIP, WeightsError, about, card, check_layout, check_state,
+    config_from_state_dict, describe, hugging_face_tables, image_fields, is_chinese_clip,
+    known_from_card, known_from_hugging_face, known_from_open_clip, known_from_timm, name_of,
+    one_line, open_clip_tables, openai_names, skeleton, state_in, text_fields, to_hugging_face)
 
 OPENAI_URL = "https://openaipublic.azureedge.net/clip/models"
 RELEASED = {  # name -> sha256, which is also the folder in the URL
@@ -259,9 +259,11 @@ def read(name_or_path, activation=None):
             state, layout = openai_names(state)
             if card and kind == "safetensors" and layout == "chinese_clip":
                 layout = "safetensors"  # our own file of a CLIP with another BERT: same names
-        beside = {"hf": known_from_hugging_face, "openai": known_from_open_clip}.get(layout)
-        known = (known_from_card(card) if card else {"text": {"pool": "first"}} if not beside else
-                 beside(lambda name: read_json(path.parent / name)))
+        def beside(name):
+            return read_json(path.parent / name)
+        known = (known_from_card(card) if card else
+                 known_from_hugging_face(beside) if layout == "hf" else
+                 known_from_open_clip(beside) if layout == "openai" else dict(CHINESE_CLIP))
         if (known.get("text") or {}).get("pool", "pooler") != "pooler":
             state = {name: t for name, t in state.items() if not name.startswith("bert.pooler.")}
         state = spread_embedding(state, known.get("vocab_size", 49_408))
@@ -317,10 +319,7 @@ def load(name_or_path=None, image_tower=None, text_tower=None, proj="linear", em
         model = CLIP(config)
     name = name_of(config)
     model.origin = source.origin | ({"name": name} if name != "custom" else {})
-    pixels = source.known.get("pixels")
-    if pixels is None and is_chinese_clip(config):  # its files do not say it: squashed, no crop
-        pixels = dataclasses.replace(model.pixels, resize="squash")
-    return fill(model, source.state, pixels, source.vocabulary)
+    return fill(model, source.state, source.known.get("pixels"), source.vocabulary)
 
 
 def fill(model, state, pixels, vocabulary):

@@ -21,7 +21,6 @@ import sys
 
 from device import guard, Parser, UserError  # before torch
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from clip_model import CLIP, CONFIGS, canonical_name, ends_of
@@ -29,8 +28,7 @@ from layouts import (
     LAYOUTS, WeightsError, about, config_from_state_dict, describe, image_fields, name_of, state_in,
     text_fields)
 from tokenizer import TokenizerError, for_model
-from weights import (
-    RELEASED, backbone_source, export, load, locate, read, read_file, save, sha256_of)
+from weights import RELEASED, export, load, locate, read, read_file, save, sha256_of
 
 # -----------------------------------------------------------------------------
 # inspect
@@ -51,7 +49,7 @@ def inspect(name_or_path):
         state = source.state
         report |= {"layout": source.origin["layout"], "notes": source.origin["notes"],
                    "vocabulary": source.vocabulary and source.vocabulary.get("kind")}
-        report |= architecture(source, path)
+        report |= architecture(source)
     except WeightsError as error:
         report["why"] = str(error)
     dtypes = collections.Counter(str(t.dtype).removeprefix("torch.") for t in state.values())
@@ -62,8 +60,8 @@ def inspect(name_or_path):
             "parameters": sum(t.numel() for n, t in state.items() if not n.endswith(buffers))}
 
 
-def architecture(source, path):
-    """The CLIP, a tower of one, or the classifier that these tensors make."""
+def architecture(source):
+    """The CLIP, or the tower of one, that these tensors make."""
     state, known = source.state, source.known
     if "logit_scale" in state:
         config = config_from_state_dict(state, **known)
@@ -74,25 +72,8 @@ def architecture(source, path):
             config = fields(state, known)
             bert = config.get("text")
             return {"architecture": kind, "config": dataclasses.asdict(bert) if bert else config}
-    for name in mentioned(path.stem):
-        with contextlib.suppress(ImportError, ValueError, RuntimeError):
-            backbone_source(name, state)
-            return {"architecture": "classifier", "config": {"backbone": name},
-                    "use_it_as": f"--image-tower {name}:{path}"}
-    raise WeightsError("neither a CLIP, a tower of one, nor a classifier that its name mentions")
-
-
-def mentioned(stem):
-    """The classifiers of torchvision and timm that a file's name mentions, longest first."""
-    names = []
-    with contextlib.suppress(ImportError, RuntimeError, OSError):
-        from torchvision import models
-        names += models.list_models(module=models)
-    with contextlib.suppress(ImportError):
-        import timm
-        names += [f"timm:{name}" for name in timm.list_models()]
-    names = [name for name in names if name.removeprefix("timm:") in stem.lower()]
-    return sorted(names, key=lambda name: -len(name.removeprefix("timm:")))
+    raise WeightsError("neither a CLIP nor a tower of one; the state dict of a classifier is given "
+                       "as --image-tower NAME:FILE")
 
 
 # -----------------------------------------------------------------------------
@@ -205,31 +186,20 @@ def inherit(student, teacher):
     depths = {"image": (small.vision_layers, large.vision_layers),
               "text": (small.text_layers, large.text_layers)}
     for name, tensor in student.state_dict().items():
-        block = BLOCK.fullmatch(name)
+        source, block = name, BLOCK.fullmatch(name)
         if block:
-            mine, of = depths["image" if name.startswith("visual.") else "text"]
-            source = theirs[f"{block[1]}.{int(block[2]) * of // mine}.{block[3]}"]
-        else:
-            source = theirs[name]
-        if name == "visual.positional_embedding" and len(source) != len(tensor):
-            source = resize_positions(source, len(tensor) - 1)
-        if any(small > large for small, large in zip(tensor.shape, source.shape)):
+            few, many = depths["image" if name.startswith("visual.") else "text"]
+            source = f"{block[1]}.{int(block[2]) * many // few}.{block[3]}"
+        source = theirs[source]
+        if any(mine > own for mine, own in zip(tensor.shape, source.shape)):
             raise WeightsError(f"{name} is {tuple(source.shape)} in the model and cannot become "
                                f"{tuple(tensor.shape)}; name sizes that are not larger")
         parts = source.chunk(3) if ".in_proj_" in name else [source]  # queries, keys, values
-        shape = (len(tensor) // len(parts), *tensor.shape[1:]) if tensor.dim() else ()
-        leading = [part[tuple(slice(size) for size in shape)] for part in parts]
-        tensor.copy_(torch.cat(leading) if len(parts) > 1 else leading[0])
-    return [f"{side} tower: blocks {', '.join(str(i * of // mine) for i in range(mine))} of {of}"
-            for side, (mine, of) in depths.items()]
-
-
-def resize_positions(table, patches):
-    """A ViT's position table (1 + G*G, W) for another square number of patches, the class token's
-    row kept; bicubic, smoothed where it shrinks, as in OpenCLIP."""
-    grid = table[1:].t().unflatten(1, (math.isqrt(len(table) - 1), -1))[None]  # (1, W, G, G)
-    grid = F.interpolate(grid, (math.isqrt(patches),) * 2, mode="bicubic", antialias=True)
-    return torch.cat([table[:1], grid[0].flatten(1).t()])
+        mine = tensor.chunk(len(parts)) if len(parts) > 1 else [tensor]
+        for part, own in zip(parts, mine):
+            own.copy_(part[tuple(slice(size) for size in own.shape)])
+    return [f"{side} tower: blocks {', '.join(str(i * many // few) for i in range(few))} of {many}"
+            for side, (few, many) in depths.items()]
 
 
 # -----------------------------------------------------------------------------
