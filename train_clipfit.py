@@ -38,6 +38,7 @@ state: resuming is exact to the bit. As another run's --weights it brings the fr
 import argparse
 import csv
 import dataclasses
+import functools
 import io
 import itertools
 import math
@@ -52,8 +53,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from clip_model import text_pieces, unit
-from data import (add_data_flags, class_prompts, few_shot, find_classes, halves, make_loader,
-                  normalise, open_dataset, Preprocess, require_words)
+from data import (add_data_flags, class_prompts, few_shot, find_classes, halves, KNOWN,
+                  make_loader, normalise, open_dataset, Preprocess, require_words)
 from large_batch import TwoPass
 from scores import classification_scores, encode_images, linear_probe, zero_shot
 from tokenizer import for_model
@@ -263,15 +264,14 @@ def report(run, task, few, step, probed, after, args, identity):
         **summary(task.zero_shot, args, "zero_shot_"), **summary(probed, args, "linear_probe_"),
         **summary(after, args), "departures": task.departures, "identity": identity}
     results["gain"] = results["accuracy"] - results["zero_shot_accuracy"]
-    words = [f"zero-shot {results['zero_shot_accuracy']:.2f} %"]
+    what = "H of base and new" if args.setting == "base2new" else "accuracy"
+    said = f"{what}: zero-shot {results['zero_shot_accuracy']:.2f} %"
     if "linear_probe_accuracy" in results:
-        words.append(f"linear probe {results['linear_probe_accuracy']:.2f} %")
+        said += f", linear probe {results['linear_probe_accuracy']:.2f} %"
     if step:
-        words.append(f"trained {results['accuracy']:.2f} % (shots {results['shots']}, seed "
-                     f"{results['seed']}), gain {results['gain']:+.2f}")
-    run.say(f"{'dry run, no result: ' if args.dry_run else ''}"
-            f"{'H of base and new' if args.setting == 'base2new' else 'accuracy'}: "
-            f"{', '.join(words)}")
+        said += (f", trained {results['accuracy']:.2f} % (shots {results['shots']}, seed "
+                 f"{results['seed']}), gain {results['gain']:+.2f}")
+    run.say("dry run, no result: " * args.dry_run + said)
     run.write("shots.json", {"train": list(zip(few.paths, few.labels))})
     for name, images in task.tests.items():
         write_tables(run, name, images, task.zero_shot[name], after[name], args)
@@ -285,10 +285,10 @@ def write_tables(run, name, images, before, after, args):
         after["labels"], before["predictions"], after["predictions"]))
     run.write(f"predictions_{name}.csv", csv_text(
         ("path", "label", "zero_shot", "tuned"), zip(images.paths, labels, zero_shot, tuned)))
+    counts = after["confusion"].sum(axis=1).tolist()
     run.write(f"per_class_{name}.csv", csv_text(
         ("class", "images", "zero_shot", "tuned"),
-        zip(images.classnames, after["confusion"].sum(axis=1).tolist(), before["per_class"],
-            after["per_class"])))
+        zip(images.classnames, counts, before["per_class"], after["per_class"])))
     run.write(f"confusion_{name}.json", {
         "classes": images.classnames, "templates": args.template or [images.template],
         "zero_shot": before["confusion"].tolist(), "tuned": after["confusion"].tolist()})
@@ -303,7 +303,7 @@ def csv_text(head, rows):
 def tabulate(run, results, args):
     """table.md, table.csv and results.json of several runs, from unrounded numbers -> results."""
     parts = [] if args.setting == "fewshot" else [f"{name}_" for name in results[0]["images"]]
-    rows, by_shots = [], {}
+    rows = []
     for place, shots in enumerate(args.shots):  # results come shots by shots, seed by seed
         runs, means = results[place * len(args.seed):][:len(args.seed)], []
         for part in (*parts, ""):  # the last is the run's one number
@@ -317,9 +317,9 @@ def tabulate(run, results, args):
             rows.append({"shots": shots, "score": name, "zero-shot": before,
                          "linear probe": statistics.fmean(probed),
                          **{f"seed {seed}": x for seed, x in zip(args.seed, values)},
-                         "mean": means[-1], "gain": means[-1] - before,
-                         "std": statistics.stdev(values) if len(values) > 1 else math.nan})
-        by_shots[shots] = rows[-1]
+                         "mean": means[-1],
+                         "std": statistics.stdev(values) if len(values) > 1 else math.nan,
+                         "gain": means[-1] - before})
     lines = [rows[0], ["---:"] * len(rows[0]), *(row.values() for row in rows)]
     table = "\n".join("| " + " | ".join(
         str(x) if isinstance(x, (int, str)) else "" if math.isnan(x) else f"{x:.2f}"
@@ -333,7 +333,7 @@ def tabulate(run, results, args):
     return run.finish({**{key: results[0][key] for key in same}, "shots": args.shots,
                        "seed": args.seed, "accuracy": last["mean"], "gain": last["gain"],
                        "linear_probe_accuracy": last["linear probe"],
-                       "accuracy_at_shots": last["shots"], "by_shots": by_shots, "runs": results})
+                       "accuracy_at_shots": last["shots"], "runs": results})
 
 
 # -----------------------------------------------------------------------------
@@ -341,8 +341,6 @@ def tabulate(run, results, args):
 
 SHIFTS = ("imagenetv2", "imagenet-sketch", "imagenet-a", "imagenet-r")
 IN_MEMORY = 2 << 30  # bytes of decoded training images to keep; more are read at every step
-PAPER = ("caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft",
-         "sun397", "dtd", "eurosat", "ucf101", "imagenet")
 
 
 def fill_recipe(args, data, model):
@@ -363,7 +361,7 @@ def fill_recipe(args, data, model):
     notes += [f"model {model} (official: ViT-B/16)"] * (model != "ViT-B/16")
     if args.epochs <= args.warmup:
         notes.append(f"--epochs {args.epochs}: all of them are warm-up, at a rate of 1e-5")
-    if args.setting == "dg" or data not in PAPER:
+    if args.setting == "dg" or data not in KNOWN:
         notes.append(f"--data {data} --setting {args.setting} has no official recipe")
     return notes
 
@@ -372,13 +370,10 @@ def open_data(run, args):
     """-> all training and validation images, the labels to train on, {name: test images}."""
     if not args.no_download:
         run.on_first(lambda: open_dataset(args.data, "train", args.data_dir).name)
-
-    def opened(name, split):
-        return open_dataset(name, split, args.data_dir, download=False)
+    opened = functools.partial(open_dataset, data_dir=args.data_dir, download=False)
     train_set, test = opened(args.data, "train"), opened(args.data, "test")
-    val = train_set.subset([])
-    if train_set.counts["val"] and train_set.name != "imagenet":  # ImageNet's is its test set
-        val = opened(args.data, "val")
+    own_val = train_set.counts["val"] and train_set.name != "imagenet"  # whose val is its test
+    val = opened(args.data, "val") if own_val else train_set.subset([])
     require_words(train_set)  # an id makes no prompt
     names = train_set.classnames
     labels = find_classes(names, args.classes) if args.classes else list(range(len(names)))
@@ -423,14 +418,13 @@ def open_task(run, args, train_set, tests):
         tests[name] = images.with_transform(Preprocess.of(model))
     departures = fill_recipe(args, train_set.name, model.origin["name"])
     count, total = (sum(p.numel() for p in ps) for ps in (trainable.values(), model.parameters()))
-    for note in model.origin["notes"]:
-        run.say(note)
     run.say(f"{model.origin['name']}: {count:,} of {total:,} parameters are trainable, in "
             f"{len(trainable)} tensors")
     if not any(name.startswith("visual.") for name in trainable):
         run.say("note: the image tower has no LayerNorm; only the text tower's biases train")
-    for departure in departures:
-        run.say(f"departs from the official recipe: {departure}")
+    for note in [*model.origin["notes"],
+                 *(f"departs from the official recipe: {departure}" for departure in departures)]:
+        run.say(note)
     return Task(model, tokenizer, tests, prompts, trainable,
                 {name: p.detach().clone() for name, p in trainable.items()}, departures, {})
 

@@ -132,6 +132,44 @@ def test_accuracy_and_f1_are_scikit_learns():
     helpers.refused(lambda: classification_scores([0, 1], [-1, -1], 2))
 
 
+def blobs(per_class, seed, classes=5, width=8):
+    """Unit features around a centre for each class, and their labels."""
+    stream = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(classes), per_class)
+    centres = np.random.default_rng(0).standard_normal((classes, width))
+    features = 1.5 + centres[labels] + 1.2 * stream.standard_normal((len(labels), width))
+    features = torch.from_numpy(features / np.linalg.norm(features, axis=1)[:, None])
+    return features.float(), torch.from_numpy(labels)
+
+
+@pytest.mark.parametrize("C", [0.1, 3.0, 300.0])
+def test_the_linear_probe_is_scikit_learns_logistic_regression(C):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    (features, labels), val = blobs(16, 1), blobs(4, 2)
+    lost = torch.cat([features, torch.full((1, 8), torch.nan)]), torch.cat([labels, torch.tensor([-1])])
+    weight, bias, chosen = linear_probe(*lost, 5, val, [C])
+    theirs = linear_model.LogisticRegression(C=C, max_iter=5000, tol=1e-10)
+    theirs.fit(features.double().numpy(), labels.numpy())
+    assert chosen == C
+    assert np.allclose(weight, theirs.coef_, atol=1e-3 * np.abs(theirs.coef_).max())
+    assert np.allclose(bias - bias.mean(), theirs.intercept_ - theirs.intercept_.mean(), atol=1e-2)
+
+
+def test_the_linear_probe_is_where_its_gradient_vanishes_and_val_chooses_its_strength():
+    """C * (softmax - one_hot)^T x + weight = 0, column by column; the bias has no penalty."""
+    (features, labels), val, strengths = blobs(6, 3), blobs(30, 4), (0.01, 0.3, 10, 1000)
+    found = [linear_probe(features, labels, 5, val, [C]) for C in strengths]
+    for weight, bias, C in found:
+        excess = (features @ weight.T + bias).softmax(dim=1) - torch.eye(5)[labels]
+        assert torch.allclose(C * excess.T @ features, -weight, atol=2e-3 * C ** 0.5)
+        assert excess.sum(dim=0).abs().max() < 1e-3
+    right = [((val[0] @ weight.T + bias).argmax(dim=1) == val[1]).sum() for weight, bias, _ in found]
+    assert len({int(x) for x in right}) > 1
+    chosen = linear_probe(features, labels, 5, val, strengths)[2]
+    assert chosen == strengths[int(torch.stack(right).argmax())]
+    assert 1 < linear_probe(features, labels, 5)[2] < 1000  # one that nothing had to choose
+
+
 # -----------------------------------------------------------------------------
 # Encoding a set
 

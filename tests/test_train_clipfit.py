@@ -3,6 +3,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 import types
 
 import official
@@ -32,10 +33,14 @@ def refusal(folder, *flags, names=()):
     return refused(attempt("train_clipfit", "--output-dir", folder, *flags), *names)
 
 
-def prompts_of(names):
-    tokens = BPETokenizer()([f"a photo of a {name}, a type of texture." for name in names])
-    pieces, places = text_pieces(tokens, 2)  # in several pieces
-    return tokens, (pieces, places[None])
+TEMPLATES = ("a photo of a {}, a type of texture.", "{}")
+
+
+def prompts_of(names, templates=TEMPLATES[:1]):
+    """Tokens (T, C, 77) and what the step takes: pieces of two prompts, and their places."""
+    tokens = torch.stack([BPETokenizer()(class_prompts(names, x)) for x in templates])
+    pieces, places = text_pieces(tokens.flatten(0, 1), 2)
+    return tokens, (pieces, places.view(-1, len(names)))
 
 
 def gradient(model, images, labels, prompts, pretrained, reg_weight=8.0, micro_batch=0):
@@ -55,7 +60,7 @@ def twin():
     equal ones the drift would be 0 and prove nothing. float64."""
     model, before = tiny_clip(dtype=torch.float64), tiny_clip(dtype=torch.float64, seed=7)
     choose_trainable(model)
-    tokens, prompts = prompts_of(CLASSES)
+    (tokens,), prompts = prompts_of(CLASSES)
     labels = torch.arange(12) % len(CLASSES)
     pretrained = unit(official.text_features(before, tokens)).detach()
     return model, images_for(model, 12), labels, tokens, prompts, pretrained
@@ -113,6 +118,23 @@ def test_loss_and_gradient_equal_the_official_two_pass_77_token_computation(twin
     largest = max(g.abs().max() for g in theirs.values())
     for name in theirs:
         assert (ours[name] - theirs[name]).abs().max() <= 1e-12 * largest, name
+
+
+@pytest.mark.parametrize("micro_batch", [0, 3])
+def test_several_templates_give_the_gradient_of_their_mean_feature(twin, micro_batch):
+    """Against autograd of everything at once, in float64."""
+    model, images, labels, _, _, pretrained = twin
+    tokens, prompts = prompts_of(CLASSES, TEMPLATES)
+    losses, ours = gradient(model, images, labels, prompts, pretrained, micro_batch=micro_batch)
+    model.zero_grad(set_to_none=True)
+    text = unit(sum(unit(official.text_features(model, each)) for each in tokens) / 2)
+    logits = model.logit_scale.exp() * unit(official.image_features(model, images)) @ text.T
+    drift = 1 - (text * pretrained).sum(dim=1).mean()
+    loss = torch.nn.functional.cross_entropy(logits, labels) + 8 * drift
+    loss.backward()
+    assert float(losses["loss"]) == pytest.approx(float(loss), rel=1e-6)
+    for name, p in choose_trainable(model).items():
+        assert torch.allclose(ours[name], p.grad, rtol=1e-9, atol=1e-11), name
 
 
 def test_the_first_loss_is_the_zero_shot_cross_entropy_and_drift_moves_text_biases_only(twin):
@@ -262,6 +284,7 @@ def test_base_to_new_trains_on_half_of_the_classes(tmp_path):
         base, new = one["base_accuracy"], one["new_accuracy"]
         assert one["accuracy"] == pytest.approx(2 * base * new / (base + new))
         assert one["images"] == {"base": 500, "new": 500}
+        assert one["linear_probe_base_accuracy"] > 30 and "linear_probe_accuracy" not in one
     base, new = (sum(r[f"{part}_accuracy"] for r in found["runs"]) / 2 for part in ("base", "new"))
     assert found["accuracy"] == pytest.approx(2 * base * new / (base + new))  # H of the averages
     shots = json.loads((tmp_path / "shots2_seed1" / "shots.json").read_text())["train"]
@@ -299,6 +322,9 @@ def test_domain_generalisation_trains_on_imagenet_and_tests_on_its_four_shifts(t
     assert found["images"] == {"imagenet": 8, "imagenetv2": 8, "imagenet-sketch": 8,
                                "imagenet-a": 6, "imagenet-r": 6}
     assert found["accuracy"] == found["imagenet_accuracy"]
+    probed = {key for key in found if key.startswith("linear_probe") and key.endswith("accuracy")}
+    assert probed == {f"linear_probe_{part}accuracy" for part in (
+        "", "imagenet_", "imagenetv2_", "imagenet-sketch_")}  # those that have its classes
     assert any("--setting dg" in note for note in found["departures"])
 
 
@@ -350,6 +376,25 @@ def test_half_precision_trains_with_the_drift_term(tmp_path):
 # -----------------------------------------------------------------------------
 # Results
 
+def test_the_linear_probe_has_the_features_of_the_start_without_augmentation(tmp_path):
+    sklearn = pytest.importorskip("sklearn.linear_model")
+    done = attempt("train_clipfit", "--workers", 0, "--epochs", 2, "--shots", 3,
+                   "--output-dir", tmp_path).ok()
+    C, count = re.search(r"linear probe: C (\S+), chosen on (\d+) val", done.out).groups()
+    few, val = few_shot(open_dataset("demo", "train"), 3, 1, open_dataset("demo", "val"))
+    assert int(count) == len(val) == 30
+    model, sets = weights.load("tiny"), []
+    for images in (few, open_dataset("demo", "test")):
+        pixels = torch.stack([images.with_transform(Preprocess(64))[i][0]
+                              for i in range(len(images))])
+        with torch.no_grad():
+            sets.append((model.encode_image(normalise(pixels), normalize=True), images.labels))
+    (features, labels), (unseen, truth) = sets
+    probe = sklearn.LogisticRegression(C=float(C), max_iter=5000).fit(features, labels)
+    accuracy = results(tmp_path)["linear_probe_accuracy"]
+    assert 100 * probe.score(unseen, truth) == pytest.approx(accuracy, abs=0.5)  # C is rounded
+
+
 def test_the_tables_say_what_a_plain_loop_says(tmp_path):
     found = clipfit(tmp_path, *FEW, "--shots", 8, "--epochs", 6)
     rows = list(csv.DictReader(open(tmp_path / "predictions_test.csv", encoding="utf-8")))
@@ -394,7 +439,7 @@ def test_unreadable_images_are_counted_and_named_and_too_many_are_refused(tmp_pa
     found = results(tmp_path / "one")
     assert found["unreadable_images"] == 1 and found["images"] == {"test": 119}
     assert found["training_images"] in (23, 24) and "test/red/3.png" in done.out
-    assert "5.png" in done.out
+    assert "5.png" in done.out and "no validation images" in done.out
     for i in range(4):
         (data / f"test/green/{i}.png").write_bytes(b"no image")
     refusal(tmp_path / "two", *flags[:-1], names=("of 120",))
