@@ -95,7 +95,7 @@ DROPPED = {
     "eval_every": "every epoch is judged",
     **dict.fromkeys(("wd_rule", "beta2", "eps", "schedule", "min_lr"), "AdamW(0.9, 0.98, 1e-6), a "
                     "warm-up and half a cosine are fixed; matrices decay")}
-RESERVED = ("init", "cache", "export", "embeddings", "search")  # folders of a run
+RESERVED = ("init", "cache", "export", "embeddings", "search", "tensorboard")  # folders of a run
 DEMO = pathlib.Path(__file__).resolve().parent / "assets" / "demo_plan.json"
 
 

@@ -189,31 +189,32 @@ def evaluate(run, model, pairs, tokenizer, args, draws=0):
             "texts": len(text)}
 
 
-def forgetting_of(rows):
-    """-> {set: how far the r1 of the last stage is below the best row}, and backward transfer: what
-    later stages did to the sets of earlier ones, on average, or None (Lopez-Paz and Ranzato 2017).
-    Rows of `wise` do not count."""
+def forgetting_of(rows, score):
+    """-> {set: how far the last stage is below the best row}, and backward transfer: what later
+    stages did to the sets of earlier ones, on average, or None (Lopez-Paz and Ranzato 2017). Rows
+    of `wise` do not count."""
     rows = [row for row in rows if row["kind"] != "wise"]
-    r1 = {row["stage"]: {name: x["r1"] for name, x in row["sets"].items()} for row in rows}
-    last = r1[rows[-1]["stage"]]
-    lost = {name: max(row[name] for row in r1.values()) - last[name] for name in last}
-    gains = [last[row["stage"]] - r1[row["stage"]][row["stage"]] for row in rows[1:-1]]
+    last = {name: x[score] for name, x in rows[-1]["sets"].items()}
+    lost = {name: max(row["sets"][name][score] for row in rows) - last[name] for name in last}
+    gains = [last[row["stage"]] - row["sets"][row["stage"]][score] for row in rows[1:-1]]
     return lost, sum(gains) / len(gains) if gains else None
 
 
-def matrix_text(rows, lost, back):
-    """The matrix of r1 as Markdown."""
-    sets = rows[0]["sets"]
-    lines = ["R@1, mean of both directions, in % [95 % interval]", "", "| weights | " + " | ".join(
-        f"{name} ({x['images']} images)" for name, x in sets.items()) + " |",
-        "|---" * (len(sets) + 1) + "|"]
-    for row in rows:
-        cells = ("{:.1f} [{:.1f}, {:.1f}]".format(x["r1"], *x["interval"]["r1"])
-                 for x in row["sets"].values())
-        lines.append(f"| {row['row']} | {' | '.join(cells)} |")
-    lines += ["| forgotten | " + " | ".join(f"{x:.1f}" for x in lost.values()) + " |", ""]
-    if back is not None:
-        lines += [f"backward transfer, later stages' effect on earlier sets: {back:+.1f}", ""]
+def matrix_text(rows):
+    """The matrix as Markdown: R@1, then mean recall."""
+    sets, lines = rows[0]["sets"], []
+    names = " | ".join(f"{name} ({x['images']} images)" for name, x in sets.items())
+    for score, title in (("r1", "R@1"), ("mean_recall", "Mean of R@1, 5 and 10")):
+        lost, back = forgetting_of(rows, score)
+        lines += [f"{title} both ways, in % [95 % interval]", "", f"| weights | {names} |",
+                  "|---" * (len(sets) + 1) + "|"]
+        for row in rows:
+            cells = ("{:.1f} [{:.1f}, {:.1f}]".format(x[score], *x["interval"][score])
+                     for x in row["sets"].values())
+            lines.append(f"| {row['row']} | {' | '.join(cells)} |")
+        lines += ["| forgotten | " + " | ".join(f"{x:.1f}" for x in lost.values()) + " |", ""]
+        if back is not None:
+            lines += [f"backward transfer, later stages' effect on earlier sets: {back:+.1f}", ""]
     return "\n".join(lines)
 
 
@@ -554,8 +555,8 @@ def run_plan(run, model, plan, stages, tests, tokenizer, out, args, about):
 
 def report(run, model, rows, stages, tests, tokenizer, args):
     """Write the matrix -> the results, but for what `Run.finish` adds."""
-    lost, back = forgetting_of(rows)
-    text = matrix_text(rows, lost, back)
+    lost, back = forgetting_of(rows, "r1")
+    text = matrix_text(rows)
     run.write("matrix.md", text)
     run.say(text.rstrip())
     last = [row for row in rows if row["kind"] != "wise"][-1]
