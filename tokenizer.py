@@ -12,8 +12,7 @@ white space folded, lower case), cut by a regular expression into pieces without
 every piece is merged bottom-up from bytes (Sennrich et al. 2016):
 
 1. Each UTF-8 byte is written as one printable character, so that the merge list can be a text file.
-2. The last character of a piece carries "</w>": "cat" at the end of a word is another symbol than
-   "cat" inside "category".
+2. The last character of a piece carries "</w>": "cat" is another symbol than in "category".
 3. Of all neighbouring pairs the one that stands first in the merge list is joined, wherever it
    occurs, until no neighbouring pair is in the list.
 
@@ -298,17 +297,14 @@ class WordPieceTokenizer(Tokenizer):
     def _encode_word(self, word):
         if len(word) > self.longest_word:
             return [self.unknown_id]
-        ids, start = [], 0
-        while start < len(word):
-            mark = "##" if start else ""
-            for end in range(min(len(word), start + self.longest_token), start, -1):
-                found = self.ids.get(mark + word[start:end])
-                if found is not None:
-                    break
-            else:
+        ids, mark = [], ""
+        while word:
+            lengths = range(min(len(word), self.longest_token), 0, -1)
+            longest = next((n for n in lengths if mark + word[:n] in self.ids), 0)
+            if not longest:
                 return [self.unknown_id]
-            ids.append(found)
-            start = end
+            ids.append(self.ids[mark + word[:longest]])
+            word, mark = word[longest:], "##"
         return ids
 
     def _join(self, symbols):
@@ -384,8 +380,8 @@ def read_files(path):
     """What `read_vocabulary` gives, unchecked. Raises anything."""
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
-        files = [path / name for name in ("vocab.txt", "vocab.json", "tokenizer.json")]
-        path = next((file for file in files if file.is_file()), files[0])
+        names = "vocab.txt", "vocab.json", "tokenizer.json"
+        path = next((path / name for name in names if (path / name).is_file()), path / names[0])
 
     def lines(file):  # not splitlines(): the Chinese vocabulary has a row that is U+2028
         return file.read_text("utf-8").removesuffix("\n").split("\n")
