@@ -107,6 +107,8 @@ FAULTS = [
     Fault(7, "mean-of-prompts", "scores.py", "mean of prompts before they are normalised",
           "parts = unit(features).split", "parts = features.split",
           "test_scores.py -k unit_vectors"),
+    Fault(7, "probe-penalty", "scores.py", "the linear probe's penalty forgets C",
+          "(2 * C * len(x))", "(2 * len(x))", "test_scores.py -k probe"),
     Fault(7, "ties", "scores.py", "equal scores count as found",
           "ahead = (scores > best) | (scores == best) & (places < first[:, None])",
           "ahead = scores > best", "test_scores.py -k recalls"),

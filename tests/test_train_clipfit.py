@@ -165,25 +165,30 @@ def test_an_unreadable_image_adds_nothing_to_the_gradient(twin):
 
 
 def test_twenty_steps_equal_sgd_written_out(tmp_path):
-    """The script's weights against a plain loop: same images, same order, decay on every tensor."""
-    clipfit(tmp_path, "--epochs", 5, "--batch-size", 10, "--reg-weight", 8, "--lr", 0.01)
+    """The script's weights against a plain loop: same images, same order, decay on every tensor,
+    gradients longer than 2 made 2 long."""
+    clipfit(tmp_path, "--epochs", 5, "--batch-size", 10, "--reg-weight", 8, "--lr", 0.01,
+            "--grad-clip", 2)
     ours, model = checkpoint(tmp_path)["weights"], weights.load("tiny").eval()
     trainable = choose_trainable(model)
     few = few_shot(open_dataset("demo", "train"), 4, 1)
     loader = make_loader(few.with_transform(Preprocess(64, True, 1)), 10, seed=1)
     tokens = BPETokenizer()([few.template.format(name) for name in few.classnames])
     before = unit(official.text_features(model, tokens)).detach()
-    momentum = {name: torch.zeros_like(p) for name, p in trainable.items()}
+    momentum, norms = {name: torch.zeros_like(p) for name, p in trainable.items()}, []
     for epoch in range(5):
         loader.batch_sampler.set_epoch(epoch)
         lr = 1e-5 if epoch == 0 else 0.005 * (1 + math.cos(math.pi * (epoch - 1) / 5))
         for images, labels, _ in loader:
             model.zero_grad(set_to_none=True)
             official.loss(model, normalise(images), labels, tokens, before, 8.0)[0].backward()
+            norms.append(float(torch.cat([p.grad.flatten() for p in trainable.values()]).norm()))
             with torch.no_grad():
                 for name, p in trainable.items():
-                    momentum[name] = 0.9 * momentum[name] + p.grad + 5e-4 * p
+                    clipped = p.grad * min(1, 2 / norms[-1])
+                    momentum[name] = 0.9 * momentum[name] + clipped + 5e-4 * p
                     p -= lr * momentum[name]
+    assert min(norms) < 2 < max(norms), norms
     for name, p in trainable.items():
         assert torch.allclose(p, ours[name], atol=2e-5), name
 
