@@ -58,19 +58,17 @@ def allow(table, harmless=None, **allowed):
 # Names
 
 def state_in(content):
-    """The named tensors in what a file holds -> (state, notes).
+    """The named tensors in what a file holds.
 
     Finds the state dict inside a training checkpoint and takes off the prefixes that wrappers
     leave (`module.` of DDP, `_orig_mod.` of torch.compile, `model.` of Lightning).
     """
-    notes, wrappers = [], ("state_dict", "model", "model_state_dict", "module", "net", "weights",
-                           "ema", "model_ema", "state_dict_ema")
-    while isinstance(content, dict) and len(notes) < 8:  # a hostile file can hold itself
-        inner = [key for key in wrappers if isinstance(content.get(key), dict) and content[key]]
-        if not inner:
-            break
-        notes.append(f"weights found under {inner[0]!r}")
-        content = content[inner[0]]
+    wrappers = ("state_dict", "model", "model_state_dict", "module", "net", "weights", "ema",
+                "model_ema", "state_dict_ema")
+    for _ in range(8):  # not for ever: a hostile file can hold itself
+        inner = [content[key] for key in wrappers if isinstance(content, dict)
+                 and isinstance(content.get(key), dict) and content[key]]
+        content = inner[0] if inner else content
     state = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)
              and isinstance(name, str)} if isinstance(content, dict) else {}
     if not state:
@@ -83,8 +81,7 @@ def state_in(content):
     prefixes = ("module.", "_orig_mod.", "model.", "clip.")
     while found := next((p for p in prefixes if all(n.startswith(p) for n in state)), None):
         state = {name.removeprefix(found): value for name, value in state.items()}
-        notes.append(f"prefix {found!r} removed")
-    return state, notes
+    return state
 
 
 HF_NAMES = [  # (OpenAI's, Hugging Face's); whole names first, then beginnings, then fragments
@@ -268,12 +265,12 @@ def bert_settings(config):
 
 def pooling_settings(read):
     """How sentence-transformers makes one vector of a text; {} where it does not say."""
-    config = read("1_Pooling/config.json")
-    modes = [key for key, on in config.items() if on is True and key.startswith("pooling_mode_")]
-    modes = modes or [config[key] for key in ["pooling_mode"] if key in config]
+    config, prefix = read("1_Pooling/config.json"), "pooling_mode_"
+    modes = [key.removeprefix(prefix) for key, on in config.items()
+             if on is True and key.startswith(prefix)]
+    modes += [config["pooling_mode"]] if "pooling_mode" in config else []
     modes += ["a Dense layer"] if read("2_Dense/config.json") else []
-    known = {"pooling_mode_mean_tokens": "mean", "mean": "mean", "pooling_mode_cls_token": "first",
-             "cls": "first"}
+    known = {"mean_tokens": "mean", "mean": "mean", "cls_token": "first", "cls": "first"}
     allow({"pooling": " + ".join(modes)}, pooling=("", *known))
     return {"pool": known[modes[0]]} if modes else {}
 
@@ -480,12 +477,11 @@ def name_of(config):
 
 def describe(config):
     """The two towers in one line."""
-    image = config.backbone or (f"ViT with patches of {config.vision_patch}" if config.vision_patch
-                                else "ModifiedResNet")
-    return (f"{name_of(config)} CLIP: {image}, {config.vision_layers} blocks, width "
-            f"{config.vision_width}, {config.image_size} pixels; "
-            f"{config.text.family if config.text else 'transformer'}, {config.text_layers} blocks, "
-            f"width {config.text_width}, {config.vocab_size:,} tokens")
+    image = config.backbone or ("ViT" if config.vision_patch else "ModifiedResNet")
+    text = config.text.family if config.text else "transformer"
+    return (f"{name_of(config)} CLIP ({image} of width {config.vision_width} for "
+            f"{config.image_size} pixels, {text} of width {config.text_width} and "
+            f"{config.text_layers} blocks for {config.vocab_size:,} tokens)")
 
 
 # -----------------------------------------------------------------------------
@@ -520,44 +516,44 @@ def check_layout(config, layout, logit_bias=False):
 def hugging_face_tables(model):
     """{file: content} for transformers' CLIPModel, ChineseCLIPModel or VisionTextDualEncoderModel,
     and for their image processors."""
-    config, bert = model.config, model.config.text
-    prefix = "chinese_clip" if is_chinese_clip(config) else "clip"
-    kind, name = (("vision-text-dual-encoder", "VisionTextDualEncoderModel")
-                  if bert and prefix == "clip" else
-                  (prefix, "CLIPModel" if prefix == "clip" else "ChineseCLIPModel"))
+    config, bert, chinese = model.config, model.config.text, is_chinese_clip(model.config)
+    kind, name = (("chinese_clip", "ChineseCLIPModel") if chinese else ("clip", "CLIPModel")
+                  if not bert else ("vision-text-dual-encoder", "VisionTextDualEncoderModel"))
+    prefix = "chinese_clip" if chinese else "clip"
 
-    def tower(width, layers, head, side):
+    def tower(side, width, layers, head):
         return {"model_type": f"{prefix}_{side}_model", "hidden_size": width,
                 "intermediate_size": 4 * width, "num_hidden_layers": layers,
                 "num_attention_heads": width // head, "hidden_act": config.activation,
                 "projection_dim": config.embed_dim, "layer_norm_eps": 1e-5}
-    vision = tower(config.vision_width, config.vision_layers, config.vision_head, "vision") | {
+    vision = tower("vision", config.vision_width, config.vision_layers, config.vision_head) | {
         "image_size": config.image_size, "patch_size": config.vision_patch}
-    text = tower(config.text_width, config.text_layers, config.text_head, "text") | {
-        "vocab_size": config.vocab_size, "max_position_embeddings": config.context_length,
-        "bos_token_id": config.vocab_size - 2, "eos_token_id": config.vocab_size - 1,
-        "pad_token_id": 0}
     if bert:
-        text = {"model_type": bert.family if prefix == "clip" else "chinese_clip_text_model",
+        text = {"model_type": "chinese_clip_text_model" if chinese else bert.family,
                 "vocab_size": bert.vocab_size, "hidden_size": bert.width, "hidden_act": "gelu",
                 "num_hidden_layers": bert.layers, "num_attention_heads": bert.heads,
                 "intermediate_size": bert.intermediate, "type_vocab_size": bert.type_vocab,
                 "max_position_embeddings": bert.positions, "pad_token_id": bert.pad_id,
                 "layer_norm_eps": bert.eps, "hidden_dropout_prob": bert.dropout,
                 "attention_probs_dropout_prob": bert.attention_dropout}
+    else:
+        text = tower("text", config.text_width, config.text_layers, config.text_head) | {
+            "vocab_size": config.vocab_size, "max_position_embeddings": config.context_length,
+            "bos_token_id": config.vocab_size - 2, "eos_token_id": config.vocab_size - 1,
+            "pad_token_id": 0}
     square = {"height": config.image_size, "width": config.image_size}
     squash = model.image_resize == "squash"
     return {"config.json": {
                 "architectures": [name], "model_type": kind, "text_config": text,
                 "vision_config": vision, "projection_dim": config.embed_dim},
             "preprocessor_config.json": {
-                "image_processor_type": f"{'Chinese' * (prefix != 'clip')}CLIPImageProcessor",
-                "do_resize": True, "size": square if squash else {
-                    "shortest_edge": config.image_size},
-                "do_center_crop": not squash, "crop_size": square, "do_rescale": True,
+                "image_processor_type": f"{'Chinese' * chinese}CLIPImageProcessor",
+                "size": square if squash else {"shortest_edge": config.image_size},
                 "resample": 2 if model.image_interpolation == "bilinear" else 3,
-                "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True,
-                "image_mean": list(model.image_mean), "image_std": list(model.image_std)}}
+                "do_resize": True, "do_center_crop": not squash, "crop_size": square,
+                "do_rescale": True, "rescale_factor": 1 / 255, "do_convert_rgb": True,
+                "do_normalize": True, "image_mean": model.image_mean,
+                "image_std": model.image_std}}
 
 
 def open_clip_tables(model):

@@ -253,10 +253,9 @@ def read(name_or_path, activation=None):
         card = content.get("card") if isinstance(content, dict) else None
         card = card or {key: json.loads(metadata[key]) for key in CARD if key in metadata}
         if "weights" in content and card:
-            state, layout, notes = checkpoint_state(content, card), "checkpoint", []
+            state, layout = checkpoint_state(content, card), "checkpoint"
         else:
-            state, notes = state_in(content)
-            state, layout = openai_names(state)
+            state, layout = openai_names(state_in(content))
             if card and kind == "safetensors" and layout == "chinese_clip":
                 layout = "safetensors"  # our own file of a CLIP with another BERT: same names
         def beside(name):
@@ -266,7 +265,7 @@ def read(name_or_path, activation=None):
                  known_from_open_clip(beside) if layout == "openai" else dict(CHINESE_CLIP))
         if (known.get("text") or {}).get("pool", "pooler") != "pooler":
             state = {name: t for name, t in state.items() if not name.startswith("bert.pooler.")}
-        state = spread_embedding(state, known.get("vocab_size", 49_408))
+        state, notes = spread_embedding(state, known.get("vocab_size", 49_408)), []
         if "logit_scale" in state and not (activation or "activation" in known or
                                            kind == "TorchScript" or layout == "chinese_clip"):
             notes.append("the file does not say its activation and heads: OpenAI's were taken, "
@@ -284,7 +283,7 @@ def checkpoint_state(content, card):
     from the file that the run began with."""
     state = {}
     for key in ("weights", "buffers", *(["ema"] if content.get("tested") == "ema" else [])):
-        state |= state_in(content[key])[0] if content.get(key) else {}
+        state |= state_in(content[key]) if content.get(key) else {}
     origin = card["origin"]
     if len(state) < card["tensors"] and origin["path"]:
         gone = not expanded(origin["path"]).exists()
@@ -412,8 +411,7 @@ def image_source(tower, size, activation):
             or is_hub_name(text)):
         return clip_source("image", text, activation, size)
     library, name, weights = re.fullmatch(r"(torchvision:|timm:)?([^:]*):?(.*)", text).groups()
-    state, known, problems = {}, {}, []
-    origin = unread(name)
+    state, known, problems, origin = {}, {}, [], unread(name)
     if weights.startswith("IMAGENET"):
         with about(f"torchvision could not fetch {text}"):
             from torchvision import models
@@ -421,7 +419,7 @@ def image_source(tower, size, activation):
     elif weights not in ("", "none"):
         path = locate(weights)
         with about(path):
-            state, origin["notes"] = state_in(read_file(path)[0])
+            state = state_in(read_file(path)[0])
             known = known_from_timm(read_json(path.parent / "config.json"), name)
         origin["sha256"] = sha256_of(path)
     names = [f"timm:{name}", name] if library == "timm:" else [name, f"timm:{name}"]

@@ -39,7 +39,7 @@ def inspect(name_or_path):
     path = locate(name_or_path)
     content, kind, _ = read_file(path)
     with about(path):
-        state, _ = state_in(content)
+        state = state_in(content)
     report = {"file": str(path), "bytes": path.stat().st_size, "sha256": sha256_of(path),
               "format": kind, "architecture": None, "beside_the_weights": {
                   key: value for key, value in content.items()
@@ -150,22 +150,18 @@ def to_onnx(model, folder):
 BLOCK = re.compile(r"((?:visual\.)?transformer\.resblocks|bert\.encoder\.layer)\.(\d+)\.(.+)")
 
 
-def shrunk(teacher, args):
-    """A CLIP of the sizes of --like and of the flags, its image grid, text tower's kind and words
-    the teacher's, that starts from a part of the teacher's weights."""
-    config, wanted = teacher.config, {}
-    for key in ("embed_dim", "vision_width", "vision_layers", "text_width", "text_layers"):
-        like = getattr(CONFIGS[args.like], key) if args.like else None
-        wanted[key] = getattr(args, key) or like or getattr(config, key)
-    bert = config.text
+def shrunk(teacher, like):
+    """A CLIP of the widths and depths of `like`, a key of CONFIGS, its image grid, text tower's
+    kind and words the teacher's, that starts from a part of the teacher's weights."""
+    sizes = ("embed_dim", "vision_width", "vision_layers", "text_width", "text_layers")
+    wanted, bert = {key: getattr(CONFIGS[like], key) for key in sizes}, teacher.config.text
     if bert:
         width = wanted["text_width"]
         wanted["text"] = dataclasses.replace(
-            bert, width=width, layers=wanted["text_layers"],
-            heads=width * bert.heads // bert.width,
+            bert, width=width, layers=wanted["text_layers"], heads=width * bert.heads // bert.width,
             intermediate=width * bert.intermediate // bert.width)
-    with about("these sizes"):
-        model = CLIP(dataclasses.replace(config, **wanted)).eval()
+    with about(f"--like {like}"):
+        model = CLIP(dataclasses.replace(teacher.config, **wanted)).eval()
     model.set_pixels(teacher.pixels)
     model.vocabulary = teacher.vocabulary
     print("\n".join(inherit(model, teacher)))
@@ -193,7 +189,7 @@ def inherit(student, teacher):
         source = theirs[source]
         if any(mine > own for mine, own in zip(tensor.shape, source.shape)):
             raise WeightsError(f"{name} is {tuple(source.shape)} in the model and cannot become "
-                               f"{tuple(tensor.shape)}; name sizes that are not larger")
+                               f"{tuple(tensor.shape)}; name a size that is not larger")
         parts = source.chunk(3) if ".in_proj_" in name else [source]  # queries, keys, values
         mine = tensor.chunk(len(parts)) if len(parts) > 1 else [tensor]
         for part, own in zip(parts, mine):
@@ -216,7 +212,7 @@ def main(args):
     if args.command == "onnx":
         path, difference = args.out, to_onnx(model, args.out)
     elif args.command == "shrink":
-        path, difference = exported(shrunk(model, args), args.out, "safetensors")
+        path, difference = exported(shrunk(model, args.like), args.out, "safetensors")
     else:
         tokenizer = None
         try:
@@ -253,9 +249,8 @@ def get_args(argv=None):
             command.add_argument("--tokenizer", help="where its vocabulary lies, if elsewhere")
         if name == "shrink":
             command.add_argument("--like", type=lambda name: canonical_name(name) or name,
-                                 choices=CONFIGS, metavar="SIZE", help="such as ViT-39M/16")
-            for size in ("embed-dim", "vision-width", "vision-layers", "text-width", "text-layers"):
-                command.add_argument(f"--{size}", type=int, help="instead of the size's")
+                                 choices=CONFIGS, required=True, metavar="SIZE",
+                                 help="a size that is not larger, such as ViT-39M/16")
     return parser.parse_args(argv)
 
 
