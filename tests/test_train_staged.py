@@ -317,18 +317,22 @@ def test_the_recipes_can_be_run(world, tmp_path, monkeypatch, capsys):
 # -----------------------------------------------------------------------------
 # Data
 
-def test_named_held_out_data_leaves_all_else_to_training(world, tmp_path, capsys):
+def test_named_held_out_data_leaves_all_else_to_training(world, tmp_path):
     """A table without splits is cut 80/10/10, but not where its val is named."""
     rows = ["image,caption", *(f"{world}/{i}.png,a red circle {i}" for i in range(72))]
     (tmp_path / "bare.csv").write_text("\n".join(rows))
-    for name, more, wanted in (("cut", {}, False), ("named", {"val": str(world)}, True)):
-        plan = plan_file(tmp_path / "plan.json", {"name": name, "data": str(tmp_path / "bare.csv"),
-                                                  "epochs": 2, **more})
-        run_main(SCRIPT, *flags(world, tmp_path / "run", "--check-plan", plan=plan))
-        assert ("72 images" in capsys.readouterr().out) == wanted
-    plan = plan_file(tmp_path / "plan.json", {"name": "x", "test": str(world)})
-    assert run_main(SCRIPT, *flags(world, tmp_path / "run", "--check-plan", "--data",
-                                   tmp_path / "bare.csv", plan=plan))["stages"]
+    (tmp_path / "train.csv").write_text("\n".join([rows[0] + ",split", *(
+        f"{row},train" for row in rows[1:])]))
+
+    def check(**stage):
+        plan = plan_file(tmp_path / "plan.json", {"name": "x", "epochs": 2, **stage})
+        return attempt(SCRIPT, *flags(world, tmp_path / "run", "--check-plan", plan=plan))
+    bare, train = str(tmp_path / "bare.csv"), str(tmp_path / "train.csv")
+    assert "72 images" not in check(data=bare).ok().out
+    assert "72 images" in check(data=bare, val=str(world)).ok().out
+    check(data=train, test=str(world)).ok()
+    refused(check(data=train), "x", "test")
+    refused(check(data=train, test=str(world), early_stop=2), "early_stop")
 
 
 def test_the_caption_of_an_unreadable_image_goes_with_it_and_many_are_refused(tmp_path):
@@ -610,37 +614,38 @@ def test_a_stage_that_only_harms_ends_with_what_it_began_with(world, tmp_path):
 # -----------------------------------------------------------------------------
 # Frozen parts
 
-TOWERS = {"encode_image": "visual", "encode_text": "text"}
+IMAGE, TEXT = "encode_image", "encode_text"
 
 
-@pytest.mark.parametrize("frozen, moves", [
-    (["visual", "text", "!visual.proj", "!text_projection"], {"visual.proj", "text_projection"}),
-    (["visual"], None), (["text"], None)], ids=["both", "image", "text"])
+@pytest.mark.parametrize("frozen, augment, idle", [
+    (["visual", "text", "!visual.proj", "!text_projection"], [], {IMAGE, TEXT}),
+    (["visual"], [], {IMAGE}), (["text"], [], {TEXT}), (["visual"], ["crop"], set())])
 def test_what_a_frozen_tower_gives_is_kept_and_trains_as_computing_it_does(
-        world, tmp_path, monkeypatch, frozen, moves):
-    """No frozen tower runs in a step; one image is lost."""
+        world, tmp_path, monkeypatch, frozen, augment, idle):
+    """What is kept does not run in a step; where images vary, they are not kept. One is lost."""
     folder, steps, found = shutil.copytree(world, tmp_path / "pairs"), set(), {}
     weights_file(folder, dropout=0.0)
     (folder / "7.png").write_bytes((folder / "7.png").read_bytes()[:60])
-    for name in TOWERS:
+    for name in (IMAGE, TEXT):
         def counted(self, *args, name=name, encode=getattr(CLIP, name), **options):
             if torch.is_grad_enabled():
                 steps.add(name)
             return encode(self, *args, **options)
         monkeypatch.setattr(CLIP, name, counted)
-    plan = plan_file(tmp_path / "plan.json", {"name": "x", "epochs": 3, "freeze": frozen})
+    plan = plan_file(tmp_path / "plan.json", {"name": "x", "epochs": 3, "freeze": frozen,
+                                              "augment": augment})
     for name in ("kept", "anew"):
         steps.clear()
         run_main(SCRIPT, *flags(folder, tmp_path / name, "--micro-batch", 0, plan=plan))
-        idle = {tower for tower, rule in TOWERS.items() if name == "kept" and rule in frozen}
-        assert steps == set(TOWERS) - idle
+        assert steps == {IMAGE, TEXT} - (idle if name == "kept" else set())
         monkeypatch.setattr(train_staged, "keep_frozen", lambda *args: args[3:5])
         found[name] = state_of(tmp_path / name / "x" / "checkpoint_last.pt")
     start = state_of(folder / "start.safetensors")
     for name, x in found["kept"].items():
         assert (x - found["anew"][name]).abs().max() < 1e-4, name
-        if moves:
-            assert torch.equal(x, start[name]) != (name in {*moves, "logit_scale"}), name
+        if idle == {IMAGE, TEXT}:
+            moves = name in ("visual.proj", "text_projection", "logit_scale")
+            assert torch.equal(x, start[name]) != moves, name
     rows = [[row["loss"] for row in metrics(tmp_path / name / "x", "train")] for name in found]
     assert rows[0] == pytest.approx(rows[1], rel=1e-3)
 
