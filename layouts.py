@@ -177,6 +177,8 @@ def openai_names(state):
     state = {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] not in (
         "input_resolution", "context_length", "vocab_size", "attn_mask")}
     if any_begins("vision_model.", "text_model."):
+        if any_begins("vision_model.head."):
+            raise WeightsError("a SigLIP, whose towers are not built as CLIP's")
         layout = "hf"  # transformers before 5 wrapped a dual encoder's image tower once more
         state = from_hugging_face({re.sub(r"^(vision_model\.){2}", r"\1", name): tensor
                                    for name, tensor in state.items()})

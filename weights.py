@@ -258,6 +258,7 @@ def read(name_or_path, activation=None):
             state, layout = openai_names(state_in(content))
             if card and kind == "safetensors" and layout == "chinese_clip":
                 layout = "safetensors"  # our own file of a CLIP with another BERT: same names
+
         def beside(name):
             return read_json(path.parent / name)
         known = (known_from_card(card) if card else
@@ -558,12 +559,13 @@ def from_hub(name):
     base = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
     def get(file):
-        if file in HUB_SETTINGS or not (partial / file).is_file():
-            problem = fetch(f"{base}/{name}/resolve/main/{file}", partial / file)
-            if problem and not problem.startswith("HTTP Error 404"):
-                raise WeightsError(problem)
-            return not problem
-        return True
+        """Whether the model has this file, which then is in `partial`."""
+        if file not in HUB_SETTINGS and (partial / file).is_file():  # of an earlier run
+            return True
+        problem = fetch(f"{base}/{name}/resolve/main/{file}", partial / file)
+        if problem and not problem.startswith("HTTP Error 404"):
+            raise WeightsError(problem)
+        return not problem
     with about(f"no file or folder {name!r} here, and {base} did not give it; config.json, the "
                f"weights and the tokenizer's files can be put into {folder} by hand"
                ), only_one(folder):
@@ -687,6 +689,7 @@ def add_model_flags(parser, towers=False):
     if towers:
         add("--image-tower", help="instead of the model's: a CLIP, or [timm:]NAME[:FILE]")
         add("--text-tower", help="instead of the model's: a folder of the BERT family, or a CLIP")
+        add("--proj", choices=("linear", "mlp"), default="linear", help="heads of chosen towers")
         add("--embed-dim", type=int, default=512, help="of chosen towers (default: 512)")
 
 
@@ -701,8 +704,7 @@ def open_clip(args):
                            f"goes to --weights")
     source = {"none": f"{known}:none", "auto": known}.get(weights, weights)
     if image or text:
-        return load(source, image, text, getattr(args, "proj", "linear"), args.embed_dim,
-                    activation=activation)
+        return load(source, image, text, args.proj, args.embed_dim, activation=activation)
     if weights == "none":
         model = CLIP(dataclasses.replace(
             CONFIGS[known], activation=activation or CONFIGS[known].activation)).eval()
