@@ -3,10 +3,9 @@
     python -m tools.reinforce --teacher ViT-B/16 --data flickr8k --output stored    asks them once
     python train_distill.py --reinforced stored --data flickr8k                     and no more
 
-What teachers compute is the same for every student and every attempt, and most of the cost. A
-stored teacher (Faghri et al. 2023, "Reinforce Data, Multiply Impact") has their features of a few
-random views of every image. A view is a function of (seed, its number, the image), so the number is
-all that there is to keep of it. Its folder has
+What teachers compute is the same for every student, and most of the cost. A stored teacher (Faghri
+et al. 2023) is their features of a few random views of every image. A view is a function of (seed,
+its number, the image), so that nothing of it need be kept. The folder of a stored teacher has
 
     teacher.json    what it was made from, the teachers, and the sha256 of all of it
     images.npy      (V, images, D) fp32 unit rows, K teachers side by side; nan: not readable
@@ -22,7 +21,7 @@ import torch
 from torch.utils.data import Dataset
 
 import weights
-from images import DataError, one_line, Preprocess, sample_seed, UnreadableImage
+from images import DataError, one_line, Preprocess, sample_seed
 from tokenizer import for_model
 
 
@@ -54,7 +53,7 @@ def look_of(model):
 
 def open_teachers(run, names, activation=None, tokenizer=None):
     """CLIPs by name, file or folder -> [Teacher], frozen, on the device. tokenizer: file or folder
-    of the vocabulary, where a model has none of its own and is not OpenAI's."""
+    of the vocabulary for those that are not OpenAI's."""
     found = []
     for name in names:
         model = run.move(weights.load(name, activation=activation).requires_grad_(False))
@@ -83,9 +82,9 @@ class Views:
     ways in which models take images. A function of (seed, epoch, index)."""
 
     def __init__(self, looks, seed, crop, randaugment):
-        self.looks = list(dict.fromkeys(map(tuple, looks)))
+        self.looks = list(dict.fromkeys(looks))
         self.each = [Preprocess(size, True, seed, (crop, 1.0) if crop else None, False, resize,
-                                interpolation, ("randaugment",) if randaugment else ())
+                                interpolation, ["randaugment"] * randaugment)
                      for size, resize, interpolation in self.looks]
         self.size = self.each[0].size
 
@@ -94,21 +93,16 @@ class Views:
 
     def probe(self, pairs):
         """The mean colours of view 0 of some images: equal where views are drawn alike."""
-        found = []
-        for i in range(0, len(pairs.paths), -(-len(pairs.paths) // 8)):
-            try:
-                view = self(pairs.store.image(pairs.paths[i]), 0, i)[0]
-                found.append(view.float().mean(dim=(1, 2)).tolist())
-            except UnreadableImage:
-                found.append([0.0, 0.0, 0.0])
-        return found
+        items = pairs.with_transform(self).image_items()
+        return [items[i][0][0].float().mean(dim=(1, 2)).tolist()
+                for i in range(0, len(items), -(-len(items) // 8))]
 
 
 # -----------------------------------------------------------------------------
 # A stored teacher
 
 def digest(folder, facts):
-    """The sha256 of a stored teacher, from its facts and arrays."""
+    """The sha256 of a stored teacher: of its facts and its arrays."""
     found = hashlib.sha256(json.dumps({**facts, "sha256": ""}, sort_keys=True).encode())
     for name in ("images.npy", "texts.npy"):
         found.update(weights.sha256_of(folder / name).encode())
@@ -125,14 +119,15 @@ class Stored:
             self.facts = json.loads((folder / "teacher.json").read_text("utf-8"))
             self.images, self.texts = (torch.from_numpy(np.load(folder / f"{name}.npy", "c"))
                                        for name in ("images", "texts"))
-            self.teachers = [Teacher(**facts) for facts in self.facts["teachers"]]
+            self.teachers = [Teacher(**{**facts, "look": tuple(facts["look"])})
+                             for facts in self.facts["teachers"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{folder} holds no stored teacher, or a damaged one "
                             f"({one_line(error)}); write it with python -m tools.reinforce"
                             ) from None
         self.dims = [teacher.dim for teacher in self.teachers]
-        for teacher, teacher.texts in zip(self.teachers, self.texts.split(self.dims, dim=1)):
-            teacher.look = tuple(teacher.look)
+        for teacher, texts in zip(self.teachers, self.texts.split(self.dims, dim=1)):
+            teacher.texts = texts
 
     def views(self, looks):
         return Views(looks, *(self.facts[name] for name in ("seed", "crop", "randaugment")))
@@ -142,8 +137,7 @@ class Stored:
         the teachers saw, in the same views."""
         facts = self.facts
         if facts.get("sha256") != digest(self.folder, facts):
-            raise DataError(f"the stored teacher in {self.folder} is damaged, or of an older "
-                            f"version; write it again")
+            raise DataError(f"the stored teacher in {self.folder} is damaged; write it again")
         seen = self.views([teacher.look for teacher in self.teachers]).probe(pairs)
         same = (facts["data"], facts["split"]) == (pairs.fingerprint, pairs.split)
         if not same or (torch.tensor(seen) - torch.tensor(facts["probe"])).abs().max() > 8:

@@ -350,27 +350,25 @@ def as_map(x):
 # What trains, and at which rate
 
 class Average:
-    """Moving average of what trains: update n = 0, 1, ... keeps min(decay, (1 + n) / (10 + n)) of
-    it. Frozen tensors are the model's own; integers are copied."""
+    """Moving average of what trains: step n = 0, 1, ... keeps min(decay, (1 + n) / (10 + n)) of it.
+    Frozen tensors are the model's own; integers are copied."""
 
     def __init__(self, model, decay):
-        self.decay, self.updates = decay, torch.zeros((), device=model.logit_scale.device)
+        self.decay, theirs = decay, model.state_dict()
         frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         self.model = copy.deepcopy(model, {id(p): p for p in frozen.values()}).eval()
-        theirs = model.state_dict()
         self.pairs = {name: (x, theirs[name]) for name, x in self.model.requires_grad_(False)
                       .state_dict().items() if name not in frozen}
 
     @torch.no_grad()
-    def update(self, fine):
+    def update(self, step, fine):
         """fine: bool (), whether the step counts; nobody waits to know."""
-        kept = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
+        kept = min(self.decay, (1 + step) / (10 + step))
         for mine, theirs in self.pairs.values():
             if mine.is_floating_point():
                 mine.lerp_(theirs, ((1 - kept) * fine).to(mine.dtype))
             else:
                 mine.copy_(theirs)
-        self.updates += fine
 
 
 class Learner:
@@ -399,7 +397,7 @@ class Learner:
     def save(self, at, name, **more):
         if self.average:
             more |= {"ema": {name: mine for name, (mine, _) in self.average.pairs.items()},
-                     "updates": self.average.updates, "tested": "ema"}
+                     "tested": "ema"}
         self.run.save_training(at, self.kept, self.optimizer, self.scaler, self.buffers, name,
                                heads=self.heads.state_dict(), card=self.card, **more)
 
@@ -410,7 +408,6 @@ class Learner:
         if checkpoint:
             self.heads.load_state_dict(checkpoint["heads"])
         if checkpoint and self.average:
-            self.average.updates.copy_(checkpoint["updates"])
             self.average.model.load_state_dict(checkpoint["ema"], strict=False)  # less the frozen
         return at
 
@@ -493,7 +490,7 @@ def train(run, setup, checkpoint, args):
             for scale in (student.logit_scale, learner.heads.icl_scale):
                 scale.clamp_(0, math.log(100))  # CLIP's
         if learner.average:
-            learner.average.update(fine)
+            learner.average.update(at.step, fine)
         # --------------------------------------------------------------------------------
         due = run.tick(at, losses, args.batch_size, functools.partial(pairs.describe, used),
                        lr=lr, scale=student.logit_scale.detach().exp())
@@ -543,8 +540,8 @@ def open_setup(run, args):
     own_text = args.train_text not in (None, "teacher")
     teachers = stored.teachers if stored else open_teachers(
         run, args.teacher, args.teacher_activation, None if own_text else args.tokenizer)
-    scales = args.teacher_scale or [teacher.scale for teacher in teachers]
-    if len(scales) != len(teachers):
+    scales = args.teacher_scale or ()
+    if scales and len(scales) != len(teachers):
         raise UserError(f"--teacher-scale: {len(scales)} numbers for {len(teachers)} teachers")
     for teacher, scale in zip(teachers, scales):
         teacher.scale = scale
@@ -563,9 +560,8 @@ def open_student(run, first, captions, args):
     """The CLIP that learns -> model, tokenizer. Its text tower is that of the `first` teacher,
     frozen without --train-text, or one of its own."""
     torch.manual_seed(args.seed)
-    source = args.teacher[0] if args.teacher else first.path
-    if args.train_text not in (None, "teacher"):
-        source = args.train_text
+    own_text = args.train_text not in (None, "teacher")
+    source = args.train_text if own_text else args.teacher[0] if args.teacher else first.path
     if args.weights:
         model = weights.load(args.weights)
     else:
@@ -667,6 +663,7 @@ def main(args):
         args, but=("teacher", "reinforced", "weights", "tokenizer"), method="distill",
         model=setup.name, data=setup.pairs.fingerprint, weights=setup.student.origin["sha256"],
         teachers=[(teacher.sha256, teacher.scale) for teacher in setup.teachers],
+        train_text=bool(args.train_text),  # the weights say which
         text_teacher=setup.text_teacher and setup.text_teacher[0].origin["sha256"],
         vocabulary=hashlib.sha256(words).hexdigest(), stored=stored and stored.facts,
         pieces=pieces)  # of which BatchNorm takes statistics

@@ -126,7 +126,7 @@ FAULTS = [
           "test_train_staged.py -k mean_with_the_start"),
     Fault(8, "crd", "train_distill.py", "CRD of one direction only",
           "+ one_way(*(x.turned() for x in (ours, *teachers)))", "",
-          "test_train_distill.py -k their_formulas"),
+          "test_train_distill.py -k the_definition"),
     Fault(8, "untrained", "train_clipfit.py", "the weights of the start are tested",
           "after = evaluate(run, task, args)", "pass",
           f"{CLIPFIT} -k demo_learns"),

@@ -3,13 +3,14 @@ import copy
 import json
 import math
 import re
+import shutil
 import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (attempt, checkpoint, differences, metrics, perturb, processes, refused, results,
-                     run_main, same_run, scenes, script, tiny_clip, with_defaults)
+                     run_main, same_run, scenes, tiny_clip, with_defaults)
 
 import device
 import large_batch
@@ -20,8 +21,7 @@ from clip_model import CLIP, unit
 from pairs import make_pair_loader, open_pairs
 from teachers import ShownPairs, Stored, Teacher
 from tokenizer import for_model, open_tokenizer
-from train_distill import (as_map, Average, Batch, crd, draw_mix, Features, get_args, Heads,
-                           info_nce, Maps, Mix, step, term_weights)
+from train_distill import as_map, Average, Batch, draw_mix, get_args, Heads, Maps, Mix, step
 
 DOUBLE = torch.float64
 LOOK = (32, "shortest", "bicubic")
@@ -35,11 +35,6 @@ def units(n, dim=7, seed=0):
     return unit(randoms(n, dim, seed=seed))
 
 
-def alone(scale, image, text):
-    """The Features of a batch in one process."""
-    return Features(scale, image, text, image, text)
-
-
 def mixing(n, share):
     """The matrix of what image i shows of image j."""
     return share * torch.eye(n, dtype=DOUBLE) + (1 - share) * torch.eye(n, dtype=DOUBLE)[
@@ -48,56 +43,6 @@ def mixing(n, share):
 
 def soft(targets, logits):
     return -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
-
-
-def gradients(loss, *points):
-    leaves = [x.clone().requires_grad_() for x in points]
-    value = loss(*leaves)
-    return value.detach(), *torch.autograd.grad(value, leaves)
-
-
-# -----------------------------------------------------------------------------
-# The losses on features
-
-@pytest.mark.parametrize("share", [1.0, 0.7])
-@pytest.mark.parametrize("n", [10, 150])
-def test_the_losses_and_their_gradients_are_their_formulas(n, share, monkeypatch):
-    """Task, ICL and CRD of two teachers of other widths; 150 rows come in two chunks."""
-    monkeypatch.setattr(large_batch, "BLOCK", 1)
-    points = units(n), units(n, seed=1), torch.tensor(9.0, dtype=DOUBLE)
-    p, q = ([units(n, d, d + i) for d in (5, 3)] for i in (0, 1))
-    told = [alone(t, a, b) for t, a, b in zip((20.0, 50.0), p, q)]
-    T, labels = mixing(n, share), (torch.arange(n), Mix().partners(n), share)
-    images, texts = units(n, seed=8), units(n, seed=9)
-
-    def defined(u, v, s):
-        rows = sum((t * a @ b.T).softmax(dim=1) for t, a, b in zip((20.0, 50.0), p, q)) / 2
-        columns = sum((t * b @ a.T).softmax(dim=1) for t, a, b in zip((20.0, 50.0), p, q)) / 2
-        z = s * u @ v.T
-        return (soft(T, z) + soft(T.T, z.T) + soft(rows, z) + soft(columns, z.T)) / 2 + (
-            soft(T, s * u @ texts.T) + soft(T.T, s * v @ images.T)) / 2
-
-    def ours(u, v, s):
-        mine, theirs = alone(s, u, v), alone(1.0, images, texts)
-        return info_nce(mine, mine, labels) + crd(mine, told) + info_nce(mine, theirs, labels)
-    for found, truth in zip(gradients(ours, *points), gradients(defined, *points), strict=True):
-        assert (found - truth).abs().max() <= 1e-12 * max(1.0, float(truth.abs().max()))
-
-
-def test_crd_is_flat_at_a_student_equal_to_its_teacher():
-    p, q = units(9), units(9, seed=1)
-    _, *flat = gradients(lambda u, v, s: crd(alone(s, u, v), [alone(30.0, p, q)]),
-                         p, q, torch.tensor(30.0, dtype=DOUBLE))
-    assert max(float(g.abs().max()) for g in flat) < 1e-12
-
-
-def test_icl_is_on_where_text_trains_and_the_averages_weight_grows():
-    """With the teacher's frozen text tower the rows of ICL are the task's, its columns constant."""
-    assert term_weights(get_args([]), 0)["icl"] == 0
-    assert term_weights(get_args(["--train-text"]), 0)["icl"] == 1
-    assert term_weights(get_args(["--icl", "2", "--train-text"]), 0)["icl"] == 2
-    ema = get_args(["--ema", "0.9", "--ema-teacher", "0.4"])
-    assert [term_weights(ema, done)["ema"] for done in (0, 0.05, 0.1, 1)] == [0, 0.2, 0.4, 0.4]
 
 
 # -----------------------------------------------------------------------------
@@ -124,10 +69,9 @@ def test_draws_repeat_and_take_both_kinds():
     def draws(*more):
         args = get_args(["--mixup", "0.4", "--cutmix", "1", *more])
         return [draw_mix(args, number, 32) for number in range(400)]
-    found = draws()
-    assert found == draws() != draws("--seed", "2")
-    assert 150 < sum(mix.box is None for mix in found) < 250
-    assert all(0 <= mix.share <= 1 for mix in found) and draw_mix(get_args([]), 3, 32) == Mix()
+    assert draws() == draws() != draws("--seed", "2")
+    assert 150 < sum(mix.box is None for mix in draws()) < 250
+    assert draw_mix(get_args([]), 3, 32) == Mix()
 
 
 # -----------------------------------------------------------------------------
@@ -196,19 +140,18 @@ def test_the_average_is_the_closed_form_skips_bad_steps_and_copies_integers():
     assert average.model.text_projection is model.text_projection  # what is frozen is shared
     norm, mine = (next(m for m in x.modules() if isinstance(m, torch.nn.BatchNorm2d))
                   for x in (model, average.model))
-    expected, count = weight.detach().clone(), 0
-    for n in range(14):
-        fine = torch.tensor(n not in (3, 7))
+    expected = weight.detach().clone()
+    for n in range(90):
         with torch.no_grad():
             weight.copy_(randoms(*weight.shape, seed=n))
             norm.running_mean.fill_(n)
             norm.num_batches_tracked.fill_(n)
-        if fine:
-            decay = min(0.9, (1 + count) / (10 + count))
-            expected, count = decay * expected + (1 - decay) * weight.detach(), count + 1
-        average.update(fine)
-        assert average.model.visual.proj.allclose(expected, atol=1e-6)  # its decay is fp32
-    assert int(mine.num_batches_tracked) == 13 and 0 < float(mine.running_mean[0]) < 13
+        if n not in (3, 7):
+            kept = min(0.9, (1 + n) / (10 + n))
+            expected = kept * expected + (1 - kept) * weight.detach()
+        average.update(n, torch.tensor(n not in (3, 7)))
+    assert average.model.visual.proj.allclose(expected, atol=1e-6)  # its decay is fp32
+    assert int(mine.num_batches_tracked) == 89 and 0 < float(mine.running_mean[0]) < 89
 
 
 # -----------------------------------------------------------------------------
@@ -228,7 +171,8 @@ class Scene:
     """A student in fp64, two teachers of widths 32 and 24 and a text teacher, n pairs."""
 
     def __init__(self, n=8, stored=False, frozen=False):
-        self.student, self.average = takes_fp32(vit()), takes_fp32(vit(5))
+        self.student = takes_fp32(vit())
+        self.average = takes_fp32(vit(5)).requires_grad_(False)
         self.heads, self.teachers, self.frozen = Heads(32, [32, 24]).double(), [], frozen
         for dim, scale in ((32, 20.0), (24, 50.0)):
             model = takes_fp32(vit(dim, embed_dim=dim)).requires_grad_(False)
@@ -289,8 +233,7 @@ class Scene:
             look(teacher.model) for teacher in self.teachers]
         both = [targets(t.scale, p, q) for t, p, q in zip(self.teachers, told, batch.keys)]
         alike = targets(10.0, unit(T @ batch.wording), batch.wording)
-        with torch.no_grad():
-            old = targets(self.average.logit_scale.exp(), look(self.average), text(self.average))
+        old = targets(self.average.logit_scale.exp(), look(self.average), text(self.average))
         total = w["crd"] * crossed(*(sum(x) / 2 for x in zip(*both)), z) + w["task"] * (
             (1 - w["text_teacher"]) * crossed(T, T.T, z) + w["text_teacher"] * crossed(*alike, z)
         ) + w["ema"] * crossed(*old, z)
@@ -307,15 +250,16 @@ class Scene:
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["text trains", "text frozen"])
 @pytest.mark.parametrize("stored", [False, True], ids=["live", "stored"])
-@pytest.mark.parametrize("n, share", [(8, 1.0), (8, 0.7), (7, 1.0)])
-def test_the_step_has_the_gradient_of_the_definition(n, share, stored, frozen):
-    """All losses on features, whole and in pieces of 3."""
+@pytest.mark.parametrize("n, share", [(7, 1.0), (150, 0.7)])
+def test_the_step_has_the_gradient_of_the_definition(n, share, stored, frozen, monkeypatch):
+    """All losses on features, whole and in pieces; 150 rows of similarities come in two chunks."""
+    monkeypatch.setattr(large_batch, "BLOCK", 1)
     given = {**ALL, "icl": 0.0} if frozen else ALL
     scene = Scene(n, stored, frozen)
     loss, truth = scene.defined(Mix(share), given)
     assert {"logit_scale", "visual.conv1.weight", "heads.image.1.weight"} <= set(truth)
     assert ("transformer.resblocks.0.ln_1.weight" in truth) is not frozen
-    for micro in (100, 3):
+    for micro in (n, 2 * n // 5):
         found, ours = scene.step(micro, Mix(share), given)
         assert float(found["loss"]) == pytest.approx(float(loss), rel=1e-6)
         assert set(ours) == set(truth)
@@ -368,13 +312,13 @@ class Toy(torch.nn.Module):
         self.visual = torch.nn.Sequential(torch.nn.Flatten(), *layers)
         self.logit_scale = torch.nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    def encode_image(self, images, normalize=False):
-        return unit(self.visual(images)) if normalize else self.visual(images)
+    def encode_image(self, images, normalize=True):
+        return unit(self.visual(images))
 
 
 def test_a_student_learns_more_from_a_good_teacher_than_from_pairs_alone():
     """64 classes in noise, 256 pairs for the student; the teacher has seen 16,384."""
-    draw, run = torch.Generator().manual_seed(0), device.start("cpu", "fp32")
+    draw, run, look = torch.Generator().manual_seed(0), device.start("cpu", "fp32"), (8, "", "")
     centres = torch.randn(64, 192, generator=draw)
     texts = unit(torch.randn(64, 32, generator=draw))
 
@@ -382,25 +326,21 @@ def test_a_student_learns_more_from_a_good_teacher_than_from_pairs_alone():
         labels = torch.randint(64, (n,), generator=draw)
         pixels = centres[labels] + 2.5 * torch.randn(n, 192, generator=draw)
         return (128 + 40 * pixels).clamp(0, 255).byte().view(n, 3, 8, 8), labels
-    many, labels = sample(16_384)
-    flat = Mix().show(many, slice(None), Toy).flatten(1)
-    ridge = torch.linalg.solve(flat.T @ flat + 100 * torch.eye(192), flat.T @ texts[labels])
-    linear = torch.nn.Linear(192, 32, bias=False)
-    linear.weight.data = ridge.T.contiguous()
-    look = (8, "", "")
+    (many, of_many), (images, labels), (test, truth) = map(sample, (16_384, 256, 2000))
+    flat, linear = Mix().show(many, slice(None), Toy).flatten(1), torch.nn.Linear(192, 32, False)
+    linear.weight.data = torch.linalg.solve(flat.T @ flat + 100 * torch.eye(192),
+                                            flat.T @ texts[of_many]).T.contiguous()
     teacher = Teacher("toy", "", "", 32, 15.0, look, "linear", "", Toy(linear).requires_grad_(False))
-    (images, labels), (test, truth) = sample(256), sample(2000)
 
     @torch.no_grad()
     def accuracy(model):
         features = model.encode_image(Mix().show(test, slice(None), model))
         return 100 * float(((features @ texts.T).argmax(1) == truth).float().mean())
     found = {}
-    for name, terms in {"task": (1, 0, 0), "crd": (0, 1, 0), "fd": (0, 0, 8),
-                        "all": (0.25, 1, 8)}.items():
+    for name, given in {"task": {"task": 1}, "crd": {"crd": 1}, "fd": {"fd": 8},
+                        "all": {"task": 0.25, "crd": 1, "fd": 8}}.items():
         torch.manual_seed(0)
         model = Toy(torch.nn.Linear(192, 128), torch.nn.ReLU(), torch.nn.Linear(128, 32))
-        given = {**dict.fromkeys(ALL, 0.0), **dict(zip(("task", "crd", "fd"), terms))}
         learner = types.SimpleNamespace(student=model, teachers=[teacher], heads=Heads(32, [32]),
                                         maps=None, scaler=run.scaler(), counts=[128], micro=128)
         optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
@@ -408,7 +348,7 @@ def test_a_student_learns_more_from_a_good_teacher_than_from_pairs_alone():
             rows = torch.randint(256, (128,), generator=torch.Generator().manual_seed(number))
             batch = Batch({look: images[rows]}, None, [texts[labels[rows]]], None, None)
             optimizer.zero_grad()
-            step(run, learner, batch, Mix(), given, number)
+            step(run, learner, batch, Mix(), {**dict.fromkeys(ALL, 0), **given}, number)
             optimizer.step()
         found[name] = accuracy(model)
     assert accuracy(teacher.model) > found["all"] > found["task"] + 10
@@ -474,20 +414,18 @@ def plain(school, tmp_path_factory):
     return folder, distill(school, folder)
 
 
-def test_a_run_leaves_its_results_and_a_student_with_the_teachers_text_tower(plain, school):
+def test_a_student_has_its_teachers_text_tower_and_the_terms_add_up(plain, school):
     folder, found = plain
-    assert found["method"] == "distill" and found["steps"] == 6 and 0 <= found["mean_recall"] <= 100
-    assert {"i2t_r1", "t2i_r10", "student_latency_ms", "teacher_latency_ms", "teacher_mean_recall",
-            "student_image_parameters", "teacher_image_parameters", "scale"} <= set(results(folder))
+    assert found["steps"] == 6 and 0 <= found["mean_recall"] <= 100
+    assert {"student_latency_ms", "teacher_latency_ms", "teacher_mean_recall", "scale",
+            "student_image_parameters", "teacher_image_parameters"} <= set(results(folder))
     for row in metrics(folder, "train"):
         assert row["loss"] == pytest.approx(0.25 * row["task"] + row["crd"] + 8 * row["fd"], rel=1e-5)
     student, teacher = weights.load(folder), weights.load(school / "teacher.safetensors")
     tokens = torch.tensor([[49406, 320, 49407]])
     assert student.encode_text(tokens).equal(teacher.encode_text(tokens))   # frozen all along
-    stored = checkpoint(folder)
-    assert len(stored["optimizer"]["state"]) == sum(
+    assert len(checkpoint(folder)["optimizer"]["state"]) == sum(
         name.startswith(("visual.", "logit_scale")) for name, _ in student.named_parameters())
-    assert found["scale"] == pytest.approx(float(stored["weights"]["logit_scale"].exp()), rel=0.1)
 
 
 SWITCHES = {
@@ -594,16 +532,20 @@ def test_the_caption_of_an_unreadable_image_goes_with_it(tmp_path, school):
     assert found[0] == found[1] and found[0]
 
 
-def test_every_tower_reads_as_much_of_a_text_as_it_takes(school, tmp_path):
-    """Teachers of 16 and 77 tokens, captions of more, a text teacher of another length."""
+def test_every_tower_reads_captions_its_own_way(school, tmp_path):
+    """Captions of 100 tokens; teachers that take 16, 77, and a BERT; a text teacher."""
     scenes(tmp_path / "pairs", 24, 12)
     table = tmp_path / "pairs" / "pairs.csv"
-    table.write_text(table.read_text("utf-8").replace(" at the ", " at the " + "at the " * 50))
+    table.write_text(table.read_text("utf-8").replace(" at the ", " at the " * 50))
     weights.save(tiny_clip(3, context_length=16), tmp_path / "short.safetensors")
-    found = distill(school, tmp_path / "run", "--data", tmp_path / "pairs", "--teacher",
-                    tmp_path / "short.safetensors", school / "teacher.safetensors",
-                    "--text-teacher", school / "bert", "--max-steps", 1)
-    assert found["steps"] == 1 and losses(tmp_path / "run")[0] > 0
+    all_three = [tmp_path / "short.safetensors", school / "teacher.safetensors",
+                 school / "bert" / "clip.safetensors"]
+    more = ("--data", tmp_path / "pairs", "--text-teacher", school / "bert", "--max-steps", 1)
+    for kind, named in (("bpe", all_three), ("wordpiece", all_three[::-1])):
+        assert distill(school, tmp_path / kind, *more, "--teacher", *named)["steps"] == 1
+        assert weights.load(tmp_path / kind).text_kind == kind
+    refused(attempt("train_distill", *flags(school, "--teacher", *all_three, "--tokenizer",
+                                            school / "bert", "--output-dir", tmp_path / "c")))
 
 
 # -----------------------------------------------------------------------------
@@ -627,26 +569,7 @@ def taught(school, folder, *more):
     return without(flags(school, "--reinforced", folder, *more), "--teacher", "--crop")
 
 
-def test_what_is_stored_is_what_each_teacher_says_of_the_view_made_again(school, stored):
-    held, pairs = Stored(stored), open_pairs(school / "pairs", "train")
-    assert held.images.shape == (3, 24, 56) and held.texts.shape == (48, 56)
-    for teacher, rows, texts in zip(held.teachers, held.images.split((32, 24), dim=2),
-                                    held.texts.split((32, 24), dim=1)):
-        model = weights.load(school / f"{'teacher' if teacher.dim == 32 else 'second'}.safetensors")
-        views = held.views([teacher.look])
-        with torch.no_grad():
-            for view in range(3):
-                pixels = torch.stack([views(pairs.store.image(path), view, i)[0]
-                                      for i, path in enumerate(pairs.paths)])
-                own = model.encode_image(Mix().show(pixels, slice(0, 24), model), normalize=True)
-                assert (own * rows[view]).sum(dim=1).min() > 0.99999
-            tokens = for_model(model)(pairs.captions)
-            assert (model.encode_text(tokens, normalize=True) - texts).abs().max() < 1e-5
-    assert (held.images[0] - held.images[1]).abs().max() > 1e-3
-
-
-def test_training_from_it_asks_no_teacher_and_shows_the_views_that_it_answered(school, stored,
-                                                                               tmp_path):
+def test_training_from_it_asks_no_teacher(school, stored, tmp_path):
     asked = []
     with pytest.MonkeyPatch.context() as patch:
         real = CLIP.encode_image
@@ -655,18 +578,27 @@ def test_training_from_it_asks_no_teacher_and_shows_the_views_that_it_answered(s
         found = run_main("train_distill", *taught(school, stored, "--output-dir", tmp_path))
     assert sum(asked) == 6 * 8 + 12 * 3 + 12   # training; val twice, then as test; timing
     assert "teacher_mean_recall" not in found and len(found["teachers"]) == 2
-    held, pairs, shown = Stored(stored), open_pairs(school / "pairs", "train"), []
-    model = weights.load(school / "teacher.safetensors")
-    loader = make_pair_loader(ShownPairs(pairs, held.views([LOOK]), 3, 1), 8, 1)
-    for epoch in range(40):
+
+
+def test_what_is_stored_is_what_each_teacher_says_of_the_view_that_is_shown(school, stored):
+    held, pairs, seen = Stored(stored), open_pairs(school / "pairs", "train"), set()
+    assert held.images.shape == (3, 24, 56) and held.texts.shape == (48, 56)
+    models = [weights.load(school / f"{name}.safetensors") for name in ("teacher", "second")]
+    shown = ShownPairs(pairs, held.views([teacher.look for teacher in held.teachers]), 3, 1)
+    loader = make_pair_loader(shown, 8, 1)
+    for epoch in range(9):
         loader.batch_sampler.set_epoch(epoch)
-        for images, used, _ in loader if epoch < 2 else ():   # pixels and features are of one view
-            rows = held.answers(loader.dataset, epoch, used)
-            with torch.no_grad():
-                own = model.encode_image(Mix().show(images[0], slice(0, 8), model), True)
-            assert (own * rows[0]).sum(dim=1).min() > 0.99999
-        shown += [(i, loader.dataset.view(epoch, i)) for i in range(24)]
-    assert len(set(shown)) == 24 * 3
+        for images, used, _ in loader:
+            seen |= {(shown.owner[c], shown.view(epoch, shown.owner[c])) for c in used.tolist()}
+            for model, pixels, rows in zip(models, images, held.answers(shown, epoch, used)):
+                with torch.no_grad():
+                    own = model.encode_image(Mix().show(pixels, slice(0, 8), model), True)
+                assert (own * rows).sum(dim=1).min() > 0.99999
+    assert len(seen) > 60 and (held.images[0] - held.images[1]).abs().max() > 1e-3  # of 24 * 3
+    for model, teacher in zip(models, held.teachers):
+        with torch.no_grad():
+            own = model.encode_text(for_model(model)(pairs.captions), normalize=True)
+        assert (own - teacher.texts).abs().max() < 1e-5
 
 
 def test_another_teacher_other_data_and_damage_are_refused(school, stored, tmp_path):
@@ -676,26 +608,19 @@ def test_another_teacher_other_data_and_damage_are_refused(school, stored, tmp_p
     scenes(tmp_path / "pairs", 20, 4)
     refused(attempt("train_distill", *taught(school, stored, *out, "--data", tmp_path / "pairs")),
             "pairs")
-    facts = json.loads((stored / "teacher.json").read_text())
-    other = {**facts, "seed": 8}
-    other["sha256"] = teachers.digest(stored, other)
+    facts = {**json.loads((stored / "teacher.json").read_text()), "seed": 8}
+    views = json.dumps({**facts, "sha256": teachers.digest(stored, facts)}).encode()
 
-    def flipped(content):
+    def flipped(content):  # the sign of a number
         return content[:-9] + bytes([content[-9] ^ 128]) + content[-8:]
-    for case, (name, change) in {
-            "cut texts": ("texts.npy", lambda content: content[:-500]),
-            "cut images": ("images.npy", lambda content: content[:-500]),
-            "cut facts": ("teacher.json", lambda content: content[:-500]),
-            "a sign in texts": ("texts.npy", flipped), "a sign in images": ("images.npy", flipped),
-            "a scale": ("teacher.json", lambda x: re.sub(rb'("scale": )\d', rb"\g<1>9", x)),
-            "other views": ("teacher.json", lambda _: json.dumps(other).encode())}.items():
-        (tmp_path / case).mkdir()
-        for file in stored.iterdir():
-            content = file.read_bytes()
-            (tmp_path / case / file.name).write_bytes(
-                change(content) if file.name == name else content)
-        line = refused(attempt("train_distill", *taught(school, tmp_path / case, *out)), "stored")
-        assert ("views" if case == "other views" else case) in line
+    for case, name, change in (
+            ("cut", "images.npy", lambda content: content[:-500]), ("a", "images.npy", flipped),
+            ("b", "texts.npy", flipped), ("text", "teacher.json", lambda content: content[:-500]),
+            ("scale", "teacher.json", lambda x: re.sub(rb'("scale": )\d', rb"\g<1>9", x)),
+            ("views", "teacher.json", lambda content: views)):
+        shutil.copytree(stored, tmp_path / case)
+        (tmp_path / case / name).write_bytes(change((stored / name).read_bytes()))
+        refused(attempt("train_distill", *taught(school, tmp_path / case, *out)), case, "stored")
     refused(attempt("train_distill", *taught(school, tmp_path / "nowhere", *out)), "nowhere")
     refused(attempt("tools.reinforce", "--teacher", "tiny", "--output", stored), "--overwrite")
     assert not (tmp_path / "run").exists()
@@ -731,18 +656,11 @@ def test_students_of_other_families_learn_and_load(school, tmp_path, name):
     assert all(map(math.isfinite, rows)) and rows[0] != rows[1]
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v3_small", "mnasnet0_5"])
-def test_batchnorm_of_a_short_training_is_not_that_of_the_start(name):
+def test_batchnorm_of_a_short_training_is_not_that_of_the_start():
     """With torchvision's own momenta, 0.01 and 0.0003, students that learned scored at chance."""
-    torch.manual_seed(0)
-    model = weights.load(image_tower=name, text_tower="tiny-vit:none", image_size=32).train()
-    norm, seen = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)), []
-    norm.register_forward_pre_hook(lambda m, x: seen.append(x[0]))
-    with torch.no_grad():
-        for _ in range(60):
-            model.encode_image(randoms(8, 3, 32, 32).float())
-    variance = seen[-1].transpose(0, 1).flatten(1).var(dim=1)
-    assert norm.running_var.allclose(variance, rtol=0.05, atol=5e-3)
+    for name in ("mobilenet_v3_small", "mnasnet0_5"):
+        assert min(m.momentum for m in cnn(name).modules()
+                   if isinstance(m, torch.nn.BatchNorm2d)) >= 0.1
 
 
 def test_a_student_goes_on_from_another_run(school, plain, tmp_path):
@@ -754,16 +672,6 @@ def test_a_student_goes_on_from_another_run(school, plain, tmp_path):
     weights.save(tiny_clip(9), tmp_path / "other.safetensors")
     refused(attempt("train_distill", *words, "--weights", tmp_path / "other.safetensors",
                     "--output-dir", tmp_path / "b"), "--train-text")
-
-
-def test_teachers_read_captions_with_their_own_vocabularies(school, tmp_path):
-    both = school / "teacher.safetensors", school / "bert" / "clip.safetensors"
-    found = distill(school, tmp_path / "a", "--teacher", *both, "--max-steps", 1)
-    assert len(found["teachers"]) == 2
-    first = distill(school, tmp_path / "b", "--teacher", *reversed(both), "--max-steps", 1)
-    assert weights.load(tmp_path / "b").text_kind == "wordpiece" and first["steps"] == 1
-    refused(attempt("train_distill", *flags(school, "--teacher", *both, "--tokenizer",
-                                            school / "bert", "--output-dir", tmp_path / "c")))
 
 
 # -----------------------------------------------------------------------------
@@ -809,20 +717,18 @@ def test_another_vocabulary_teacher_or_piece_of_batchnorm_is_another_run(school,
 # Two processes
 
 def test_two_processes_compute_what_one_does(school, tmp_path):
-    """A whole run with all losses; a stored teacher."""
+    """A whole run with all losses; batches that divide unevenly; a stored teacher."""
+    both = school / "teacher.safetensors", school / "second.safetensors"
     more = ("--mixup", 0.4, "--ema", 0.9, "--ema-teacher", 0.3, "--train-text", "--randaugment",
-            "--text-teacher", school / "bert", "--teacher", school / "teacher.safetensors",
-            school / "second.safetensors")
+            "--text-teacher", school / "bert", "--teacher", *both)
     uneven = ("--batch-size", 7, "--max-steps", 3)
-    for words in (
-            ("train_distill", *flags(school, *more, "--micro-batch", 2, "--output-dir",
-                                     tmp_path / "two")),
-            ("train_distill", *flags(school, *uneven, "--output-dir", tmp_path / "uneven two")),
-            ("tools.reinforce", "--data", school / "pairs", "--teacher", school /
-             "teacher.safetensors", "--views", 3, "--crop", 0.5, "--device", "cpu", "--workers", 0,
-             "--output", tmp_path / "stored2")):
-        for ended in processes(2, lambda rank: script(*words)):  # noqa: B023, it ends in here
-            ended.ok()
+
+    def work(rank):
+        distill(school, tmp_path / "two", *more, "--micro-batch", 2)
+        distill(school, tmp_path / "uneven two", *uneven)
+        reinforce(school, tmp_path / "stored2")
+    for ended in processes(2, work):
+        ended.ok()
     distill(school, tmp_path / "one", *more)
     distill(school, tmp_path / "uneven one", *uneven)
     for kind in ("", "uneven "):
