@@ -202,8 +202,7 @@ def freeze(model, names):
 def parameter_groups(model, args):
     """Trainable parameters by learning rate and weight decay -> list of dicts for AdamW. As in the
     paper all decay but gains and biases, which are the vectors and scalars: embeddings do."""
-    image_lr, text_lr = args.tower_lr or (args.lr, args.lr)
-    rates = {"image": image_lr, "text": text_lr, "head": args.lr}
+    rates = {"image": args.image_lr or args.lr, "text": args.text_lr or args.lr, "head": args.lr}
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -512,7 +511,7 @@ PRESETS = {
     "clip-roberta": {"lr": 5e-5, "wd": 0.1, "warmup": 0.0, "schedule": "linear", "epochs": 3,
                      "batch_size": 64, "beta2": 0.999, "eps": 1e-8, "grad_clip": 1.0, "seed": 42,
                      "captions": "all", "crop": 0.0},
-    "simple-clip": {"loss": "infonce+triplet", "epochs": 30, "tower_lr": [1e-4, 1e-5], "lr": 1e-3,
+    "simple-clip": {"loss": "infonce+triplet", "image_lr": 1e-4, "text_lr": 1e-5, "lr": 1e-3,
                     "wd": 1e-3, "tower_wd": 0.0, "warmup": 0.0, "crop": 0.0, "batch_size": 32,
                     "schedule": "constant", "beta2": 0.999, "eps": 1e-8, "captions": "all",
                     "squash": True, "embed_dim": 256, "proj": "mlp"}}
@@ -572,8 +571,8 @@ def get_args(argv=None):
     add("--micro-batch", type=whole(0), default=64, help="pairs encoded at a time per process; the "
         "gradient stays the batch's (default: 64; 0: all)")
     add("--lr", type=number(0, 1e3, above=True), help="default: 5e-4, or the preset's")
-    add("--tower-lr", nargs=2, type=number(0, 1e3, above=True), metavar=("IMAGE", "TEXT"),
-        help="of the two towers without their heads (default: --lr)")
+    add("--image-lr", type=number(0, 1e3, above=True), help="of the image tower (default: --lr)")
+    add("--text-lr", type=number(0, 1e3, above=True), help="of the text tower (default: --lr)")
     add("--wd", type=number(), help="weight decay (default: 0.2, or the preset's)")
     add("--warmup", type=number(), help="steps, or a share below 1 (default: 0.1, or the preset's)")
     add("--grad-clip", type=number(), help="largest norm (default: 0, none)")
@@ -582,7 +581,7 @@ def get_args(argv=None):
     add("--check-grad", action="store_true", help="compare the gradient of a step in pieces with "
         "that in one piece, and stop")
     add_run_flags(parser)
-    parser.set_defaults(seed=None, captions=None, embed_dim=None, weights=None)
+    parser.set_defaults(seed=None, captions=None, embed_dim=None, proj=None, weights=None)
     args = parser.parse_args(argv)
     demo = args.data == "demo" and args.model in (None, "tiny") and not (
         args.preset or args.weights or args.image_tower or args.text_tower)

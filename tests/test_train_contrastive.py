@@ -238,7 +238,7 @@ def test_batch_norm_moves_only_where_one_piece_is_the_batch(pairs, run, tmp_path
 
 def test_all_decay_but_gains_and_biases_and_towers_have_their_rates():
     model = model_of(torch.float32, proj="mlp")
-    args = types.SimpleNamespace(lr=1.0, tower_lr=[2.0, 3.0], wd=0.5, tower_wd=0.25)
+    args = types.SimpleNamespace(lr=1.0, image_lr=2.0, text_lr=3.0, wd=0.5, tower_wd=0.25)
     found = {id(p): (group["lr"], group["weight_decay"])
              for group in parameter_groups(model, args) for p in group["params"]}
     assert len(found) == len(list(model.parameters()))
@@ -291,7 +291,7 @@ PRESETS = [
     (["--preset", "clip-roberta", "--lr", "2e-5"],
      dict(lr=2e-5, schedule="linear", batch_size=64, seed=42, captions="all", crop=0.0)),
     (["--preset", "simple-clip", "--positives", "diag"],
-     dict(loss="infonce+triplet", tower_lr=[1e-4, 1e-5], lr=1e-3, wd=1e-3, tower_wd=0.0,
+     dict(loss="infonce+triplet", image_lr=1e-4, text_lr=1e-5, lr=1e-3, wd=1e-3, tower_wd=0.0,
           proj="mlp", embed_dim=256, squash=True, positives="diag")),
     (["--preset", "clip-scratch"], dict(weights="none", lr=5e-4, zero_shot=None, freeze=[])),
     (["--loss", "triplet"], dict(triplet_weight=1.0)),
