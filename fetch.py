@@ -36,10 +36,12 @@ def fetch(url, target, sha256=""):
 class Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects, and keeps the checksum that huggingface.co tells with one."""
     etag = ""
+    http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # not in Python 3.10
 
     def redirect_request(self, request, file, code, message, headers, address):
         # The next server's own ETag is no sha256, even where it looks like one.
         self.etag = headers.get("X-Linked-Etag") or self.etag or "unknown"
+        code = 307 if code == 308 else code
         return super().redirect_request(request, file, code, message, headers, address)
 
 

@@ -724,7 +724,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.log.append((self.path, begin))
         if self.linked and large and not self.path.startswith("/cdn"):
             self.files["/cdn" + self.path] = content
-            self.send_response(302)
+            self.send_response(308)
             self.send_header("Location", "/cdn" + self.path)
             self.send_header("X-Linked-Etag", '"' + self.linked(content).hexdigest() + '"')
             return self.end_headers()
