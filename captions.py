@@ -120,13 +120,13 @@ def read_json(name, whole, listing):
     captions = {}
     try:
         for note in whole.get("annotations", ()):
-            captions.setdefault(note["image_id"], []).append(note["caption"])
+            captions.setdefault(note["image_id"], []).append(note["caption"] + "")  # it is text
         for image in whole["images"]:
             if "annotations" in whole:
-                path, split, texts = image["file_name"], name, captions.pop(image["id"], [])
+                path, split, texts = image["file_name"] + "", name, captions.pop(image["id"], [])
             else:
                 path = "/".join(filter(None, (image.get("filepath"), image["filename"])))
-                split, texts = image["split"], [text["raw"] for text in image["sentences"]]
+                split, texts = image["split"], [text["raw"] + "" for text in image["sentences"]]
             listing.add(split_of(split), ((path, text) for text in texts or [""]))
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{name} is not a caption file of COCO or Karpathy ({error!r})") from None

@@ -220,8 +220,8 @@ class ImageSet(Images):
         lists = json.dumps([self.classnames, source.rows], sort_keys=True)
         self.fingerprint = hashlib.sha256(lists.encode()).hexdigest()
         sizes = " / ".join(f"{count:,} {key}" for key, count in self.counts.items())
-        said = f"{self.name}: {sizes} images in {len(self.classnames)} classes, split "
-        self.notes = [*source.notes, said + self.fingerprint[:12]]
+        self.notes = [*source.notes, f"{self.name}: {sizes} images in {len(self.classnames)} "
+                                     f"classes under {self.store}, split {self.fingerprint[:12]}"]
 
     def subset(self, indices):
         """The same set with only the images at these positions, in this order."""
@@ -472,29 +472,31 @@ def read_class_folders(store):
         names = [parts[1:] for parts in names if parts[1:] != [""]]
     level = int(any(split_word(parts[0]) == "train" and parts[2:] not in ([], [""])
                     for parts in names))
-    rows, inside, unread = {}, {}, []  # inside: of a class, the folders of its images, "" its own
-    for parts in names:
-        split = split_word(parts[0]) if level else "all"
-        in_class = split is not None and len(parts) > level + 1
-        held = inside.setdefault(parts[level], set()) if in_class else None
-        if in_class and is_image(parts[-1]):
-            inner = parts[level + 1] if len(parts) > level + 2 else ""
-            held.add("" if NO_CLASS.fullmatch(inner) else inner)
-            rows.setdefault(split, []).append(("/".join(parts), parts[level]))
-        elif parts[-1]:
-            unread.append("/".join(parts))
-    full = sorted(name for name, held in inside.items() if held)
-    empty = sorted(set(inside) - set(full))
+    rows, inner, unread = {}, {}, []  # inner: of a class, its folders with images; "" is itself
+    for *folders, file in names:
+        split = split_word((folders or [""])[0]) if level else "all"
+        name, *below = folders[level:] or [""]
+        if split and name:
+            inner.setdefault(name, set())
+        if split and name and is_image(file):
+            rows.setdefault(split, []).append(("/".join([*folders, file]), name))
+            inner[name].add("" if not below or NO_CLASS.fullmatch(below[0]) else below[0])
+        elif file:
+            unread.append("/".join([*folders, file]))
+    full = sorted(filter(inner.get, inner))
     taught = {name for _, name in rows.get("train", [])}
     odd = [name for name in full if NO_CLASS.fullmatch(name) and name not in taught]
-    folders = set.union(set(), *inside.values())
-    if empty or len(odd) >= (1 if taught else len(full)) or (
-            "" not in folders and len(folders) < sum(map(len, inside.values()))):
+    below = set().union(*inner.values())
+    shared = "" not in below and len(below) < sum(map(len, inner.values()))  # by several classes
+    if len(full) < len(inner) or len(odd) >= (1 if taught else len(full)) or shared:
         raise DataError(f"{store}: expected <class>/<image> or train/<class>/<image>, each class "
-                        f"with images; found {empty[:3]} without, {full[:3]} with images or with "
-                        f"folders of them, and {unread[:2]}, which could be read by its own path")
-    return rows, [f"{len(unread):,} files are not read for their suffix or place, e.g. {unread[0]}"
-                  ] if unread else []
+                        f"with images; found {sorted(set(inner) - set(full))[:3]} without, "
+                        f"{full[:3]} with images or with folders of them, and {unread[:2]}, which "
+                        f"could be read by its own path")
+    notes = [f"{len(unread):,} files are not read for their suffix or place, e.g. {unread[0]}"
+             ] if unread else []
+    notes += [f"folders inside a class, such as {max(below)}, are no classes"] if any(below) else []
+    return rows, notes
 
 
 def number_classes(rows):
@@ -520,11 +522,11 @@ def complete_splits(rows, whole=None):
     if twice:
         raise DataError(f"{len(twice)} images are in two splits or classes, e.g. {twice[0]}; list "
                         f"each once, or the score counts what was trained on")
+    if "all" in rows and len(rows) > 1:
+        raise DataError(f"{len(rows['all'])} rows name no split and others do; fill the column")
     cut, groups = {split: rows.get(split, []) for split in ("train", "val", "test")}, {}
     if cut["val"] and not cut["test"]:
         return {**cut, "val": [], "test": cut["val"]}, ["no test split: val is used as test"]
-    if "all" in rows and len(rows) > 1:
-        raise DataError(f"{len(rows['all'])} rows name no split and others do; fill the column")
     if "all" not in rows or whole:
         return {**cut, **({whole: sorted(rows["all"])} if "all" in rows else {})}, []
     for path, label in sorted(rows["all"]):

@@ -25,7 +25,7 @@ import zipfile
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate, Sampler
 
 
 class DataError(ValueError):
@@ -38,7 +38,7 @@ class UnreadableImage(DataError):
 
 
 class LostWorker(DataError):
-    """A process that reads images died or hangs; the message names what it was reading."""
+    """A process that reads images died or hangs."""
     exit_code = 3
 
 
@@ -379,7 +379,6 @@ class Images(Dataset):
     PIL image. The pair as key lets the sampler say which epoch it is: workers that live on would
     never see an attribute change. An unreadable image gives black and label -1, which scores skip.
     """
-    reading = None  # in a loader's worker: the cell of shared memory for what it is reading
     images = None   # decoded, where they are kept in memory
 
     def __init__(self, store, paths, labels, transform=None):
@@ -391,8 +390,6 @@ class Images(Dataset):
 
     def __getitem__(self, key):
         epoch, index = key if isinstance(key, (tuple, list)) else (0, key)
-        if self.reading is not None:
-            self.reading[0] = index
         label = self.labels[index]
         try:
             image = self.images[index] if self.images else self.store.image(self.paths[index])
@@ -480,7 +477,7 @@ def collate(items, size):
 
 
 class Loader(DataLoader):
-    """A DataLoader that names what its workers were reading when one of them dies or hangs."""
+    """A DataLoader that says what to do when one of its workers dies or hangs."""
 
     def __iter__(self):
         try:
@@ -488,24 +485,15 @@ class Loader(DataLoader):
         except RuntimeError as error:
             if not str(error).startswith(("DataLoader worker", "DataLoader timed out")):
                 raise
-            places = self.worker_init_fn.args[0].tolist()
-            reading = ", ".join(self.dataset.paths[index] for index in places if index >= 0)
-            raise LostWorker(f"{one_line(error).split('. ')[0]} while reading {reading or '?'}: "
-                             f"look at these files and at the memory that is free, or read with "
-                             f"--workers 0; the last checkpoint is intact") from error
-
-
-def tell_reading(places, worker):
-    """Run in each new worker: from now on it keeps in `places` the position that it is reading."""
-    get_worker_info().dataset.reading = places[worker:worker + 1].numpy()
+            raise LostWorker(f"{one_line(error).split('. ')[0]}: look at the memory that is free, "
+                             f"or read with --workers 0, which shows the image that does it; the "
+                             f"last checkpoint is intact") from error
 
 
 def load_batches(dataset, batches, workers, options):
-    """A Loader over any data set with .transform, .paths and .reading, as `batches` order it."""
+    """A Loader over any data set with .transform, as `batches` order it."""
     if workers:
-        places = torch.full((workers,), -1).share_memory_()
-        options = {"persistent_workers": True, "timeout": 600,
-                   "worker_init_fn": functools.partial(tell_reading, places), **options}
+        options = {"persistent_workers": True, "timeout": 600, **options}
     else:
         for key in ("persistent_workers", "multiprocessing_context", "prefetch_factor", "timeout"):
             options.pop(key, None)

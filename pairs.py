@@ -56,8 +56,8 @@ class PairSet(Images):
         lists = json.dumps(listing.rows, sort_keys=True)
         self.fingerprint = hashlib.sha256(lists.encode()).hexdigest()
         sizes = " / ".join(f"{count:,} {key}" for key, count in self.counts.items())
-        self.notes = [*listing.notes, f"{name}: {sizes} images, {len(self):,} {split} captions, "
-                                      f"split {self.fingerprint[:12]}"]
+        self.notes = [*listing.notes, f"{name}: {sizes} images under {self.store}, {len(self):,} "
+                                      f"{split} captions, split {self.fingerprint[:12]}"]
         self.transform = self.pixels = None
 
     def take(self, rows):
@@ -81,8 +81,6 @@ class PairSet(Images):
 
     def __getitem__(self, key):
         epoch, asked = key if isinstance(key, tuple) else (0, key)
-        if self.reading is not None:
-            self.reading[0] = self.owner[asked]
         used = asked
         for attempt in range(1, 101):
             try:

@@ -266,6 +266,8 @@ def test_a_row_that_does_not_fit_its_header(tmp_path, text, names):
     ({"a.jsonl": '{"image": "a.png", "caption": [["b c"]]}'}, ["a.jsonl", "line 1"]),
     ({"a.jsonl": '{"image": "a", "caption": "b c"}\n["a"]'}, ["a.jsonl", "line 2"]),
     ({"a.token": "a.jpg#0\tx y\nno caption here\n"}, ["a.token", "line 2"]),
+    ({"dataset_a.json": '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": '
+                        '[{"image_id": 1, "caption": ["b c"]}]}'}, ["dataset_a.json"]),
     ({"x_imgs.tsv": "no tab", "x_texts.jsonl": "{}"}, ["x_imgs.tsv", "line 1"]),
     ({"x_imgs.tsv": "1\tQQ==", "x_texts.jsonl": '{"text": "a b", "image_ids": 3}'},
      ["x_texts.jsonl", "line 1"])])
