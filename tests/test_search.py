@@ -109,9 +109,10 @@ def test_kept_features_are_found_by_every_pixel_word_and_weight(world, tmp_path,
     encode = search.encode_images
     monkeypatch.setattr(search, "encode_images", lambda *a, **o: calls.append(1) or encode(*a, **o))
 
-    def computed():
+    def computed(*more):
         calls.clear()
-        run_main(TOOL, start, "--data", folder, "--split", "val", "--embeddings", "--out", tmp_path)
+        run_main(TOOL, start, "--data", folder, "--split", "val", "--embeddings", "--out", tmp_path,
+                 *more)
         return len(calls)
     assert [computed(), computed()] == [1, 0]
     images = np.load(tmp_path / "embeddings" / "start.safetensors" / "pairs" / "img_emb.npy")
@@ -127,6 +128,10 @@ def test_kept_features_are_found_by_every_pixel_word_and_weight(world, tmp_path,
     assert [computed(), computed()] == [1, 0]
     weights.save(helpers.perturb(weights.load(start), by=1e-6), start)
     assert [computed(), computed()] == [1, 0]
+    words = tmp_path / "other.txt"
+    words.write_text("\n".join([*WORDS[:4], *reversed(WORDS[4:])]), "utf-8")
+    assert [computed("--tokenizer", words), computed("--tokenizer", words)] == [1, 0]
+    assert computed() == 1
     file = tmp_path / "embeddings" / "start.safetensors" / "pairs" / "img_emb.npy"
     file.write_bytes(file.read_bytes()[:-9])
     assert [computed(), computed()] == [1, 0]
@@ -152,7 +157,9 @@ def test_a_folder_of_images_and_any_weights(world, tmp_path):
         helpers.save_picture(tmp_path / "photos" / f"{i}.png", helpers.noise(seed=i))
     (tmp_path / "photos" / "broken.png").write_bytes(b"no picture")
     found = run_main(TOOL, world.parent / "start.safetensors", "--data", tmp_path / "photos",
-                     "--query", tmp_path / "photos" / "1.png", "--out", tmp_path)
+                     "--query", tmp_path / "photos" / "1.png", "--out", tmp_path,
+                     "--clip-retrieval", tmp_path / "kept")
+    assert len(np.load(tmp_path / "kept" / "img_emb" / "img_emb_0.npy")) == 4
     results = found["queries"][0]["rows"][0]["results"]
     assert results[0]["path"] == "1.png" and results[0]["score"] == pytest.approx(1, abs=1e-5)
     assert len(results) == 3 and {one["right"] for one in results} == {None}
@@ -188,5 +195,13 @@ def test_what_cannot_be_searched_is_refused(world, tmp_path, monkeypatch, more, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gbk.txt").write_bytes("红".encode("gbk"))
     refused(attempt(TOOL, world, *more, "--out", "out"), name)
-    refused(attempt(TOOL, world.parent / "start.safetensors", "--query", "x"), "--data")
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_alone_need_data_and_nothing_is_called_like_another(world, tmp_path):
+    start, data = world.parent / "start.safetensors", ["--data", world.parent / "pairs"]
+    refused(attempt(TOOL, start, "--query", "x"), "--data")
+    refused(attempt(TOOL, start, start, *data, "--query", "x", "--out", tmp_path), "WEIGHTS")
+    refused(attempt(TOOL, start, *data, data[1], "--query", "x", "--out", tmp_path), "--data")
+    refused(attempt(TOOL, start, *data, "--query", "x", "--out", start), start.name)
+    assert not list(tmp_path.iterdir())
