@@ -15,7 +15,6 @@ P@k is said: how many of the first k images are right, in % of how many could be
 in embeddings/ROW/SET and found again by content: weights, bytes of the images, words.
 """
 import contextlib
-import copy
 import functools
 import hashlib
 import html
@@ -35,8 +34,8 @@ import train_staged
 from clip_model import evaluating
 from data import DataError, is_image, Preprocess, read_image, read_text, UnreadableImage
 from files import refuse_unusable, write_whole
-from images import ImageStore
-from pairs import open_pairs, PairImages
+from images import Images, ImageStore
+from pairs import open_pairs
 from scores import encode_images, encode_texts, image_features, top_k
 from tokenizer import for_model
 from weights import digest, load
@@ -96,12 +95,12 @@ def content_of(pairs):
 
 def features(run, model, tokenizer, pairs, content, folder, args):
     """Unit features of a set's images (n, D) and texts (M, D), and its metadata; out of `folder`
-    if the same weights made them there of the same images and words."""
+    if the same weights and vocabulary made them there of the same images and words."""
     task = pairs.retrieval() if pairs.captions else None
-    texts, shown = task.texts if task else [], copy.copy(pairs)
-    shown.transform = Preprocess.of(model)
-    look = (digest(model, "image"), digest(model, "text"), content, texts, model.pixels,
-            args.max_text, run.precision)
+    texts = task.texts if task else []
+    images = Images(pairs.store, pairs.paths, range(len(pairs.paths)), Preprocess.of(model))
+    look = (digest(model, "image"), digest(model, "text"), tokenizer.facts(), content, texts,
+            model.pixels, args.max_text, run.precision)
     known = {"key": hashlib.sha256(repr(look).encode("utf-8", "surrogatepass")).hexdigest(),
              "paths": pairs.paths, "texts": texts, "data": str(pairs.store),
              "data_dir": args.data_dir, "relevant": task.relevant.tolist() if task else []}
@@ -109,7 +108,7 @@ def features(run, model, tokenizer, pairs, content, folder, args):
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged
         if json.loads(about.read_text("utf-8"))["key"] == known["key"]:
             return (*(torch.from_numpy(np.load(file)) for file in files), known)
-    image, positions = encode_images(run, model, PairImages(shown), workers=args.workers)
+    image, positions = encode_images(run, model, images, workers=args.workers)
     if lost := int((positions < 0).sum()):
         run.say(f"{pairs.name}: {lost} images cannot be read and are not found")
     text = encode_texts(run, model, tokenizer, texts, args.max_text) if texts else image[:0]
@@ -127,6 +126,8 @@ def write_clip_retrieval(folder, found):
     for name, (image, text, known) in found.items():
         first = {i: t for t, i in reversed(known["relevant"])}
         for i in sorted(first) if with_text else range(len(image)):
+            if image[i].isnan().any():
+                continue  # it cannot be read
             images.append(image[i])
             line = {"image_path": known["paths"][i], "set": name}
             if with_text:
@@ -167,20 +168,20 @@ def ask(run, model, tokenizer, query, args):
         return image_features(run, model, pixels).float().cpu()
 
 
-def right_answers(sets):
-    """-> {caption: the places of its images among those of all sets}."""
-    right, start_of = {}, 0
+def right_places(sets, query):
+    """The places, among the images of all sets, of those that have the query as a caption."""
+    right, first = set(), 0
     for pairs in sets.values():
-        for i, caption in zip(pairs.owner, pairs.captions):
-            right.setdefault(" ".join(caption.split()), set()).add(start_of + i)
-        start_of += len(pairs.paths)
+        right |= {first + i for i, caption in zip(pairs.owner, pairs.captions)
+                  if caption.split() == query.split()}
+        first += len(pairs.paths)
     return right
 
 
 def search(run, rows, sets, queries, folder, args):
     """Ask every row of weights -> what search.json holds."""
     places = [(name, path) for name, pairs in sets.items() for path in pairs.paths]
-    known_right = right_answers(sets)
+    known = [right_places(sets, query) for query in queries]
     content = {name: content_of(pairs) for name, pairs in sets.items()}
     answers, precision = [{"query": query, "rows": []} for query in queries], {}
     for label, path in rows:
@@ -197,8 +198,7 @@ def search(run, rows, sets, queries, folder, args):
         asking = torch.cat([ask(run, model, tokenizer, query, args) for query in queries])
         gallery, hits = torch.cat([image for image, _, _ in found.values()]), []
         scores, order = top_k(asking, gallery, max(5, args.top))
-        for answer, values, best in zip(answers, scores.tolist(), order.tolist()):
-            right = known_right.get(" ".join(answer["query"].split()), set())
+        for answer, right, values, best in zip(answers, known, scores.tolist(), order.tolist()):
             if right:
                 hits.append([100 * len(right & set(best[:k])) / min(k, len(right)) for k in (1, 5)])
             results = [{"set": places[i][0], "path": places[i][1], "score": value,
