@@ -19,7 +19,7 @@ from files import expanded, one_line, refuse_unusable, UserError
 def number(least=0.0, most=math.inf, above=False, read=float):
     """An argparse type: a finite number from `least` (or above it) to `most`."""
     def checked(text):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             value = read(str(text))
             if least <= value <= most and math.isfinite(value) and not (above and value == least):
                 return value

@@ -13,7 +13,6 @@ import ctypes
 import dataclasses
 import datetime
 import json
-import math
 import os
 import pathlib
 import platform
@@ -578,8 +577,8 @@ class Run:
             best = args.eval_only and (folder / BEST).exists()
             stored = self.load(folder.absolute() / (BEST if best else LAST))
         if stored:
-            self._refuse_other(stored.get("identity"), named or folder,
-                               ("method", "model", "weights") if args.eval_only else ())
+            refuse_other(self._identity, stored.get("identity"), named or folder,
+                         keys=("method", "model", "weights") if args.eval_only else ())
         if len(set(self.gather_objects(stored and stored["step"]))) > 1:
             raise shared(UserError(f"not all processes see the checkpoint in {folder}: expected "
                                    "--output-dir on a disk that they share"))
@@ -597,8 +596,8 @@ class Run:
             return stored, json.loads((folder / "results.json").read_text("utf-8"))
         self._logged = stored["logged"] if stored and not named else 0
         self.on_first(lambda: cut_lines(folder / "metrics.jsonl", self._logged))
-        if named:
-            self.on_first(lambda: self._take_best(named.parent / BEST, stored))
+        if named and (best := self.load(named.parent / BEST)) and best["step"] <= stored["step"]:
+            self.save(BEST, best)  # what lies beside a checkpoint of another folder comes along
         if args.tensorboard and not self.rank:
             from torch.utils.tensorboard import SummaryWriter
             seen = stored["step"] + 1 if stored else 0  # later points are drawn anew
@@ -610,25 +609,17 @@ class Run:
     def _claim(self, folder, args, fresh):
         """Check, clear and make the folder."""
         refuse_unusable(folder)
-        config = folder / "config.json"
-        if config.exists():
-            try:
-                theirs = dict(json.loads(config.read_text("utf-8"))["identity"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                # Somebody else's folder perhaps: a downloaded model has a config.json too.
-                raise UserError(f"{config} is not of a run of this program: choose another "
-                                "--output-dir") from error
-            if not fresh and args.resume != "auto":
+        if stored_identity(folder) is not None and not fresh:
+            if args.resume != "auto":
                 raise UserError(f"{folder} already holds a run: --resume auto continues it, "
                                 "--overwrite starts again, or choose another --output-dir")
-            if not fresh:
-                self._refuse_other(theirs, folder)
+            self.check(folder, self._identity)
         ours = ["env.json", "command.txt", "log.txt", "metrics.jsonl", "results.json", "*_last.pt",
                 "*_prev.pt", "*_best.pt", "tensorboard/events.*"]
         for name in ["*.tmp", *(ours if fresh else [])]:  # .tmp: left by a write that was killed
             for path in folder.glob(name):
                 path.unlink()
-        write_atomic(config, {**vars(args), "identity": self._identity})
+        write_atomic(folder / "config.json", {**vars(args), "identity": self._identity})
         write_atomic(folder / "env.json", {
             **self._facts(), "threads": torch.get_num_threads(), "numpy": np.__version__,
             "python": platform.python_version(), "platform": platform.platform(),
@@ -636,28 +627,11 @@ class Run:
         append(folder / "command.txt", shlex.join([sys.executable, *sys.argv]))
         append(folder / "log.txt", *self._early)
 
-    def _refuse_other(self, theirs, where, keys=()):
-        """Raise UserError unless `theirs` is this run's identity, or its `keys` are."""
-        ours, theirs = self._identity, theirs if isinstance(theirs, dict) else {}
-        if theirs.get("method") != ours.get("method"):
-            keys = ["method"]  # nothing else need be compared
-        changed = [key for key in keys or sorted({*theirs, *ours})
-                   if theirs.get(key) != ours.get(key)]
-        if not changed:
-            return
-        what, advice = "another run", ("choose another --output-dir, or give the old values; a "
-                                       "CLIP to start from goes to --weights")
-        if {*changed} <= {"epochs", "max_steps"} and pathlib.Path(where, "results.json").exists():
-            what, advice = "a finished run", (
-                f"to train on from its best weights: --weights {where} --output-dir OTHER")
-        how = [f"{key} was {theirs.get(key)!r}, now {ours.get(key)!r}" for key in changed]
-        raise UserError(f"{where} is of {what} ({'; '.join(how)}): {advice}")
-
-    def _take_best(self, best, stored):
-        """The best weights that lie beside a checkpoint of another folder come along."""
-        state = load_checkpoint(best) if best.exists() else {"step": math.inf}
-        if state["step"] <= stored["step"]:
-            write_checkpoint(self.out / BEST, state)
+    def check(self, folder, identity, advice=""):
+        """UserError where `folder` holds a run of another identity. advice: what to do then."""
+        theirs = stored_identity(folder)
+        if theirs is not None:
+            refuse_other(json.loads(as_json(identity)), theirs, folder, advice)
 
     def _facts(self):
         return {"device": str(self.device), "precision": self.precision, "git": git_commit(),
@@ -766,3 +740,33 @@ def shared(error):
     """An error that every process raises: `guard` prints it once."""
     error.shared = True
     return error
+
+
+def stored_identity(folder):
+    """The identity of the run in `folder`; None where there is no config.json."""
+    path = folder / "config.json"
+    if not path.exists():
+        return None
+    try:
+        return dict(json.loads(path.read_text("utf-8"))["identity"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        # Somebody else's folder perhaps: a downloaded model has a config.json too.
+        raise UserError(f"{path} is not of a run of this program: choose another --output-dir"
+                        ) from error
+
+
+def refuse_other(ours, theirs, where, advice="", keys=()):
+    """UserError unless the identities are equal, or their `keys` are."""
+    theirs = theirs if isinstance(theirs, dict) else {}
+    if theirs.get("method") != ours.get("method"):
+        keys = ["method"]  # nothing else need be compared
+    changed = [key for key in keys or sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
+    if not changed:
+        return
+    how = [f"{key} was {theirs.get(key)!r}, now {ours.get(key)!r}" for key in changed]
+    what, default = "another run", ("choose another --output-dir, or give the old values; a CLIP "
+                                    "to start from goes to --weights")
+    if {*changed} <= {"epochs", "max_steps"} and pathlib.Path(where, "results.json").exists():
+        what, default = "a finished run", (
+            f"to train on from its best weights: --weights {where} --output-dir OTHER")
+    raise UserError(f"{where} is of {what} ({'; '.join(how)}): {advice or default}")

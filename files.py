@@ -116,7 +116,8 @@ def write_whole(path, write):
             os.replace(path, previous(path))
         os.replace(temp, path)
     except (OSError, RuntimeError) as error:  # torch's writer hides a full disk in a RuntimeError
-        temp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temp.unlink()
         if str(error).startswith("DataLoader worker"):  # its death interrupts whatever goes on
             raise
         raise SafeStop(f"{path} could not be written ({one_line(error)[:200]}); the last good "

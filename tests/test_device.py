@@ -351,6 +351,24 @@ def test_overwrite_and_a_dry_run_start_again(tmp_path):
     assert len(metrics(tmp_path / "run", "train")) == 8
 
 
+def test_tensorboard_gets_what_is_logged_and_a_resumed_run_appends(whole, tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    def stop(at):
+        if at == 6:
+            raise KeyError
+    with pytest.raises(KeyError):
+        toy(tmp_path, "--tensorboard", every=stop)
+    toy(tmp_path, "--tensorboard")
+    same_run(whole, tmp_path, but=("timed",))  # the flag is not in the identity
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for split, name in (("train", "loss"), ("train", "lr"), ("train", "memory_mb"), ("val", "loss")):
+        found = [(x.step, x.value) for x in events.Scalars(f"{split}/{name}")]
+        assert found == [(row["step"], pytest.approx(row[name])) for row in metrics(tmp_path, split)]
+    toy(tmp_path, "--overwrite")
+    assert not list(tmp_path.glob("tensorboard/*"))
+
+
 def test_eval_only_scores_the_best_and_claims_nothing(whole, tmp_path):
     before = {path: path.read_bytes() for path in whole.iterdir()}
     best = load_checkpoint(whole / "checkpoint_best.pt")
@@ -580,13 +598,15 @@ def test_the_command_line_takes_other_spellings_and_a_stored_run(whole):
 
 
 @pytest.mark.parametrize("words, names", [
+    (["--tensorboard"], ["--tensorboard", "pip install"]),
     (["--output-dri", "x"], ["--output-dir"]), (["--outp", "x"], ["--outp"]),
     (["--optim", "sgd"], ["--optim", "AdamW"]), (["--config", "none.json"], ["--config"]),
     (["--lr", "0"], ["--lr"]), (["--lr", "nan"], ["--lr"]), (["--lr", "x"], ["--lr"]),
     (["--epochs", "1.5"], ["--epochs"]), (["--epochs", "0"], ["--epochs"]),
     (["--seed", str(2 ** 32)], ["--seed"]), (["--workers", "-2"], ["--workers"]),
     (["--resume", "true"], ["--resume"]), (["--precision", "fp8"], ["--precision"])])
-def test_a_wrong_command_line_gets_one_line(words, names, capsys):
+def test_a_wrong_command_line_gets_one_line(words, names, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # it is not installed
     with pytest.raises(SystemExit) as caught:
         get_args(words)
     text = capsys.readouterr().err
