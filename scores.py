@@ -64,11 +64,10 @@ def encode_images(run, model, images, batch_size=BATCH, workers=-1, pooled=False
 
 @torch.no_grad()
 def encode_texts(run, model, tokenizer, texts, max_text=None):
-    """Unit features (M, D) of a list of str, or of their tokens (M, L); max_text: of how many
-    tokens a text is read, by default as many as the model takes."""
-    if not torch.is_tensor(texts):
-        texts = tokenizer(texts, context_length=max_text or model.config.context_length)
-    pieces, places = text_pieces(texts, TEXTS, model.text_pad)
+    """Unit features (M, D) of a list of str; max_text: of how many tokens a text is read, by
+    default as many as the model takes."""
+    tokens = tokenizer(texts, context_length=max_text or model.config.context_length)
+    pieces, places = text_pieces(tokens, TEXTS, model.text_pad)
     rows = []
     with evaluating(model), run.autocast():
         for number in range(run.rank, len(pieces), run.world_size):
@@ -79,7 +78,7 @@ def encode_texts(run, model, tokenizer, texts, max_text=None):
     return torch.cat([features for _, features in rows])[places]
 
 
-def frozen_features(run, model, pairs, folder, tower, batch_size=BATCH, workers=-1):
+def frozen_features(run, model, pairs, folder, tower, workers=-1):
     """What the image tower makes of every image before its head, (n, F), kept in `folder` for the
     next run under a name made of `tower`, the digest of its weights, of the data's fingerprint and
     of what makes pixels. nan where an image cannot be read; DataError if those are too many."""
@@ -90,8 +89,8 @@ def frozen_features(run, model, pairs, folder, tower, batch_size=BATCH, workers=
     if stored := run.load(path):
         run.say(f"{pairs.split} features of the frozen image tower from {path}")
     else:
-        features, positions = encode_images(run, model, pairs.image_items(), batch_size, workers,
-                                            True, f"{pairs.split} images once")
+        features, positions = encode_images(run, model, pairs.image_items(), workers=workers,
+                                            pooled=True, what=f"{pairs.split} images once")
         stored = {"features": features.nan_to_num(), "lost": positions < 0}
         pairs.refuse_losses(stored["lost"].nonzero()[:, 0].tolist(), "they do not decode")
         run.save(path, stored)
@@ -184,8 +183,7 @@ def retrieval_ranks(image_features, text_features, owner, chunk=1024):
             owner.ndim == 1 and len(owner) != len(texts)) or relevant.min() < 0 or (
             relevant.amax(dim=0) >= torch.tensor([len(texts), len(images)])).any():
         raise DataError(f"images {tuple(images.shape)}, texts {tuple(texts.shape)}, owner "
-                        f"{tuple(owner.shape)}: expected (N, D), (M, D), and M numbers below N, or "
-                        f"(R, 2) pairs of a text and an image")
+                        f"{tuple(owner.shape)}: expected (N, D), (M, D), (M,) or (R, 2)")
     found = {"i2t": first_ranks(images, texts, relevant.flip(1), chunk),
              "t2i": first_ranks(texts, images, relevant, chunk)}
     found["i2t"][np.bincount(relevant[:, 1], minlength=len(images)) == 0] = -1
@@ -328,14 +326,12 @@ def classification_scores(predictions, labels, classes):
 def linear_probe(features, labels, classes, val=None, strengths=STRENGTHS):
     """Logistic regression on (n, D) features of a frozen tower -> weight (classes, D), bias
     (classes,), C: the baseline of CLIP's paper (Radford et al. 2021, section 3.2), beside which
-    CoOp and Tip-Adapter put their few-shot numbers. It minimises
+    CoOp and Tip-Adapter put their few-shot numbers. It minimises, as scikit-learn's does,
 
         C * sum of the cross-entropies + |weight|^2 / 2
 
-    as scikit-learn's LogisticRegression does. Of `strengths`, C is the most accurate one on `val`,
-    a pair (features, labels), and the smallest of equal ones; without val it is DEFAULT_STRENGTH.
-    Rows with label -1 do not count.
-    """
+    C is the one of `strengths` that is most accurate on `val`, a pair (features, labels), and the
+    smallest of equal ones; without val, DEFAULT_STRENGTH. Rows with label -1 do not count."""
     x, labels = features[labels >= 0].double(), labels[labels >= 0]
     weight = x.new_zeros(classes, x.shape[1], requires_grad=True)
     bias, best, most = x.new_zeros(classes, requires_grad=True), None, -1

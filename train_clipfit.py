@@ -32,8 +32,7 @@ the result: no validation or test image selects a model. Different from the offi
 - a ResNet has no LayerNorm: only the text biases train, and BatchNorm keeps its statistics (the
   official code lets them drift). Of a BERT text tower the same biases train.
 
-A checkpoint holds the trainable tensors, their momentum, the place in the epoch and the random
-state: resuming is exact to the bit. As another run's --weights it brings the frozen ones along.
+A run resumes exact to the bit; its folder can be another's --weights, frozen tensors included.
 """
 import argparse
 import csv
@@ -84,9 +83,9 @@ def add_gradients(run, model, images, labels, batch_size, prompts, pretrained, a
 
     images (b, 3, R, R); labels (b,), -1 for an image that cannot be read, which then has no ce;
     batch_size: of all processes; prompts: as in Task; pretrained (C, D): the classes' features
-    before training. The images of each piece send their gradient back to `texts.features`, a leaf;
-    from there it goes through the text tower, which the prompts pass once, or, with --micro-batch,
-    in pieces and twice. Exact: no layer mixes images, or prompts.
+    before training. Each piece of images adds its gradient to `texts.features`, a leaf, and from
+    there all of it goes into the text tower. The prompts pass that tower once, or with
+    --micro-batch in pieces, twice. Exact: no layer mixes images, or prompts.
     """
     pieces, places = prompts
     texts = TwoPass(run, lambda some: encode_pieces(model, some),
