@@ -65,8 +65,7 @@ from large_batch import by_rows, TwoPass
 from pairs import add_pair_flags, make_pair_loader, open_splits, PairBatches
 from scores import (embed, encode_texts, image_features, milliseconds, recalls, retrieval_ranks,
                     zero_shot)
-from teachers import (look_of, open_teachers, open_text_teacher, ShownPairs, Stored,
-                      Views)
+from teachers import look_of, open_teachers, open_text_teacher, ShownPairs, Stored, Views
 from tokenizer import for_model
 
 OF_TEACHERS = ("crd", "fd", "icl", "hint", "attention")  # the terms that ask them about images
@@ -90,6 +89,12 @@ class Features(typing.NamedTuple):
         return Features(self.scale, self.text, self.image, self.texts, self.images)
 
 
+def both_ways(one_way, *features):
+    """The mean of a loss from images to texts and that from texts to images."""
+    turned = (x.turned() for x in features)
+    return (one_way(*features) + one_way(*turned)) / (2 * len(features[0].images))
+
+
 def info_nce(ours, theirs, labels):
     """Images of `ours` against texts of `theirs`, texts against images: the task with itself, ICL
     with a teacher. labels: at, partner, share. Column at[i] is right for row i; under mixing
@@ -102,27 +107,28 @@ def info_nce(ours, theirs, labels):
             return (share * F.cross_entropy(logits, at, reduction="sum")
                     + (1 - share) * F.cross_entropy(logits, partner, reduction="sum"))
         return by_rows(loss, (ours.image, at, partner), (theirs.texts, ours.scale))
-    both = one_way(ours, theirs) + one_way(ours.turned(), theirs.turned())
-    return both / (2 * len(ours.images))
+    return both_ways(one_way, ours, theirs)
 
 
 def crd(ours, teachers):
     """Cross-entropy to the softmaxes of K teachers, averaged afterwards: KL plus a constant."""
     def one_way(ours, *teachers):
         def loss(rows, *rest):
-            *asked, columns, scale = rest  # asked: the teachers' rows
-            targets = sum((teacher.scale * p @ teacher.texts.T).softmax(dim=1)
-                          for teacher, p in zip(teachers, asked)) / len(teachers)  # (m, N)
+            *p, columns, scale = rest  # p: the teachers' rows
+            targets = sum((teacher.scale * p_k @ teacher.texts.T).softmax(dim=1)
+                          for teacher, p_k in zip(teachers, p)) / len(teachers)  # (m, N)
             return F.cross_entropy((scale * rows) @ columns.T, targets, reduction="sum")
-        asked = (teacher.image for teacher in teachers)
-        return by_rows(loss, (ours.image, *asked), (ours.texts, ours.scale))
-    both = one_way(ours, *teachers) + one_way(*(x.turned() for x in (ours, *teachers)))
-    return both / (2 * len(ours.images))
+        p = (teacher.image for teacher in teachers)
+        return by_rows(loss, (ours.image, *p), (ours.texts, ours.scale))
+    return both_ways(one_way, ours, *teachers)
 
 
-def fd(rows, goals, N):
+def fd(ours, theirs, with_text):
     """1 - cos is half the squared distance of unit vectors, whatever their number D of numbers."""
-    return (1 - F.cosine_similarity(rows, goals, dim=1)).sum() / N
+    far = (1 - (ours.image * theirs.image).sum(dim=1)).sum()
+    if with_text:
+        far = far + (1 - (ours.text * theirs.text).sum(dim=1)).sum()
+    return far / len(ours.images)
 
 
 class Heads(nn.Module):
@@ -138,9 +144,9 @@ class Heads(nn.Module):
 
 
 def objective(ours, labels, teachers, heads, weight, text_teacher=None, average=None):
-    """The terms on features that have a weight -> {name: this process's part}. All but labels, see
-    info_nce, heads and weight are Features; teachers: a list; average: of the student."""
-    N, text_trains, terms = len(ours.images), ours.text.requires_grad, {}
+    """The terms on features that have a weight -> {name: this process's part}. labels: see
+    info_nce; teachers: a list of Features; text_teacher, average (of the student): Features."""
+    terms, text_trains = {}, ours.text.requires_grad
     if weight["task"]:
         terms["task"] = info_nce(ours, ours, labels)
         if text_teacher is not None:  # its similarities soften the targets
@@ -149,18 +155,15 @@ def objective(ours, labels, teachers, heads, weight, text_teacher=None, average=
         terms["crd"] = crd(ours, teachers)
     if weight["ema"]:
         terms["ema"] = crd(ours, [average])
-    images = [head(ours.image) for head in heads.image]  # as wide as each teacher's
-    texts = [head(ours.text) for head in heads.text]
+    wide = [ours._replace(scale=heads.icl_scale.exp(), image=unit(image(ours.image)),
+                          text=unit(text(ours.text)))  # as wide as each teacher's
+            for image, text in zip(heads.image, heads.text)]
     if weight["fd"]:
-        near = sum(fd(u, teacher.image, N) for u, teacher in zip(images, teachers))
-        if text_trains:
-            near = near + sum(fd(v, teacher.text, N) for v, teacher in zip(texts, teachers))
-        terms["fd"] = near / len(teachers)
+        terms["fd"] = sum(fd(x, teacher, text_trains)
+                          for x, teacher in zip(wide, teachers)) / len(teachers)
     if weight["icl"]:
-        scale = heads.icl_scale.exp()
-        terms["icl"] = sum(
-            info_nce(ours._replace(scale=scale, image=unit(u), text=unit(v)), teacher, labels)
-            for u, v, teacher in zip(images, texts, teachers)) / len(teachers)
+        terms["icl"] = sum(info_nce(x, teacher, labels)
+                           for x, teacher in zip(wide, teachers)) / len(teachers)
     return terms
 
 
@@ -169,11 +172,11 @@ def objective(ours, labels, teachers, heads, weight, text_teacher=None, average=
 
 class Batch(typing.NamedTuple):
     """This process's n pairs."""
-    images: dict                   # uint8 (n, 3, S, S) for each way to look, see Views
-    tokens: torch.Tensor | None    # (n, L), on the host, for a text tower that trains
-    keys: list                     # K of (n, D_k), the teachers' text features
-    stored: list | None            # K of (n, D_k), their image features if none of them runs
-    wording: torch.Tensor | None   # (n, D') of the text teacher
+    images: dict                  # uint8 (n, 3, S, S) for each way to look, see Views
+    tokens: torch.Tensor | None   # (n, L), on the host, for a text tower that trains
+    q: list                       # K of (n, D_k), the teachers' features of the texts
+    p: list | None                # K of (n, D_k), those of the images, if they are stored
+    similar: torch.Tensor | None  # (n, D') of the text teacher
 
 
 def step(run, learner, batch, mix, weight, seed):
@@ -200,11 +203,11 @@ def step(run, learner, batch, mix, weight, seed):
 
     # ---- encode -------------------------------------------------------------------
     pieces = [slice(i, min(n, i + learner.micro)) for i in range(0, n, learner.micro)]
-    p = [mix.blend(rows) for rows in batch.stored or ()]                       # K of (n, D_k)
-    if batch.stored is None and any(weight[name] for name in OF_TEACHERS):
+    p = [mix.blend(rows) for rows in batch.p or ()]
+    if batch.p is None and any(weight[name] for name in OF_TEACHERS):
         p = [ask(teacher.model, encode_image, pieces) for teacher in teachers]
     image = TwoPass(run, functools.partial(encode_image, student), pieces, 2 * seed, student.visual)
-    text, v = None, batch.keys[0]    # (n, D): a frozen text tower is that of the first teacher
+    text, v = None, batch.q[0]  # (n, D): a frozen text tower is that of the first teacher
     if batch.tokens is not None:
         texts, places = text_pieces(batch.tokens, learner.micro, student.text_pad)
         texts, places = [run.move(*piece) for piece in texts], run.move(places)
@@ -213,15 +216,15 @@ def step(run, learner, batch, mix, weight, seed):
 
     # ---- the loss, in fp32 over all processes -------------------------------------
     ours = features(student.logit_scale.exp(), image.features, v)
-    told = [features(teacher.scale, *both) for teacher, *both in zip(teachers, p, batch.keys)]
+    theirs = [features(teacher.scale, *both) for teacher, *both in zip(teachers, p, batch.q)]
     text_teacher = average = None
-    if batch.wording is not None:
-        text_teacher = features(10.0, mix.blend(batch.wording), batch.wording)
+    if batch.similar is not None:
+        text_teacher = features(10.0, mix.blend(batch.similar), batch.similar)
     if weight["ema"]:
         model = learner.average.model
         average = features(model.logit_scale.exp(), ask(model, encode_image, pieces),
                            ask(model, encode_text, texts)[places] if text else v)
-    terms = objective(ours, labels, told, learner.heads, weight, text_teacher, average)
+    terms = objective(ours, labels, theirs, learner.heads, weight, text_teacher, average)
     inside = learner.maps.losses(learner.heads.hint, sum(counts)) if learner.maps else {}
     loss = sum(weight[name] * x for name, x in terms.items())
     inner = sum(weight[name] * x for name, x in inside.items())
@@ -284,7 +287,7 @@ def draw_mix(args, step, size):
 
 class Maps:
     """The student's last map of features against that of the first teacher, a ViT, both averaged
-    down to the coarser of their grids, P places. Forward hooks catch what passes. Means of images:
+    down to the coarser of their grids, P places. Hooks catch what passes. Means over images:
 
         hint       1 - cos(1 x 1 convolution of the map, LayerNorm of the teacher's), mean over P;
                    FitNets, Romero et al. 2015
@@ -590,7 +593,7 @@ def prepare(run, setup, args):
     (images, used, epoch) -> Batch, on the device."""
     train, stored, looks = setup.pairs, setup.stored, [look_of(setup.student)]
     captions, options = train.captions, run.loader_options(args.workers)
-    tokens = wording = None
+    tokens = similar = None
     for teacher in () if stored else setup.teachers:
         looks.append(teacher.look)
         teacher.texts = encode_texts(run, teacher.model, teacher.tokenizer, captions)
@@ -598,8 +601,8 @@ def prepare(run, setup, args):
         tokens = setup.tokenizer(captions, context_length=setup.student.config.context_length)
     if setup.text_teacher:
         model, tokenizer = setup.text_teacher
-        wording = encode_texts(run, run.move(model), tokenizer, captions)
-        wording = unit(wording - wording.mean(dim=0))  # without what all captions have in common
+        similar = encode_texts(run, run.move(model), tokenizer, captions)
+        similar = unit(similar - similar.mean(dim=0))  # without what all captions have in common
     for pairs in filter(None, (train, setup.val)):
         pairs.cache(run, max(size for size, *_ in looks) * 8 // 7, run.out / "cache",
                     int(args.cache_gb * 2 ** 30), options["workers"])
@@ -614,10 +617,10 @@ def prepare(run, setup, args):
 
     def look_up(images, used, epoch):
         views = dict(zip(shown.transform.looks, map(run.move, images)))
-        keys = [run.move(teacher.texts[used]) for teacher in setup.teachers]
-        answers = stored and [run.move(x) for x in stored.answers(shown, epoch, used)]
-        return Batch(views, None if tokens is None else tokens[used], keys, answers,
-                     None if wording is None else run.move(wording[used]))
+        q = [run.move(teacher.texts[used]) for teacher in setup.teachers]
+        p = stored and [run.move(x) for x in stored.answers(shown, epoch, used)]
+        return Batch(views, None if tokens is None else tokens[used], q, p,
+                     None if similar is None else run.move(similar[used]))
     return loader, look_up
 
 

@@ -211,7 +211,7 @@ class Scene:
 
     def defined(self, mix, w):
         """Loss and gradients by the formulas, on whole matrices."""
-        batch, T = self.batch, mixing(len(self.batch.wording), mix.share)
+        batch, T = self.batch, mixing(len(self.batch.similar), mix.share)
         mixed = torch.einsum("ij,jchw->ichw", T, batch.images[LOOK].double())
 
         def look(model):
@@ -220,7 +220,7 @@ class Scene:
             return unit(model.encode_image((mixed / 255 - mean) / std))
 
         def text(model):
-            return batch.keys[0] if self.frozen else unit(model.encode_text(batch.tokens))
+            return batch.q[0] if self.frozen else unit(model.encode_text(batch.tokens))
 
         def crossed(rows, columns, z):
             return (soft(rows, z) + soft(columns, z.T)) / 2
@@ -229,10 +229,10 @@ class Scene:
             return (t * p @ q.T).softmax(dim=1), (t * q @ p.T).softmax(dim=1)
         u, v = look(self.student), text(self.student)
         z, own = self.student.logit_scale.exp() * u @ v.T, self.heads.icl_scale.exp()
-        told = [unit(T @ p) for p in batch.stored] if batch.stored else [
+        told = [unit(T @ p) for p in batch.p] if batch.p else [
             look(teacher.model) for teacher in self.teachers]
-        both = [targets(t.scale, p, q) for t, p, q in zip(self.teachers, told, batch.keys)]
-        alike = targets(10.0, unit(T @ batch.wording), batch.wording)
+        both = [targets(t.scale, p, q) for t, p, q in zip(self.teachers, told, batch.q)]
+        alike = targets(10.0, unit(T @ batch.similar), batch.similar)
         old = targets(self.average.logit_scale.exp(), look(self.average), text(self.average))
         total = w["crd"] * crossed(*(sum(x) / 2 for x in zip(*both)), z) + w["task"] * (
             (1 - w["text_teacher"]) * crossed(T, T.T, z) + w["text_teacher"] * crossed(*alike, z)
@@ -241,8 +241,8 @@ class Scene:
             image, text = self.heads.image[k](u), self.heads.text[k](v)
             total = total + w["fd"] / 2 * (1 - F.cosine_similarity(image, told[k])).mean()
             if not self.frozen:
-                total = total + w["fd"] / 2 * (1 - F.cosine_similarity(text, batch.keys[k])).mean()
-                total = total + w["icl"] / 4 * (soft(T, own * unit(image) @ batch.keys[k].T)
+                total = total + w["fd"] / 2 * (1 - F.cosine_similarity(text, batch.q[k])).mean()
+                total = total + w["icl"] / 4 * (soft(T, own * unit(image) @ batch.q[k].T)
                                                 + soft(T.T, own * unit(text) @ told[k].T))
         total.backward()
         return total.detach(), self.gradients()
@@ -486,7 +486,7 @@ def test_a_bad_step_moves_neither_average_nor_batchnorm(school, tmp_path):
                                      "optimizer": learner.optimizer.state_dict(), "ema": {
             name: mine for name, (mine, _) in learner.average.pairs.items()}}))
         if len(before) == 3:
-            batch.keys[0][0, 0] = math.nan
+            batch.q[0][0, 0] = math.nan
         return real(run, learner, batch, *rest)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_distill, "step", spoiled)
