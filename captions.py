@@ -84,7 +84,10 @@ def read_captions(store, names, columns):
         members = [name] if inner is store else matching(inner, "annotations/captions_*.json")
         files |= {member: inner.read(member) for member in members}
     for name, content in files.items():
-        for split, rows in read_caption_file(name, content, columns).items():
+        found = Listing()
+        for split, path, text in read_caption_file(name, content, columns):
+            found.add(split, [(path, text)])
+        for split, rows in found.rows.items():
             split = split_of(name) if split == "all" and len(files) > 1 else split
             if len(files) > 1 and (split == "all" or split in listing.rows):
                 raise DataError(f"{store} holds {len(files)} caption files whose names are not "
@@ -99,22 +102,30 @@ def read_captions(store, names, columns):
 
 
 def read_caption_file(name, content, columns):
-    """One file -> {split or "all": rows}."""
+    """One file -> (split or "all", path, caption) for each row."""
     if LINES.match(content[:4096].decode("utf-8-sig", "replace")):
-        return {"all": read_lines(name, read_text(name, content))}
+        return read_lines(name, read_text(name, content))
     try:
         whole = json.loads(read_text(name, content)) if name.endswith(".json") else None
     except (json.JSONDecodeError, RecursionError):
         whole = None  # JSON lines, perhaps: the table reader will say
-    listing = Listing()
     if isinstance(whole, dict) and "images" in whole:
-        read_json(name, whole, listing)
-    else:
-        read_table_of_captions(name, content, columns, listing)
-    return listing.rows
+        return read_json(name, whole)
+    return read_pair_table(name, content, columns)
 
 
-def read_json(name, whole, listing):
+def read_lines(name, text):
+    """Flickr's captions, those of Flickr8k-CN, Flickr30k-CN and COCO-CN."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if match := LINE.match(line):
+            image = match[1] if "." in match[1] else f"{match[1]}.jpg"  # COCO-CN: without suffix
+            if not image.startswith(NEVER):
+                yield "all", image, match[2]
+        elif line.strip() and not line.startswith("image_name|"):
+            raise DataError(f"{name}, line {number}: expected an image, # or |, and its caption")
+
+
+def read_json(name, whole):
     """COCO's captions, or a Karpathy split (dataset_coco.json, ...). An image without a caption, or
     a caption without an image, is a row without it."""
     captions = {}
@@ -127,26 +138,13 @@ def read_json(name, whole, listing):
             else:
                 path = "/".join(filter(None, (image.get("filepath"), image["filename"])))
                 split, texts = image["split"], [text["raw"] + "" for text in image["sentences"]]
-            listing.add(split_of(split), ((path, text) for text in texts or [""]))
+            yield from ((split_of(split), path, text) for text in texts or [""])
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{name} is not a caption file of COCO or Karpathy ({error!r})") from None
-    for texts in captions.values():
-        listing.add(split_of(name), (("", text) for text in texts))
+    yield from ((split_of(name), "", text) for texts in captions.values() for text in texts)
 
 
-def read_lines(name, text):
-    """Flickr's captions, those of Flickr8k-CN, Flickr30k-CN and COCO-CN -> rows."""
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if match := LINE.match(line):
-            image = match[1] if "." in match[1] else f"{match[1]}.jpg"  # COCO-CN: without suffix
-            rows += [(image, match[2])] * (not image.startswith(NEVER))
-        elif line.strip() and not line.startswith("image_name|"):
-            raise DataError(f"{name}, line {number}: expected an image, # or |, and its caption")
-    return rows
-
-
-def read_table_of_captions(name, content, columns, listing):
+def read_pair_table(name, content, columns):
     """CSV, TSV, JSON lines or a JSON list. Values stay text: "None", "null" and "NA" are captions.
     A cell may hold several captions, as a JSON list. The images of a metadata.* lie beside it, as
     Hugging Face's."""
@@ -156,11 +154,11 @@ def read_table_of_captions(name, content, columns, listing):
         if isinstance(cell, str) and cell.startswith('["'):
             with contextlib.suppress(ValueError, RecursionError):
                 cell = json.loads(cell)
-        texts = cell if isinstance(cell, list) else [cell]
-        if not all(isinstance(text or "", str) for text in texts):
-            raise DataError(f"{name}, line {line}: expected text as caption, not {str(cell)[:80]}")
-        image = image.removeprefix("./")
-        listing.add(split, ((image and folder + image, text) for text in texts))
+        for text in cell if isinstance(cell, list) else [cell]:
+            if not isinstance(text or "", str):
+                raise DataError(f"{name}, line {line}: expected text as caption, not "
+                                f"{str(cell)[:80]}")
+            yield split, image and folder + image.removeprefix("./"), text
 
 
 # -----------------------------------------------------------------------------

@@ -28,7 +28,7 @@ import unicodedata
 from typing import NamedTuple
 
 from fetch import fetch
-from images import (Batches, CLIP_MEAN, CLIP_STD, DataError, EXTRAS, held, Images,  # noqa: F401
+from images import (Batches, CLIP_MEAN, CLIP_STD, DataError, EXTRAS, Images,  # noqa: F401
                     ImageStore, import_torchvision, is_image, leaves_folder, load_batches, locate,
                     LostWorker, normalise, one_line, places, Preprocess, read_image, sample_seed,
                     UnreadableImage)
@@ -653,7 +653,7 @@ def fetch_missing(name, data_dir):
         return
     try:
         source = list_known(name, data_dir)
-        if held(source.store, source.paths()):
+        if any(map(source.store.has, source.paths())):
             return
     except DataError:
         if name != "fgvc_aircraft":  # whose lists come with its images

@@ -351,20 +351,15 @@ def places(root):
             yield from map(ImageStore, inner)
 
 
-def held(store, paths):
-    """How many of about 200 of these paths lie in a store."""
-    return sum(map(store.has, paths[::len(paths) // 200 + 1]))
-
-
 def locate(likely, paths):
-    """The first of these stores that holds all of a sample of the paths, else the one that holds
-    most of it, else the first."""
-    best, most = None, -1
+    """The first of these stores that holds all of about 200 of the paths, else that with most of
+    them, else the first."""
+    sample, best, most = paths[::len(paths) // 200 + 1], None, -1
     for store in likely:
-        found = held(store, paths)
+        found = sum(map(store.has, sample))
         if found > most:
             best, most = store, found
-        if most == len(paths[::len(paths) // 200 + 1]):
+        if most == len(sample):
             break
     return best
 
