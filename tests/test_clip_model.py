@@ -208,27 +208,27 @@ def test_initial_weights_have_the_papers_statistics():
     W, layers = 256, 3
     model = CLIP(dataclasses.replace(CONFIGS["tiny-vit"], text_width=W, text_layers=layers,
                                      vocab_size=4000, embed_dim=128, vision_width=192))
-
-    def spread(tensor, expected):
-        assert tensor.std().item() == pytest.approx(expected, rel=0.05)
-        assert abs(tensor.mean().item()) < 5 * expected / tensor.numel() ** 0.5
-    spread(model.token_embedding.weight, 0.02)
-    spread(model.positional_embedding, 0.01)
-    spread(model.text_projection, W ** -0.5)
-    for block in model.transformer.resblocks:
-        spread(block.attn.in_proj_weight, W ** -0.5)
-        spread(block.attn.out_proj.weight, W ** -0.5 * (2 * layers) ** -0.5)
-        spread(block.mlp.c_proj.weight, W ** -0.5 * (2 * layers) ** -0.5)
-        spread(block.mlp.c_fc.weight, (2 * W) ** -0.5)
-        assert not block.attn.in_proj_bias.any() and not block.attn.out_proj.bias.any()
-    spread(model.visual.proj, 192 ** -0.5)
-    spread(model.visual.positional_embedding, 192 ** -0.5)
-    spread(model.visual.transformer.resblocks[0].mlp.c_fc.weight, 192 ** -0.5 / 3 ** 0.5)
+    expected = {
+        "token_embedding.weight": 0.02, "positional_embedding": 0.01, "text_projection": W ** -0.5,
+        "visual.proj": 192 ** -0.5, "visual.positional_embedding": 192 ** -0.5,
+        "visual.transformer.resblocks.0.mlp.c_fc.weight": (3 * 192) ** -0.5}
+    for i in range(layers):
+        block = f"transformer.resblocks.{i}."
+        expected |= {block + "attn.in_proj_weight": W ** -0.5,
+                     block + "attn.out_proj.weight": (W * 2 * layers) ** -0.5,
+                     block + "mlp.c_proj.weight": (W * 2 * layers) ** -0.5,
+                     block + "mlp.c_fc.weight": (2 * W) ** -0.5}
+        assert not model.get_parameter(block + "attn.in_proj_bias").any()
+    for name, spread in expected.items():
+        tensor = model.get_parameter(name)
+        assert tensor.std().item() == pytest.approx(spread, rel=0.05), name
+        assert abs(tensor.mean().item()) < 5 * spread / tensor.numel() ** 0.5, name
     assert model.logit_scale.item() == pytest.approx(2.6593, abs=1e-4)
-    model = CLIP(dataclasses.replace(CONFIGS["tiny-rn"], vision_layers=(2, 1, 1, 1)))
+    resnet = CLIP(dataclasses.replace(CONFIGS["tiny-rn"], vision_layers=(2, 1, 1, 1))).visual
     for letter in "qkvc":
-        spread(getattr(model.visual.attnpool, letter + "_proj").weight, 256 ** -0.5)
-    gains = {n: p for n, p in model.visual.named_parameters() if n.endswith("bn3.weight")}
+        weight = resnet.get_parameter(f"attnpool.{letter}_proj.weight")
+        assert weight.std().item() == pytest.approx(256 ** -0.5, rel=0.05)
+    gains = {n: p for n, p in resnet.named_parameters() if n.endswith("bn3.weight")}
     assert len(gains) == 6 and (gains.pop("bn3.weight") == 1).all()  # the stem's is not a branch
     assert not any(gain.any() for gain in gains.values())
 

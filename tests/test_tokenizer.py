@@ -149,7 +149,7 @@ def test_any_text_equals_the_twin(bpe, twin):
 
 def test_captions_equal_open_clips(bpe):
     theirs = pytest.importorskip("open_clip.tokenizer").SimpleTokenizer()
-    for text in [*NASTY, *random_strings(2000, seed=1)]:
+    for text in [*NASTY, *random_strings(500, seed=1)]:
         shown = html.unescape(html.unescape(ftfy.fix_text(text)))
         # It spells its special tokens otherwise, and takes U+001C to U+001F for white space.
         if not re.search("[\x1c-\x1f]|oftext", shown, re.I):
