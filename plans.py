@@ -14,7 +14,6 @@ from device import expanded, number, UserError, whole  # before torch
 
 from data import EXTRAS, nearest
 
-LR_AT_1024 = 5e-5     # what fine-tuned CLIPs bear at a batch of 1,024, and in proportion below
 AUGMENT = ("crop", "flip", *EXTRAS)
 FILES = {"best": "checkpoint_best.pt", "last": "checkpoint_last.pt", "wise": "wise_best.pt"}
 
@@ -68,7 +67,7 @@ class Stage:
 
     def __post_init__(self):
         self.replay = dict(self.replay)
-        self.lr = self.lr or LR_AT_1024 * self.batch_size / 1024
+        self.lr = self.lr or 5e-5 * self.batch_size / 1024  # what fine-tuned CLIPs bear
         # What a run finds out. parent: a Stage; start: its file; train, held_out: PairSets
         self.parent = self.start = self.folder = self.train = self.held_out = self.args = None
         self.parts, self.sizes = [self], []  # stages with pairs in its batches, and how many
@@ -109,8 +108,8 @@ def refuse(where, why, *, when):
 
 def refuse_kind(where, name, value, kind):
     """UserError if a value is no list or dict where `kind` is that, else if it is no word."""
-    shape = kind if kind in (list, dict) else (str, int, float)
-    wanted = {list: "a list", dict: "an object"}.get(kind, "a text or a number")
+    shape, wanted = {list: (list, "a list"), dict: (dict, "an object")}.get(
+        kind, ((str, int, float), "a text or a number"))
     refuse(where, f"{name} is {value!r}; expected {wanted}",
            when=not isinstance(value, shape) or value == "")
 

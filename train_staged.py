@@ -343,11 +343,8 @@ def run_stage(run, model, stage, stages, tokenizer, args, about):
     judge = functools.partial(evaluate, run, model, stage.held_out, tokenizer, args)
     best, at = train(run, model, stage, loader, tokens, judge, checkpoint)
     model.recompute_blocks(False)
-    trainable = [p for p in model.parameters() if p.requires_grad]
     found = {"method": "staged", "stage": stage.name, "steps": at.step, "epochs": at.epoch,
-             "start_score": best["start_score"], "best": best["score"], "best_step": best["step"],
-             "trainable_parameters": sum(p.numel() for p in trainable),
-             "trainable_tensors": len(trainable)}
+             "start_score": best["start_score"], "best": best["score"], "best_step": best["step"]}
     model.requires_grad_(True)
     if stage.wise:
         so_far = stages[:stages.index(stage) + 1]
