@@ -58,11 +58,9 @@ def allow(table, harmless=None, **allowed):
 # Names
 
 def state_in(content):
-    """The named tensors in what a file holds.
-
-    Finds the state dict inside a training checkpoint and takes off the prefixes that wrappers
-    leave (`module.` of DDP, `_orig_mod.` of torch.compile, `model.` of Lightning).
-    """
+    """The named tensors in what a file holds: of the state dict inside a training checkpoint,
+    without the prefixes that wrappers leave (`module.` of DDP, `_orig_mod.` of torch.compile,
+    `model.` of Lightning)."""
     wrappers = ("state_dict", "model", "model_state_dict", "module", "net", "weights", "ema",
                 "model_ema", "state_dict_ema")
     for _ in range(8):  # not for ever: a hostile file can hold itself
@@ -215,13 +213,14 @@ CHINESE_CLIP = {"text": {"pool": "first"},  # what none of its own files says
 
 
 def known_from_hugging_face(read):
+    """Of a folder that transformers or sentence-transformers wrote."""
     config = read("config.json")
     kind = config.get("model_type")
     if kind is None and not {"vision_config", "text_config", "hidden_size"} & config.keys():
         return {}  # another program's
     if kind in FAMILIES:
         return {"text": bert_settings(config) | pooling_settings(read)}
-    allow(config, HUGGING_FACE, model_type=(
+    allow({"model_type": kind} | config, HUGGING_FACE, model_type=(  # the type first: it tells most
         "clip", "chinese_clip", "vision-text-dual-encoder", *ONE_TOWER, *FAMILIES))
     towers = {ONE_TOWER[kind]: config} if kind in ONE_TOWER else {
         side: {**(config.get(f"{side}_config") or {}), **(config.get(f"{side}_config_dict") or {})}
@@ -230,7 +229,8 @@ def known_from_hugging_face(read):
     known = {"pixels": pixels_from_hugging_face(
         read("preprocessor_config.json") or read("processor_config.json").get("image_processor"))}
     if image is not None:
-        image = {"hidden_act": "quick_gelu", "hidden_size": 768, "num_attention_heads": 12} | image
+        image = {"model_type": "clip", "hidden_act": "quick_gelu", "hidden_size": 768,
+                 "num_attention_heads": 12} | image
         allow(image, HUGGING_FACE, hidden_act=activations, layer_norm_eps=(1e-5,),
               model_type=("clip", "clip_vision_model", "chinese_clip_vision_model"))
         known["activation"] = image["hidden_act"]
@@ -242,8 +242,8 @@ def known_from_hugging_face(read):
     elif text is not None and text.get("model_type") in FAMILIES:
         known["text"] = bert_settings(text)
     elif text is not None:
-        text = {"hidden_act": "quick_gelu", "hidden_size": 512, "num_attention_heads": 8,
-                "vocab_size": 49_408} | text
+        text = {"model_type": "clip", "hidden_act": "quick_gelu", "hidden_size": 512,
+                "num_attention_heads": 8, "vocab_size": 49_408} | text
         allow(text, HUGGING_FACE, hidden_act=activations, layer_norm_eps=(1e-5,),
               model_type=("clip", "clip_text_model"),
               eos_token_id=(2, text["vocab_size"] - 1))  # 2: an old word for the largest id

@@ -317,7 +317,13 @@ def test_a_setting_that_is_not_known_is_refused_by_its_name(tmp_path, layout, fi
     for part in parts:
         inside[part]["a_new_setting"] = 1
         refused(lambda: load(with_table(folder, file, content)), "a_new_setting", folder)
+        if layout == "hf":  # the type tells more
+            kind, inside[part]["model_type"] = inside[part]["model_type"], "siglip"
+            refused(lambda: load(with_table(folder, file, content)), "siglip", folder)
+            inside[part]["model_type"] = kind
         del inside[part]["a_new_setting"]
+    if content.pop("model_type", None):
+        refused(lambda: load(with_table(folder, file, content)), "model_type", folder)
 
 
 # -----------------------------------------------------------------------------
