@@ -167,7 +167,7 @@ def test_a_folder_of_images_and_any_weights(world, tmp_path):
 
 def test_a_title_that_no_font_writes_is_said_and_stands_in_the_page(world, tmp_path, monkeypatch,
                                                                    capsys):
-    monkeypatch.setattr(search, "FONT_FOLDERS", ())
+    monkeypatch.setattr(search, "FONTS", ())
     search.font_for.cache_clear()
     query, files = "черный кот", {}
     for name, font in (("none", []), ("font", ["--font", _dejavu()])):

@@ -18,7 +18,6 @@ import contextlib
 import functools
 import hashlib
 import html
-import itertools
 import json
 import pathlib
 import sys
@@ -42,10 +41,9 @@ from weights import digest, load
 
 TILE, LABEL = 112, 130  # pixels of a picture's side on a sheet, and of the space for a row's name
 FRAMES = {None: "white", True: "#1a9850", False: "#d73027"}  # by whether an answer is right
-FONTS = ("NotoSansCJK*", "NotoSansSC*", "SourceHanSans*", "wqy-*", "PingFang*", "STHeiti*", "msyh*",
-         "simhei*", "DroidSansFallback*", "DejaVuSans.ttf")
-FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts",
-                "/System/Library/Fonts", "/Library/Fonts", "C:/Windows/Fonts")
+FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf", "SourceHanSansSC-Regular.otf",
+         "wqy-microhei.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf", "PingFang.ttc",
+         "STHeiti Light.ttc", "msyh.ttc", "simhei.ttf", "DejaVuSans.ttf")
 
 
 # -----------------------------------------------------------------------------
@@ -222,11 +220,9 @@ def in_words(results):
 @functools.cache
 def font_for(text, given):
     """A font that has every letter of `text`, or None: Pillow's own, --font, or one installed."""
-    files = [given] if given else (file for folder in FONT_FOLDERS for name in FONTS
-                                   for file in sorted(expanded(folder).rglob(name)))
-    for file in itertools.chain([None], files):
-        with contextlib.suppress(OSError):
-            font = ImageFont.truetype(str(file), 14) if file else ImageFont.load_default(14)
+    for file in (None, *([expanded(given)] if given else FONTS)):
+        with contextlib.suppress(OSError):  # Pillow looks where the system keeps its fonts
+            font = ImageFont.truetype(file, 14) if file else ImageFont.load_default(14)
             letters = [font.getmask(letter) for letter in "\U0010fffd" + "".join(text.split())]
             nothing, *drawn = [(mask.size, bytes(mask)) for mask in letters]
             if nothing not in drawn:  # the box that stands for a letter it does not have
