@@ -13,6 +13,7 @@ import importlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import random
@@ -21,8 +22,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-import traceback
 
 import numpy
 import pytest
@@ -357,74 +356,46 @@ class Child:
     """work(*arguments) in a fork of this process, its prints in a file."""
     def __init__(self, work, *arguments, environment=None):
         self.file = tempfile.TemporaryFile()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.pid, self.code = os.fork(), None
-        if self.pid:
-            return
-        code = 1
-        try:
+
+        def run():
             os.environ.update(environment or {})
-            os.dup2(self.file.fileno(), 1)
-            os.dup2(self.file.fileno(), 2)
-            sys.stdout, sys.stderr = (open(n, "w", closefd=False, errors="replace")
-                                      for n in (1, 2))
-            code = work(*arguments) or 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            with contextlib.suppress(Exception):
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(code)
+            for number in (1, 2):
+                os.dup2(self.file.fileno(), number)
+            sys.stdout, sys.stderr = (open(number, "w", closefd=False, errors="replace")
+                                      for number in (1, 2))
+            sys.exit(work(*arguments))
+        self.process = multiprocessing.get_context("fork").Process(target=run)
+        self.process.start()
 
-    def poll(self):
-        """The exit code (128 + n after signal n), or None while it runs."""
-        if self.code is None:
-            done, status = os.waitpid(self.pid, os.WNOHANG)
-            if done:
-                code = os.waitstatus_to_exitcode(status)
-                self.code = code if code >= 0 else 128 - code
-        return self.code
-
-    def kill(self, number=signal.SIGKILL):
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def said(self):
-        self.file.seek(0)
-        return self.file.read().decode("utf-8", "replace")
+    def kill(self):
+        self.process.kill()
 
     def end(self, seconds=120):
-        """Wait for it -> Result; both streams are in `out`."""
-        deadline = time.monotonic() + seconds
-        while self.poll() is None:
-            if time.monotonic() > deadline:
-                self.kill()
-                raise AssertionError(f"still running after {seconds} s: {self.said()}")
-            time.sleep(0.01)
-        return Result(self.code, self.said(), "")
+        """Wait for it -> Result: the exit code (128 + n after signal n), both streams in `out`."""
+        self.process.join(seconds)
+        self.file.seek(0)
+        said, code = self.file.read().decode("utf-8", "replace"), self.process.exitcode
+        assert code is not None, f"still running after {seconds} s: {said}"
+        return Result(code if code >= 0 else 128 - code, said, "")
 
 
 def in_child(work, *arguments, seconds=120):
-    return Child(work, *arguments).end(seconds)
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    child = Child(work, *arguments)
+    try:
+        return child.end(seconds)
+    finally:
+        child.kill()
 
 
 def processes(count, work, seconds=180):
     """work(rank) in `count` processes that find each other, as torchrun would start them
     -> [Result] in rank order. `work` may return an exit code."""
-    port = str(free_port())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     children = [Child(work, rank, environment={
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in range(count)]
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in range(count)]
     try:
         return [child.end(seconds) for child in children]
     finally:

@@ -12,10 +12,7 @@ program puts its tensors where they belong and asks of the device what it has:
 - autocast computes each operation in the dtype that the real ones choose;
 - random numbers come from a generator of the device's own.
 
-Waiting for the device and copying to it cost time on real hardware, so both are noted: `stretches`
-lists, for each stretch of the program up to the end of an optimiser step and for the rest, the
-lines that waited ("waits") and the lines that copied to the device ("uploads"). A script run this
-way reads it with `import simulated_device`.
+Waiting for the device costs time on real hardware, so the lines that waited are noted in `waits`.
 
 How: PrivateUse1, the dispatch key torch keeps for devices it does not know, takes the name. Its
 tensors are wrappers around CPU tensors, its kernels are the CPU's. The name can be set once per
@@ -34,7 +31,6 @@ os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 import torch  # noqa: E402
-from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils import backend_registration  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
@@ -46,23 +42,15 @@ keep = []  # libraries of kernels are undone when they are collected
 generator_state = torch.Generator().get_state()
 
 
-# -----------------------------------------------------------------------------
-# What the program did
-
-stretches = [{"waits": [], "uploads": []}]
+waits = []  # the lines that waited for the device
 
 
-def note(what):
-    """Remember the line that waits or uploads: the innermost one outside torch and this file."""
+def note_wait():
+    """Remember the line that waits: the innermost one outside torch and this file."""
     frame, folder = sys._getframe(1), os.path.dirname(torch.__file__)
     while frame.f_back and frame.f_code.co_filename.startswith((folder, __file__, "<")):
         frame = frame.f_back
-    place = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
-    stretches[-1][what].append(place)
-
-
-def next_stretch(*_):
-    stretches.append({"waits": [], "uploads": []})
+    waits.append(f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}")
 
 
 # -----------------------------------------------------------------------------
@@ -125,13 +113,13 @@ def compute(operation, args, kwargs):
     device = kwargs.get("device")
     here = bool(ours) if device is None else torch.device(device).type == name
     if called in COPIES:
-        count_copy(called, args, here)
+        check_copy(called, args, here)
     else:
         check_places(called, args, kwargs, bool(ours))
     if called in WAITING or called in INDEXING and any(
             x.dtype in (torch.bool, torch.uint8) for x in tree_leaves(args[1])
             if isinstance(x, torch.Tensor)):
-        note("waits")
+        note_wait()
     kwargs = {key: x for key, x in kwargs.items() if key not in ("device", "pin_memory")}
     if device is not None:
         kwargs["device"] = torch.device("cpu") if here else device
@@ -167,9 +155,6 @@ def check_places(called, args, kwargs, some_here):
         if not isinstance(args[0], OnDevice) and any(isinstance(x, OnDevice) for x in indices):
             raise RuntimeError("indices should be either on cpu or on the same device as the "
                                "indexed tensor (cpu)")
-        for x in indices:
-            if not isinstance(x, OnDevice):
-                note("uploads")
         args = (args[0], *args[2:])
     strangers = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
                  and not isinstance(x, OnDevice) and x.dim()]
@@ -179,11 +164,11 @@ def check_places(called, args, kwargs, some_here):
             f"{shown}:0 and {strangers[0].device}! (when checking an argument of {called})")
 
 
-def count_copy(called, args, here):
+def check_copy(called, args, here):
     """args: (destination, source, non_blocking) of copy_, (source, ...) of _to_copy."""
     if called == "aten::_to_copy":
         if not here:
-            note("waits")
+            note_wait()
         return
     target, source = args[:2] if called == "aten::copy_" else (args[1], args[0])
     if isinstance(target, OnDevice) == isinstance(source, OnDevice):
@@ -191,7 +176,8 @@ def count_copy(called, args, here):
     if shown == "mps" and len(args) > 2 and args[2]:
         raise RuntimeError("a non_blocking copy to or from mps loses data silently before "
                            "torch 2.13")
-    note("uploads" if isinstance(target, OnDevice) else "waits")
+    if isinstance(source, OnDevice):
+        note_wait()
 
 
 @contextlib.contextmanager
@@ -223,14 +209,13 @@ def set_generator(state, device=0):
 # -----------------------------------------------------------------------------
 # Autocast: what the real ones list, as far as a CLIP and its relatives use it
 
-LOW = """linear matmul mm bmm addmm addbmm baddbmm addmv mv addr conv1d conv2d conv3d convolution
-_convolution conv_transpose2d einsum prelu scaled_dot_product_attention""".split()
-FP32 = """exp expm1 log log1p log10 log2 reciprocal rsqrt softplus layer_norm native_layer_norm
-group_norm cosine_similarity nll_loss nll_loss_nd kl_div l1_loss smooth_l1_loss mse_loss huber_loss
-cosine_embedding_loss binary_cross_entropy_with_logits dist cdist logsumexp cumsum cumprod
-norm.Scalar norm.ScalarOpt_dim pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar prod prod.dim_int sum
-sum.dim_IntList softmax.int log_softmax.int""".split()
-WIDEST = "cat stack addcmul addcdiv dot scatter_add bilinear grid_sampler cross".split()
+LOW = """linear matmul mm bmm addmm baddbmm conv1d conv2d convolution _convolution einsum prelu
+scaled_dot_product_attention""".split()
+FP32 = """exp expm1 log log1p reciprocal rsqrt softplus layer_norm native_layer_norm group_norm
+cosine_similarity nll_loss nll_loss_nd kl_div mse_loss binary_cross_entropy_with_logits logsumexp
+cumsum norm.Scalar norm.ScalarOpt_dim pow.Tensor_Scalar pow.Tensor_Tensor prod sum sum.dim_IntList
+softmax.int log_softmax.int""".split()
+WIDEST = "cat stack addcmul addcdiv dot scatter_add".split()
 
 
 def autocast_kernel(operation, dtype_of):
@@ -282,9 +267,7 @@ def install_kernels():
     for rule, operations in ((lambda _: torch.get_autocast_dtype(name), LOW),
                              (lambda _: torch.float32, FP32), (widest, WIDEST)):
         for full in operations:
-            with contextlib.suppress(AttributeError):  # an overload this torch has not
-                aten.impl(full, autocast_kernel(operation_named(full), rule),
-                          "AutocastPrivateUse1")
+            aten.impl(full, autocast_kernel(operation_named(full), rule), "AutocastPrivateUse1")
 
 
 # -----------------------------------------------------------------------------
@@ -296,21 +279,17 @@ class Module:
     def is_initialized(self): return True
     def device_count(self): return 1
     def current_device(self): return 0
-    def set_device(self, device): assert device in (0, f"{name}:0", torch.device(name, 0))
-    def get_device_name(self, device=0): return "simulated"
-    def synchronize(self, device=0): note("waits")
-    def empty_cache(self): pass
-    def memory_allocated(self, device=0): return 0
+    def set_device(self, device): assert device == 0
+    def synchronize(self, device=0): note_wait()
     def max_memory_allocated(self, device=0): return 0
     def reset_peak_memory_stats(self, device=0): pass
     def get_rng_state(self, device=0): return generator_state.clone()
     def set_rng_state(self, state, device=0): set_generator(state)
-    def manual_seed(self, seed): seed_generator(seed)
     def manual_seed_all(self, seed): seed_generator(seed)
     def is_bf16_supported(self): return True
-    utils = types.SimpleNamespace(is_support_inf_nan=lambda: True)
     def get_amp_supported_dtype(self): return [torch.float16, torch.bfloat16]
     def _is_in_bad_fork(self): return False
+    utils = types.SimpleNamespace(is_support_inf_nan=lambda: True)
 
 
 class Programs(TorchFunctionMode):
@@ -361,10 +340,9 @@ def install_mps():
         def renamed(self, device="cuda", *args, _init=owner.__init__, **kwargs):
             _init(self, inside(kwargs.pop("device_type", device)), *args, **kwargs)
         owner.__init__ = renamed
-    torch.backends.mps.is_available = torch.backends.mps.is_built = lambda: True
-    torch.mps.synchronize = lambda: note("waits")
-    torch.mps.empty_cache = lambda: None
-    torch.mps.driver_allocated_memory = torch.mps.current_allocated_memory = lambda: 0
+    torch.backends.mps.is_available = lambda: True
+    torch.mps.synchronize = note_wait
+    torch.mps.driver_allocated_memory = lambda: 0
     torch.mps.get_rng_state = lambda device="mps": generator_state.clone()
     torch.mps.set_rng_state = set_generator
     torch.mps.manual_seed = seed_generator
@@ -392,7 +370,6 @@ def install(device):
     install_pinned_memory()
     if device == "mps":
         install_mps()
-    register_optimizer_step_post_hook(next_stretch)
     return Programs()
 
 

@@ -14,7 +14,6 @@ import traceback
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils import backend_registration
 
 from helpers import (checkpoint, metrics, results, run_folder, run_main, same_run, script_data,
@@ -128,16 +127,15 @@ def test_a_step_that_does_not_log_waits_for_one_flag_alone(device, name):
     """Whether the step was fine: where the optimiser is fused (cuda), not even for that."""
     if name not in of_kind(device[0]):
         pytest.skip("run on the npu")
-    stretches = device[2][name]["stretches"]  # each up to the end of a step
+    waits = device[2][name]["waits"]  # in front of each step's end, from that of the one before
     for step in (1, 2, 4, 5):
-        waits = stretches[step]["waits"]
-        assert [place.split(":")[0] for place in waits] == ["device.py"], (step, waits)
-    assert len(stretches[3]["waits"]) > 3, "the third step logged and saved: the count counts"
+        assert [x.split(":")[0] for x in waits[step]] == ["device.py"], (step, waits[step])
+    assert len(waits[3]) > 3, "the third step logged and saved: the count counts"
 
 
 def test_a_run_that_was_stopped_resumes_to_the_same_bits(device):
     kind, folder, happened = device
-    assert happened["stopped"]["signal"] == signal.SIGTERM
+    assert happened["stopped"]["said"] == str(signal.SIGTERM.value)
     same_run(folder / "clipfit", folder / "stopped")
     state = checkpoint(folder / "stopped")["rng"][0]
     assert state["device_type"] == kind and state["device"].dtype == torch.uint8
@@ -224,32 +222,36 @@ def facts(kind):
 
 
 def attempt(work):
-    """-> {"error": a traceback or "", ...}: what came of it, and where it waited meanwhile."""
-    import simulated_device
-    simulated_device.stretches[:] = []
-    simulated_device.next_stretch()
+    """-> {"error": a traceback or "", ...}: what came of it."""
     found = {"error": ""}
     try:
         found |= work() or {}
     except (Exception, KeyboardInterrupt) as error:
-        found |= {"error": traceback.format_exc(), "signal": error.args[0]}
-    return {**found, "stretches": list(simulated_device.stretches)}
+        found |= {"error": traceback.format_exc(), "said": str(error)}
+    return found
 
 
 def run_script(path, *flags, stop_after=0):
-    """main() of the script at `path`; a SIGTERM comes in the optimiser's step `stop_after`."""
-    script, steps = runpy.run_path(str(path)), []
+    """main() of the script at `path` -> its score, and the lines that waited in each step; a
+    SIGTERM comes in the step `stop_after`."""
+    import simulated_device
+    from device import Run
+    script, waits, real = runpy.run_path(str(path)), [], Run.update
 
-    def count(*_):
-        steps.append(1)
-        if len(steps) == stop_after:
+    def update(*args, **options):
+        fine = real(*args, **options)
+        waits.append(simulated_device.waits[:])
+        simulated_device.waits.clear()
+        if len(waits) == stop_after:
             signal.raise_signal(signal.SIGTERM)
-    hook = register_optimizer_step_post_hook(count)
+        return fine
+    Run.update = update
     try:
         found = script["main"](script["get_args"](list(map(str, flags))))
-        return {key: found[key] for key in ("accuracy", "mean_recall") if key in found}
+        return {"waits": waits, **{key: found[key] for key in ("accuracy", "mean_recall")
+                                   if key in found}}
     finally:
-        hook.remove()
+        Run.update = real
 
 
 def drive(kind):
@@ -265,8 +267,8 @@ def drive(kind):
     for name in of_kind(kind):
         happened[name] = train(name, "--output-dir", folder / name)
     stopped = "--output-dir", folder / "stopped"
-    number = train("clipfit", *stopped, "--save-every", 2, stop_after=4)["signal"]
-    happened["stopped"] = {**train("clipfit", *stopped), "signal": number}
+    said = train("clipfit", *stopped, "--save-every", 2, stop_after=4)["said"]
+    happened["stopped"] = {**train("clipfit", *stopped), "said": said}
     for name in ("clipfit", "contrastive bert"):
         happened[f"{name} evaluated"] = train(name, "--eval-only", "--output-dir", folder / name)
     source = (ROOT / "train_clipfit.py").read_text("utf-8")
