@@ -52,12 +52,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from clip_model import text_pieces, unit
-from data import (add_data_flags, class_prompts, few_shot, find_classes, halves, KNOWN,
-                  make_loader, normalise, open_dataset, Preprocess, require_words)
+from data import (add_data_flags, class_prompts, DataError, few_shot, find_classes, halves,
+                  KNOWN, make_loader, normalise, open_dataset, Preprocess, require_words)
 from large_batch import TwoPass
 from scores import classification_scores, encode_images, linear_probe, zero_shot
 from tokenizer import for_model
-from weights import add_model_flags, card, check_layout, export, open_clip
+from weights import (add_model_flags, card, check_layout, export, open_clip,
+                     still_to_fetch)
 
 # -----------------------------------------------------------------------------
 # The method
@@ -431,7 +432,11 @@ def open_task(run, args, train_set, tests):
 def main(args):
     """Every (shots, seed) of the command line -> the results of the one run, or of the table."""
     run = start(args.device, args.precision, args.seed[0], args.deterministic)
-    train_set, val, labels, tests = open_data(run, args)
+    try:
+        train_set, val, labels, tests = open_data(run, args)
+    except DataError as error:  # all that a published set still needs is said at once
+        also = still_to_fetch(args) if args.data in KNOWN else ""
+        raise UserError("; ".join(filter(None, (str(error), also)))) from error
     task = open_task(run, args, train_set, tests)
     name = task.model.origin["name"]
     facts = {"method": "clipfit", "data": train_set.fingerprint, "data_name": train_set.name,

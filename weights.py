@@ -533,10 +533,24 @@ def kept_hash(paths, times):
     return hash_files(*paths)
 
 
+def place_of(name):
+    """Where a released model is kept, as OpenAI's code does."""
+    return expanded("~/.cache/clip") / (re.sub(r"[/@]", "-", name) + ".pt")
+
+
+def still_to_fetch(args):
+    """"" or, in words, which released weights `open_clip(args)` would have to fetch; of no --model
+    those of ViT-B/16."""
+    name = canonical_name((args.model or "ViT-B/16") if args.weights == "auto" else args.weights)
+    if name not in RELEASED or place_of(name).is_file():
+        return ""
+    return (f"the weights of {name} are not here either: "
+            f"{OPENAI_URL}/{RELEASED[name]}/{place_of(name).name} goes to {place_of(name)}")
+
+
 def download(name):
-    """Fetch a released model into ~/.cache/clip, as OpenAI's code does -> its path."""
-    digest, problems = RELEASED[name], []
-    target = expanded("~/.cache/clip") / (re.sub(r"[/@]", "-", name) + ".pt")
+    """Fetch a released model -> its path."""
+    digest, problems, target = RELEASED[name], [], place_of(name)
     with about(target), only_one(target):
         if target.is_file() and sha256_of(target) == digest:
             return target

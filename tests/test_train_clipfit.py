@@ -426,10 +426,13 @@ def test_unreadable_images_are_counted_and_named_and_too_many_are_refused(tmp_pa
     refusal(tmp_path / "two", *flags[:-1], names=("of 120",))
 
 
-def test_data_that_cannot_be_used_is_refused_before_any_work(tmp_path):
+def test_data_that_cannot_be_used_is_refused_before_any_work(tmp_path, monkeypatch):
     imagenet = fake_imagenet(tmp_path / "data", words=False) / "imagenet" / "images"
     refusal(tmp_path / "a", "--data", "dtd", "--model", "tiny", "--data-dir", tmp_path,
             "--no-download", names=("dtd", "--no-download"))
+    monkeypatch.setenv("HOME", str(tmp_path))  # nothing is here: all of it is said at once
+    refusal(tmp_path / "a", "--data", "dtd", "--data-dir", tmp_path, "--no-download",
+            names=("dtd", "--no-download", "ViT-B-16.pt"))
     refusal(tmp_path / "b", "--data", "dtdd", names=("dtd",))
     refusal(tmp_path / "c", "--classes", "Forrest", "River", names=("Forrest", "forest"))
     refusal(tmp_path / "d", "--classes", "Forest", names=("--classes",))
