@@ -59,10 +59,7 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(odd[0].partition("=")[0], flags, n=1)
             self.error(f"unknown argument {odd[0]}" + "".join(f"; is it {x}?" for x in near))
         if hasattr(parsed, "resume"):
-            try:
-                refuse_early(parsed)
-            except UserError as error:
-                self.error(error)
+            refuse_early(parsed)
         return parsed, odd
 
     def spelled(self, word):
@@ -154,7 +151,8 @@ def guard(main, get_args, argv=None):
     tolerate_any_locale()
     debug, code = "--debug" in (sys.argv[1:] if argv is None else argv), 0
     try:
-        sigterm_as_ctrl_c()
+        if os.environ.get("WORLD_SIZE", "") in ("", "0", "1"):
+            on_signals(interrupt, signal.SIGTERM)  # a group's Python cannot answer while it waits
         main(get_args(argv))
         print(end="", flush=True)
     except (Exception, KeyboardInterrupt) as error:
@@ -197,25 +195,22 @@ def verdict(error):
 
 def report(error, line, debug):
     """Say what ended the run on stderr; an error that all processes share is said once."""
-    joined = dist.is_available() and dist.is_initialized()
-    rank = dist.get_rank() if joined else int(os.environ.get("RANK") or 0)
-    if rank and (not joined or getattr(error, "shared", False)):
+    rank, joined = os.environ.get("RANK", "0"), dist.is_available() and dist.is_initialized()
+    if rank != "0" and (not joined or getattr(error, "shared", False)):
         return
     with contextlib.suppress(BrokenPipeError):
         if debug:
             traceback.print_exception(error)
         if line:
-            print(f"process {rank}: " * bool(rank) + f"error: {line}", file=sys.stderr, flush=True)
+            who = f"process {rank}: " if rank != "0" else ""
+            print(f"{who}error: {line}", file=sys.stderr, flush=True)
 
 
-def sigterm_as_ctrl_c():
-    """From now on SIGTERM ends the run as Ctrl-C does: loader workers are stopped, a line is said.
-    A second one ends it at once. Not in a group: Python could not answer while it waits there."""
-    def interrupt(number):
-        signal.signal(number, signal.SIG_DFL)
-        raise KeyboardInterrupt(number)  # which no `except Exception` on the way swallows
-    if os.environ.get("WORLD_SIZE", "") in ("", "0", "1"):
-        on_signals(interrupt, signal.SIGTERM)
+def interrupt(number):
+    """What SIGTERM does, as Ctrl-C: loader workers are stopped, a line is said. A second one ends
+    the run at once."""
+    signal.signal(number, signal.SIG_DFL)
+    raise KeyboardInterrupt(number)  # which no `except Exception` on the way swallows
 
 
 def on_signals(answer, *numbers):

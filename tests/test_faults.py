@@ -132,14 +132,6 @@ def test_a_worker_that_dies_is_named(data, tmp_path):
     one_line(result, 3, "DataLoader worker")
 
 
-def test_a_clock_that_jumps_changes_nothing(data, whole, tmp_path):
-    def jumps():
-        moments = iter([-1e9, 0.0, 1.7e9, 9e9] * 1000)
-        device.time.time = lambda: next(moments)
-    after(jumps, "clipfit", data, tmp_path / "run").ok()
-    same_run(whole("clipfit"), tmp_path / "run")
-
-
 # -----------------------------------------------------------------------------
 # Numbers that are not finite
 
