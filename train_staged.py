@@ -440,13 +440,12 @@ def identity_of(stage, about):
     parent = about["weights"]
     if stage.parent:
         parent = sha256_of(stage.start) if stage.start.exists() else None
-    identity = run_identity(stage.args, but=NO_IDENTITY, **about, parent=parent,
-                            data=stage.train.fingerprint,
-                            val=stage.held_out and stage.held_out.fingerprint)
-    return json.loads(json.dumps(identity))
+    return run_identity(stage.args, but=NO_IDENTITY, **about, parent=parent,
+                        data=stage.train.fingerprint,
+                        val=stage.held_out and stage.held_out.fingerprint)
 
 
-def settle(stages, out, args, about):
+def settle(run, stages, out, args, about):
     """Find each stage's folder and whether it is done. UserError where the plan has changed since,
     or a file is gone."""
     names = [stage.name for stage in stages]
@@ -458,22 +457,13 @@ def settle(stages, out, args, about):
         keys = {name: getattr(stage, field.name) for name, field in KEYS.items()}
         stage.args = argparse.Namespace(**{**vars(args), **keys, "overwrite": again})
         stage.done = (args.eval_only or not again) and (stage.folder / "results.json").exists()
-        config, cure = stage.folder / "config.json", f"--from-stage {stage.name}"
-        if args.eval_only or again or not config.exists():
+        if args.eval_only or again:
             continue
-        try:
-            theirs = dict(json.loads(config.read_text("utf-8"))["identity"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{config} is not of a run: choose another --output-dir") from None
-        ours = identity_of(stage, about)
-        changed = [f"{name} was {theirs.get(name)!r}, now {ours.get(name)!r}"
-                   for name in theirs | ours if theirs.get(name) != ours.get(name)]
-        refuse(stage, f"{stage.folder} was trained under another plan ({'; '.join(changed)}); "
-               f"{cure} trains it and all after it again; --output-dir OTHER makes another run, "
-               f"--weights {stage.folder} one that goes on from it", when=changed)
+        cure = f"--from-stage {stage.name} trains it and all after it again"
+        run.check(stage.folder, identity_of(stage, about), f"{cure}; --output-dir OTHER makes "
+                  f"another run, --weights {stage.folder} one that goes on from it")
         for file in (stage.folder / FILES[kind] for kind in stage.kinds):
-            refuse(stage, f"{file} is missing; {cure} trains it and all after it again",
-                   when=stage.done and not file.exists())
+            refuse(stage, f"{file} is missing; {cure}", when=stage.done and not file.exists())
 
 
 # -----------------------------------------------------------------------------
@@ -504,7 +494,7 @@ def main(args):
              "vocabulary": hashlib.sha256(repr(model.vocabulary).encode()).hexdigest()}
     out = run_folder(args, "staged",
                      str(plan.get("name") or "_".join(stage.name for stage in stages))[:60])
-    settle(stages, out, args, about)
+    settle(run, stages, out, args, about)
     if args.check_plan:
         return {"stages": [{"name": stage.name, "steps": stage.steps, "warmup": stage.warmup_steps,
                             "done": stage.done} for stage in stages]}
