@@ -672,8 +672,9 @@ def fetch_missing(name, data_dir):
             shutil.rmtree(new, ignore_errors=True)  # a part of the images would pass for all
         if not isinstance(error, Exception):
             raise
-        raise DataError(f"{name}: the download failed ({one_line(error)}); try again, or put the "
-                        f"files under {data_dir} by hand") from error
+        raise DataError(f"{name}: the download failed ({one_line(error)}); try again, or unpack "
+                        f"{known['archive']} by hand, so that its images lie in "
+                        f"{homes[-1] / known['images']}") from error
 
 
 def fetch_list(name, target, images):

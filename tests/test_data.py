@@ -421,7 +421,8 @@ def test_images_that_came_in_part_are_taken_back_and_those_of_the_user_are_left(
         raise RuntimeError("the disk is full\nand the cellar")
     monkeypatch.setattr(tv, "DTD", breaks)
     (tmp_path / "dtd").mkdir()
-    refused(lambda: open_dataset("dtd", "test", tmp_path), "dtd", "disk is full")
+    refused(lambda: open_dataset("dtd", "test", tmp_path), "disk is full", "dtd-r1.0.1.tar.gz",
+            tmp_path / "dtd/dtd/images")
     assert not any((tmp_path / "dtd").iterdir())
     refused(open_dataset("dtd", "test", tmp_path, download=False).check_files, "--no-download")
     for path in listed.paths:
