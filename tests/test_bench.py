@@ -13,7 +13,8 @@ def cells(result):
 
 def test_steps_give_seconds_and_a_ratio():
     steps = ("clipfit size=tiny-vit batch=2", "contrastive size=tiny-vit batch=4 micro_batch=2",
-             "features size=tiny-vit count=8", "tokenizer count=9", "decoding count=1",
+             "features size=tiny-vit count=8 what=images", "features size=tiny-vit count=8",
+             "distill batch=2 teacher=stored", "tokenizer count=9", "decoding count=1",
              "loss count=64", "search count=2")
     rows = cells(attempt(bench, *steps, "--rounds", 1))
     assert len(rows) == len(steps) and all(row[1:4] == [1, 1, 1] for row in rows)

@@ -35,8 +35,11 @@ from PIL import Image
 
 import data
 import scores
+import teachers
 import train_clipfit
 import train_contrastive
+import train_distill
+import weights
 from clip_model import CLIP, CONFIGS, text_pieces, unit
 from tokenizer import BPETokenizer
 
@@ -115,6 +118,45 @@ def contrastive(side="ours", size="ViT-B/32", batch=32, precision="fp32", micro_
     return call
 
 
+def distill(side="ours", teacher="live", batch=32):
+    """Loss and gradient of a MobileNetV3-Small that a ViT-B/32 teaches, live or stored. open_clip
+    has no frozen, encoded texts: both towers of its student and of its teacher work."""
+    run, images = device.start("cpu", "fp32"), pixels("ViT-B/32", batch)
+    if side == "open_clip":
+        big, small = open_model(side, "", run).eval(), peer("open_clip").CLIP(
+            512, {"timm_model_name": "mobilenetv3_small_100", "image_size": 224,
+                  "timm_proj": "", "timm_pool": "avg"},
+            {"width": 512, "heads": 8, "layers": 12})
+        tokens, lose = BPETokenizer()(captions(batch)), peer("open_clip.loss").DistillClipLoss()
+
+        def call():
+            small.zero_grad(set_to_none=True)
+            floats = data.normalise(images)
+            with torch.no_grad():
+                answers = big(floats, tokens)
+            sum(lose(*small(floats, tokens), *answers)).backward()
+            return batch
+        return call
+    big, rows = open_model("ours", "ViT-B/32", run).eval(), unit(torch.randn(2, batch, 512))
+    taught = teachers.Teacher("", "", "", 512, 100.0, teachers.look_of(big), "linear",
+                              "quick_gelu", big if teacher == "live" else None)
+    student = weights.load(image_tower="mobilenet_v3_small:none", text_tower="ViT-B/32:none")
+    for name, p in student.named_parameters():
+        p.requires_grad_(name.startswith("visual."))
+    args = train_distill.get_args(["--teacher", "ViT-B/32"])
+    learner = train_distill.Learner(run, types.SimpleNamespace(
+        student=student.train(), teachers=[taught], counts=[batch], tokenizer=BPETokenizer()), args)
+    given = train_distill.Batch({teachers.look_of(some): images for some in (big, student)}, None,
+                                [rows[0]], [rows[1]] if teacher == "stored" else None, None)
+    weight = train_distill.term_weights(args, 0.5)
+
+    def call():
+        student.zero_grad(set_to_none=True)
+        train_distill.step(run, learner, given, train_distill.Mix(), weight, 0)
+        return batch
+    return call
+
+
 def features(side="ours", what="texts", size="ViT-B/32", count=256, precision="fp32"):
     """Features of captions, by others of 77 positions each, or of images."""
     run = device.start("cpu", precision)
@@ -127,7 +169,7 @@ def features(side="ours", what="texts", size="ViT-B/32", count=256, precision="f
     if side == "ours":
         model.round_frozen(run.dtype)
         if what == "texts":
-            encode = functools.partial(scores.encode_texts, run, model, None)
+            encode = functools.partial(scores.encode_texts, run, model, lambda ids, **_: ids)
 
     def call():
         with torch.no_grad(), run.autocast():
@@ -195,7 +237,7 @@ def script(name, flags=""):
 
 
 STEPS = {step.__name__: step for step in (
-    clipfit, contrastive, features, tokenizer, decoding, loss, search, script)}
+    clipfit, contrastive, distill, features, tokenizer, decoding, loss, search, script)}
 
 
 def prepare(step):
@@ -217,6 +259,7 @@ TABLES = {
         "side=official", "side=ours", "micro_batch=8") for mode in MODES] for n in (8, 32)],
     "contrastive": [[f"contrastive {mode} {side}" for side in (*SIDES, "micro_batch=8")]
                     for mode in MODES],
+    "distill": [["distill side=open_clip", "distill", "distill teacher=stored"]],
     "features": [[f"features {what} {mode} {side}" for side in SIDES]
                  for what in ("what=images count=16", "what=texts") for mode in MODES],
     "tokenizer": [["tokenizer side=open_clip", "tokenizer"]],
