@@ -551,9 +551,12 @@ def test_a_wrong_command_line_gets_one_line(words, names, monkeypatch):
 
 
 def test_the_doctor_finds_this_cpu_right(capsys):
-    rows = doctor.main(doctor.get_args(["--device", "cpu", "--seconds", "0"]))["cpu"]
+    doctor.main(doctor.get_args(["--device", "cpu", "--seconds", "0"]))
     assert "--device cpu --precision" in capsys.readouterr().out.splitlines()[-1]
-    assert not any(row["wrong"] for row in rows.values())
+    doctor.main(doctor.get_args(["--device", "cpu", "--seconds", "0", "--json"]))
+    cpu, = json.loads(capsys.readouterr().out)["devices"]
+    rows = {row["precision"]: row for row in cpu["rows"]}
+    assert not any(row["wrong"] for row in rows.values()) and "--precision" in cpu["verdict"]
     assert rows["fp32"]["error"] < 5e-4 < rows["bf16"]["error"]
     refused(attempt(doctor, "--device", "npu:99"), "--device")
 

@@ -1,18 +1,19 @@
 """Which devices are here, and do they compute a CLIP right?
 
-    python -m tools.doctor [--device mps] [--seconds 0.3]
+    python -m tools.doctor [--device mps] [--seconds 0.3] [--json]
 
 A small CLIP trains a step and encodes in eval mode (a ResNet too), in every precision and as the
 scripts do it there, and is compared with float64 on the CPU. Exit code 3 where something is wrong.
 """
 import copy
 import dataclasses
+import json
 import math
 import sys
 import time
 
 from device import guard, KINDS, number, one_line, Parser, pick_device, pick_precision, Run
-from device import SafeStop, UserError  # before torch
+from device import plain, SafeStop, UserError  # before torch
 
 import torch
 import torch.nn.functional as F
@@ -83,14 +84,16 @@ def largest_error(ours, truth):
 
 
 def examine(device, seconds=0.3):
-    """-> {precision: {"error", "speed" (steps/s), "wrong" (what no rounding explains, or "")}} of
-    what the scripts would use there, and a line of advice."""
+    """-> {precision: {"attention" (fused or plain), "error", "speed" (steps/s), "wrong" (what no
+    rounding explains, or "")}} of what the scripts would use there, and a line of advice."""
     device, (models, *data) = pick_device(device)[0], patient()
     truth, _ = outcome(Run(torch.device("cpu")), [copy.deepcopy(m).double() for m in models],
                        data[0].double(), data[1])
     rows = {}
     for precision in KINDS[device.type].precisions(device):
-        run, row = Run(device, precision), {"error": 0.0, "speed": 0.0, "wrong": ""}
+        run = Run(device, precision)
+        row = {"attention": "fused" if run.fused_attention else "plain", "error": 0.0,
+               "speed": 0.0, "wrong": ""}
         rows[precision] = row
         try:
             ours, row["speed"] = outcome(run, run.move(*copy.deepcopy(models)), *run.move(*data),
@@ -120,28 +123,36 @@ def get_args(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="all", help="examine one only (default: all)")
     parser.add_argument("--seconds", type=number(), default=0.3, help="for each speed")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(argv)
 
 
 def main(args):
-    """Print which devices are here, why the others are not, and what `examine` finds -> that."""
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads; a large model gains "
-          "more speed from bf16 and fp16 than the small step measured here")
-    found, wrong = {}, []
+    """Say which devices are here, why the others are not, and what `examine` finds -> that, which
+    is what --json prints."""
+    say = (lambda _: None) if args.json else print
+    say(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads; a large model gains "
+        "more speed from bf16 and fp16 than the small step measured here")
+    found, wrong = {"torch": torch.__version__, "absent": {}, "devices": []}, []
     for name in KINDS if args.device == "all" else [args.device]:
         try:
-            found[name], line = examine(name, args.seconds)
+            rows, line = examine(name, args.seconds)
         except UserError as error:
             if args.device != "all":
                 raise
-            print(f"\nno {name}: {KINDS[name].absent() or error}")
+            found["absent"][name] = KINDS[name].absent() or str(error)
+            say(f"\nno {name}: {found['absent'][name]}")
             continue
-        print(f"\n{name:<7}  error  steps/s")
-        for precision, row in found[name].items():
-            print(f"{precision:<7}  {row['wrong'] or format(row['error'], '.0e')}  "
-                  f"{row['speed']:.1f}")
+        say(f"\n{name:<7}  error  steps/s")
+        for precision, row in rows.items():
+            said = row["wrong"] or f"{row['error']:.0e}"
+            say(f"{precision:<7}  {said}  {row['speed']:.1f}")
             wrong += [f"{name} in {precision}: {row['wrong']}"] * bool(row["wrong"])
-        print(line)
+        say(line)
+        found["devices"].append({"device": name, "rows": [
+            {"precision": precision, **row} for precision, row in rows.items()], "verdict": line})
+    if args.json:
+        print(json.dumps(plain(found), indent=1))
     if wrong:
         raise SafeStop("; ".join(wrong))
     return found
