@@ -119,8 +119,9 @@ def start(device="auto", precision="auto", seed=0, deterministic=False):
     """
     tolerate_any_locale()
     rank, local_rank, world_size = processes()
-    device, why = pick_device(str(device), local_rank, world_size)
-    precision, why_precision = pick_precision(device, precision)
+    auto = [" (auto)" if asked == "auto" else "" for asked in (device, precision)]
+    device = pick_device(str(device), local_rank, world_size)
+    precision = pick_precision(device, precision)
     if world_size > 1 and not dist.is_initialized():  # after the device was made this process's
         join_group(device, world_size)
     if deterministic:
@@ -128,8 +129,8 @@ def start(device="auto", precision="auto", seed=0, deterministic=False):
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True)
     run = Run(device, precision, rank, world_size, seed)
-    run.say(f"device {device}{why} | precision {precision}{why_precision} | processes {world_size}"
-            f" | threads {torch.get_num_threads()} | torch {torch.__version__}")
+    run.say(f"device {device}{auto[0]} | precision {precision}{auto[1]} | processes {world_size} | "
+            f"threads {torch.get_num_threads()} | torch {torch.__version__}")
     return run
 
 
@@ -161,7 +162,7 @@ def join_group(device, world_size):
 
 
 def pick_device(asked, local_rank=0, world_size=1):
-    """-> torch.device, now this process's own, and in brackets why. UserError if it cannot be."""
+    """-> torch.device, from now on this process's own. UserError if it cannot be."""
     match = re.fullmatch(r"auto|(cuda|npu|mps|cpu)(?::(\d+))?", asked)
     absent = {n: kind.absent() or ("" if world_size == 1 or kind.backend else "one process only")
               for n, kind in KINDS.items()}
@@ -184,24 +185,22 @@ def pick_device(asked, local_rank=0, world_size=1):
         torch.ones(1, device=device).add(1).cpu()
     except RuntimeError as error:  # busy, or too old for this torch
         raise UserError(f"--device {device} does not work: {one_line(error)}") from error
-    why = "; ".join(f"no {n}" for n in [*KINDS][:[*KINDS].index(name)])
-    return device, "" if asked != "auto" else f" (auto; {why})" if why else " (auto)"
+    return device
 
 
 def pick_precision(device, asked):
-    """-> the name of a precision that the device has, and in brackets why."""
+    """-> the name of a precision that the device has."""
     names = KINDS[device.type].precisions(device)
-    if asked == "auto":  # never one that is slower there than fp32
-        if device.type != "cuda":
-            return "fp32", " (auto)"
-        # Before tensor cores (Volta, 7.0) half precision is no faster than single.
-        fast = torch.cuda.get_device_capability(device) >= (7, 0)
-        return "bf16" if "bf16" in names else "fp16" if fast else "fp32", " (auto)"
-    if asked not in names:
+    if asked not in ("auto", *names):
         raise UserError(f"--precision {asked}: expected auto, {', '.join(names)} on {device} with "
                         f"torch {torch.__version__}")
-    slow = device.type == "cpu" and asked != "fp32"
-    return asked, " (slow on most CPUs: `python -m tools.doctor` measures it)" if slow else ""
+    if asked != "auto":
+        return asked
+    if device.type != "cuda":  # never one that is slower there than fp32
+        return "fp32"
+    # Before tensor cores (Volta, 7.0) half precision is no faster than single.
+    fast = torch.cuda.get_device_capability(device) >= (7, 0)
+    return "bf16" if "bf16" in names else "fp16" if fast else "fp32"
 
 
 # -----------------------------------------------------------------------------
@@ -602,8 +601,8 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter
             seen = stored["step"] + 1 if stored else 0  # later points are drawn anew
             self._board = SummaryWriter(folder / "tensorboard", purge_step=seen)
-        if stored:
-            self.say(f"continuing after step {stored['step']}")
+        self.say(f"writing to {folder}" + (
+            f", continuing after step {stored['step']}" if stored else ""))
         return stored, None
 
     def _claim(self, folder, args, fresh):

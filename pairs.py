@@ -243,16 +243,17 @@ class PairBatches(Batches):
     """
 
     def __init__(self, pairs, batch_size, seed=0, rank=0, world_size=1, captions="one"):
+        if captions not in ("one", "all"):
+            raise DataError(f"captions {captions!r}: expected one or all")
         self.sizes = [batch_size] if isinstance(batch_size, int) else list(batch_size)
         self.counts = [len(range(r, sum(self.sizes), world_size)) for r in range(world_size)]
         self.owners, self.rounds, self.lengths = [], [], []
         for part, size in zip(getattr(pairs, "parts", [pairs]), self.sizes, strict=True):
             owner = np.asarray(part.owner, dtype=np.int64)
             count = np.bincount(owner)
-            if captions not in ("one", "all") or not 1 <= size <= (count > 0).sum() or (
-                    sum(self.sizes) < 2):
-                raise DataError(f"captions {captions!r}, batch size {size} of {(count > 0).sum()} "
-                                f"images: expected one or all, and from 2 up to as many images")
+            if not 1 <= size <= (count > 0).sum() or sum(self.sizes) < 2:
+                raise DataError(f"--batch-size {size}: a batch has no image twice, and there are "
+                                f"{(count > 0).sum()} images with captions; expected 2 up to that")
             self.owners.append(owner)
             self.rounds.append(int(np.sort(count)[-size]) if captions == "all" else 1)
             self.lengths.append(int(np.minimum(count, self.rounds[-1]).sum()) // size)

@@ -454,7 +454,7 @@ def main(args):
     data = open_data(run, model, tokenizer, args)
     if not args.eval_only:  # refuses a batch that is larger than the data
         PairBatches(data.train, args.batch_size, captions=args.captions)
-    folder = run_folder(args, "contrastive", f"{data.train.name}_{model.origin['name']}")
+    folder = run_folder(args, "train_contrastive", f"{data.train.name}_{model.origin['name']}")
     words = hashlib.sha256(json.dumps(tokenizer.facts(), sort_keys=True).encode()).hexdigest()
     identity = run_identity(args, but=("preset", "tokenizer", "check_grad"),
                             method="contrastive", data=data.train.fingerprint,

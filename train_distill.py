@@ -671,7 +671,7 @@ def main(args):
         vocabulary=hashlib.sha256(words).hexdigest(), stored=stored and stored.facts,
         pieces=pieces)  # of which BatchNorm takes statistics
     name = f"{setup.pairs.name}_{pathlib.Path(setup.name).name}_{'stored' if stored else 'live'}"
-    folder = run_folder(args, "distill", name)
+    folder = run_folder(args, "train_distill", name)
     checkpoint, finished = run.begin(folder, args, identity)
     if finished:
         open_result(run, folder, setup, args)

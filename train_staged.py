@@ -212,7 +212,7 @@ def matrix_text(rows):
             cells = ("{:.1f} [{:.1f}, {:.1f}]".format(x[score], *x["interval"][score])
                      for x in row["sets"].values())
             lines.append(f"| {row['row']} | {' | '.join(cells)} |")
-        lines += ["| forgotten | " + " | ".join(f"{x:.1f}" for x in lost.values()) + " |", ""]
+        lines += ["| forgotten (best row - last) | " + " | ".join(f"{x:.1f}" for x in lost.values()) + " |", ""]
         if back is not None:
             lines += [f"backward transfer, later stages' effect on earlier sets: {back:+.1f}", ""]
     return "\n".join(lines)
@@ -327,7 +327,8 @@ def average(run, model, stage, start_weights, judges, tokenizer, args):
             kept = {name: x for name, x in model.state_dict().items() if name in stage.kept}
             run.save(FILES["wise"], {"weights": kept, "card": card(model)})
         means[f"{share:g}"] = mean
-    run.say(f"{stage}: mean recall of wise by its share: {means}")
+    run.say(f"{stage}: averaged with its start (wise), mean recall by the share of the trained: "
+            + ", ".join(f"{share}: {mean:.1f} %" for share, mean in means.items()))
     return means
 
 
@@ -492,7 +493,7 @@ def main(args):
     preflight(run, stages, tests, model, args)
     about = {"method": "staged", "model": model.origin["name"], "weights": model.origin["sha256"],
              "vocabulary": hashlib.sha256(repr(model.vocabulary).encode()).hexdigest()}
-    out = run_folder(args, "staged",
+    out = run_folder(args, "train_staged",
                      str(plan.get("name") or "_".join(stage.name for stage in stages))[:60])
     settle(run, stages, out, args, about)
     if args.check_plan:

@@ -697,7 +697,8 @@ def add_model_flags(parser, towers=False):
     add = parser.add_argument_group("model").add_argument
     add("--model", help="a released size such as ViT-B/16 or RN50, or tiny (bundled)")
     add("--weights", default="auto", help="auto: OpenAI's for the model; none: random; or a file, "
-        "a model's or run's folder or ORG/NAME of huggingface.co: its model (default: auto)")
+        "a model's or run's folder or ORG/NAME of huggingface.co: its model (default: "
+        f"{'none' if towers else 'auto'})")
     add("--activation", choices=("quick_gelu", "gelu"), help="where the file does not say it")
     add("--tokenizer", help="file or folder of the text tower's vocabulary")
     if towers:
@@ -723,6 +724,7 @@ def open_clip(args):
         model = CLIP(dataclasses.replace(
             CONFIGS[known], activation=activation or CONFIGS[known].activation)).eval()
         model.origin["name"] = known
+        model.origin["notes"].append(f"{known} starts from random numbers")
         return model
     model = load(source, activation=activation)
     if args.model and model.origin["name"] != known:

@@ -37,8 +37,9 @@ def choose_classes(args):
         templates = tables[0].get("templates", templates) if tables else templates
     names = list(dict.fromkeys(names or ()))
     if len(names) < 2:
-        raise UserError(f"{len(names)} classes are too few: give two or more as --classes, a "
-                        f"data set of them as --data, or a run of train_clipfit.py as --weights")
+        raise UserError(f"{len(names)} classes: give two or more as --classes, a data set of them "
+                        f"as --data, or as --weights the folder of one run of train_clipfit.py, "
+                        f"such as .../shots4_seed1")
     return names, args.template or templates
 
 
