@@ -212,7 +212,8 @@ def matrix_text(rows):
             cells = ("{:.1f} [{:.1f}, {:.1f}]".format(x[score], *x["interval"][score])
                      for x in row["sets"].values())
             lines.append(f"| {row['row']} | {' | '.join(cells)} |")
-        lines += ["| forgotten (best row - last) | " + " | ".join(f"{x:.1f}" for x in lost.values()) + " |", ""]
+        cells = " | ".join(f"{x:.1f}" for x in lost.values())
+        lines += [f"| forgotten (best row - last) | {cells} |", ""]
         if back is not None:
             lines += [f"backward transfer, later stages' effect on earlier sets: {back:+.1f}", ""]
     return "\n".join(lines)
