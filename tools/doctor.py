@@ -7,13 +7,12 @@ scripts do it there, and is compared with float64 on the CPU. Exit code 3 where 
 """
 import copy
 import dataclasses
-import json
 import math
 import sys
 import time
 
-from device import guard, KINDS, number, one_line, Parser, pick_device, pick_precision, Run
-from device import plain, SafeStop, UserError  # before torch
+from device import (as_json, guard, KINDS, number, one_line, Parser, pick_device,  # before torch
+                    pick_precision, Run, SafeStop, UserError)
 
 import torch
 import torch.nn.functional as F
@@ -54,12 +53,11 @@ def outcome(run, models, images, tokens, seconds=0.0):
         loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
         scaler.scale(loss).backward()
         return loss, bool(run.update(optimizer, vit.parameters(), scaler))
-    before, fine = host(vit.named_parameters()), False
+    loss, fine = step()
     while not fine and scaler.get_scale() > 1e-4:  # fp16's first scales may overflow
         loss, fine = step()
     found = {"loss": host([("loss", loss)]),
-             "gradient": host((name, p.grad) for name, p in vit.named_parameters()),
-             "step": {name: p - before[name] for name, p in host(vit.named_parameters()).items()}}
+             "gradient": host((name, p.grad) for name, p in vit.named_parameters())}
     with torch.no_grad(), run.autocast(), evaluating(vit), evaluating(resnet):
         # One image, and the one row that asks in a last block: where a wrong kernel has shown.
         found["features"] = host([
@@ -83,18 +81,18 @@ def largest_error(ours, truth):
     return max(errors, key=lambda error: (math.isnan(error[0]), error))
 
 
-def examine(device, seconds=0.3):
-    """-> {precision: {"attention" (fused or plain), "error", "speed" (steps/s), "wrong" (what no
-    rounding explains, or "")}} of what the scripts would use there, and a line of advice."""
-    device, (models, *data) = pick_device(device)[0], patient()
+def examine(name, seconds=0.3):
+    """What the scripts would compute with there -> {"device", "rows", "verdict" (flags to use)}. A
+    row: precision, attention (fused or plain), error, speed (steps/s), wrong (what no rounding
+    explains, or "")."""
+    device, (models, *data), rows = pick_device(name), patient(), []
     truth, _ = outcome(Run(torch.device("cpu")), [copy.deepcopy(m).double() for m in models],
                        data[0].double(), data[1])
-    rows = {}
     for precision in KINDS[device.type].precisions(device):
         run = Run(device, precision)
-        row = {"attention": "fused" if run.fused_attention else "plain", "error": 0.0,
-               "speed": 0.0, "wrong": ""}
-        rows[precision] = row
+        row = {"precision": precision, "attention": "fused" if run.fused_attention else "plain",
+               "error": 0.0, "speed": 0.0, "wrong": ""}
+        rows.append(row)
         try:
             ours, row["speed"] = outcome(run, run.move(*copy.deepcopy(models)), *run.move(*data),
                                          seconds)
@@ -103,20 +101,33 @@ def examine(device, seconds=0.3):
                 row["wrong"] = f"wrong: {worst} is off by {row['error']:.1g}"
         except Exception as error:  # an operation or a dtype it has not
             row["wrong"] = f"does not run: {one_line(error)}"
-    return rows, advice(device, rows)
+    return {"device": name, "rows": rows, "verdict": advice(device, rows)}
 
 
 def advice(device, rows):
     """One line: the flags to use. What `auto` picks, unless that is wrong or clearly slower."""
-    right = {name: row["speed"] for name, row in rows.items() if not row["wrong"]}
+    right = {row["precision"]: row["speed"] for row in rows if not row["wrong"]}
     if not right:
         return f"{device}: do not train on it"
-    best, fastest = pick_precision(device, "auto")[0], max(right, key=right.get)
+    best, fastest = pick_precision(device, "auto"), max(right, key=right.get)
     if best not in right or right[fastest] > 1.2 * right[best]:
         best = fastest
     others = [f"{name} has {speed / right[best]:.2g} times its speed"
               for name, speed in right.items() if name != best]
     return "; ".join([f"use --device {str(device).removesuffix(':0')} --precision {best}", *others])
+
+
+def as_text(found):
+    """What `main` finds, for people."""
+    lines = [f"torch {found['torch']}, {torch.get_num_threads()} CPU threads; a large model gains "
+             "more speed from bf16 and fp16 than the small step measured here"]
+    lines += [f"no {name}: {why}" for name, why in found["absent"].items()]
+    for device in found["devices"]:
+        lines += ["", f"{device['device']:<7}  error  steps/s"]
+        lines += [f"{row['precision']:<7}  {row['wrong'] or format(row['error'], '.0e')}  "
+                  f"{row['speed']:.1f}" for row in device["rows"]]
+        lines.append(device["verdict"])
+    return "\n".join(lines)
 
 
 def get_args(argv=None):
@@ -128,31 +139,18 @@ def get_args(argv=None):
 
 
 def main(args):
-    """Say which devices are here, why the others are not, and what `examine` finds -> that, which
-    is what --json prints."""
-    say = (lambda _: None) if args.json else print
-    say(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads; a large model gains "
-        "more speed from bf16 and fp16 than the small step measured here")
-    found, wrong = {"torch": torch.__version__, "absent": {}, "devices": []}, []
+    """Print which devices are here, why the others are not, and what `examine` finds -> that."""
+    found = {"torch": torch.__version__, "absent": {}, "devices": []}
     for name in KINDS if args.device == "all" else [args.device]:
         try:
-            rows, line = examine(name, args.seconds)
+            found["devices"].append(examine(name, args.seconds))
         except UserError as error:
             if args.device != "all":
                 raise
             found["absent"][name] = KINDS[name].absent() or str(error)
-            say(f"\nno {name}: {found['absent'][name]}")
-            continue
-        say(f"\n{name:<7}  error  steps/s")
-        for precision, row in rows.items():
-            said = row["wrong"] or f"{row['error']:.0e}"
-            say(f"{precision:<7}  {said}  {row['speed']:.1f}")
-            wrong += [f"{name} in {precision}: {row['wrong']}"] * bool(row["wrong"])
-        say(line)
-        found["devices"].append({"device": name, "rows": [
-            {"precision": precision, **row} for precision, row in rows.items()], "verdict": line})
-    if args.json:
-        print(json.dumps(plain(found), indent=1))
+    print(as_json(found, indent=1) if args.json else as_text(found))
+    wrong = [f"{device['device']} in {row['precision']}: {row['wrong']}"
+             for device in found["devices"] for row in device["rows"] if row["wrong"]]
     if wrong:
         raise SafeStop("; ".join(wrong))
     return found
