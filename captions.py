@@ -1,13 +1,12 @@
 """Captioned sources: which layout lies there, and which image has which caption.
 
-    name, root, listing = list_pairs("flickr8k", "train", data_dir="data")    # no image is touched
+    source = list_pairs("flickr8k", "train", data_dir="data")    # no image is touched
 
-A source is found (which of LAYOUTS lies there), read (every reader gives a Listing), cleaned and
+A source is found (which of LAYOUTS lies there), read (every reader gives a Source), cleaned and
 split. What is not understood is refused with the names of the files that were not read: a wrong
 guess would train on wrong captions. No file can run code, and nothing is unpacked.
 """
 import contextlib
-import dataclasses
 import fnmatch
 import functools
 import hashlib
@@ -23,29 +22,8 @@ import numpy as np
 
 import data
 from data import read_table, read_text, split_word, table_rows
-from images import DataError, ImageStore, is_image, leaves_folder, one_line, SpanStore
-
-
-SPLITS = ("train", "val", "test")
-
-
-@dataclasses.dataclass
-class Listing:
-    """What every reader returns.
-
-    rows    {"train" | "val" | "test" | "all": [(path, caption) or (path, caption, query)]}. Rows
-            of one query are one search text with several images. With a query, path "" is a text
-            without an image, and caption "" an image without a text
-    store   where the images lie; None: they are looked for
-    lists   {stem of an image's name: its split}, where splits are lists of images
-    """
-    rows: dict = dataclasses.field(default_factory=dict)
-    store: ImageStore = None
-    lists: dict = dataclasses.field(default_factory=dict)
-    notes: list = dataclasses.field(default_factory=list)
-
-    def add(self, split, rows):
-        self.rows.setdefault(split, []).extend(rows)
+from images import (DataError, ImageStore, is_image, leaves_folder, one_line, Source, SpanStore,
+                    SPLITS)
 
 
 # -----------------------------------------------------------------------------
@@ -78,27 +56,27 @@ def split_of(name):
 def read_captions(store, names, columns):
     """Caption files, each told by its content. Several are splits by their names, else it is not
     known which one is meant: DataError."""
-    listing, files = Listing(), {}
+    source, files = Source(), {}
     for name in names:
         inner = ImageStore(os.path.join(store.path, name)) if name.endswith(".zip") else store
         members = [name] if inner is store else matching(inner, "annotations/captions_*.json")
         files |= {member: inner.read(member) for member in members}
     for name, content in files.items():
-        found = Listing()
+        found = Source()
         for split, path, text in read_caption_file(name, content, columns):
             found.add(split, [(path, text)])
         for split, rows in found.rows.items():
             split = split_of(name) if split == "all" and len(files) > 1 else split
-            if len(files) > 1 and (split == "all" or split in listing.rows):
+            if len(files) > 1 and (split == "all" or split in source.rows):
                 raise DataError(f"{store} holds {len(files)} caption files whose names are not "
                                 f"those of splits: {', '.join([*files][:9])}; choose one with "
                                 f"--caption-file")
-            listing.add(split, rows)
+            source.add(split, rows)
     for name in matching(store, "Flickr_8k.*Images.txt") + matching(store, "coco-cn_*.txt"):
         if (split := split_of(name.replace("Images", ""))) != "all":
             for image in read_text(name, store.read(name)).split():
-                listing.lists[pathlib.PurePath(image).stem] = split
-    return listing
+                source.lists[pathlib.PurePath(image).stem] = split
+    return source
 
 
 def read_caption_file(name, content, columns):
@@ -168,14 +146,14 @@ def read_beside(store, names, columns, mark="/"):
     """Images with a text beside each, under the same name. Splits are the words of top folders, if
     one is train, or (mark ":") of shards. The last resort, and so what refuses unknown sources."""
     names = [name for name in store.names() if not name.endswith("/")]
-    listing, images, lost = Listing(store=store), [name for name in names if is_image(name)], 0
+    source, images, lost = Source(store=store), [name for name in names if is_image(name)], 0
     files = {(stem, kind.lower()): f"{stem}{kind}" for stem, kind in map(os.path.splitext, names)}
     split = {name: split_of(name.partition(mark)[0]) for name in images if mark in name}
     split = split if mark == ":" or "train" in split.values() else {}
     for name in images:
         texts = captions_beside(store, os.path.splitext(name)[0], files, lines=mark == "/")
         lost += not texts
-        listing.add(split.get(name, "all"), ((name, text) for text in texts))
+        source.add(split.get(name, "all"), ((name, text) for text in texts))
     if 2 * lost > len(images) or not images:
         unread = sorted(set(names) - set(images), key=lambda name: (name.count("/"), name))
         raise DataError(
@@ -183,8 +161,8 @@ def read_beside(store, names, columns, mark="/"):
             f"({len(unread):,} files beside {len(images):,} images). Write a CSV of image and "
             f"caption, or a text beside each image under its name (Parquet, Excel and packed files "
             f"are not read), or take the names of class folders with --layout classes")
-    listing.notes += [f"{lost:,} images without a caption left out"] * bool(lost)
-    return listing
+    source.notes += [f"{lost:,} images without a caption left out"] * bool(lost)
+    return source
 
 
 def captions_beside(store, stem, files, lines):
@@ -215,10 +193,10 @@ def read_tars(store, names, columns):
             index[f"{shard}:{name}"] = (file, offset, size)
     if not index:
         raise DataError("; ".join(notes) or f"{store} holds empty shards")
-    listing = read_beside(SpanStore(store.path, index), names, columns, mark=":")
-    listing.store.index = {name: span for name, span in index.items() if is_image(name)}
-    listing.notes += notes
-    return listing
+    source = read_beside(SpanStore(store.path, index), names, columns, mark=":")
+    source.store.index = {name: span for name, span in index.items() if is_image(name)}
+    source.notes += notes
+    return source
 
 
 def tar_members(file, notes):
@@ -237,8 +215,8 @@ def tar_members(file, notes):
             if tar.fileobj.read(512) != bytes(512):
                 raise tarfile.ReadError("no end mark")
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-        with open(file, "rb") as source:
-            if source.read(2) == b"\x1f\x8b":
+        with open(file, "rb") as damaged:
+            if damaged.read(2) == b"\x1f\x8b":
                 raise DataError(f"{file} is gzipped; unpack it: shards are read in place") from None
         notes.append(f"{file} is damaged ({one_line(error)}): only what comes before is used")
 
@@ -270,19 +248,19 @@ def find_shards(text):
 def read_tsv(store, names, columns):
     """<split>_imgs.tsv, "id<TAB>base64" a line (of an id that comes twice the last counts), with a
     <split>_texts.jsonl or MUGE's <split>_queries.jsonl, whose lines are the queries."""
-    listing = Listing(store=SpanStore(store.path, {}, coded=True))
+    source = Source(store=SpanStore(store.path, {}, coded=True))
     for name in names:
         file, offset, split = os.path.join(store.path, name), 0, split_of(name)
-        with open(file, "rb") as source:
-            for number, line in enumerate(source, 1):
+        with open(file, "rb") as lines:
+            for number, line in enumerate(lines, 1):
                 image, tab, content = line.removeprefix(b"\xef\xbb\xbf").partition(b"\t")
                 offset += len(line)
                 if line.strip() and not tab:
                     raise DataError(f"{file}, line {number}: no tab between an id and its base64")
                 if tab:
                     path = f"{name}:{image.decode('utf-8', 'replace').strip()}"
-                    listing.store.index[path] = (file, offset - len(content), len(content))
-                    listing.add(split, [(path, "", 0)])
+                    source.store.index[path] = (file, offset - len(content), len(content))
+                    source.add(split, [(path, "", 0)])
         texts = name.replace("_imgs.tsv", "_queries.jsonl")
         texts = texts if store.has(texts) else name.replace("_imgs.tsv", "_texts.jsonl")
         for number, record in read_table(texts, store.read(texts))[1]:
@@ -291,9 +269,9 @@ def read_tsv(store, names, columns):
             if not isinstance(text, str) or not isinstance(images, list):
                 raise DataError(f'{texts}, line {number}: expected {{"text_id": 1, "text": "...", '
                                 f'"image_ids": [2, 3]}}, found {str(record)[:60]}')
-            listing.add(split, [(f"{name}:{image}", text, number) for image in images]
+            source.add(split, [(f"{name}:{image}", text, number) for image in images]
                         or [("", text, number)])
-    return listing
+    return source
 
 
 @functools.lru_cache(maxsize=None)
@@ -329,35 +307,35 @@ class PlainUnpickler(pickle.Unpickler):
 
 def read_lmdb(store, names, columns):
     """<split>/pairs, pickled (image id, text id, text) under "0", "1", ..., and <split>/imgs."""
-    listing = Listing(store=LMDBStore(store.path, {}, coded=True))
+    source = Source(store=LMDBStore(store.path, {}, coded=True))
     for name in names:
         folder = os.path.abspath(os.path.join(store.path, name.removesuffix("pairs/data.mdb")))
         split, images = split_of(os.path.basename(folder)), name.replace("pairs/data.mdb", "imgs")
         look = open_lmdb(os.path.join(store.path, images), os.getpid())
         pool = [f"{images}:{key.decode('utf-8', 'replace')}"
                 for key in look.cursor().iternext(values=False) if key != b"num_images"]
-        listing.store.index |= dict.fromkeys(pool)
-        listing.add(split, ((path, "", 0) for path in pool))
+        source.store.index |= dict.fromkeys(pool)
+        source.add(split, ((path, "", 0) for path in pool))
         look = open_lmdb(os.path.join(store.path, os.path.dirname(name)), os.getpid())
         for i in range(int(look.get(b"num_samples") or look.stat()["entries"])):
             try:
                 image, text_id, text = PlainUnpickler(io.BytesIO(look.get(b"%d" % i) or b"")).load()
-                listing.add(split, [(f"{images}:{image}", text + "", f"{text_id} {text}")])
+                source.add(split, [(f"{images}:{image}", text + "", f"{text_id} {text}")])
             except Exception as error:  # a broken pickle raises anything
                 raise DataError(f"{name}: pair {i} is refused and was not run: no (image id, text "
                                 f"id, text), {one_line(error)}") from None
-    return listing
+    return source
 
 
 def read_classes(store, names, columns):
     """Labelled images as open_dataset takes them, with captions like "a photo of a <class>." """
     first = data.open_dataset(store.path, "train", download=False)
-    listing = Listing(store=first.store, notes=["captions are made of the names of classes"])
+    source = Source(store=first.store, notes=["captions are made of the names of classes"])
     for split in filter(first.counts.get, ("train", "val", "test")):
         images = data.open_dataset(store.path, split, download=False)
         prompts = data.class_prompts(images.classnames, images.template)
-        listing.add(split, zip(images.paths, map(prompts.__getitem__, images.labels)))
-    return listing
+        source.add(split, zip(images.paths, map(prompts.__getitem__, images.labels)))
+    return source
 
 
 # -----------------------------------------------------------------------------
@@ -408,11 +386,11 @@ NO_WORDS = re.compile(r"[\W\d_]*|\S+://\S+|\S+\.(jpe?g|png|webp|gif)|\[['\"].*['
                       re.IGNORECASE)
 
 
-def clean(root, listing):
+def clean(root, source):
     """Fold the blanks in captions; drop rows without image or caption, and count them. Raises
     DataError if nothing is left, or most captions hold no words; a few that do are noted."""
     dropped, captions = 0, []
-    for split, rows in listing.rows.items():
+    for split, rows in source.rows.items():
         kept, before = [], len(captions)
         for path, caption, *query in rows:
             caption = " ".join((caption or "").split())
@@ -422,15 +400,15 @@ def clean(root, listing):
             if path and caption:
                 captions.append(caption)
         dropped += len(rows) - len(kept)
-        listing.rows[split] = kept if len(captions) > before else []  # MUGE hides those of its test
+        source.rows[split] = kept if len(captions) > before else []  # MUGE hides those of its test
     sample = captions[::len(captions) // 1000 + 1]
     odd = list(filter(NO_WORDS.fullmatch, sample))
     said = f"of {len(sample)} captions {len(odd)} hold no words, e.g. {odd[:1]}"
     if 2 * len(odd) >= len(sample):
         raise DataError(f"{root} gives {len(captions):,} captions of images; {said}; name another "
-                        f"column or file" + "".join(f"; {note}" for note in listing.notes))
-    listing.notes += [said] * bool(odd)
-    listing.notes += [f"{dropped:,} rows without image or caption left out"] * bool(dropped)
+                        f"column or file" + "".join(f"; {note}" for note in source.notes))
+    source.notes += [said] * bool(odd)
+    source.notes += [f"{dropped:,} rows without image or caption left out"] * bool(dropped)
 
 
 def use_splits(rows, notes):
@@ -446,28 +424,28 @@ def use_splits(rows, notes):
     return rows
 
 
-def make_splits(listing, layout, asked, whole):
+def make_splits(source, layout, asked, whole):
     """Splits for a source without any: as the simple-CLIP notebook, a fifth of the image numbers,
     drawn by NumPy with seed 42, is both val and test; or by lists of images; or all for the asked
     one; or by the folders train, test, ... in which all images lie; or 80/10/10 by the hash of each
     image's name, so that new images move no old ones."""
-    pairs = [row for part in listing.rows.values() for row in part]
+    pairs = [row for part in source.rows.values() for row in part]
     images = list(dict.fromkeys(row[0] for row in pairs))
     if layout == "simple-clip":
         drawn = np.random.RandomState(42).choice(len(images), len(images) // 5, replace=False)
         part_of = dict.fromkeys(images, "train") | {images[i]: "test" for i in drawn}
-        listing.notes.append("split 80/20 by image as the simple-CLIP notebook: val is also test")
-    elif listing.lists:
-        part_of = {path: listing.lists.get(pathlib.PurePath(path).stem) for path in images}
+        source.notes.append("split 80/20 by image as the simple-CLIP notebook: val is also test")
+    elif source.lists:
+        part_of = {path: source.lists.get(pathlib.PurePath(path).stem) for path in images}
         unused = sum(part is None for part in part_of.values())
-        listing.notes += [f"{unused} images are in no split and not used"] * bool(unused)
+        source.notes += [f"{unused} images are in no split and not used"] * bool(unused)
     elif whole:
         part_of = dict.fromkeys(images, asked)
     else:
         part_of = {path: split_of(path.partition("/")[0]) for path in images if "/" in path}
         if not {"train"} < set(part_of.values()) <= set(SPLITS) or len(part_of) < len(images):
             part_of = dict(zip(images, map(hashed_split, images)))
-            listing.notes.append("no splits were given: images are cut 80/10/10 by a hash of names")
+            source.notes.append("no splits were given: images are cut 80/10/10 by a hash of names")
     rows = {split: [row for row in pairs if part_of[row[0]] == split] for split in SPLITS}
     return {**rows, "val": rows["test"]} if layout == "simple-clip" else rows
 
@@ -480,7 +458,7 @@ def hashed_split(path):
 
 def list_pairs(name_or_path, asked, data_dir="data", layout="auto", caption_file=None,
                image_column=None, caption_column=None, whole=False):
-    """As pairs.open_pairs takes it -> name, the folder or zip, Listing of the three splits."""
+    """As pairs.open_pairs takes it -> Source, in three splits."""
     text, path = os.fspath(name_or_path), pathlib.Path(os.path.expanduser(data_dir))
     known = ("auto", "simple-clip", *LAYOUTS)
     if asked not in SPLITS or layout not in known:
@@ -494,14 +472,15 @@ def list_pairs(name_or_path, asked, data_dir="data", layout="auto", caption_file
         if not any(matching(ImageStore(path), pattern) for pattern in coco):
             path = data.find_path(text, data_dir)  # else data_dir is COCO itself, as for run_clip
         home, kind, names = find_captions(path, layout, caption_file)
-    listing = LAYOUTS[kind][1](ImageStore(home), names, (image_column, caption_column))
-    clean(text, listing)
-    given = layout != "simple-clip" and set(listing.rows) - {"all"}
-    listing.rows = (use_splits(listing.rows, listing.notes) if given else
-                    make_splits(listing, layout, asked, whole))
+    source = LAYOUTS[kind][1](ImageStore(home), names, (image_column, caption_column))
+    clean(text, source)
+    given = layout != "simple-clip" and set(source.rows) - {"all"}
+    source.rows = (use_splits(source.rows, source.notes) if given else
+                    make_splits(source, layout, asked, whole))
     words = [word for word in path.absolute().parts if word != "lmdb" and not split_word(word)]
-    name = pathlib.PurePath(words[-1]).stem if path.is_file() else words[-1]
-    if not listing.rows[asked]:
-        having = ", ".join(key for key, rows in listing.rows.items() if rows)
-        raise DataError(f"{name} has no {asked} split, only {having}")
-    return name, str(home), listing
+    source.name = pathlib.PurePath(words[-1]).stem if path.is_file() else words[-1]
+    source.root = str(home)
+    if not source.rows[asked]:
+        having = ", ".join(key for key, rows in source.rows.items() if rows)
+        raise DataError(f"{source.name} has no {asked} split, only {having}")
+    return source

@@ -25,13 +25,12 @@ import re
 import shutil
 import sys
 import unicodedata
-from typing import NamedTuple
 
 from fetch import fetch
 from images import (Batches, CLIP_MEAN, CLIP_STD, DataError, EXTRAS, Images,  # noqa: F401
                     ImageStore, import_torchvision, is_image, leaves_folder, load_batches, locate,
                     LostWorker, normalise, one_line, places, Preprocess, read_image, sample_seed,
-                    UnreadableImage)
+                    Source, SPLITS, UnreadableImage)
 
 ASSETS = pathlib.Path(__file__).resolve().parent / "assets"
 
@@ -181,20 +180,6 @@ def delimited_rows(text, join):
 # -----------------------------------------------------------------------------
 # The data set
 
-class Source(NamedTuple):
-    """What lies somewhere, before a split is chosen. rows: {"train": [(path, label), ...], "val",
-    "test"}, the paths relative to `store`."""
-    name: str
-    root: str
-    store: ImageStore
-    rows: dict
-    classnames: list
-    notes: list = []
-
-    def paths(self):
-        return [path for rows in self.rows.values() for path, _ in rows]
-
-
 class ImageSet(Images):
     """Labelled images of one split; items as of Images.
 
@@ -211,17 +196,11 @@ class ImageSet(Images):
             raise DataError(f"{source.root}: {len(source.classnames)} classes with the splits "
                             f"{having}; expected two classes or more and {split} images (class "
                             f"folders, or a table, without any splits are cut)")
-        super().__init__(source.store, [path for path, _ in source.rows[split]],
-                         [label for _, label in source.rows[split]])
-        self.name, self.root, self.split = source.name, source.root, split
+        super().__init__(source.store, *map(list, zip(*source.rows[split])))
         self.classnames = list(source.classnames)
-        self.template = TEMPLATES.get(self.name, ANY_TEMPLATE)
-        self.counts = {key: len(rows) for key, rows in source.rows.items()}
-        lists = json.dumps([self.classnames, source.rows], sort_keys=True)
-        self.fingerprint = hashlib.sha256(lists.encode()).hexdigest()
-        sizes = " / ".join(f"{count:,} {key}" for key, count in self.counts.items())
-        self.notes = [*source.notes, f"{self.name}: {sizes} images in {len(self.classnames)} "
-                                     f"classes under {self.store}, split {self.fingerprint[:12]}"]
+        self.template = TEMPLATES.get(source.name, ANY_TEMPLATE)
+        self.introduce(source, split, [self.classnames, source.rows],
+                       f"in {len(self.classnames)} classes")
 
     def subset(self, indices):
         """The same set with only the images at these positions, in this order."""
@@ -548,6 +527,10 @@ def note_leaks(rows):
             f"scores flatter"] if leaks else []
 
 
+def paths_of(rows):
+    return [path for entries in rows.values() for path, _ in entries]
+
+
 def list_path(path, whole=None):
     """A folder, table, zip or split file of the user's own -> Source."""
     store, suffix, notes = ImageStore(path), path.suffix.lower(), []
@@ -555,14 +538,14 @@ def list_path(path, whole=None):
     if len(lists) == 1:
         name = next((n for n in KNOWN if KNOWN[n]["split"] == lists[0].name), lists[0].stem)
         rows, classnames = read_coop_split(lists[0])
-        source = Source(name, str(lists[0].parent), None, rows, classnames, note_leaks(rows))
-        return find_images(source, [lists[0].parent], KNOWN.get(name, {}).get("images", ""))
+        home, folder = lists[0].parent, KNOWN.get(name, {}).get("images", "")
+        store = find_images([home], folder, rows)
+        return Source(name, str(home), store, rows, classnames, note_leaks(rows))
     inner = [name for name in store.names() if name.endswith(TABLE_SUFFIXES) and "/" not in name
              ] if suffix == ".zip" else []
     if suffix in TABLE_SUFFIXES or inner:
         rows = read_labels(inner[0], store.read(inner[0])) if inner else read_labels(path)
-        paths = [image for entries in rows.values() for image, _ in entries]
-        store = locate(places(path if inner else path.parent), paths)
+        store = locate(places(path if inner else path.parent), paths_of(rows))
     elif path.is_dir() or suffix == ".zip":
         rows, notes = read_class_folders(store)
     else:
@@ -594,12 +577,12 @@ def dataset_name(text):
     return None if "/" in text or os.sep in text else names.get(plain)
 
 
-def find_images(source, homes, folder):
-    """A Source with the store that holds its images: `folder` under one of `homes`, or a zip or
-    another folder in the first home."""
+def find_images(homes, folder, rows):
+    """The store that holds the images: `folder` under one of `homes`, or a zip or another folder in
+    the first home."""
     likely = [ImageStore(home / folder) for home in homes]
     likely += [ImageStore(archive, f"{folder}/") for archive in sorted(homes[0].glob("*.zip"))]
-    return source._replace(store=locate([*likely, *places(homes[0])], source.paths()))
+    return locate([*likely, *places(homes[0])], paths_of(rows))
 
 
 def read_aircraft(home):
@@ -624,8 +607,10 @@ def list_known(name, data_dir):
     bundled = ASSETS / "coop_splits" / f"{file}.xz"
     if file == WORDS and read_words(home):
         source = list_path(home / known["images"], whole="test")
-        test = {"val": source.rows["test"]} if name == "imagenet" else {}
-        return source._replace(name=name, rows={**source.rows, **test})
+        source.name = name
+        if name == "imagenet":
+            source.rows["val"] = source.rows["test"]
+        return source
     if name == "fgvc_aircraft" and (home / file).is_file():
         lists = read_aircraft(home)
     elif (home / file).is_file():
@@ -635,7 +620,7 @@ def list_known(name, data_dir):
     else:
         raise DataError(f"{name}: {home / file} is missing, and nothing is put in its place; get "
                         f"{known['link']}, and the images into {home / known['images']}")
-    return find_images(Source(name, str(home), None, *lists), homes, known["images"])
+    return Source(name, str(home), find_images(homes, known["images"], lists[0]), *lists)
 
 
 def fetch_missing(name, data_dir):
@@ -653,7 +638,7 @@ def fetch_missing(name, data_dir):
         return
     try:
         source = list_known(name, data_dir)
-        if any(map(source.store.has, source.paths())):
+        if any(map(source.store.has, paths_of(source.rows))):
             return
     except DataError:
         if name != "fgvc_aircraft":  # whose lists come with its images

@@ -12,9 +12,12 @@ trusted: nothing is unpacked, image bombs are refused by their header.
 import base64
 import contextlib
 import copy
+import dataclasses
 import functools
+import hashlib
 import importlib
 import io
+import json
 import math
 import os
 import pathlib
@@ -74,11 +77,11 @@ def to_rgb(image):
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def read_image(source, name=None, look=None):
+def read_image(source, name=None):
     """Path or binary file -> upright RGB image. Raises UnreadableImage, whatever is wrong with it.
 
     The EXIF orientation is applied (CoOp ignores it, so the few photos that carry one differ). An
-    animation gives its first frame. `look` is shown the image before its pixels are decoded.
+    animation gives its first frame.
     """
     try:
         with warnings.catch_warnings():
@@ -88,8 +91,6 @@ def read_image(source, name=None, look=None):
                     raise ValueError(f"{image.width}x{image.height} pixels are too many")
                 if image.format in RUNS_A_PROGRAM:
                     raise ValueError(f"{image.format} is not read; save it as PNG")
-                if look:
-                    look(image)
                 image.load()
                 with contextlib.suppress(Exception):  # damaged tags around sound pixels
                     ImageOps.exif_transpose(image, in_place=True)
@@ -354,18 +355,41 @@ def places(root):
 def locate(likely, paths):
     """The first of these stores that holds all of about 200 of the paths, else that with most of
     them, else the first."""
-    sample, best, most = paths[::len(paths) // 200 + 1], None, -1
+    sample, found = paths[::len(paths) // 200 + 1], {}
     for store in likely:
-        found = sum(map(store.has, sample))
-        if found > most:
-            best, most = store, found
-        if most == len(sample):
+        found[store] = sum(map(store.has, sample))
+        if found[store] == len(sample):
             break
-    return best
+    return max(found, key=found.get)
 
 
 # -----------------------------------------------------------------------------
 # A set of images
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclasses.dataclass
+class Source:
+    """What lies somewhere, before a split is chosen.
+
+    rows    {"train", "val", "test", or "all" where there are no splits: [(path, label), ...]}, or
+            of captions [(path, caption, query), ...]. Rows of one query are one search text with
+            several images; path "" is a text without an image, caption "" an image without a text
+    store   where the images lie; None: they are looked for
+    lists   {stem of an image's name: its split}, where splits are lists of images
+    """
+    name: str = ""
+    root: str = ""
+    store: ImageStore = None
+    rows: dict = dataclasses.field(default_factory=dict)
+    classnames: list = ()
+    notes: list = dataclasses.field(default_factory=list)
+    lists: dict = dataclasses.field(default_factory=dict)
+
+    def add(self, split, rows):
+        self.rows.setdefault(split, []).extend(rows)
+
 
 class Images(Dataset):
     """Images, each with a label. `set[index]` or `set[(epoch, index)]` -> (image, label, index).
@@ -379,6 +403,17 @@ class Images(Dataset):
     def __init__(self, store, paths, labels, transform=None):
         self.store, self.paths, self.labels, self.transform = store, paths, labels, transform
         self.notes = []
+
+    def introduce(self, source, split, lists, what):
+        """Take the name of a Source, and say what it holds. lists: all that identifies it."""
+        self.name, self.root, self.split = source.name, source.root, split
+        self.counts = {key: len({row[0] for row in rows if row[0]})
+                       for key, rows in source.rows.items()}
+        content = json.dumps(lists, sort_keys=True).encode()
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        sizes = " / ".join(f"{count:,} {key}" for key, count in self.counts.items())
+        self.notes = [*source.notes, f"{self.name}: {sizes} images {what} under {self.store}, "
+                                     f"split {self.fingerprint[:12]}"]
 
     def __len__(self):
         return len(self.paths)

@@ -47,17 +47,10 @@ class PairSet(Images):
     pixels              the file of `cache`, or None
     """
 
-    def __init__(self, name, root, listing, split):
-        self.name, self.root, self.split = name, root, split
-        self.take(listing.rows[split])
-        self.store = listing.store or locate(places(root), self.paths)
-        self.counts = {key: len({row[0] for row in rows if row[0]})
-                       for key, rows in listing.rows.items()}
-        lists = json.dumps(listing.rows, sort_keys=True)
-        self.fingerprint = hashlib.sha256(lists.encode()).hexdigest()
-        sizes = " / ".join(f"{count:,} {key}" for key, count in self.counts.items())
-        self.notes = [*listing.notes, f"{name}: {sizes} images under {self.store}, {len(self):,} "
-                                      f"{split} captions, split {self.fingerprint[:12]}"]
+    def __init__(self, source, split):
+        self.take(source.rows[split])
+        self.store = source.store or locate(places(source.root), self.paths)
+        self.introduce(source, split, source.rows, f"with {len(self):,} {split} captions")
         self.transform = self.pixels = None
 
     def take(self, rows):
@@ -209,9 +202,9 @@ def open_pairs(name_or_path, split, data_dir="data", layout="auto", caption_file
     captions. caption_file: another one of the folder, such as a translation. whole: a source
     without splits goes to the asked one undivided. Raises DataError.
     """
-    name, root, listing = list_pairs(name_or_path, split, data_dir, layout, caption_file,
-                                     image_column, caption_column, whole)
-    return PairSet(name, root, listing, split)
+    source = list_pairs(name_or_path, split, data_dir, layout, caption_file, image_column,
+                        caption_column, whole)
+    return PairSet(source, split)
 
 
 def open_splits(args):
@@ -336,6 +329,17 @@ def make_pair_loader(pairs, batch_size, seed=0, captions="one", rank=0, world_si
     (global) and `options` as for make_loader."""
     batches = PairBatches(pairs, batch_size, seed, rank, world_size, captions)
     return load_batches(pairs, batches, workers, options)
+
+
+def decode_once(run, sets, size, folder, args):
+    """`PairSet.cache` the images of some sets for models that take `size` pixels, as the flags say
+    -> loader options. What is decoded needs no workers, unless --workers asks for them."""
+    options = run.loader_options(args.workers)
+    for pairs in sets:
+        pairs.cache(run, size * 8 // 7, folder, int(args.cache_gb * 2 ** 30), options["workers"])
+    if args.workers < 0 and all(pairs.pixels for pairs in sets):
+        options["workers"] = 0
+    return options
 
 
 def make_mixed_loader(parts, sizes, *rest, **options):
