@@ -207,6 +207,14 @@ HUGGING_FACE = set(  # what shapes tell, what is read below, and what changes no
     "text_config_dict tie_weights_ tie_word_embeddings tokenizer_class top_k top_p torch_dtype "
     "transformers_version type_vocab_size typical_p unk_token_id use_cache vision_config "
     "vision_config_dict vocab_size".split())
+BERT_SETTINGS = {  # field of BertConfig: Hugging Face's name
+    "vocab_size": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
+    "heads": "num_attention_heads", "intermediate": "intermediate_size",
+    "positions": "max_position_embeddings", "type_vocab": "type_vocab_size",
+    "pad_id": "pad_token_id", "eps": "layer_norm_eps", "dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob"}
+DISTILBERT_SETTINGS = {"n_heads": "num_attention_heads", "dropout": "hidden_dropout_prob",
+                       "attention_dropout": "attention_probs_dropout_prob"}
 ONE_TOWER = {"clip_vision_model": "vision", "clip_text_model": "text"}
 CHINESE_CLIP = {"text": {"pool": "first"},  # what none of its own files says
                 "pixels": Pixels(resize="squash")}
@@ -225,44 +233,43 @@ def known_from_hugging_face(read):
     towers = {ONE_TOWER[kind]: config} if kind in ONE_TOWER else {
         side: {**(config.get(f"{side}_config") or {}), **(config.get(f"{side}_config_dict") or {})}
         for side in ("vision", "text")}  # theirs: the old second table wins
-    image, text, activations = towers.get("vision"), towers.get("text"), tuple(ACTIVATIONS)
     known = {"pixels": pixels_from_hugging_face(
         read("preprocessor_config.json") or read("processor_config.json").get("image_processor"))}
-    if image is not None:
-        image = {"model_type": "clip", "hidden_act": "quick_gelu", "hidden_size": 768,
-                 "num_attention_heads": 12} | image
-        allow(image, HUGGING_FACE, hidden_act=activations, layer_norm_eps=(1e-5,),
-              model_type=("clip", "clip_vision_model", "chinese_clip_vision_model"))
-        known["activation"] = image["hidden_act"]
-        known["vision_head"] = image["hidden_size"] // image["num_attention_heads"]
-        activations = (image["hidden_act"],)  # there is one for both towers here
-    if kind == "chinese_clip":
-        known["pixels"] = known["pixels"] or CHINESE_CLIP["pixels"]
-        known["text"] = bert_settings(text | {"model_type": "bert"}) | CHINESE_CLIP["text"]
-    elif text is not None and text.get("model_type") in FAMILIES:
-        known["text"] = bert_settings(text)
-    elif text is not None:
-        text = {"model_type": "clip", "hidden_act": "quick_gelu", "hidden_size": 512,
-                "num_attention_heads": 8, "vocab_size": 49_408} | text
-        allow(text, HUGGING_FACE, hidden_act=activations, layer_norm_eps=(1e-5,),
-              model_type=("clip", "clip_text_model"),
-              eos_token_id=(2, text["vocab_size"] - 1))  # 2: an old word for the largest id
-        known["activation"] = text["hidden_act"]
-        known["text_head"] = text["hidden_size"] // text["num_attention_heads"]
+    for side, tower in towers.items():
+        if side == "text" and kind == "chinese_clip":
+            known["text"] = bert_settings(tower | {"model_type": "bert"}) | CHINESE_CLIP["text"]
+            known["pixels"] = known["pixels"] or CHINESE_CLIP["pixels"]
+        elif side == "text" and tower.get("model_type") in FAMILIES:
+            known["text"] = bert_settings(tower)
+        else:
+            # there is one activation for both towers here
+            activations = (known["activation"],) if "activation" in known else tuple(ACTIVATIONS)
+            known |= clip_settings(side, tower, activations)
     return known
 
 
+def clip_settings(side, config, activations):
+    width, heads = (768, 12) if side == "vision" else (512, 8)
+    config = {"model_type": "clip", "hidden_act": "quick_gelu", "hidden_size": width,
+              "num_attention_heads": heads} | config
+    allow(config, HUGGING_FACE, hidden_act=activations, layer_norm_eps=(1e-5,),
+          model_type=("clip", f"clip_{side}_model", f"chinese_clip_{side}_model"))
+    if side == "text":  # 2: an old word for the largest id
+        allow({"eos_token_id": config.get("eos_token_id", 2)},
+              eos_token_id=(2, config.get("vocab_size", 49_408) - 1))
+    return {"activation": config["hidden_act"],
+            f"{side}_head": config["hidden_size"] // config["num_attention_heads"]}
+
+
 def bert_settings(config):
-    def get(default, *names):  # DistilBERT has names of its own
-        return next((config[name] for name in names if name in config), default)
     allow(config, HUGGING_FACE, model_type=tuple(FAMILIES), hidden_act=("gelu",),
           activation=("gelu",), position_embedding_type=("absolute",))
     family = config["model_type"]
-    return {"family": family, "heads": get(12, "num_attention_heads", "n_heads"),
-            "pad_id": get(int(family == "roberta"), "pad_token_id"),
-            "eps": get(1e-12, "layer_norm_eps"),
-            "dropout": get(0.1, "hidden_dropout_prob", "dropout"),
-            "attention_dropout": get(0.1, "attention_probs_dropout_prob", "attention_dropout")}
+    given = {DISTILBERT_SETTINGS.get(key, key): value for key, value in config.items()}
+    silent = BertConfig(family, 0, pad_id=int(family == "roberta"),
+                        pool="first" if family == "distilbert" else "pooler")
+    return dataclasses.asdict(silent) | {
+        ours: given[theirs] for ours, theirs in BERT_SETTINGS.items() if theirs in given}
 
 
 def pooling_settings(read):
@@ -361,8 +368,7 @@ def card(model, tokenizer=None):
 def known_from_card(card):
     """Its sizes are not believed: those of the tensors are taken."""
     pixels = card.get("pixels")
-    return {**card["clip_config"], "pixels": pixels and make_pixels(
-        pixels["mean"], pixels["std"], pixels["resize"], pixels["interpolation"])}
+    return {**card["clip_config"], "pixels": pixels and make_pixels(**pixels)}
 
 
 # -----------------------------------------------------------------------------
@@ -392,7 +398,7 @@ def image_fields(sd, known):
         size = 32 * math.isqrt(sd["visual.attnpool.positional_embedding"].shape[0] - 1)
         layers = tuple(count(sd, rf"visual\.layer{i}\.(\d+)\.") for i in (1, 2, 3, 4))
     return {"image_size": size, "vision_layers": layers, "vision_width": width,
-            "vision_patch": patch,
+            "vision_patch": patch, "activation": known.get("activation", "quick_gelu"),
             "vision_head": known.get("vision_head", HEAD_OF_WIDTH.get(width, 64))}
 
 
@@ -405,7 +411,8 @@ def text_fields(sd, known):
                 "text_layers": count(sd, r"transformer\.resblocks\.(\d+)\."),
                 "context_length": sd["positional_embedding"].shape[0],
                 "vocab_size": sd["token_embedding.weight"].shape[0],
-                "text_head": known.get("text_head", 64)}
+                "text_head": known.get("text_head", 64),
+                "activation": known.get("activation", "quick_gelu")}
     known, segments = known.get("text") or {}, bert.get("embeddings.token_type_embeddings.weight")
     segments = 0 if segments is None else segments.shape[0]
     vocab, width = bert["embeddings.word_embeddings.weight"].shape
@@ -430,10 +437,8 @@ def config_from_state_dict(sd, **known):
     mlp = "text_projection.layer_norm.weight" in sd
     with about(f"not a CLIP (its first tensor is {next(iter(sd), None)!r})"):
         head = sd["text_projection.layer_norm.weight" if mlp else "text_projection"]
-        config = CLIPConfig(
-            embed_dim=head.shape[-1], proj="mlp" if mlp else "linear",
-            activation=known.get("activation", "quick_gelu"),
-            **image_fields(sd, known), **text_fields(sd, known))
+        config = CLIPConfig(embed_dim=head.shape[-1], proj="mlp" if mlp else "linear",
+                            **image_fields(sd, known) | text_fields(sd, known))
     check_state(config, sd)
     return config
 
@@ -532,12 +537,8 @@ def hugging_face_tables(model):
         "image_size": config.image_size, "patch_size": config.vision_patch}
     if bert:
         text = {"model_type": "chinese_clip_text_model" if chinese else bert.family,
-                "vocab_size": bert.vocab_size, "hidden_size": bert.width, "hidden_act": "gelu",
-                "num_hidden_layers": bert.layers, "num_attention_heads": bert.heads,
-                "intermediate_size": bert.intermediate, "type_vocab_size": bert.type_vocab,
-                "max_position_embeddings": bert.positions, "pad_token_id": bert.pad_id,
-                "layer_norm_eps": bert.eps, "hidden_dropout_prob": bert.dropout,
-                "attention_probs_dropout_prob": bert.attention_dropout}
+                "hidden_act": "gelu"} | {
+                    theirs: getattr(bert, ours) for ours, theirs in BERT_SETTINGS.items()}
     else:
         text = tower("text", config.text_width, config.text_layers, config.text_head) | {
             "vocab_size": config.vocab_size, "max_position_embeddings": config.context_length,

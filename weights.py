@@ -179,26 +179,14 @@ def read_safetensors(path):
 
 
 def shards_of(path):
-    """The files that a Hugging Face *.index.json names; of another file, none."""
-    if not path.name.endswith(".index.json"):
-        return []
-    with about(path):
-        names = sorted(set(read_json(path)["weight_map"].values()))
-        for name in names:
+    """{file: names of its tensors} of a Hugging Face *.index.json; of another file, {}."""
+    shards = collections.defaultdict(set)
+    if path.name.endswith(".index.json"):
+        for tensor, name in read_json(path)["weight_map"].items():
             if pathlib.PurePath(name).name != name:
-                raise WeightsError(f"it names {name!r}, outside its own folder")
-    return [path.parent / name for name in names]
-
-
-def read_shards(path):
-    """The tensors of all shards of an index, each verified."""
-    where, tensors = read_json(path)["weight_map"], {}
-    for shard in shards_of(path):
-        content, _, _ = read_file(shard)
-        if content.keys() != {key for key, name in where.items() if name == shard.name}:
-            raise WeightsError(f"{shard.name} holds other tensors than it says; fetch both again")
-        tensors |= content
-    return tensors
+                raise WeightsError(f"{path.name} names {name!r}, outside its own folder")
+            shards[path.with_name(name)].add(tensor)
+    return shards
 
 
 def read_json(path):
@@ -214,8 +202,15 @@ def read_file(path):
     with about(path):
         if what := mistaken(path):
             raise WeightsError(what)
-        if path.name.endswith(".index.json"):
-            return read_shards(path), "shards", {}
+        tensors = {}
+        for shard, names in shards_of(path).items():
+            content, _, _ = read_file(shard)
+            if content.keys() != names:
+                raise WeightsError(f"{shard.name} holds other tensors than it says; fetch both "
+                                   f"again")
+            tensors |= content
+        if tensors:
+            return tensors, "shards", {}
         with open(path, "rb") as file:
             header = file.read(9)[8:]
         if path.suffix == ".safetensors" or header == b"{":
@@ -271,6 +266,9 @@ def read(name_or_path, activation=None):
                                            kind == "TorchScript" or layout == "chinese_clip"):
             notes.append("the file does not say its activation and heads: OpenAI's were taken, "
                          "QuickGELU and 64 wide; models trained by LAION need --activation gelu")
+        if (layout == "hf" and "bert.embeddings.LayerNorm.weight" in state
+                and "text" not in known):
+            notes.append("no config.json beside it: heads of 64 were taken")
         known["activation"] = activation or known.get("activation", "quick_gelu")
         name = (card.get("origin", {}).get("name") or canonical_name(name_or_path)
                 or expanded(name_or_path).resolve().name)
@@ -299,7 +297,7 @@ def checkpoint_state(content, card):
 
 
 def load(name_or_path=None, image_tower=None, text_tower=None, proj="linear", embed_dim=512,
-         pool=None, image_size=None, activation=None):
+         image_size=None, activation=None):
     """A CLIP with weights, fp32, in eval mode, on the CPU. Raises WeightsError.
 
     name_or_path: a released name ("ViT-B/16"), "tiny" (bundled), a file (.pt, .bin, .safetensors:
@@ -307,11 +305,12 @@ def load(name_or_path=None, image_tower=None, text_tower=None, proj="linear", em
     of these, also a run's, or ORG/NAME of huggingface.co. A released name wins over a folder of the
     same name; "./RN50" is the folder. activation: "quick_gelu" or "gelu" where the file does not
     tell; OpenAI's otherwise.
-    image_tower, text_tower: the towers of a new CLIP, see `image_source` and `text_source`; the one
-    that is not given comes from `name_or_path`. The other arguments are for `join` alone."""
+    image_tower, text_tower: the towers of a new CLIP, see `tower_of`; the one that is not given
+    comes from `name_or_path`. proj, embed_dim: its projections, see `join`."""
     if image_tower is not None or text_tower is not None:
-        return join(image_source(image_tower or name_or_path, image_size, activation),
-                    text_source(text_tower or name_or_path, pool, activation), proj, embed_dim)
+        return join(tower_of("image", image_tower or name_or_path, image_size, activation),
+                    tower_of("text", text_tower or name_or_path, None, activation),
+                    proj, embed_dim)
     source = read(name_or_path, activation)
     with about(source.origin["path"]):
         config = config_from_state_dict(source.state, **source.known)
@@ -347,70 +346,70 @@ def join(image, text, proj, embed_dim):
     """A CLIP of two towers, each a Source. proj: "linear" (no bias) or "mlp", a `ResidualHead`, to
     `embed_dim`. A tower that comes from a CLIP keeps its own projection where the shapes agree.
     What has no weights is drawn from torch's global generator; `origin["notes"]` tells."""
-    sources, notes = (image, text), []
-    if len({s.fields.get("activation") for s in sources} - {None}) > 1:
+    if len({s.fields.get("activation") for s in (image, text)} - {None}) > 1:
         raise WeightsError("one CLIP has QuickGELU and the other GELU; give both with the same")
     with about("these towers make no CLIP"):
         model = CLIP(CLIPConfig(embed_dim=embed_dim, proj=proj, **image.fields | text.fields))
     own, state = model.state_dict(), image.state | text.state
-    drawn = {name for name in own if name == "logit_scale" or name.startswith("bert.pooler.")}
-    for source in sources:
+    notes, drawn = [], {"logit_scale"}
+    for source in (image, text):
         notes += [f"{source.origin['name']}: {note}" for note in source.origin["notes"]]
         if not source.state:
             notes.append(f"{source.origin['name']} starts from random numbers")
             drawn |= {name for name in own if name.startswith("visual.") == (source is image)}
-    for head in HEADS:
-        names = {name for name in own if name.startswith(head)}
-        fits = all(name in state and state[name].shape == own[name].shape for name in names)
-        if names and not fits:
-            had = state.get(head, state.get(head + ".weight"))
-            notes.append(f"{head} starts from random numbers" + (
+    for part in (*HEADS, "bert.pooler"):
+        names = {name for name in own if name.startswith(part)} - drawn
+        if any(name not in state or state[name].shape != own[name].shape for name in names):
+            had = state.get(part, state.get(part + ".weight"))
+            notes.append(f"{part} starts from random numbers" + (
                 "" if had is None else f" (the CLIP's own is {tuple(had.shape)})"))
-            state = {name: t for name, t in state.items() if not name.startswith(head)}
+            state = {name: t for name, t in state.items() if not name.startswith(part)}
             drawn |= names
     state = {name: own[name] for name in drawn} | state
     check_state(model.config, state)
-    model.origin = unread("+".join(source.origin["name"] for source in sources), layout="towers",
-                          sha256="+".join(filter(None, (s.origin["sha256"] for s in sources))),
-                          notes=notes, text=text.origin)
+    model.origin = unread("+".join(source.origin["name"] for source in (image, text)),
+                          sha256="+".join(s.origin["sha256"] for s in (image, text)).strip("+"),
+                          layout="towers", notes=notes, text=text.origin)
     return fill(model, state, image.known.get("pixels"), text.vocabulary)
 
 
-def clip_source(side, tower, activation, size=None):
-    """The image or text tower of a CLIP. "NAME:none" has random weights, for images of `size`."""
-    name = canonical_name(tower.removesuffix(":none"))
-    if name and tower.endswith(":none"):
-        config = dataclasses.replace(CONFIGS[name], image_size=size or CONFIGS[name].image_size)
-        fields = {key: getattr(config, key) for key in vars(config)
-                  if key.startswith(("vision_", "image_", "backbone") if side == "image" else
-                                    ("text", "context_", "vocab_"))}
-        source = Source({}, {"activation": activation} if activation else {}, unread(name))
-    else:
-        source = read(tower, activation)
-        with about(f"{source.origin['path']} (the state dict of a classifier is given as NAME:FILE)"
-                   f" has no {side} tower"):
-            fields = (image_fields if side == "image" else text_fields)(source.state, source.known)
-        if size not in (None, fields.get("image_size", size)):
-            raise WeightsError(f"{tower} takes images of {fields['image_size']} pixels, not {size}")
-    if "activation" in source.known and not (fields.get("backbone") or fields.get("text")):
-        fields["activation"] = source.known["activation"]
+def tower_of(side, tower, size, activation):
+    """The image or text tower -> Source with its `fields`. `tower` is what `load` takes; of random
+    numbers "NAME:none", with NAME a key of CONFIGS or of BERTS; or a `classifier`. size: pixels per
+    side of images. What CLIP and torchvision both know ("vit_b_16") is CLIP's."""
+    tower = str(tower or "")
+    name = tower.removesuffix(":none")
+    known = canonical_name(name)
+    if name != tower and name in BERTS and side == "text":
+        return Source({}, {}, unread(name), fields=bert_fields(BERTS[name]))
+    if name != tower and known:
+        parts = ("vision_", "image_", "backbone") if side == "image" else (
+            "text", "context_", "vocab_")
+        config = dataclasses.replace(CONFIGS[known], image_size=size or CONFIGS[known].image_size)
+        fields = {key: getattr(config, key) for key in vars(config) if key.startswith(parts)}
+        return Source({}, {}, unread(known), fields=fields | (
+            {"activation": activation} if activation and not fields.get("text") else {}))
+    if side == "image" and tower and not (
+            known or is_hub_name(tower) or expanded(tower).exists()):
+        return classifier(tower, size)
+    source = read(tower, activation)
+    with about(f"{source.origin['path']} (the state dict of a classifier is given as NAME:FILE) "
+               f"has no {side} tower"):
+        fields = (image_fields if side == "image" else text_fields)(source.state, source.known)
+    if size not in (None, fields.get("image_size", size)):
+        raise WeightsError(f"{tower} takes images of {fields['image_size']} pixels, not {size}")
     return source._replace(fields=fields, state={
         key: tensor for key, tensor in source.state.items() if not key.startswith("logit_")
         and key.startswith("visual.") == (side == "image")})
 
 
-def image_source(tower, size, activation):
-    """`tower`: what `load` takes, whose image tower it becomes; or "[timm:]NAME[:WEIGHTS]".
+def classifier(text, size):
+    """The image tower "[timm:]NAME[:WEIGHTS]" -> Source.
 
     NAME is any classifier of torchvision ("resnet50"), or of timm; WEIGHTS one of torchvision's
     published weights ("IMAGENET1K_V2", which it downloads), a file of a state dict in the names of
-    either library, or "none", as when it is left out: random numbers. size: pixels per side. What
-    CLIP and torchvision both know ("vit_b_16") is CLIP's, without the prefix "torchvision:".
+    either library, or "none", as when it is left out: random numbers.
     """
-    text = str(tower or "")
-    if (not text or canonical_name(text.removesuffix(":none")) or expanded(text).exists()
-            or is_hub_name(text)):
-        return clip_source("image", text, activation, size)
     library, name, weights = re.fullmatch(r"(torchvision:|timm:)?([^:]*):?(.*)", text).groups()
     state, known, problems, origin = {}, {}, [], unread(name)
     if weights.startswith("IMAGENET"):
@@ -426,54 +425,22 @@ def image_source(tower, size, activation):
     names = [f"timm:{name}", name] if library == "timm:" else [name, f"timm:{name}"]
     for backbone in names if state else names[:1]:
         try:
-            source = backbone_source(backbone, state, size)
-            return source._replace(known=source.known | known, origin=origin)
+            with skeleton():
+                trunk, removed, width, side, pixels = make_backbone(backbone, size)
         except (ImportError, ValueError, RuntimeError) as error:
             problems.append(one_line(error))
+            continue
+        kept = {key: t for key, t in state.items() if not key.startswith(f"{removed}.")}
+        found, own = ({(key, t.shape) for key, t in table.items() if not key.endswith("_tracked")}
+                      for table in (kept, trunk.state_dict()))
+        if not kept or found == own:
+            return Source({f"visual.trunk.{key}": t for key, t in kept.items()},
+                          {"pixels": pixels, **known}, origin, fields={
+                              "backbone": backbone, "image_size": side, "vision_layers": 0,
+                              "vision_patch": None, "vision_width": width})
+        problems.append(f"{backbone} has other tensors ({min(found ^ own)[0]})")
     raise WeightsError(f"no image tower {text!r}: {'; '.join(problems)}; expected a CLIP's name or "
                        f"path, or [timm:]NAME[:FILE] with a classifier such as resnet50")
-
-
-def backbone_source(name, state, size=None):
-    """The classifier `name` as an image tower, with the tensors of `state` or, where that is empty,
-    random numbers. ImportError, ValueError or RuntimeError when there is none, or of others."""
-    with skeleton():
-        trunk, removed, width, side, pixels = make_backbone(name, size)
-    state = {key: t for key, t in state.items() if not key.startswith(f"{removed}.")}
-    found, expected = ({(key, t.shape) for key, t in table.items() if not key.endswith("_tracked")}
-                       for table in (state, trunk.state_dict()))
-    if state and found != expected:
-        raise ValueError(f"{name} has other tensors ({min(found ^ expected)[0]})")
-    return Source({f"visual.trunk.{key}": t for key, t in state.items()}, {"pixels": pixels}, {},
-                  fields={"backbone": name, "image_size": side, "vision_layers": 0,
-                          "vision_patch": None, "vision_width": width})
-
-
-def text_source(tower, pool, activation):
-    """`tower`: a folder or file of Hugging Face's BERT, RoBERTa or DistilBERT; "NAME:none" with a
-    NAME out of BERTS, for random numbers; or what `load` takes, whose text tower it becomes.
-
-    pool: as in BertConfig; None is what sentence-transformers' file says, else the pooler (as in
-    transformers' dual encoder), else the first token.
-    """
-    text = str(tower or "")
-    name = text.removesuffix(":none")
-    if name in BERTS and name != text:
-        bert = dataclasses.replace(BERTS[name], pool=pool or BERTS[name].pool)
-        return Source({}, {}, unread(name), fields=bert_fields(bert))
-    source = clip_source("text", text, activation)
-    bert, known = source.fields.get("text"), source.known.get("text") or {}
-    if not bert:
-        return source
-    if "heads" not in known and source.origin["layout"] == "hf":
-        source.origin["notes"].append("no config.json beside it: heads of 64 were taken")
-    pool = pool or known.get("pool") or ("first" if bert.family == "distilbert" else "pooler")
-    if pool == "pooler" and bert.pool != "pooler":
-        source.origin["notes"].append("no pooler in the file; it starts from random numbers")
-    return source._replace(
-        fields=source.fields | {"text": dataclasses.replace(bert, pool=pool)},
-        state={key: tensor for key, tensor in source.state.items()
-               if pool == "pooler" or not key.startswith("bert.pooler.")})
 
 
 def spread_embedding(state, vocab_size):
@@ -524,7 +491,7 @@ def locate(name_or_path):
 
 def sha256_of(path):
     """Of a file's bytes; of an index of shards, with theirs behind."""
-    paths = path, *shards_of(path)
+    paths = path, *sorted(shards_of(path))
     return kept_hash(paths, tuple(path.stat().st_mtime_ns for path in paths))
 
 
