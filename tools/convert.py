@@ -25,10 +25,10 @@ from torch import nn
 
 from clip_model import CLIP, CONFIGS, canonical_name, ends_of
 from layouts import (
-    LAYOUTS, WeightsError, about, config_from_state_dict, describe, image_fields, name_of, state_in,
+    LAYOUTS, WeightsError, about, config_from_state_dict, describe, image_fields, name_of,
     text_fields)
 from tokenizer import TokenizerError, for_model
-from weights import RELEASED, export, load, locate, read, read_file, save, sha256_of
+from weights import RELEASED, export, load, read, save
 
 # -----------------------------------------------------------------------------
 # inspect
@@ -36,44 +36,30 @@ from weights import RELEASED, export, load, locate, read, read_file, save, sha25
 
 def inspect(name_or_path):
     """What a weight file is, as a dict of plain values. WeightsError for a bad file."""
-    path = locate(name_or_path)
-    content, kind, _ = read_file(path)
-    with about(path):
-        state = state_in(content)
-    report = {"file": str(path), "bytes": path.stat().st_size, "sha256": sha256_of(path),
-              "format": kind, "architecture": None, "beside_the_weights": {
-                  key: value for key, value in content.items()
-                  if isinstance(value, (str, int, float, bool)) or value is None}}
-    try:
-        source = read(path)
-        state = source.state
-        report |= {"layout": source.origin["layout"], "notes": source.origin["notes"],
-                   "vocabulary": source.vocabulary and source.vocabulary.get("kind")}
-        report |= architecture(source)
-    except WeightsError as error:
-        report["why"] = str(error)
-    dtypes = collections.Counter(str(t.dtype).removeprefix("torch.") for t in state.values())
+    source = read(name_or_path)
+    state, origin, vocabulary = source.state, source.origin, source.vocabulary or {}
     buffers = ("running_mean", "running_var", "num_batches_tracked")
-    return {**report, "tensors": len(state), "dtypes": dict(dtypes),
-            "first_tensors": list(state)[:4],
-            "released_as": next((n for n, x in RELEASED.items() if x == report["sha256"]), None),
-            "parameters": sum(t.numel() for n, t in state.items() if not n.endswith(buffers))}
-
-
-def architecture(source):
-    """The CLIP, or the tower of one, that these tensors make."""
-    state, known = source.state, source.known
+    report = {
+        "file": origin["path"], "bytes": pathlib.Path(origin["path"]).stat().st_size,
+        "sha256": origin["sha256"], "format": origin["format"], "layout": origin["layout"],
+        "released_as": next((n for n, x in RELEASED.items() if x == origin["sha256"]), None),
+        "notes": origin["notes"], "vocabulary": vocabulary.get("kind"), "tensors": len(state),
+        "dtypes": dict(collections.Counter(str(t.dtype)[6:] for t in state.values())),
+        "first_tensors": list(state)[:4],
+        "parameters": sum(t.numel() for n, t in state.items() if not n.endswith(buffers))}
     if "logit_scale" in state:
-        config = config_from_state_dict(state, **known)
-        return {"architecture": "CLIP", "towers": describe(config), "name": name_of(config),
-                "config": dataclasses.asdict(config)}
-    for kind, fields in (("image tower", image_fields), ("text tower", text_fields)):
-        with contextlib.suppress(WeightsError), about(kind):
-            config = fields(state, known)
+        with about(origin["path"]):
+            config = config_from_state_dict(state, **source.known)
+        return report | {"architecture": "CLIP", "towers": describe(config),
+                         "name": name_of(config), "config": dataclasses.asdict(config)}
+    for side, fields in (("image", image_fields), ("text", text_fields)):
+        with contextlib.suppress(WeightsError), about(side):
+            config = fields(state, source.known)
             bert = config.get("text")
-            return {"architecture": kind, "config": dataclasses.asdict(bert) if bert else config}
-    raise WeightsError("neither a CLIP nor a tower of one; the state dict of a classifier is given "
-                       "as --image-tower NAME:FILE")
+            return report | {"architecture": f"{side} tower",
+                             "config": dataclasses.asdict(bert) if bert else config}
+    return report | {"architecture": "neither a CLIP nor a tower of one; the state dict of a "
+                                     "classifier is given as --image-tower NAME:FILE"}
 
 
 # -----------------------------------------------------------------------------
@@ -147,55 +133,46 @@ def to_onnx(model, folder):
 # -----------------------------------------------------------------------------
 # shrink: a small CLIP out of a large one
 
-BLOCK = re.compile(r"((?:visual\.)?transformer\.resblocks|bert\.encoder\.layer)\.(\d+)\.(.+)")
-
-
+@torch.no_grad()
 def shrunk(teacher, like):
     """A CLIP of the widths and depths of `like`, a key of CONFIGS, its image grid, text tower's
-    kind and words the teacher's, that starts from a part of the teacher's weights."""
-    sizes = ("embed_dim", "vision_width", "vision_layers", "text_width", "text_layers")
-    wanted, bert = {key: getattr(CONFIGS[like], key) for key in sizes}, teacher.config.text
-    if bert:
-        width = wanted["text_width"]
-        wanted["text"] = dataclasses.replace(
-            bert, width=width, layers=wanted["text_layers"], heads=width * bert.heads // bert.width,
-            intermediate=width * bert.intermediate // bert.width)
-    with about(f"--like {like}"):
-        model = CLIP(dataclasses.replace(teacher.config, **wanted)).eval()
-    model.set_pixels(teacher.pixels)
-    model.vocabulary = teacher.vocabulary
-    print("\n".join(inherit(model, teacher)))
-    return model
-
-
-@torch.no_grad()
-def inherit(student, teacher):
-    """Start a smaller CLIP, in place, from a part of a larger one's weights -> lines on what.
+    kind and words the teacher's, that starts from a part of the teacher's weights.
 
     The manual weight inheritance of TinyCLIP (Wu et al. 2023): block i of l is block i * L // l of
     L; of every tensor the leading channels are taken, in attention the leading heads. WeightsError
-    where a tower is of another kind, or larger than the teacher's.
+    where a tower is larger than the teacher's.
     """
-    small, large, theirs = student.config, teacher.config, teacher.state_dict()
+    large, bert = teacher.config, teacher.config.text
     if large.vision_patch is None:
         raise WeightsError("only a ViT can be shrunk, not a ResNet or a classifier")
-    depths = {"image": (small.vision_layers, large.vision_layers),
-              "text": (small.text_layers, large.text_layers)}
+    sizes = ("embed_dim", "vision_width", "vision_layers", "text_width", "text_layers")
+    small = {key: getattr(CONFIGS[like], key) for key in sizes}
+    if bert:
+        width = small["text_width"]
+        small["text"] = dataclasses.replace(
+            bert, width=width, layers=small["text_layers"], heads=width * bert.heads // bert.width,
+            intermediate=width * bert.intermediate // bert.width)
+    with about(f"--like {like}"):
+        student = CLIP(dataclasses.replace(large, **small)).eval()
+    student.set_pixels(teacher.pixels)
+    student.vocabulary = teacher.vocabulary
+    theirs = teacher.state_dict()
     for name, tensor in student.state_dict().items():
-        source, block = name, BLOCK.fullmatch(name)
+        source, block = name, re.fullmatch(r"(\D+\.)(\d+)(\..+)", name)
         if block:
-            few, many = depths["image" if name.startswith("visual.") else "text"]
-            source = f"{block[1]}.{int(block[2]) * many // few}.{block[3]}"
+            layers = "vision_layers" if name.startswith("visual.") else "text_layers"
+            source = int(block[2]) * getattr(large, layers) // small[layers]
+            source = f"{block[1]}{source}{block[3]}"
         source = theirs[source]
         if any(mine > own for mine, own in zip(tensor.shape, source.shape)):
             raise WeightsError(f"{name} is {tuple(source.shape)} in the model and cannot become "
                                f"{tuple(tensor.shape)}; name a size that is not larger")
-        parts = source.chunk(3) if ".in_proj_" in name else [source]  # queries, keys, values
-        mine = tensor.chunk(len(parts)) if len(parts) > 1 else [tensor]
-        for part, own in zip(parts, mine):
+        parts = [(source, tensor)]
+        if ".in_proj_" in name:  # queries, keys, values
+            parts = zip(source.chunk(3), tensor.chunk(3))
+        for part, own in parts:
             own.copy_(part[tuple(slice(size) for size in own.shape)])
-    return [f"{side} tower: blocks {', '.join(str(i * many // few) for i in range(few))} of {many}"
-            for side, (few, many) in depths.items()]
+    return student
 
 
 # -----------------------------------------------------------------------------
