@@ -10,6 +10,7 @@ Pixels, transforms and batches stand in images.py; its names can be imported fro
 that is not understood is refused: no class name, label or row is guessed.
 """
 import collections
+import contextlib
 import csv
 import difflib
 import hashlib
@@ -133,17 +134,16 @@ def read_table(path, content=None, join=()):
 
 def json_rows(text):
     """JSONL, or a JSON list, of objects -> (line or place in the list, object)."""
-    place = "line 1"
+    listed, number = text.lstrip().startswith("["), 1
     try:
-        listed = text.lstrip().startswith("[")
         entries = json.loads(text) if listed else text.split("\n")  # U+2028 does not end a line
         for number, row in enumerate(entries, 1):
-            place = f"{'entry' if listed else 'line'} {number}"
             if listed or row.strip():
                 row = row if listed else json.loads(row)
                 yield number, {str(key).strip().lower(): value for key, value in row.items()}
     except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{place}: {one_line(error)}; expected an object {{...}}") from None
+        raise ValueError(f"{'entry' if listed else 'line'} {number}: {one_line(error)}; expected "
+                         f"an object {{...}}") from None
 
 
 def delimited_rows(text, join):
@@ -626,7 +626,7 @@ def list_known(name, data_dir):
 def fetch_missing(name, data_dir):
     """Get what a published data set lacks: its list, or the class names of ImageNet, from where
     CoOp keeps them; its images, if none of them is there, by torchvision, md5 checked. Says what it
-    does. Raises DataError, and leaves no half of it behind."""
+    does. Raises DataError. Images are unpacked aside: a part of them would pass for all."""
     known = KNOWN[name]
     homes, file = [data_dir / folder for folder in known["folders"]], known["split"]
     there = read_words(homes[0]) if file == WORDS else any(
@@ -645,21 +645,17 @@ def fetch_missing(name, data_dir):
             raise
     print(f"{name}: no images under {data_dir}; fetching {known['size']} to there, once",
           flush=True)
-    inside = [folder for folder in (homes[-1] / known["images"] / "x").parents
-              if data_dir in folder.parents]
-    new = next((folder for folder in reversed(inside) if not folder.exists()), None)
+    new = data_dir / f".{name}.new"
     try:
-        getattr(import_torchvision("datasets"), known["fetch"])(str(data_dir), download=True)
-    except ImportError:
-        pass  # scipy, which torchvision wants for labels that are not needed here
-    except BaseException as error:
-        if new:
-            shutil.rmtree(new, ignore_errors=True)  # a part of the images would pass for all
-        if not isinstance(error, Exception):
-            raise
+        with contextlib.suppress(ImportError):  # of scipy, for labels that are not needed here
+            getattr(import_torchvision("datasets"), known["fetch"])(str(new), download=True)
+        shutil.copytree(new, data_dir, copy_function=os.replace, dirs_exist_ok=True)
+    except Exception as error:
         raise DataError(f"{name}: the download failed ({one_line(error)}); try again, or unpack "
                         f"{known['archive']} by hand, so that its images lie in "
                         f"{homes[-1] / known['images']}") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def fetch_list(name, target, images):

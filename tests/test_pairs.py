@@ -244,6 +244,9 @@ def test_a_file_whose_type_the_message_misnames(tmp_path, name, content, kind):
     ("", []), ("image,caption\n", []), ("title,filepath\na dog, wet,a.png\n", ["line 2"]),
     ('image,caption\na.png,"best view\nb.png,x\nc.png,"y\n', ["line 2"]),
     ("image\tcaption\na.png\ta\tb\n", ["line 2"]), ("image,caption\na.png\n", ["line 2"]),
+    ('image,caption\na,b\nc,"begins\nd.jpg,e\nf.jpg,ends"\n', ["line 3"]),
+    ('image, caption\na,b\nc, "x, y"\n', ["line 3"]), ("image|caption\na|b\nc,d|e\n", ["line 3"]),
+    ("image,caption,Caption\n1,2,3\n", ["two columns"]), ('{"a": 1}\n\n{"a": \n', ["line 3"]),
     ("picture,words\na.png,a cat\n", ["picture", "--image-column"]),
     ("image,label\na.png,cat\n", ["label", "--caption-column"]),
     ("image,title,text\na.png,a,b\n", ["title", "--caption-column"]),  # which one is not guessed

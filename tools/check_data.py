@@ -12,13 +12,10 @@ import io
 import json
 import random
 import sys
-import time
 
 from device import guard, Parser, whole  # before torch
 from data import DataError, dataset_name, ImageSet, list_dataset, read_image, UnreadableImage
 from pairs import open_pairs
-
-TINY_SIDE, FEW_IMAGES = 32, 16
 
 FINDINGS = {  # in the order of the report: what it is; what to do
     "leakage": "images are byte for byte in another split; keep one, the score counts known images",
@@ -29,20 +26,9 @@ FINDINGS = {  # in the order of the report: what it is; what to do
     "duplicates": "images are byte for byte in their split already; keep one of each",
     "no_train": "classes have no train image; nothing can be learned about them",
     "no_test": "classes have no test image; they are never scored",
-    "few": f"classes have under {FEW_IMAGES} train images; larger draws take them whole",
     "same_caption": "captions repeat another; as negatives they contradict each other, so train "
                     "with positives by text",
-    "tiny": f"images have a side under {TINY_SIDE} pixels; enlarged, they show little",
 }
-
-
-class Findings(dict):
-    """kind -> {"count": n, "examples": the first five}."""
-
-    def add(self, kind, example):
-        entry = self.setdefault(kind, {"count": 0, "examples": []})
-        entry["count"] += 1
-        entry["examples"] += [example] if entry["count"] <= 5 else []
 
 
 def open_parts(data, data_dir):
@@ -63,31 +49,23 @@ def open_parts(data, data_dir):
             parts[split] = pairs
             captions.update(dict.fromkeys(
                 (pairs.paths[i], text) for i, text in zip(pairs.owner, pairs.captions)))
-    if source is None and not parts:
-        raise reasons[0] if len({str(reason) for reason in reasons}) == 1 else DataError(
-            f"neither classes ({reasons[0]}) nor captions ({reasons[1]})")
     if source:
         parts = {split: ImageSet(source, split) for split, rows in source.rows.items()
                  if rows and (split != "val" or rows is not source.rows["test"])}
+    elif not parts:
+        raise reasons[0] if len({str(reason) for reason in reasons}) == 1 else DataError(
+            f"neither classes ({reasons[0]}) nor captions ({reasons[1]})")
     return source.classnames if source else [], parts, list(captions)
 
 
 def check_lists(classnames, parts, captions, findings):
     """What the lists alone show: classes and captions."""
-    train, test = (collections.Counter(parts[split].labels if split in parts and classnames else ())
-                   for split in ("train", "test"))
-    for label, name in enumerate(classnames):
-        if train and not train[label]:
-            findings.add("no_train", name)
-        elif train and train[label] < FEW_IMAGES:
-            findings.add("few", f"{name} ({train[label]})")
-        if test and not test[label]:
-            findings.add("no_test", name)
-    seen = set()
-    for path, text in captions:
-        if text in seen:
-            findings.add("same_caption", path)
-        seen.add(text)
+    for split in {"train", "test"} & set(parts):
+        held = {classnames[label] for label in parts[split].labels} if classnames else set()
+        findings[f"no_{split}"] += [name for name in classnames if name not in held]
+    first = {}
+    findings["same_caption"] += [path for i, (path, text) in enumerate(captions)
+                                 if first.setdefault(text, i) != i]
 
 
 def check_images(parts, chosen, findings):
@@ -101,26 +79,24 @@ def check_images(parts, chosen, findings):
                 continue
             try:
                 content = part.store.read(path)
-                image = read_image(io.BytesIO(content), path)
+                read_image(io.BytesIO(content), path)
             except UnreadableImage:
-                findings.add("unreadable" if there else "missing", example)
+                findings["unreadable" if there else "missing"].append(example)
                 lost.append(i)
                 continue
             decoded += 1
-            if min(image.size) < TINY_SIDE:
-                findings.add("tiny", example)
             same = first.setdefault(hashlib.sha256(content).digest(), {})
             other = next((same[key] for key in same if key != split), same.get(split))
             if other:
                 found = f"{example} = {other[1]}"
-                findings.add("leakage" if set(same) - {split} else "duplicates", found)
+                findings["leakage" if set(same) - {split} else "duplicates"].append(found)
                 if other[0] != labels[i]:
-                    findings.add("two_labels", found)
+                    findings["two_labels"].append(found)
             same.setdefault(split, (labels[i], example))
         try:  # in the words of training itself
             part.refuse_losses(lost, "see below")
         except DataError as error:
-            findings.add("refused", str(error))
+            findings["refused"].append(str(error))
     return decoded
 
 
@@ -128,38 +104,36 @@ def check_data(data, data_dir="data", limit=None):
     """All that is worth knowing before training, as a dict for JSON; "usable" is False if training
     would refuse the data. `limit` decodes that many images, drawn by a fixed permutation. Raises
     DataError if nothing can be listed."""
-    start, findings = time.monotonic(), Findings()
+    findings = collections.defaultdict(list)
     classnames, parts, captions = open_parts(data, data_dir)
     check_lists(classnames, parts, captions, findings)
     paths = sorted({path for part in parts.values() for path in part.paths})
     chosen = paths if limit is None else random.Random(0).sample(paths, min(limit, len(paths)))
     examined = check_images(parts, set(chosen), findings)
-    some = next(iter(parts.values()))
-    verdict = ("training would be refused; mend what is said above" if "refused" in findings else
+    kinds = [kind for kind in FINDINGS if findings[kind]]
+    verdict = ("training would be refused; mend what is said above" if "refused" in kinds else
                f"usable, but the score flatters (copies across splits: "
-               f"{findings['leakage']['count']:,})" if "leakage" in findings else
-               "usable; read the findings first" if findings else "usable, nothing to report")
+               f"{len(findings['leakage']):,})" if "leakage" in kinds else
+               "usable; read the findings first" if kinds else "usable, nothing to report")
+    some = next(iter(parts.values()))
     return {"name": some.name, "root": some.root,
             "notes": list(dict.fromkeys(note for part in parts.values() for note in part.notes)),
             "counts": {split: len(part.paths) for split, part in parts.items()},
             "classes": len(classnames), "captions": len(captions),
             "images": len(paths), "examined": examined,
-            "seconds": round(time.monotonic() - start, 2),
-            "findings": [{"finding": kind, **findings[kind], "about": about}
-                         for kind, about in FINDINGS.items() if kind in findings],
-            "usable": "refused" not in findings, "verdict": verdict}
+            "findings": [{"finding": kind, "count": len(findings[kind]), "about": FINDINGS[kind],
+                          "examples": findings[kind][:5]} for kind in kinds],
+            "usable": "refused" not in kinds, "verdict": verdict}
 
 
 def print_report(report):
     sizes = " / ".join(f"{count:,} {split}" for split, count in report["counts"].items())
     lines = [f"{report['root']}: {sizes} images in {report['classes']:,} classes, with "
              f"{report['captions']:,} captions",
-             f"{report['examined']:,} of {report['images']:,} files decoded in "
-             f"{report['seconds']:.1f} s"]
+             f"{report['examined']:,} of {report['images']:,} files decoded"]
     lines += [f"note: {note}" for note in report["notes"]]
-    for found in report["findings"]:
-        lines.append(f"{found['count']:>7,}  {found['finding']:<13} {found['about']}; e.g. "
-                     f"{', '.join(found['examples'])}")
+    lines += [f"{found['count']:>7,}  {found['finding']:<13} {found['about']}; e.g. "
+              f"{', '.join(found['examples'])}" for found in report["findings"]]
     for line in [*lines, f"verdict: {report['verdict']}"]:  # a file name may hold anything
         print("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
 
