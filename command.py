@@ -88,12 +88,19 @@ class Parser(argparse.ArgumentParser):
                 self.set_defaults(**{action.dest: str(value) if typed else value})
 
 
-def add_run_flags(parser, seed=1, log_every=20, several_seeds=False, **defaults):
-    """The flags that all scripts share; `defaults` changes some of their defaults."""
-    add = parser.add_argument_group("the run").add_argument
+def add_device_flags(add):
+    """The flags of all that computes; add: the `add_argument` of a parser or group."""
     add("--device", default="auto", help="auto, cuda, cuda:N, npu, npu:N, mps or cpu")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
         help="of matrix products; auto: bf16 on a GPU that has it, else fp32")
+    add("--workers", type=whole(-1), default=-1, help="processes that read images; -1 chooses")
+    add("--debug", action="store_true", help="show tracebacks")
+
+
+def add_run_flags(parser, seed=1, log_every=20, several_seeds=False, **defaults):
+    """The flags that all scripts share; `defaults` changes some of their defaults."""
+    add = parser.add_argument_group("the run").add_argument
+    add_device_flags(add)
     several = {"nargs": "+", "default": [seed]} if several_seeds else {"default": seed}
     add("--seed", type=whole(0, 2 ** 32 - 1), **several, help=f"(default: {seed})")
     add("--output-dir", default="", help="the run's folder (default: one under runs/)")
@@ -104,12 +111,10 @@ def add_run_flags(parser, seed=1, log_every=20, several_seeds=False, **defaults)
     add("--dry-run", action="store_true", help="two steps of everything, in a folder of its own")
     add("--export", choices=["openai", "open_clip", "hf", "safetensors"],
         help="also write the trained model for this library")
-    add("--workers", type=whole(-1), default=-1, help="processes that read images; -1 chooses")
     add("--tensorboard", action="store_true", help="what is logged, for TensorBoard too")
     add("--log-every", type=whole(1), default=log_every, help="steps between lines of the log")
     add("--save-every", type=whole(0), default=0, help="steps; 0: save at an epoch's end only")
     add("--deterministic", action="store_true", help="the same bits on a GPU, slower")
-    add("--debug", action="store_true", help="show tracebacks")
     parser.set_defaults(**defaults)
 
 

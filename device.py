@@ -32,8 +32,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from command import (add_run_flags, guard, number, on_signals, Parser, run_folder,  # noqa: F401
-                     run_identity, show, tolerate_any_locale, whole)
+from command import (add_device_flags, add_run_flags, guard, number, on_signals,  # noqa: F401
+                     Parser, run_folder, run_identity, show, tolerate_any_locale, whole)
 from files import (append, as_json, cut_lines, expanded, git_commit, load_checkpoint, one_line,
                    plain, previous, refuse_unusable, SafeStop, UserError, write_atomic,
                    write_checkpoint)

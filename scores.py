@@ -40,12 +40,14 @@ def image_features(run, model, images):
 
 
 @torch.no_grad()
-def encode_images(run, model, images, batch_size=BATCH, workers=-1, pooled=False, what="images"):
+def encode_images(run, model, images, batch_size=BATCH, workers=-1, pooled=False, what="images",
+                  epoch=0):
     """Encode an ImageSet, or `pairs.image_items()` -> unit features (n, D), labels (n,), in the
-    order of the set. pooled: what the head would get instead, (n, F). An image that cannot be read
-    has label -1 and features of nan."""
+    order of the set. pooled: what the head would get instead, (n, F). epoch: of random views. An
+    image that cannot be read has label -1 and features of nan."""
     loader = make_loader(images, batch_size * run.world_size, shuffle=False, rank=run.rank,
                          world_size=run.world_size, **run.loader_options(workers))
+    loader.batch_sampler.set_epoch(epoch)
     rows = []
     with evaluating(model):
         for done, (pixels, labels, indices) in enumerate(loader, 1):

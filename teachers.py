@@ -82,14 +82,14 @@ class Views:
     ways in which models take images. A function of (seed, epoch, index)."""
 
     def __init__(self, looks, seed, crop, randaugment):
-        self.looks = list(dict.fromkeys(looks))
-        self.each = [Preprocess(size, True, seed, (crop, 1.0) if crop else None, False, resize,
-                                interpolation, ["randaugment"] * randaugment)
-                     for size, resize, interpolation in self.looks]
-        self.size = self.each[0].size
+        scale, augment = (crop, 1.0) if crop else None, ["randaugment"] * randaugment
+        self.each = {(size, resize, interpolation): Preprocess(
+            size, True, seed, scale, False, resize, interpolation, augment)
+            for size, resize, interpolation in looks}
+        self.size = looks[0][0]
 
     def __call__(self, image, epoch=0, index=0):
-        return tuple(each(image, epoch, index) for each in self.each)
+        return tuple(draw(image, epoch, index) for draw in self.each.values())
 
     def probe(self, pairs):
         """The mean colours of view 0 of some images: equal where views are drawn alike."""

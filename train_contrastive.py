@@ -65,8 +65,8 @@ import weights
 from clip_model import HEADS, text_pieces, training_mode
 from data import ImageSet, open_dataset, Preprocess, require_words
 from large_batch import by_rows, info_nce, together, TwoPass
-from pairs import (add_pair_flags, FeatureLoader, identities, make_pair_loader, open_splits,
-                   PairBatches, PairSet)
+from pairs import (add_pair_flags, decode_once, FeatureLoader, identities, make_pair_loader,
+                   open_splits, PairBatches, PairSet)
 from scores import embed, frozen_features, image_features, recall_at_k, zero_shot
 from tokenizer import for_model
 
@@ -382,17 +382,14 @@ def prepare(run, model, data, folder, args):
         data.pooled = {pairs.split: frozen_features(run, model, pairs, cache, tower,
                                                     workers=args.workers) for pairs in splits}
     elif training:
-        for pairs in filter(None, (train, data.val)):
-            pairs.cache(run, model.config.image_size * 8 // 7, cache,
-                        int(args.cache_gb * 2 ** 30), options["workers"])
+        options = decode_once(run, [*filter(None, (train, data.val))], model.config.image_size,
+                              cache, args)
         if frozen:
             train.notes.append("with --crop 0 the frozen image tower would see an image only once")
     for note in (*model.origin["notes"], *(note for pairs in splits for note in pairs.notes)):
         run.say(note)
     if args.eval_only:
         return
-    if args.workers < 0 and train.pixels is not None:  # decoded: little is left to do
-        options["workers"] = 0
     data.loader = make_pair_loader(train, args.batch_size, args.seed, args.captions, run.rank,
                                    run.world_size, **options)
     if data.pooled:

@@ -62,7 +62,7 @@ from clip_model import (canonical_name, evaluating, text_pieces, training_mode, 
 from data import open_dataset, require_words
 from images import normalise, Preprocess, sample_seed
 from large_batch import by_rows, TwoPass
-from pairs import add_pair_flags, make_pair_loader, open_splits, PairBatches
+from pairs import add_pair_flags, decode_once, make_pair_loader, open_splits, PairBatches
 from scores import (embed, encode_texts, image_features, milliseconds, recalls, retrieval_ranks,
                     zero_shot)
 from teachers import look_of, open_teachers, open_text_teacher, ShownPairs, Stored, Views
@@ -592,8 +592,7 @@ def prepare(run, setup, args):
     """Decode, tokenize and encode once what does not change -> the loader, and what it gives
     (images, used, epoch) -> Batch, on the device."""
     train, stored, looks = setup.pairs, setup.stored, [look_of(setup.student)]
-    captions, options = train.captions, run.loader_options(args.workers)
-    tokens = similar = None
+    captions, tokens, similar = train.captions, None, None
     for teacher in () if stored else setup.teachers:
         looks.append(teacher.look)
         teacher.texts = encode_texts(run, teacher.model, teacher.tokenizer, captions)
@@ -603,11 +602,8 @@ def prepare(run, setup, args):
         model, tokenizer = setup.text_teacher
         similar = encode_texts(run, run.move(model), tokenizer, captions)
         similar = unit(similar - similar.mean(dim=0))  # without what all captions have in common
-    for pairs in filter(None, (train, setup.val)):
-        pairs.cache(run, max(size for size, *_ in looks) * 8 // 7, run.out / "cache",
-                    int(args.cache_gb * 2 ** 30), options["workers"])
-    if args.workers < 0 and train.pixels is not None:
-        options["workers"] = 0  # there is little to do
+    options = decode_once(run, [*filter(None, (train, setup.val))],
+                          max(size for size, *_ in looks), run.out / "cache", args)
     if stored:
         shown = ShownPairs(train, stored.views(looks), len(stored.images), args.seed)
     else:
@@ -616,7 +612,7 @@ def prepare(run, setup, args):
                               run.world_size, **options)
 
     def look_up(images, used, epoch):
-        views = dict(zip(shown.transform.looks, map(run.move, images)))
+        views = dict(zip(shown.transform.each, map(run.move, images)))
         q = [run.move(teacher.texts[used]) for teacher in setup.teachers]
         p = stored and [run.move(x) for x in stored.answers(shown, epoch, used)]
         return Batch(views, None if tokens is None else tokens[used], q, p,

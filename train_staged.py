@@ -53,8 +53,8 @@ import torch
 from clip_model import evaluating, HEADS, project, text_pieces, training_mode, unit
 from data import EXTRAS, nearest, Preprocess
 from large_batch import info_nce, TwoPass
-from pairs import (add_pair_flags, FeatureLoader, identities, make_mixed_loader, open_pairs,
-                   PairBatches)
+from pairs import (add_pair_flags, decode_once, FeatureLoader, identities, make_mixed_loader,
+                   open_pairs, PairBatches)
 from plans import (add_stage_flags, FILES, FLAGS, KEYS, OF_THE_RUN, read_plan, read_stages,
                    refuse)
 from scores import (bootstrap, embed, frozen_features, image_features, milliseconds, recalls,
@@ -281,11 +281,8 @@ def train(run, model, stage, loader, tokens, judge, checkpoint):
 
 def open_batches(run, model, stage, tokenizer, args):
     """-> the loader of a stage's pairs and of those it replays, and the tokens of all captions."""
-    options, cache = run.loader_options(args.workers), stage.folder.parent / "cache"
     parts = [part.train for part in stage.parts]
-    for pairs in parts:
-        pairs.cache(run, model.config.image_size * 8 // 7, cache, int(args.cache_gb * 2 ** 30),
-                    options["workers"])
+    options = decode_once(run, parts, model.config.image_size, stage.folder.parent / "cache", args)
     view = Preprocess.of(model, train=bool(stage.augment), seed=args.seed,
                          scale=(0.8, 1.0) if "crop" in stage.augment else None,
                          flip="flip" in stage.augment,

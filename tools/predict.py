@@ -12,7 +12,8 @@ import io
 import json
 import sys
 
-from device import expanded, guard, Parser, start, UserError, write_atomic  # before torch
+from device import (add_device_flags, expanded, guard, Parser, start, UserError,  # before torch
+                    write_atomic)
 
 from data import (ANY_TEMPLATE, ImageSet, is_image, list_dataset, Preprocess, require_words, Source,
                   TEMPLATES)
@@ -61,7 +62,7 @@ def main(args):
     rows = {"test": [(path, 0) for path in paths]}  # with a label that nobody asks for
     images = ImageSet(Source("images", "", ImageStore("."), rows, names), "test")
     features, labels = encode_images(run, model, images.with_transform(Preprocess.of(model)),
-                                     workers=-1 if len(images) > 200 else 0)
+                                     workers=0 if len(images) < 200 else args.workers)
     scale = float(model.logit_scale.detach().exp())
     values, places = (scale * features @ classes.T).softmax(dim=1).topk(min(5, len(names)))
     for path, label, shares, best in zip(paths, labels, values.tolist(), places.tolist()):
@@ -94,9 +95,7 @@ def get_args(argv=None):
     add("--csv", metavar="FILE", help="also write a table there")
     add("--tokenizer", help="vocabulary, where the weights have none")
     add("--activation", choices=("quick_gelu", "gelu"), help="where the file does not say it")
-    for flag in ("--device", "--precision"):
-        add(flag, default="auto", help="as of the scripts (default: auto)")
-    add("--debug", action="store_true", help="show tracebacks")
+    add_device_flags(add)
     return parser.parse_args(argv)
 
 

@@ -12,37 +12,27 @@ and with torchrun several processes share the images.
 import shutil
 import sys
 
-import device  # before torch, which reads what it sets
+from device import (add_device_flags, expanded, guard, number, Parser, start, UserError, whole,
+                    write_atomic)  # before torch, which reads what it sets
 import numpy as np
 import torch
 
-from device import expanded, guard, number, Parser, UserError, whole, write_atomic
-from pairs import add_pair_flags, open_pairs
+from pairs import add_pair_flags, decode_once, open_pairs
 from scores import encode_images, encode_texts
 from teachers import digest, open_teachers, Views
 
-
-class OneView:
-    """A transform: the view `number` of an image, as the Preprocess `draw` makes it."""
-
-    def __init__(self, draw, number):
-        self.draw, self.number, self.size = draw, number, draw.size
-
-    def __call__(self, image, epoch, index):
-        return self.draw(image, self.number, index)
+STARTED = "images.npy", "texts.npy", "cache"  # teacher.json, the last to be written, is of a whole
 
 
-def ask(run, teachers, pairs, views, args):
+def ask(run, teachers, pairs, views, workers, args):
     """For each view what every teacher makes of the images -> (n, D), teachers side by side; nan
     where an image cannot be read."""
-    workers = 0 if pairs.pixels is not None and args.workers < 0 else args.workers
     for view in range(args.views):
         found = []
         for teacher in teachers:
-            draw = views.each[views.looks.index(teacher.look)]
-            features, places = encode_images(
-                run, teacher.model, pairs.with_transform(OneView(draw, view)).image_items(),
-                workers=workers, what=f"view {view + 1} of {args.views}")
+            shown = pairs.with_transform(views.each[teacher.look]).image_items()
+            features, places = encode_images(run, teacher.model, shown, workers=workers, epoch=view,
+                                             what=f"view {view + 1} of {args.views}")
             found.append(features)
         if view == 0:
             pairs.refuse_losses((places < 0).nonzero()[:, 0].tolist(), "they do not decode")
@@ -52,10 +42,10 @@ def ask(run, teachers, pairs, views, args):
 
 def main(args):
     """Write the folder -> what was written."""
-    run = device.start(args.device, args.precision, args.seed)
+    run = start(args.device, args.precision, args.seed)
     target = expanded(args.output)
-    part = target.with_name(target.name + ".part")
-    if target.exists() and not args.overwrite:
+    there = {file.name for file in target.glob("*")} - {*STARTED}
+    if there and not args.overwrite:
         raise UserError(f"--output {target} is there already; --overwrite writes it again")
     pairs = open_pairs(args.data, "train", args.data_dir, args.layout, args.caption_file,
                        args.image_column, args.caption_column)
@@ -64,20 +54,21 @@ def main(args):
     views = Views([teacher.look for teacher in teachers], args.seed, args.crop, args.randaugment)
 
     def begin():
-        shutil.rmtree(part, ignore_errors=True)
         try:
-            part.mkdir(parents=True)
+            target.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--output {target} cannot be written: {error.strerror}") from None
+        for name in ("teacher.json", *STARTED[:2]):
+            (target / name).unlink(missing_ok=True)
     run.on_first(begin)
-    side = max(size for size, *_ in views.looks) * 8 // 7
-    pairs.cache(run, side, part / "cache", int(args.cache_gb * 2 ** 30))
+    options = decode_once(run, [pairs], max(size for size, *_ in views.each), target / "cache",
+                          args)
     texts = torch.cat([encode_texts(run, teacher.model, teacher.tokenizer, pairs.captions)
                        for teacher in teachers], dim=1)
     shape = args.views, len(pairs.paths), texts.shape[1]
-    images = np.lib.format.open_memmap(part / "images.npy", "w+", np.float32, shape
+    images = np.lib.format.open_memmap(target / "images.npy", "w+", np.float32, shape
                                        ) if run.rank == 0 else None
-    for view, found in enumerate(ask(run, teachers, pairs, views, args)):
+    for view, found in enumerate(ask(run, teachers, pairs, views, options["workers"], args)):
         if run.rank == 0:
             images[view] = found.numpy()
     facts = {"format": "reinforced/3", "data": pairs.fingerprint, "split": pairs.split,
@@ -87,12 +78,9 @@ def main(args):
 
     def finish():
         images.flush()
-        np.save(part / "texts.npy", texts.numpy())
-        shutil.rmtree(part / "cache", ignore_errors=True)
-        write_atomic(part / "teacher.json", {**facts, "sha256": digest(part, facts)})
-        if target.exists():
-            shutil.rmtree(target)
-        part.rename(target)
+        np.save(target / "texts.npy", texts.numpy())
+        shutil.rmtree(target / "cache", ignore_errors=True)
+        write_atomic(target / "teacher.json", {**facts, "sha256": digest(target, facts)})
     run.on_first(finish)
     for note in pairs.notes:
         run.say(note)
@@ -114,12 +102,8 @@ def get_args(argv=None):
     add("--teacher-activation", choices=("quick_gelu", "gelu"), help="where its file does not say")
     add("--tokenizer", help="file or folder of the teachers' vocabulary, if they have none")
     add("--seed", type=whole(0, 2 ** 32 - 1), default=1, help="of the views (default: 1)")
-    add("--device", default="auto", help="auto, cuda, mps, npu or cpu (default: auto)")
-    add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
-        help="of matrix products (default: auto)")
-    add("--workers", type=whole(-1), default=-1, help="processes that read images; -1 chooses")
     add("--overwrite", action="store_true", help="write it again where it is there")
-    add("--debug", action="store_true", help="show tracebacks")
+    add_device_flags(add)
     add_pair_flags(parser)
     return parser.parse_args(argv)
 

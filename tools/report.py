@@ -161,14 +161,17 @@ class Page:
 
     def write(self, title):
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in dict.fromkeys(self.notes))
-        path = self.out / "report.html"
-        path.write_text("\n".join([
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
-            f"<h1>{html.escape(title)}</h1>", *self.parts,
-            f"<h2>Notes</h2><ul class='soft'>{notes}</ul>" if notes else "", "</body></html>"]),
-            "utf-8", "xmlcharrefreplace")
-        return path
+        notes = [f"<h2>Notes</h2><ul class='soft'>{notes}</ul>"] if notes else []
+        return write_html(self.out / "report.html", title, [*self.parts, *notes])
+
+
+def write_html(path, title, parts):
+    """A page of parts in HTML -> its path"""
+    path.write_text("\n".join([
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
+        f"<h1>{html.escape(title)}</h1>", *parts, "</body></html>"]), "utf-8", "xmlcharrefreplace")
+    return path
 
 
 def picture(content, description):
@@ -194,15 +197,13 @@ def table(head, rows):
 # Any run: results and curves
 
 def add_results(page, runs):
-    """One run: its numbers in two columns; several: a line each, of what differs."""
-    keys = [key for key in dict.fromkeys(key for run in runs for key in run.results)
-            if all(isinstance(run.results.get(key, 0), (str, int, float)) for run in runs)
-            and (len(runs) == 1 or len({run.results.get(key) for run in runs}) > 1)]
-    if len(runs) == 1:
-        page.add("Results", table(["", ""], [[key, runs[0].results[key]] for key in keys]))
-    else:
-        page.add("Results", table(["run", *keys], [
-            [run.name, *map(run.results.get, keys)] for run in runs]))
+    """The numbers of each run in a column; of several runs, those that differ."""
+    rows = [[key, *(run.results.get(key) for run in runs)]
+            for key in dict.fromkeys(key for run in runs for key in run.results)]
+    page.add("Results", table(["", *(run.name for run in runs)], [
+        [key, *values] for key, *values in rows
+        if all(isinstance(value, (str, int, float, type(None))) for value in values)
+        and (len(runs) == 1 or len(set(values)) > 1)]))
 
 
 def add_curves(page, runs, title="Curves", file="curves"):

@@ -23,8 +23,9 @@ import pathlib
 import sys
 import types
 
-from device import expanded, guard, Parser, start, UserError, whole, write_atomic
-import numpy as np  # device before torch, which reads what it sets
+from device import (add_device_flags, expanded, guard, Parser, start, UserError, whole,
+                    write_atomic)  # before torch, which reads what it sets
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -37,6 +38,7 @@ from images import Images, ImageStore
 from pairs import open_pairs
 from scores import encode_images, encode_texts, image_features, top_k
 from tokenizer import for_model
+from tools.report import table, write_html
 from weights import digest, load
 
 TILE, LABEL = 112, 130  # pixels of a picture's side on a sheet, and of the space for a row's name
@@ -254,15 +256,13 @@ def draw_sheet(number, answer, sets, given):
 
 def write_page(out, found):
     """search.html: every query in its own words, its sheet, and the paths of what it found."""
-    parts = ["<!doctype html><meta charset=utf-8><title>search</title><style>body{font:15px "
-             "sans-serif;margin:2em}img{max-width:100%}</style>"]
-    parts += [f"<p>{html.escape(label)}: P@1 {scores['p1']:.1f}, P@5 {scores['p5']:.1f}</p>"
-              for label, scores in found["precision"].items()]
+    parts = [table(["weights", "P@1 (%)", "P@5 (%)"], [
+        [label, *scores.values()] for label, scores in found["precision"].items()])]
     for number, answer in enumerate(found["queries"], 1):
-        parts.append(f"<h2>{html.escape(answer['query'])}</h2><img src=search_{number}.png>")
-        parts += [f"<p>{html.escape(row['row'])}: {html.escape(in_words(row['results']))}</p>"
-                  for row in answer["rows"]]
-    write_atomic(out / "search.html", "\n".join(parts))
+        parts += [f"<h2>{html.escape(answer['query'])}</h2><img src=search_{number}.png>",
+                  table(["weights", "images"], [
+                      [row["row"], in_words(row["results"])] for row in answer["rows"]])]
+    write_html(out / "search.html", "search", parts)
 
 
 # -----------------------------------------------------------------------------
@@ -321,10 +321,7 @@ def get_args(argv=None):
     add("--tokenizer", help="vocabulary, where the weights have none")
     add("--activation", choices=("quick_gelu", "gelu"), help="where the file does not say it")
     add("--max-text", type=whole(3), help="tokens of a text")
-    add("--device", default="auto")
-    add("--precision", default="auto")
-    add("--workers", type=whole(-1), default=-1, help="processes that read images")
-    add("--debug", action="store_true", help="show tracebacks")
+    add_device_flags(add)
     return parser.parse_args(argv)
 
 
