@@ -46,13 +46,12 @@ LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"
 # -----------------------------------------------------------------------------
 # Devices
 
+@dataclasses.dataclass(frozen=True)
 class Kind:
     """What differs between devices: torch.cuda, .npu, .mps and .cpu only look alike."""
-
-    def __init__(self, name, backend, pinned=False):
-        self.name = name
-        self.backend = backend  # of the process group; "" where there can be one process only
-        self.pinned = pinned    # has numbers, and pinned memory; on mps such a copy can lose data
+    name: str
+    backend: str          # of the process group; "" where there can be one process only
+    pinned: bool = False  # has numbers, and pinned memory; on mps such a copy can lose data
 
     @property
     def module(self):
@@ -570,11 +569,11 @@ class Run:
         self._log_every, self._save_every = args.log_every, args.save_every
         fresh = (args.overwrite or args.dry_run) and not args.eval_only
         if args.resume not in ("auto", "none"):
-            named = expanded(args.resume).absolute()
+            named = expanded(args.resume)
             stored = self.load(named)
         elif args.resume == "auto" and not fresh:
             best = args.eval_only and (folder / BEST).exists()
-            stored = self.load(folder.absolute() / (BEST if best else LAST))
+            stored = self.load(folder / (BEST if best else LAST))
         if stored:
             refuse_other(self._identity, stored.get("identity"), named or folder,
                          keys=("method", "model", "weights") if args.eval_only else ())
@@ -693,32 +692,27 @@ class Run:
 
     def save(self, path, state):
         """Write `state` (tensors, numbers, text, containers of them) so that a kill at any moment
-        leaves a file that loads. `x_last.pt` keeps its predecessor as `x_prev.pt`. A bare name
-        lies in `out`; without `out` it is not written. SafeStop for nan or inf in a tensor and for
-        a disk that does not take it; the old file is intact then."""
-        path = self._inside(path)
-        if path:
+        leaves a file that loads. `x_last.pt` keeps its predecessor as `x_prev.pt`. A text, not a
+        Path, names a file in `out`; without `out` it is not written. SafeStop for nan or inf in a
+        tensor and for a disk that does not take it; the old file is intact then."""
+        if path := self._inside(path):
             self.on_first(lambda: write_checkpoint(path, state))
 
     def load(self, path):
-        """The checkpoint at `path` (a bare name: in `out`), or its predecessor when that is damaged
-        or gone; None when neither is there. Raises UserError when none can be read."""
+        """The checkpoint at `path` (see `save`), or its predecessor when that is damaged or gone;
+        None when neither is there. Raises UserError when none can be read."""
         path = self._inside(path)
-        before = path and previous(path)
-        if not path or not (path.exists() or before.exists()):
-            return None
+        there = [x for x in (path, path and previous(path)) if x and x.exists()]
         try:
-            return load_checkpoint(path)
+            return load_checkpoint(there[0]) if there else None
         except UserError as error:
-            if before == path or not before.exists():
+            if there[0] == there[-1]:
                 raise
-            self.say(f"{error}; continuing from {before.name} instead")
-            return load_checkpoint(before)
+            self.say(f"{error}; continuing from {there[1].name} instead")
+            return load_checkpoint(there[1])
 
     def _inside(self, path):
-        path = expanded(path)
-        bare = path.parent == pathlib.Path()
-        return path if not bare else self.out / path if self.out else None
+        return path if isinstance(path, pathlib.Path) else self.out and self.out / path
 
     def _random_state(self):
         own = None if self.device.type == "cpu" else self.kind.module.get_rng_state()

@@ -367,27 +367,21 @@ class Child:
         self.process = multiprocessing.get_context("fork").Process(target=run)
         self.process.start()
 
-    def kill(self):
-        self.process.kill()
-
-    def end(self, seconds=120):
+    def end(self):
         """Wait for it -> Result: the exit code (128 + n after signal n), both streams in `out`."""
-        self.process.join(seconds)
+        self.process.join(180)
+        self.process.kill()
         self.file.seek(0)
         said, code = self.file.read().decode("utf-8", "replace"), self.process.exitcode
-        assert code is not None, f"still running after {seconds} s: {said}"
+        assert code is not None, f"still running after 180 s: {said}"
         return Result(code if code >= 0 else 128 - code, said, "")
 
 
-def in_child(work, *arguments, seconds=120):
-    child = Child(work, *arguments)
-    try:
-        return child.end(seconds)
-    finally:
-        child.kill()
+def in_child(work, *arguments):
+    return Child(work, *arguments).end()
 
 
-def processes(count, work, seconds=180):
+def processes(count, work):
     """work(rank) in `count` processes that find each other, as torchrun would start them
     -> [Result] in rank order. `work` may return an exit code."""
     with socket.socket() as free:
@@ -397,10 +391,10 @@ def processes(count, work, seconds=180):
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in range(count)]
     try:
-        return [child.end(seconds) for child in children]
+        return [child.end() for child in children]
     finally:
         for child in children:
-            child.kill()
+            child.process.kill()
 
 
 def script(module, *flags):
@@ -432,10 +426,6 @@ def at_step(number, fault):
     at_call(device.Run, "update", number, fault, after=True)
 
 
-def raise_signal(number):
-    os.kill(os.getpid(), number)
-
-
 def die():
     """End as `kill -9` does."""
-    raise_signal(signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
