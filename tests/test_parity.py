@@ -7,11 +7,13 @@ import warnings
 
 import pytest
 import torch
-from helpers import images_for, refused, tiny_clip
+from helpers import WORDS, images_for, noise, refused, tiny_clip
 
 from clip_model import BERTS, CLIP, CONFIGS, BertConfig, bert_fields
+from images import Preprocess, normalise
 from layouts import to_hugging_face
-from weights import load, save
+from tokenizer import BPETokenizer, ChineseTokenizer, WordPieceTokenizer, for_model
+from weights import export, load, save
 
 VOCAB, TOLERANCE = 96, 1e-5
 BERT = {
@@ -19,6 +21,7 @@ BERT = {
     "roberta": BertConfig("roberta", VOCAB, 32, 3, 2, 48, 24, type_vocab=1, pad_id=1, eps=1e-5),
     "distilbert": BertConfig("distilbert", VOCAB, 32, 3, 2, 48, 24, type_vocab=0, pool="first"),
 }
+CAPTIONS = ["a photo of a cat's 3 toys!", "The dog"]
 
 
 @torch.no_grad()
@@ -41,11 +44,11 @@ def make(name="tiny-vit", bert=None, **changes):
 def texts(model):
     """Four texts as the model's tower takes them: of 2 tokens, of all that it has, and between."""
     generator, longest = torch.Generator().manual_seed(2), model.config.context_length
-    tokens = torch.full((4, longest), model.pad_id)
+    tokens, words = torch.full((4, longest), model.pad_id), model.config.vocab_size
     for row, length in zip(tokens, (2, 9, longest // 2, longest)):
         row[:length] = torch.randint(3, VOCAB - 2, (length,), generator=generator)
         if not model.config.text:
-            row[0], row[length - 1] = VOCAB - 2, VOCAB - 1
+            row[0], row[length - 1] = words - 2, words - 1
     return tokens
 
 
@@ -64,6 +67,13 @@ def same_logits(ours, logits):
     with torch.no_grad():
         image, text, scale = ours(images, tokens)
         assert (scale * image @ text.t() - logits(images, tokens)).abs().max() <= TOLERANCE
+
+
+def same_pixels(model, prepare):
+    """What another library makes of a picture is what we make of it."""
+    picture = noise(50, 40)
+    ours = normalise(Preprocess.of(model)(picture)[None], model.image_mean, model.image_std)
+    assert torch.allclose(prepare(picture), ours, rtol=0, atol=1e-6) and ours.std() > 0.1
 
 
 @pytest.fixture(scope="module")
@@ -104,23 +114,37 @@ def same_as_hugging_face(ours, theirs):
         input_ids=tokens, pixel_values=images, attention_mask=mask(ours, tokens)).logits_per_image)
 
 
-@pytest.mark.parametrize("text, kind", [
-    ("", "CLIPModel"), ("bert", "VisionTextDualEncoderModel"),
-    ("roberta", "VisionTextDualEncoderModel"), ("first", "ChineseCLIPModel")])
+@pytest.mark.parametrize("text, kind, tokenizer", [
+    ("", "CLIP", BPETokenizer), ("bert", "VisionTextDualEncoder", WordPieceTokenizer),
+    ("roberta", "VisionTextDualEncoder", None), ("first", "ChineseCLIP", ChineseTokenizer)])
 @pytest.mark.parametrize("changes", [{}, {"activation": "gelu", "vision_head": 16}])
-def test_transformers_computes_the_same_from_our_folder(tmp_path, transformers, text, kind,
-                                                        changes):
+def test_transformers_opens_our_folder_and_computes_the_same(tmp_path, transformers, text, kind,
+                                                             tokenizer, changes):
     bare = dataclasses.replace(BERT["bert"], pool="first")
-    ours = make(bert={"first": bare, **BERT}.get(text), **changes)
-    ours.image_resize, ours.image_mean = "squash", (0.5, 0.4, 0.3)
-    folder = save(ours, tmp_path / "hf", layout="hf").parent
-    theirs, report = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
+    ours = make(bert={"first": bare, **BERT}.get(text), **{} if text else {"vocab_size": 49_408},
+                **changes)
+    ours.image_mean, ours.image_interpolation = (0.5, 0.4, 0.3), "bilinear"
+    ours.image_resize = "squash" if changes or text == "first" else "shortest"
+    if tokenizer:
+        tokenizer = tokenizer(*[WORDS] if text else [])
+    folder = export(ours, tmp_path, "hf", tokenizer).parent
+    theirs, report = getattr(transformers, f"{kind}Model").from_pretrained(
+        folder, output_loading_info=True)
     assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     same_as_hugging_face(ours, theirs.eval())
-    processor = transformers.AutoImageProcessor.from_pretrained(folder)
-    assert tuple(processor.image_mean) == (0.5, 0.4, 0.3) and not processor.do_center_crop
     again = load(folder)
     assert again.config == ours.config and again.pixels == ours.pixels
+    if tokenizer:
+        processor = getattr(transformers, f"{kind}Processor").from_pretrained(folder, backend="pil")
+        same_pixels(ours, lambda x: processor(images=x, return_tensors="pt")["pixel_values"])
+        for words in CAPTIONS:  # alone: they pad with another word than OpenAI
+            assert processor(text=words)["input_ids"] == tokenizer(words, None)[0].tolist()
+        inputs = processor(text=CAPTIONS, images=[noise()], padding=True, return_tensors="pt")
+        image, features, _ = ours(inputs["pixel_values"], tokenizer(CAPTIONS, 24))
+        found = theirs(**inputs)
+        assert (found.image_embeds - image).abs().max() <= TOLERANCE
+        assert (found.text_embeds - features).abs().max() <= TOLERANCE
+        assert for_model(again).kind == tokenizer.kind
 
 
 def hugging_face_clip(transformers, text=(), vision=(), **more):
@@ -211,16 +235,6 @@ def test_one_tower_of_a_clip_is_read_alone(tmp_path, transformers):
         ours.logit_scale.copy_(theirs.logit_scale)  # belongs to neither tower
     same_as_hugging_face(ours, theirs)
     refused(lambda: load(tmp_path / "v"), "v", "text_projection")
-
-
-def test_other_model_types_of_transformers_are_refused_by_name(tmp_path, transformers):
-    hugging_face_clip(transformers).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    for part, family in ((config["vision_config"], "vit"), (config, "metaclip_2"),
-                         (config, "siglip"), (config, None)):
-        part["model_type"] = family
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        refused(lambda: load(tmp_path), f"model_type {family!r}")  # noqa: B023
 
 
 # -----------------------------------------------------------------------------
@@ -323,16 +337,17 @@ def same_as_open_clip(ours, theirs):
 @pytest.mark.parametrize("name", ["tiny-vit", "tiny-rn"])
 @pytest.mark.parametrize("changes", [{}, {"activation": "gelu"},
                                      {"vision_head": 16, "text_head": 32}])
-def test_open_clip_computes_the_same_from_our_folder(tmp_path, open_clip, name, changes):
+def test_open_clip_opens_our_folder_and_computes_the_same(tmp_path, open_clip, name, changes):
     ours = make(name, **changes)
-    ours.image_mean, ours.image_resize = (0.5, 0.4, 0.3), "squash"
+    ours.image_mean, ours.image_interpolation = (0.5, 0.4, 0.3), "bilinear"
+    ours.image_resize = "squash" if changes else "shortest"
     ours.logit_bias = torch.nn.Parameter(torch.tensor(-7.5))
-    save(ours, tmp_path / "folder", layout="open_clip")
-    theirs, _, prepare = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'folder'}")
+    place = f"local-dir:{export(ours, tmp_path, 'open_clip').parent}"
+    theirs, _, prepare = open_clip.create_model_and_transforms(place)
     assert theirs.logit_bias.item() == -7.5
-    assert tuple(prepare.transforms[-1].mean) == (0.5, 0.4, 0.3)
-    assert theirs.visual.preprocess_cfg["resize_mode"] == "squash"
     same_as_open_clip(ours, theirs.eval())
+    same_pixels(ours, lambda picture: prepare(picture)[None])
+    assert torch.equal(open_clip.get_tokenizer(place)(CAPTIONS), BPETokenizer()(CAPTIONS))
 
 
 @pytest.mark.parametrize("name", ["tiny-vit", "tiny-rn"])

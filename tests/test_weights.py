@@ -25,10 +25,9 @@ from torch import nn
 import weights
 from clip_model import BERTS, CLIP, CONFIGS, BertConfig, Pixels, bert_fields
 from files import SafeStop
-from images import Preprocess, normalise
 from layouts import LAYOUTS, to_hugging_face
 from tools import convert
-from tokenizer import BPETokenizer, ChineseTokenizer, WordPieceTokenizer, for_model
+from tokenizer import WordPieceTokenizer, for_model
 from weights import (
     add_model_flags, card, check_layout, digest, export, kept_tensors, load, open_clip, save)
 
@@ -324,58 +323,6 @@ def test_a_setting_that_is_not_known_is_refused_by_its_name(tmp_path, layout, fi
         del inside[part]["a_new_setting"]
     if content.pop("model_type", None):
         refused(lambda: load(with_table(folder, file, content)), "model_type", folder)
-
-
-# -----------------------------------------------------------------------------
-# Exports open elsewhere without help
-
-TEXTS = ["a photo of a cat's 3 toys!", "The dog"]
-
-
-def same_inputs(model, tokenizer, ids, pixels):
-    """What another library makes of a picture and of texts is what we make of them."""
-    picture = helpers.noise(50, 40)
-    ours = normalise(Preprocess.of(model)(picture)[None], model.image_mean, model.image_std)
-    assert torch.allclose(pixels(picture), ours, rtol=0, atol=1e-6) and ours.std() > 0.1
-    for text in TEXTS:  # alone: they pad with another word than OpenAI
-        assert ids(text) == tokenizer(text, None)[0].tolist()
-
-
-@pytest.mark.parametrize("bert, kind", [("", "CLIP"), ("bare", "ChineseCLIP"),
-                                        ("bert", "VisionTextDualEncoder")])
-def test_transformers_opens_our_folder_with_its_processor(tmp_path, bert, kind):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    model = make(bert=bert, **{} if bert else {"vocab_size": 49_408})
-    model.image_resize = "squash" if bert == "bare" else "shortest"
-    model.image_mean, model.image_interpolation = (0.5, 0.4, 0.3), "bilinear"
-    tokenizer = {"": BPETokenizer, "bare": lambda: ChineseTokenizer(helpers.WORDS),
-                 "bert": lambda: WordPieceTokenizer(helpers.WORDS)}[bert]()
-    folder = export(model, tmp_path, "hf", tokenizer).parent
-    processor = getattr(transformers, f"{kind}Processor").from_pretrained(folder, backend="pil")
-    same_inputs(model, tokenizer, lambda text: processor(text=text)["input_ids"], lambda picture:
-                processor(images=picture, return_tensors="pt")["pixel_values"])
-    inputs = processor(text=TEXTS, images=[helpers.noise()], padding=True, return_tensors="pt")
-    theirs = getattr(transformers, f"{kind}Model").from_pretrained(folder).eval()(**inputs)
-    image, text, scale = model(inputs["pixel_values"], tokenizer(TEXTS, 24))
-    assert (theirs.logits_per_image - scale * image @ text.t()).abs().max() <= 1e-5
-    assert (theirs.image_embeds - image).abs().max() <= 1e-5
-    again = load(folder)
-    assert same(again, model) and for_model(again).kind == tokenizer.kind
-
-
-def test_open_clip_opens_our_folder_with_its_transform_and_tokenizer(tmp_path):
-    theirs = pytest.importorskip("open_clip", reason="open_clip is not installed",
-                                 exc_type=(ImportError, RuntimeError, OSError))
-    model, tokenizer = make(vocab_size=49_408), BPETokenizer()
-    model.image_mean, model.image_interpolation = (0.5, 0.4, 0.3), "bilinear"
-    place = f"local-dir:{export(model, tmp_path, 'open_clip', tokenizer).parent}"
-    other, _, prepare = theirs.create_model_and_transforms(place)
-    encode = theirs.get_tokenizer(place)
-    same_inputs(model, tokenizer, lambda text: [i for i in encode(text)[0].tolist() if i],
-                lambda picture: prepare(picture)[None])
-    tokens = tokenizer(TEXTS)
-    assert torch.equal(encode(TEXTS), tokens)
-    assert (other.eval().encode_text(tokens) - model.encode_text(tokens)).abs().max() <= 1e-5
 
 
 # -----------------------------------------------------------------------------
