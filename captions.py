@@ -411,41 +411,45 @@ def clean(root, source):
     source.notes += [f"{dropped:,} rows without image or caption left out"] * bool(dropped)
 
 
-def use_splits(rows, notes):
-    """The splits that a source has: rows of none are train, val stands in for a missing test."""
-    rows = {"train": [], "val": [], "test": [], **rows}
-    if rest := rows.pop("all", []):
-        notes.append(f"{len(rest):,} rows of no split are taken as train")
-        rows["train"] = rows["train"] + rest
-    if rows["val"] and not rows["test"]:
-        notes.append("there is no test split: val is used as test")
-        rows["test"] = rows["val"]
-    notes += data.note_leaks(rows)
-    return rows
+def choose_splits(source, layout, asked, whole):
+    """The rows of each split. The first of these that there is decides:
 
-
-def make_splits(source, layout, asked, whole):
-    """Splits for a source without any: as the simple-CLIP notebook, a fifth of the image numbers,
-    drawn by NumPy with seed 42, is both val and test; or by lists of images; or all for the asked
-    one; or by the folders train, test, ... in which all images lie; or 80/10/10 by the hash of each
-    image's name, so that new images move no old ones."""
+    simple-clip     as that notebook: a fifth of the image numbers, drawn by NumPy with seed 42, is
+                    both val and test
+    its own splits  rows of none are train, val stands in for a missing test
+    lists           of images
+    whole           all for the asked one
+    folders         train, test, ... in which all images lie
+    hash            80/10/10 by that of each image's name, so that new images move no old ones
+    """
+    notes = source.notes
+    if layout != "simple-clip" and set(source.rows) - {"all"}:
+        rows = {split: source.rows.get(split, []) for split in SPLITS}
+        if rest := source.rows.get("all"):
+            notes.append(f"{len(rest):,} rows of no split are taken as train")
+            rows["train"] = rows["train"] + rest
+        if rows["val"] and not rows["test"]:
+            notes.append("there is no test split: val is used as test")
+            rows["test"] = rows["val"]
+        notes += data.note_leaks(rows)
+        return rows
     pairs = [row for part in source.rows.values() for row in part]
     images = list(dict.fromkeys(row[0] for row in pairs))
     if layout == "simple-clip":
         drawn = np.random.RandomState(42).choice(len(images), len(images) // 5, replace=False)
         part_of = dict.fromkeys(images, "train") | {images[i]: "test" for i in drawn}
-        source.notes.append("split 80/20 by image as the simple-CLIP notebook: val is also test")
+        notes.append("split 80/20 by image as the simple-CLIP notebook: val is also test")
     elif source.lists:
         part_of = {path: source.lists.get(pathlib.PurePath(path).stem) for path in images}
         unused = sum(part is None for part in part_of.values())
-        source.notes += [f"{unused} images are in no split and not used"] * bool(unused)
+        notes += [f"{unused} images are in no split and not used"] * bool(unused)
     elif whole:
         part_of = dict.fromkeys(images, asked)
     else:
         part_of = {path: split_of(path.partition("/")[0]) for path in images if "/" in path}
         if not {"train"} < set(part_of.values()) <= set(SPLITS) or len(part_of) < len(images):
             part_of = dict(zip(images, map(hashed_split, images)))
-            source.notes.append("no splits were given: images are cut 80/10/10 by a hash of names")
+            notes.append("no splits were given: images are cut 80/10/10 by a hash of names")
     rows = {split: [row for row in pairs if part_of[row[0]] == split] for split in SPLITS}
     return {**rows, "val": rows["test"]} if layout == "simple-clip" else rows
 
@@ -474,9 +478,7 @@ def list_pairs(name_or_path, asked, data_dir="data", layout="auto", caption_file
         home, kind, names = find_captions(path, layout, caption_file)
     source = LAYOUTS[kind][1](ImageStore(home), names, (image_column, caption_column))
     clean(text, source)
-    given = layout != "simple-clip" and set(source.rows) - {"all"}
-    source.rows = (use_splits(source.rows, source.notes) if given else
-                    make_splits(source, layout, asked, whole))
+    source.rows = choose_splits(source, layout, asked, whole)
     words = [word for word in path.absolute().parts if word != "lmdb" and not split_word(word)]
     source.name = pathlib.PurePath(words[-1]).stem if path.is_file() else words[-1]
     source.root = str(home)

@@ -28,8 +28,7 @@ from images import (Batches, DataError, Images, load_batches, locate, one_line, 
 
 class Retrieval(NamedTuple):
     """What a search is scored on: `PairSet.retrieval`."""
-    images: "PairSet"       # its paths are the pool
-    texts: list             # the queries
+    texts: list             # the queries; the images are the pool
     relevant: torch.Tensor  # (R, 2) int64: text, image; a text may have several images, or none
     notes: list
 
@@ -85,8 +84,9 @@ class PairSet(Images):
         raise DataError(f"{self.name}: a hundred images cannot be read ({reason}); restore them")
 
     def image_items(self):
-        """A data set of the images, each once, for features: see PairImages."""
-        return PairImages(self)
+        """The images, each once, labelled by its own position. The caller counts the -1 of
+        unreadable ones and hands them to `refuse_losses`."""
+        return Images(self.store, self.paths, range(len(self.paths)), self.transform)
 
     def retrieval(self):
         """-> Retrieval. Each caption is a query for its own image. Where texts are listed apart, as
@@ -103,8 +103,7 @@ class PairSet(Images):
             raise DataError(f"{self.name}: {len(relevant)} pairs of {len(texts)} texts and "
                             f"{len(place)} {self.split} images; a search needs 2 images")
         notes = [f"{self.split}: {least} texts or images: R@k is 100 from k = {least} on"]
-        return Retrieval(self, list(texts.values()), torch.tensor(list(relevant)),
-                         notes * (least < 10))
+        return Retrieval(list(texts.values()), torch.tensor(list(relevant)), notes * (least < 10))
 
     def texts_of(self, image):
         """The captions of the image at this position in paths."""
@@ -146,14 +145,6 @@ class PairSet(Images):
         index = {path: (file, *span) for path, span in zip(self.paths, spans) if span}
         self.store, self.pixels = SpanStore(str(self.store), index), file
         return self
-
-
-class PairImages(Images):
-    """The images of a PairSet, each once, labelled by its own position. The caller counts the -1 of
-    unreadable ones and hands them to `refuse_losses` of the set."""
-
-    def __init__(self, pairs):
-        super().__init__(pairs.store, pairs.paths, range(len(pairs.paths)), pairs.transform)
 
 
 def as_ppm(image, epoch, index, side):

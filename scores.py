@@ -125,7 +125,7 @@ def embed(run, model, pairs, tokenizer, batch_size=BATCH, workers=-1, max_text=N
     texts, `encode_texts` of the task's texts."""
     task = pairs.retrieval()
     if pooled is None:
-        image, positions = encode_images(run, model, task.images.image_items(), batch_size, workers,
+        image, positions = encode_images(run, model, pairs.image_items(), batch_size, workers,
                                          what=f"{pairs.split} images")
         readable = positions >= 0
     else:
@@ -137,7 +137,7 @@ def embed(run, model, pairs, tokenizer, batch_size=BATCH, workers=-1, max_text=N
     if texts is None:
         text = encode_texts(run, model, tokenizer, task.texts, max_text)
     if not readable.all():
-        task.images.refuse_losses((~readable).nonzero()[:, 0].tolist(), "they do not decode")
+        pairs.refuse_losses((~readable).nonzero()[:, 0].tolist(), "they do not decode")
         seen = readable[relevant[:, 1]]
         asks = torch.ones(len(text), dtype=torch.bool)
         asks[relevant[~seen, 0]] = False

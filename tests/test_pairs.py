@@ -501,12 +501,13 @@ def test_muges_names_hidden_labels_and_the_official_rule_of_a_search(tmp_path):
     test = open_pairs(tmp_path, "test")
     found = test.retrieval()  # every line is a query and every image is in the pool
     assert found.texts == [text for _, text, _ in TEXTS] and len(found.notes) == 1
-    assert [path.rpartition(":")[2] for path in found.images.paths] == list(map(str, POOL))
+    assert [path.rpartition(":")[2] for path in test.paths] == list(map(str, POOL))
     assert found.relevant.tolist() == [[n, POOL.index(image)] for n, (_, _, images) in
                                        enumerate(TEXTS) for image in images]
-    some = test.subset([2, 4, 1]).retrieval()
+    part = test.subset([2, 4, 1])
+    some = part.retrieval()
     assert some.texts == ["三只猫", "红色的猫", "红色的猫"]
-    assert [path.rpartition(":")[2] for path in some.images.paths] == ["20", "100", "1"]
+    assert [path.rpartition(":")[2] for path in part.paths] == ["20", "100", "1"]
     assert sorted(some.relevant.tolist()) == [[0, 0], [0, 2], [1, 0], [2, 2]]
     assert {len(batch) for batch in PairBatches(test, 4)} == {4}
     refused(lambda: PairBatches(test, 5), "4 images")  # those without text are in no batch
