@@ -368,7 +368,8 @@ def card(model, tokenizer=None):
 def known_from_card(card):
     """Its sizes are not believed: those of the tensors are taken."""
     pixels = card.get("pixels")
-    return {**card["clip_config"], "pixels": pixels and make_pixels(**pixels)}
+    return {**card["clip_config"], "pixels": pixels and make_pixels(**pixels),
+            "vocabulary": card.get("vocabulary")}
 
 
 # -----------------------------------------------------------------------------

@@ -229,13 +229,12 @@ class Source(typing.NamedTuple):
     state: dict               # tensors under OpenAI's names; {} for random numbers
     known: dict               # what stands beside the tensors, see layouts.py
     origin: dict              # CLIP.origin
-    vocabulary: dict | None = None
     fields: dict = {}         # of CLIPConfig: those of the one tower
 
 
-def unread(name, **more):
+def unread(name):
     """The origin of a tower that has no file."""
-    return {"name": name, "path": "", "sha256": "", "layout": "", "format": "", "notes": [], **more}
+    return {"name": name, "path": "", "sha256": "", "notes": []}
 
 
 def read(name_or_path, activation=None):
@@ -274,7 +273,7 @@ def read(name_or_path, activation=None):
                 or expanded(name_or_path).resolve().name)
         return Source(state, known, {
             "name": name, "path": str(path.resolve()), "sha256": sha256_of(path),
-            "layout": layout, "format": kind, "notes": notes}, card.get("vocabulary"))
+            "layout": layout, "format": kind, "notes": notes})
 
 
 def checkpoint_state(content, card):
@@ -318,10 +317,10 @@ def load(name_or_path=None, image_tower=None, text_tower=None, proj="linear", em
         model = CLIP(config)
     name = name_of(config)
     model.origin = source.origin | ({"name": name} if name != "custom" else {})
-    return fill(model, source.state, source.known.get("pixels"), source.vocabulary)
+    return fill(model, source.state, source.known, source.known)
 
 
-def fill(model, state, pixels, vocabulary):
+def fill(model, state, about_images, about_texts):
     """Give a model, which may be on "meta", its tensors and what goes with them -> the model.
 
     Adds what tensors do not tell: versions of modules, without which torchvision's MNASNet refuses,
@@ -336,9 +335,9 @@ def fill(model, state, pixels, vocabulary):
         for name, tensor in own.items()})
     state._metadata = own._metadata
     model.load_state_dict(state, assign=True)
-    if pixels:
-        model.set_pixels(pixels)
-    model.vocabulary = vocabulary
+    if about_images.get("pixels"):
+        model.set_pixels(about_images["pixels"])
+    model.vocabulary = about_texts.get("vocabulary")
     return model.requires_grad_(True).eval()
 
 
@@ -367,10 +366,11 @@ def join(image, text, proj, embed_dim):
             drawn |= names
     state = {name: own[name] for name in drawn} | state
     check_state(model.config, state)
-    model.origin = unread("+".join(source.origin["name"] for source in (image, text)),
-                          sha256="+".join(s.origin["sha256"] for s in (image, text)).strip("+"),
-                          layout="towers", notes=notes, text=text.origin)
-    return fill(model, state, image.known.get("pixels"), text.vocabulary)
+    model.origin = {
+        "name": f"{image.origin['name']}+{text.origin['name']}", "path": "",
+        "sha256": f"{image.origin['sha256']}+{text.origin['sha256']}".strip("+"),
+        "layout": "towers", "notes": notes, "text": text.origin}
+    return fill(model, state, image.known, text.known)
 
 
 def tower_of(side, tower, size, activation):

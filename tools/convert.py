@@ -37,7 +37,7 @@ from weights import RELEASED, export, load, read, save
 def inspect(name_or_path):
     """What a weight file is, as a dict of plain values. WeightsError for a bad file."""
     source = read(name_or_path)
-    state, origin, vocabulary = source.state, source.origin, source.vocabulary or {}
+    state, origin, vocabulary = source.state, source.origin, source.known.get("vocabulary") or {}
     buffers = ("running_mean", "running_var", "num_batches_tracked")
     report = {
         "file": origin["path"], "bytes": pathlib.Path(origin["path"]).stat().st_size,
