@@ -1,4 +1,5 @@
-"""images.py, data.py: pixels, tables, data sets, few-shot lists, batches; twins and real data."""
+"""images.py, data.py: pixels, data sets, few-shot lists, batches; twins and real data. What a text
+file or a table may be is in test_pairs.py, where captions make it harder."""
 from functools import partial
 import hashlib
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -177,20 +178,6 @@ def test_damaged_files_bombs_and_programs_are_refused_by_name(tmp_path, monkeypa
             read_image(tmp_path / f"{name}.jpg")
     refused(partial(read_image, tmp_path / "bomb.jpg"), "pixels are too many")
     refused(partial(read_image, tmp_path / "absent.jpg"), "absent.jpg")
-
-
-# -----------------------------------------------------------------------------
-# Tables of any dialect are in test_pairs.py, where captions make them harder
-
-@pytest.mark.parametrize("content, kind", [
-    (b"PK\3\4\0", "Excel"), (b"PAR1\x15\xff", "Parquet"), (b"ARROW1\0\0", "Arrow"),
-    (b"\x1f\x8b\x08", "gzip"), ("a,b\n".encode("utf-16"), "UTF-16"),
-    ("a,b\n".encode("utf-16-le"), "UTF-8"), ("图像,文字\n".encode("gbk"), "UTF-8"),
-    (b"<!DOCTYPE html><html>404", "web page"), (b"version https://git-lfs.github.com/spec/v1", "LFS")])
-def test_a_file_whose_type_the_message_misnames(tmp_path, content, kind):
-    for suffix in ("csv", "jsonl", "json"):
-        file = write(tmp_path / f"t.{suffix}", content)
-        refused(partial(open_dataset, file, "train"), f"t.{suffix}", kind)
 
 
 # -----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from helpers import attempt, cli, Payload, processes, refused
 from PIL import Image
 
-from data import make_loader, Preprocess, sample_seed
+from data import Preprocess, sample_seed
 from device import start
 from pairs import (FeatureLoader, identities, make_mixed_loader, make_pair_loader, Mixture,
                    open_pairs, PairBatches)
@@ -234,7 +234,10 @@ def test_a_folder_that_holds_something_else(tmp_path, files, names):
     ("train-00000-of-00001.parquet", b"PAR1\x15\xff", "Parquet"),
     ("0.tar.gz", gzip.compress(b"x"), "packed"), ("0.tar", gzip.compress(b"x"), "gzip"),
     ("0.tar", b"PK\3\4 no tar" * 99, "damaged"), ("captions.csv", b"\x1f\x8b", "gzip"),
-    ("metadata.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "LFS")])
+    ("metadata.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "LFS"),
+    ("a.csv", b"PK\3\4\0", "Excel"), ("a.jsonl", b"ARROW1\0\0", "Arrow"),
+    ("a.csv", "image,text\n".encode("utf-16"), "UTF-16"), ("a.json", b"<!DOCTYPE html>", "web page"),
+    ("a.csv", "a,b\n".encode("utf-16-le"), "UTF-8"), ("a.tsv", "图像,文字\n".encode("gbk"), "UTF-8")])
 def test_a_file_whose_type_the_message_misnames(tmp_path, name, content, kind):
     no_captions(tmp_path, {name: content}, name, kind)
     refused(lambda: open_pairs(tmp_path / name, "train"), name)
@@ -535,6 +538,7 @@ def test_a_pickle_runs_no_code_and_a_broken_lmdb_is_refused(tmp_path):
 def test_an_unreadable_image_is_replaced_by_the_same_pair_in_every_worker(tmp_path):
     pairs = open_pairs(table(tmp_path, 60, 3, broken=range(40)), "train")
     pairs = pairs.with_transform(Preprocess(8))
+    refused(lambda: pairs.subset(range(40))[0], "a hundred")
     for c in range(120):  # the captions of the first forty
         image, used, asked = pairs[(3, c)]
         tries = (sample_seed(0, attempt, c) % len(pairs) for attempt in range(1, 100))
@@ -547,22 +551,6 @@ def test_an_unreadable_image_is_replaced_by_the_same_pair_in_every_worker(tmp_pa
     (rows, *found), = FeatureLoader(make_pair_loader(pairs, 60, seed=2), features)
     assert all(map(torch.equal, found, one[1:]))
     assert rows[:, 0].tolist() == [pairs.owner[c] for c in one[1]]
-
-
-def test_each_image_once_for_features_and_losses_are_noted_or_refused(tmp_path):
-    pairs = open_pairs(table(tmp_path, 9, 2, broken=[4]), "test").with_transform(Preprocess(8))
-    loader = make_loader(pairs.image_items(), 4, shuffle=False)
-    images, positions, indices = (torch.cat(part) for part in zip(*loader))
-    assert indices.tolist() == list(range(9)) and positions.tolist() == [0, 1, 2, 3, -1, 5, 6, 7, 8]
-    assert not images[4].any() and images[5].any()
-    pairs.refuse_losses([4], "damaged")
-    assert said(pairs, "1 of 9 test images cannot be read, e.g. 4.png")
-    for i in range(9):
-        (tmp_path / f"{i}.png").unlink()
-        if i == 0:
-            pairs.check_files()
-    refused(pairs.check_files, "0.png")
-    refused(lambda: pairs[0], "a hundred")
 
 
 def test_a_subset_keeps_the_captions_of_its_images_and_the_fingerprint_sees_all(tmp_path):
