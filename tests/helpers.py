@@ -267,6 +267,17 @@ def images_for(model, count, seed=5):
     return images.to(next(model.parameters()).dtype)
 
 
+def texts_for(model, lengths, width=0, seed=2):
+    """Random texts of these lengths, their ends counted, as the model's text tower takes them."""
+    generator, words = torch.Generator().manual_seed(seed), model.config.vocab_size
+    tokens = torch.full((len(lengths), width or max(lengths)), model.pad_id)
+    for row, length in zip(tokens, lengths):
+        row[:length] = torch.randint(3, words - 2, (length,), generator=generator)
+        if not model.config.text:
+            row[0], row[length - 1] = words - 2, words - 1
+    return tokens
+
+
 def unit_pairs(n, dim=7, seed=0):
     """Unit rows (n, dim) of images and of texts near them in float64, and ids (n, 2) in which each
     pair has partners in either column."""

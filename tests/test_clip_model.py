@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import images_for, tiny_clip
+from helpers import images_for, texts_for, tiny_clip
 
 from clip_model import (CLIP, CONFIGS, BertConfig, bert_fields, canonical_name, ends_of, evaluating,
                         project, text_pieces, training_mode, unit)
@@ -29,25 +29,6 @@ def make(name="tiny-vit", bert="", **changes):
         if key.endswith("running_var"):
             tensor.uniform_(0.5, 2, generator=generator)
     return model
-
-
-def some_texts(lengths, seed=0, context=77):
-    """Start of text, random ids, end of text, zeros; lengths count both ends."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.zeros(len(lengths), context, dtype=torch.long)
-    for row, length in zip(tokens, lengths):
-        row[:length] = torch.randint(1, VOCAB - 2, (length,), generator=generator)
-        row[0], row[length - 1] = VOCAB - 2, VOCAB - 1
-    return tokens
-
-
-def padded_texts(pad_id, lengths=(3, 9, 22, 1), width=22):
-    """Texts of a BERT."""
-    generator = torch.Generator().manual_seed(2)
-    tokens = torch.full((len(lengths), width), pad_id)
-    for row, length in zip(tokens, lengths):
-        row[:length] = torch.randint(2, VOCAB, (length,), generator=generator)
-    return tokens
 
 
 # -----------------------------------------------------------------------------
@@ -154,7 +135,7 @@ def twin_vit(config, state, images):
 @pytest.mark.parametrize("fused", [True, False])
 def test_towers_and_their_gradients_equal_their_naive_twins(activation, fused):
     model = make(activation=activation, vision_head=16, text_head=32).fuse_attention(fused)
-    tokens, images = some_texts([2, 9, 77, 30]), images_for(model, 3)
+    tokens, images = texts_for(model, [2, 9, 77, 30]), images_for(model, 3)
     state = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
     ours = torch.cat([model.encode_text(tokens), model.encode_image(images)])
     twin = [twin_text(model.config, state, tokens), twin_vit(model.config, state, images)]
@@ -173,7 +154,7 @@ def test_towers_and_their_gradients_equal_their_naive_twins(activation, fused):
 def test_plain_attention_and_recomputed_blocks_give_the_same_gradients(name, bert):
     model = make(name, bert)
     images, results = images_for(model, 2), []
-    tokens = padded_texts(0, (3, 9)) if bert else some_texts([5, 9])
+    tokens = texts_for(model, [5, 9], 22)
     for fused, recompute in ((True, False), (False, False), (True, True)):
         model.fuse_attention(fused).recompute_blocks(recompute).zero_grad()
         image, text, scale = model(images, tokens)
@@ -240,7 +221,7 @@ def test_initial_weights_have_the_papers_statistics():
 def test_features_do_not_depend_on_the_batch_the_padding_or_the_pieces(bert):
     model = make(bert=bert)
     lengths = (3, 9, 22, 4, 12)
-    tokens = padded_texts(model.pad_id, lengths) if bert else some_texts(lengths)
+    tokens = texts_for(model, lengths, 22)
     features = model.encode_text(tokens)
     for row, length in enumerate(lengths):
         alone = model.encode_text(tokens[row:row + 1, :length])
@@ -266,7 +247,8 @@ def test_features_do_not_depend_on_the_batch_the_padding_or_the_pieces(bert):
 
 
 def test_what_stands_after_the_end_of_text_changes_nothing_and_what_stands_before_does():
-    model, tokens = make(), some_texts([4, 15, 9])
+    model = make()
+    tokens = texts_for(model, [4, 15, 9])
     features, changed = model.encode_text(tokens), tokens.clone()
     for row, length in zip(changed, (4, 15, 9)):
         row[length:] = VOCAB - 1  # a second end of text
@@ -278,7 +260,8 @@ def test_what_stands_after_the_end_of_text_changes_nothing_and_what_stands_befor
 @pytest.mark.parametrize("rates", [(0.0, 0.0), (0.3, 0.0), (0.0, 0.3)])
 def test_a_berts_dropout_acts_in_training_alone_and_evaluating_ends_it(rates):
     text = dataclasses.replace(BERTS["bert"], dropout=rates[0], attention_dropout=rates[1])
-    model, tokens = make(**bert_fields(text)), padded_texts(0)
+    model = make(**bert_fields(text))
+    tokens = texts_for(model, [3, 9, 22, 1])
     still = model.encode_text(tokens)
     model.train().visual.eval()
     with evaluating(model):
@@ -313,7 +296,7 @@ def test_what_is_frozen_has_no_training_mode(statistics):
 @pytest.mark.parametrize("name", ["tiny-vit", "tiny-rn"])
 def test_forward_gives_unit_fp32_rows_also_under_autocast(name):
     model = make(name).float()
-    images, tokens = images_for(model, 2), some_texts([5, 9, 3])
+    images, tokens = images_for(model, 2), texts_for(model, [5, 9, 3])
     exact = model(images, tokens)
     with torch.autocast("cpu", torch.bfloat16):
         rough = model(images, tokens)
@@ -338,7 +321,7 @@ def test_rounding_frozen_weights_gives_autocasts_own_numbers_and_keeps_the_maste
     block = model.bert.encoder["layer"][0] if bert else model.transformer.resblocks[0]
     linear = block.output["dense"] if bert else block.mlp.c_proj
     linear.bias.requires_grad_(True)
-    tokens, images, results = padded_texts(model.pad_id), images_for(model, 2), []
+    tokens, images, results = texts_for(model, [3, 9, 22]), images_for(model, 2), []
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
         model.round_frozen(dtype).zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16):
@@ -360,8 +343,7 @@ def test_gradients_reach_every_tensor(changes, proj):
     if "backbone" in changes:
         pytest.importorskip("torchvision", exc_type=(ImportError, RuntimeError))
     model = make(**changes, proj=proj).train()
-    tokens = padded_texts(0) if model.config.text else some_texts([5, 9, 3, 4])
-    image, text, scale = model(images_for(model, 4), tokens)
+    image, text, scale = model(images_for(model, 4), texts_for(model, [5, 9, 3, 4]))
     F.cross_entropy(scale * image @ text.t(), torch.arange(4)).backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None]
     assert model.logit_bias is None and "logit_bias" not in model.state_dict()

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import WORDS, images_for, noise, refused, tiny_clip
+from helpers import WORDS, images_for, noise, refused, texts_for, tiny_clip
 
 from clip_model import BERTS, CLIP, CONFIGS, BertConfig, bert_fields
 from images import Preprocess, normalise
@@ -42,14 +42,9 @@ def make(name="tiny-vit", bert=None, **changes):
 
 
 def texts(model):
-    """Four texts as the model's tower takes them: of 2 tokens, of all that it has, and between."""
-    generator, longest = torch.Generator().manual_seed(2), model.config.context_length
-    tokens, words = torch.full((4, longest), model.pad_id), model.config.vocab_size
-    for row, length in zip(tokens, (2, 9, longest // 2, longest)):
-        row[:length] = torch.randint(3, VOCAB - 2, (length,), generator=generator)
-        if not model.config.text:
-            row[0], row[length - 1] = words - 2, words - 1
-    return tokens
+    """Of 2 tokens, of all that the text tower has, and between."""
+    longest = model.config.context_length
+    return texts_for(model, (2, 9, longest // 2, longest))
 
 
 def same_features(ours, encode_image=None, encode_text=None):
@@ -432,20 +427,6 @@ def test_a_grid_of_open_clips_settings_is_computed_alike_or_refused(tmp_path, op
             same_as_open_clip(load(folder), theirs)
             accepted += 1
     assert (accepted, rejected) == (10, 26)
-
-
-@pytest.mark.parametrize("kind", ["vit", "resnet"])
-def test_we_compute_the_same_from_open_clips_training_checkpoint(tmp_path, open_clip, kind):
-    theirs, config = their_model(open_clip, kind, vision={"width": 128} if kind == "vit" else {})
-    optimizer = torch.optim.AdamW(theirs.parameters())
-    torch.save({"epoch": 3, "name": "run", "optimizer": optimizer.state_dict(), "state_dict": {
-        f"module.{key}": value for key, value in theirs.state_dict().items()}},
-        tmp_path / "epoch_3.pt")
-    assert any("--activation" in note for note in load(tmp_path / "epoch_3.pt").origin["notes"])
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
-    ours = load(tmp_path / "epoch_3.pt")
-    assert ours.origin["notes"] == []
-    same_as_open_clip(ours, theirs)
 
 
 # -----------------------------------------------------------------------------
