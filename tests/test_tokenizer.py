@@ -16,7 +16,7 @@ from helpers import refused, ROOT
 
 import weights
 from clip_model import bert_fields, BertConfig, CLIP, CONFIGS
-from tokenizer import (BPETokenizer, ByteBPETokenizer, ChineseTokenizer, for_model, merge, MERGES,
+from tokenizer import (BPETokenizer, ByteBPETokenizer, ChineseTokenizer, for_model, MERGES,
                        open_tokenizer, WordPieceTokenizer)
 
 TINY = ROOT / "assets" / "tiny_vocab"
@@ -180,21 +180,6 @@ def test_decoding_gives_the_cleaned_text_back(bpe):
     assert bpe.decode(bpe.encode("é")[:1] + [127])  # half a character is replaced, not fatal
     for bad in (-1, 49_408):
         refused(lambda bad=bad: bpe.decode([bad]), bad)
-
-
-def test_a_text_without_spaces_does_not_take_quadratic_time():
-    class Counting(dict):
-        asked = 0
-
-        def get(self, *pair):
-            self.asked += 1
-            return dict.get(self, *pair)
-    letters, costs = "".join(random.Random(0).choices("etaoin", k=8000)), []
-    for size in (2000, 8000):
-        ranks = Counting(BPETokenizer().ranks)
-        merge(list(letters[:size]), ranks)
-        costs.append(ranks.asked)
-    assert costs[1] < 5 * costs[0]  # four times the text; a quadratic loop asks 16 times as often
 
 
 def test_huge_texts_end(bpe):
