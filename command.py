@@ -97,12 +97,12 @@ def add_device_flags(add):
     add("--debug", action="store_true", help="show tracebacks")
 
 
-def add_run_flags(parser, seed=1, log_every=20, several_seeds=False, **defaults):
-    """The flags that all scripts share; `defaults` changes some of their defaults."""
+def add_run_flags(parser, log_every=20, several_seeds=False):
+    """The flags that all scripts share."""
     add = parser.add_argument_group("the run").add_argument
     add_device_flags(add)
-    several = {"nargs": "+", "default": [seed]} if several_seeds else {"default": seed}
-    add("--seed", type=whole(0, 2 ** 32 - 1), **several, help=f"(default: {seed})")
+    several = {"nargs": "+", "default": [1]} if several_seeds else {"default": 1}
+    add("--seed", type=whole(0, 2 ** 32 - 1), **several, help="(default: 1)")
     add("--output-dir", default="", help="the run's folder (default: one under runs/)")
     add("--resume", default="auto", metavar="auto|none|PATH",
         help="go on from the folder's last checkpoint, or from the one at PATH")
@@ -115,7 +115,6 @@ def add_run_flags(parser, seed=1, log_every=20, several_seeds=False, **defaults)
     add("--log-every", type=whole(1), default=log_every, help="steps between lines of the log")
     add("--save-every", type=whole(0), default=0, help="steps; 0: save at an epoch's end only")
     add("--deterministic", action="store_true", help="the same bits on a GPU, slower")
-    parser.set_defaults(**defaults)
 
 
 def refuse_early(args):
