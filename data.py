@@ -649,7 +649,7 @@ def fetch_missing(name, data_dir):
     try:
         with contextlib.suppress(ImportError):  # of scipy, for labels that are not needed here
             getattr(import_torchvision("datasets"), known["fetch"])(str(new), download=True)
-        shutil.copytree(new, data_dir, copy_function=os.replace, dirs_exist_ok=True)
+        shutil.copytree(new, data_dir, copy_function=shutil.move, dirs_exist_ok=True)
     except Exception as error:
         raise DataError(f"{name}: the download failed ({one_line(error)}); try again, or unpack "
                         f"{known['archive']} by hand, so that its images lie in "

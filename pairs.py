@@ -317,7 +317,7 @@ def make_pair_loader(pairs, batch_size, seed=0, captions="one", rank=0, world_si
                      **options):
     """DataLoader for contrastive training over a PairSet with a Preprocess: batches of images
     (B, 3, S, S), used (B,), asked (B,). `loader.batch_sampler` is the PairBatches; `batch_size`
-    (global) and `options` as for make_loader."""
+    (global; of a Mixture a list, the pairs of each part) and `options` as for make_loader."""
     batches = PairBatches(pairs, batch_size, seed, rank, world_size, captions)
     return load_batches(pairs, batches, workers, options)
 
@@ -331,12 +331,6 @@ def decode_once(run, sets, size, folder, args):
     if args.workers < 0 and all(pairs.pixels for pairs in sets):
         options["workers"] = 0
     return options
-
-
-def make_mixed_loader(parts, sizes, *rest, **options):
-    """make_pair_loader over several PairSets: each batch has sizes[k] pairs of parts[k]. The
-    loader's data set is the Mixture, whose captions `used` and `asked` count."""
-    return make_pair_loader(Mixture(parts), sizes, *rest, **options)
 
 
 def identities(pairs):

@@ -53,8 +53,8 @@ import torch
 from clip_model import evaluating, HEADS, project, text_pieces, training_mode, unit
 from data import EXTRAS, nearest, Preprocess
 from large_batch import info_nce, TwoPass
-from pairs import (add_pair_flags, decode_once, FeatureLoader, identities, make_mixed_loader,
-                   open_pairs, PairBatches)
+from pairs import (add_pair_flags, decode_once, FeatureLoader, identities, make_pair_loader,
+                   Mixture, open_pairs, PairBatches)
 from plans import (add_stage_flags, FILES, FLAGS, KEYS, OF_THE_RUN, read_plan, read_stages,
                    refuse)
 from scores import (bootstrap, embed, frozen_features, image_features, milliseconds, recalls,
@@ -287,8 +287,8 @@ def open_batches(run, model, stage, tokenizer, args):
                          scale=(0.8, 1.0) if "crop" in stage.augment else None,
                          flip="flip" in stage.augment,
                          augment=[name for name in stage.augment if name in EXTRAS])
-    loader = make_mixed_loader([pairs.with_transform(view) for pairs in parts], stage.sizes,
-                               args.seed, args.captions, run.rank, run.world_size, **options)
+    loader = make_pair_loader(Mixture([pairs.with_transform(view) for pairs in parts]), stage.sizes,
+                              args.seed, args.captions, run.rank, run.world_size, **options)
     return loader, tokenizer(loader.dataset.captions, context_length=args.max_text)
 
 

@@ -20,8 +20,8 @@ from PIL import Image
 
 from data import Preprocess, sample_seed
 from device import start
-from pairs import (FeatureLoader, identities, make_mixed_loader, make_pair_loader, Mixture,
-                   open_pairs, PairBatches)
+from pairs import (FeatureLoader, identities, make_pair_loader, Mixture, open_pairs,
+                   PairBatches)
 
 SPLITS = ("train", "val", "test")
 
@@ -624,7 +624,7 @@ def test_batches_resume_and_split_over_processes_as_one_list(tmp_path, captions)
 def test_mixed_batches_hold_a_share_of_every_part(tmp_path):
     parts = [open_pairs(table(tmp_path / str(n), n, 2, broken), "train").with_transform(
         Preprocess(8)) for n, broken in ((12, [3]), (5, []))]
-    loader = make_mixed_loader(parts, [4, 2], seed=1, captions="all")
+    loader = make_pair_loader(Mixture(parts), [4, 2], seed=1, captions="all")
     mixed, seen = loader.dataset, set()
     assert isinstance(mixed, Mixture) and len(mixed) == 34 and len(loader.batch_sampler) == 6
     for epoch in range(3):
