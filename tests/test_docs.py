@@ -1,6 +1,7 @@
 """README and docs say what is so: commands parse, files exist, flags exist, messages are quoted."""
 import ast
 import importlib
+import json
 import re
 import shlex
 
@@ -145,3 +146,15 @@ def test_the_messages_quoted_are_what_the_code_says():
         for message in re.findall(r"`([^`]+)`", quoted):
             parts = [part.strip() for part in message.split("...")]
             assert any(all(part in one for part in parts) for one in said), message
+
+
+@pytest.mark.parametrize("recipe", [path for path in sorted((ROOT / "docs/recipes").glob("*.json"))
+                                    if "script" in path.read_text("utf-8")], ids=lambda path: path.stem)
+def test_the_recipes_of_the_results_run(recipe, tmp_path):
+    """On the demo and with the bundled model, since their data and weights are the reader's."""
+    script = json.loads(recipe.read_text("utf-8"))["script"].removesuffix(".py")
+    model = (["--image-tower", "tiny", "--text-tower", "tiny"] if script == "train_contrastive"
+             else ["--weights", "tiny", "--classes", "Forest", "River", "--shots", 4, "--seed", 1])
+    found = attempt(script, "--config", recipe, "--data", "demo", *model, "--precision", "fp32",
+                    "--dry-run", "--output-dir", tmp_path / "out")
+    assert "dry run" in found.ok().out
