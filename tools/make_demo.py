@@ -172,7 +172,7 @@ def main(args):
     members, stored = {"LICENSE": licence.read_bytes()}, []
     for split, _, images, path in chosen:
         content = io.BytesIO()
-        look = other_sensor(np.asarray(images.store.image(path).convert("RGB")), noise)
+        look = other_sensor(np.asarray(images.store.image(path)), noise)
         Image.fromarray(look).save(content, "JPEG", quality=85, optimize=True)
         members[f"{split}/{pathlib.PurePosixPath(path).name}"] = content.getvalue()
         stored.append(np.asarray(Image.open(content)))

@@ -39,12 +39,12 @@ PROMPTS = ("a centered satellite photo of {}.", "a centered satellite photo of {
            "a picture of {}.", "a blurry photo of {}.", "this is {}.")
 
 
-def read_images(data_dir, count):
-    """A seeded sample of the train part: uint8 (M, 3, 64, 64), and the class name of each."""
+def read_images(data_dir):
+    """The train part, shuffled by a seed: uint8 (M, 3, 64, 64), and the class name of each."""
     images = open_dataset("eurosat", "train", data_dir)
     rows = list(zip(images.paths, images.labels))
-    rows = random.Random(0).sample(rows, min(count, len(rows)))
-    pixels = np.stack([np.asarray(images.store.image(path).convert("RGB")) for path, _ in rows])
+    rows = random.Random(0).sample(rows, len(rows))
+    pixels = np.stack([np.asarray(images.store.image(path)) for path, _ in rows])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), [images.classnames[k] for _, k in rows]
 
 
@@ -103,7 +103,7 @@ def main(args):
     torch.manual_seed(0)
     rng, generator = random.Random(0), torch.Generator().manual_seed(0)
     tokenizer, model = BPETokenizer(), CLIP(CONFIGS["tiny"])
-    images, labels = read_images(args.data_dir, args.images)
+    images, labels = read_images(args.data_dir)
     limits = thresholds(measure(images.permute(0, 2, 3, 1).numpy()))
     # Decay on matrices only; on embeddings it would wash out the words that no caption has.
     matrices = [p for n, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in n]
@@ -147,7 +147,6 @@ def get_args(argv=None):
     add("--data-dir", required=True, help="where eurosat/ lies")
     add("--output", default=str(ASSETS / "tiny_clip.safetensors"), help="file to write")
     add("--epochs", type=whole(1), default=10, help="passes over the images (default: 10)")
-    add("--images", type=whole(BATCH), default=13_500, help="default: all 13,500")
     return parser.parse_args(argv)
 
 

@@ -21,23 +21,7 @@ from pairs import add_pair_flags, decode_once, open_pairs
 from scores import encode_images, encode_texts
 from teachers import digest, open_teachers, Views
 
-STARTED = "images.npy", "texts.npy", "cache"  # teacher.json, the last to be written, is of a whole
-
-
-def ask(run, teachers, pairs, views, workers, args):
-    """For each view what every teacher makes of the images -> (n, D), teachers side by side; nan
-    where an image cannot be read."""
-    for view in range(args.views):
-        found = []
-        for teacher in teachers:
-            shown = pairs.with_transform(views.each[teacher.look]).image_items()
-            features, places = encode_images(run, teacher.model, shown, workers=workers, epoch=view,
-                                             what=f"view {view + 1} of {args.views}")
-            found.append(features)
-        if view == 0:
-            pairs.refuse_losses((places < 0).nonzero()[:, 0].tolist(), "they do not decode")
-        run.say(f"view {view + 1} of {args.views}: {len(pairs.paths):,} images")
-        yield torch.cat(found, dim=1)
+STARTED = "images.npy", "texts.npy", "images.cache"  # and teacher.json, once all is there
 
 
 def main(args):
@@ -61,16 +45,25 @@ def main(args):
         for name in ("teacher.json", *STARTED[:2]):
             (target / name).unlink(missing_ok=True)
     run.on_first(begin)
-    options = decode_once(run, [pairs], max(size for size, *_ in views.each), target / "cache",
-                          args)
+    largest = max(size for size, *_ in views.each)
+    options = decode_once(run, [pairs], largest, target / "images.cache", args)
     texts = torch.cat([encode_texts(run, teacher.model, teacher.tokenizer, pairs.captions)
                        for teacher in teachers], dim=1)
     shape = args.views, len(pairs.paths), texts.shape[1]
     images = np.lib.format.open_memmap(target / "images.npy", "w+", np.float32, shape
                                        ) if run.rank == 0 else None
-    for view, found in enumerate(ask(run, teachers, pairs, views, options["workers"], args)):
+    for view in range(args.views):
+        what, found = f"view {view + 1} of {args.views}", []
+        for teacher in teachers:
+            shown = pairs.with_transform(views.each[teacher.look]).image_items()
+            features, places = encode_images(run, teacher.model, shown, what=what, epoch=view,
+                                             workers=options["workers"])
+            found.append(features)
+        if view == 0:
+            pairs.refuse_losses((places < 0).nonzero()[:, 0].tolist(), "they do not decode")
+        run.say(f"{what}: {shape[1]:,} images")
         if run.rank == 0:
-            images[view] = found.numpy()
+            images[view] = torch.cat(found, dim=1).numpy()
     facts = {"format": "reinforced/3", "data": pairs.fingerprint, "split": pairs.split,
              "seed": args.seed, "crop": args.crop, "randaugment": args.randaugment,
              "views": args.views, "probe": views.probe(pairs), "precision": run.precision,
@@ -79,7 +72,7 @@ def main(args):
     def finish():
         images.flush()
         np.save(target / "texts.npy", texts.numpy())
-        shutil.rmtree(target / "cache", ignore_errors=True)
+        shutil.rmtree(target / "images.cache", ignore_errors=True)
         write_atomic(target / "teacher.json", {**facts, "sha256": digest(target, facts)})
     run.on_first(finish)
     for note in pairs.notes:

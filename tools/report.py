@@ -320,7 +320,7 @@ def find_examples(page, run, name, data_dir, examples, most=4):
             images = examples.get((row["label"], row["tuned"]))
             if images is not None and len(images) < most:
                 content = io.BytesIO()
-                ImageOps.fit(store.image(row["path"]).convert("RGB"), (96, 96)).save(content, "png")
+                ImageOps.fit(store.image(row["path"]), (96, 96)).save(content, "png")
                 images.append(content.getvalue())
     except Exception as error:  # whatever it is, a report without photographs is still a report
         page.notes.append(f"example images are left out: {one_line(error)}")

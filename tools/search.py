@@ -102,8 +102,8 @@ def features(run, model, tokenizer, pairs, content, folder, args):
     look = (digest(model, "image"), digest(model, "text"), tokenizer.facts(), content, texts,
             model.pixels, args.max_text, run.precision)
     known = {"key": hashlib.sha256(repr(look).encode("utf-8", "surrogatepass")).hexdigest(),
-             "paths": pairs.paths, "texts": texts, "data": str(pairs.store),
-             "data_dir": args.data_dir, "relevant": task.relevant.tolist() if task else []}
+             "paths": pairs.paths, "texts": texts,
+             "relevant": task.relevant.tolist() if task else []}
     about, files = folder / "metadata.json", [folder / "img_emb.npy", folder / "text_emb.npy"]
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged
         if json.loads(about.read_text("utf-8"))["key"] == known["key"]:
