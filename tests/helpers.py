@@ -241,7 +241,7 @@ def with_defaults(flags, more):
 # Tiny models
 
 def perturb(model, seed=1, by=0.1, where=lambda name, p: p.dim() < 2):
-    """Move norms and biases from their start in place: zeros and ones would hide mistakes.
+    """Move norms, biases and running statistics from their start: zeros and ones hide mistakes.
     -> the model"""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -249,6 +249,9 @@ def perturb(model, seed=1, by=0.1, where=lambda name, p: p.dim() < 2):
             if where(name, p):
                 step = torch.randn(p.shape, generator=generator, dtype=torch.float64)
                 p.add_((by * step).to(p))
+        for name, statistics in model.named_buffers():
+            if "running" in name:
+                statistics.add_(torch.rand(statistics.shape, generator=generator).to(statistics))
     return model
 
 

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import WORDS, images_for, noise, refused, texts_for, tiny_clip
+from helpers import WORDS, images_for, noise, perturb, refused, texts_for, tiny_clip
 
 from clip_model import BERTS, CLIP, CONFIGS, BertConfig, bert_fields
 from images import Preprocess, normalise
@@ -24,16 +24,8 @@ BERT = {
 CAPTIONS = ["a photo of a cat's 3 toys!", "The dog"]
 
 
-@torch.no_grad()
 def shake(model):
-    """Biases, gains and running statistics start at 0 and 1, where a swap would not show."""
-    generator = torch.Generator().manual_seed(1)
-    for key, tensor in model.state_dict().items():
-        if key.endswith("running_var"):
-            tensor.mul_(1.5)
-        elif tensor.is_floating_point() and tensor.dim():
-            tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator))
-    return model.eval()
+    return perturb(model.eval(), by=0.05, where=lambda *_: True)
 
 
 def make(name="tiny-vit", bert=None, **changes):
