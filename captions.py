@@ -329,12 +329,12 @@ def read_lmdb(store, names, columns):
 
 def read_classes(store, names, columns):
     """Labelled images as open_dataset takes them, with captions like "a photo of a <class>." """
-    first = data.open_dataset(store.path, "train", download=False)
-    source = Source(store=first.store, notes=["captions are made of the names of classes"])
-    for split in filter(first.counts.get, ("train", "val", "test")):
-        images = data.open_dataset(store.path, split, download=False)
-        prompts = data.class_prompts(images.classnames, images.template)
-        source.add(split, zip(images.paths, map(prompts.__getitem__, images.labels)))
+    source = data.list_dataset(store.path)
+    template = data.ImageSet(source, "train").template  # or it refuses what cannot be trained on
+    prompts = data.class_prompts(source.classnames, template)
+    source.rows = {split: [(path, prompts[label]) for path, label in rows]
+                   for split, rows in source.rows.items()}
+    source.notes.append("captions are made of the names of classes")
     return source
 
 

@@ -410,9 +410,9 @@ def read_coop_split(path, content=None):
     text, names, rows = read_text(path, content), {}, {}
     try:
         listed = json.loads(text)
-        if not isinstance(listed, dict) or not {"train"} <= set(listed) <= {"train", "val", "test"}:
+        if not isinstance(listed, dict) or not {"train"} <= set(listed) <= set(SPLITS):
             raise ValueError(f"it holds {', '.join(map(str, listed))[:60]}")
-        for split in ("train", "val", "test"):
+        for split in SPLITS:
             rows[split] = [(image, label) for image, label, _ in listed.get(split, [])]
             for image, label, name in listed.get(split, []):
                 if type(label) is not int or not isinstance(name, str) or leaves_folder(image) or (
@@ -503,12 +503,14 @@ def complete_splits(rows, whole=None):
                         f"each once, or the score counts what was trained on")
     if "all" in rows and len(rows) > 1:
         raise DataError(f"{len(rows['all'])} rows name no split and others do; fill the column")
-    cut, groups = {split: rows.get(split, []) for split in ("train", "val", "test")}, {}
+    cut, rest, groups = {split: rows.get(split, []) for split in SPLITS}, rows.get("all", []), {}
     if cut["val"] and not cut["test"]:
         return {**cut, "val": [], "test": cut["val"]}, ["no test split: val is used as test"]
-    if "all" not in rows or whole:
-        return {**cut, **({whole: sorted(rows["all"])} if "all" in rows else {})}, []
-    for path, label in sorted(rows["all"]):
+    if whole and rest:
+        return {**cut, whole: sorted(rest)}, []
+    if not rest:
+        return cut, []
+    for path, label in sorted(rest):
         groups.setdefault(label, []).append(path)
     for label, paths in sorted(groups.items()):
         paths = random.Random(0).sample(paths, len(paths))
@@ -590,7 +592,7 @@ def read_aircraft(home):
     def lines(name):
         return [line.strip() for line in read_text(home / name).splitlines() if line.strip()]
     order, rows = lines("variants.txt"), {}
-    for split in ("train", "val", "test"):
+    for split in SPLITS:
         pairs = [line.split(" ", 1) for line in lines(f"images_variant_{split}.txt")]
         rows[split] = [(f"{image}.jpg", order.index(variant)) for image, variant in pairs]
     return rows, order
@@ -686,12 +688,12 @@ def expanded(path):
 def find_path(text, data_dir):
     """A path as typed, or one under `data_dir`, or "demo" -> Path. Raises DataError."""
     path = ASSETS / "demo.zip" if text == "demo" else expanded(text)
-    places = dict.fromkeys((path, expanded(data_dir) / path))
-    found = [place for place in places if place.exists()]
+    tried = dict.fromkeys((path, expanded(data_dir) / path))
+    found = next(filter(pathlib.Path.exists, tried), None)
     if not found:
         near = nearest(path.name, [*KNOWN, "demo"]) if len(path.parts) == 1 else ""
-        raise DataError(f"there is no file or folder {', nor '.join(map(str, places))}{near}")
-    return found[0]
+        raise DataError(f"there is no file or folder {', nor '.join(map(str, tried))}{near}")
+    return found
 
 
 def list_dataset(name_or_path, data_dir="data", whole=None):
@@ -710,7 +712,7 @@ def open_dataset(name_or_path, split, data_dir="data", classes=None, download=Tr
     asked for. A published name wins over a folder of that name; write ./dtd for the folder. Raises
     DataError.
     """
-    if split not in ("train", "val", "test"):
+    if split not in SPLITS:
         raise DataError(f"split {split!r}: expected train, val or test")
     if download and (name := dataset_name(name_or_path)):
         fetch_missing(name, expanded(data_dir))
