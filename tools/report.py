@@ -22,7 +22,7 @@ import statistics
 import sys
 import warnings
 
-from device import guard, one_line, Parser, UserError  # before torch
+from device import guard, one_line, Parser, UserError, write_atomic  # before torch
 import numpy as np
 import torch
 from PIL import ImageOps
@@ -167,10 +167,11 @@ class Page:
 
 def write_html(path, title, parts):
     """A page of parts in HTML -> its path"""
-    path.write_text("\n".join([
+    content = "\n".join([
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
-        f"<h1>{html.escape(title)}</h1>", *parts, "</body></html>"]), "utf-8", "xmlcharrefreplace")
+        f"<h1>{html.escape(title)}</h1>", *parts, "</body></html>"])
+    write_atomic(path, content.encode("utf-8", "xmlcharrefreplace"))
     return path
 
 
@@ -197,13 +198,15 @@ def table(head, rows):
 # Any run: results and curves
 
 def add_results(page, runs):
-    """The numbers of each run in a column; of several runs, those that differ."""
-    rows = [[key, *(run.results.get(key) for run in runs)]
-            for key in dict.fromkeys(key for run in runs for key in run.results)]
-    page.add("Results", table(["", *(run.name for run in runs)], [
-        [key, *values] for key, *values in rows
-        if all(isinstance(value, (str, int, float, type(None))) for value in values)
-        and (len(runs) == 1 or len(set(values)) > 1)]))
+    """One run: a line for each of its numbers; several: a line for each run, of what differs."""
+    lines = [["", *(run.name for run in runs)]]
+    for key in dict.fromkeys(key for run in runs for key in run.results):
+        values = [run.results.get(key, "") for run in runs]
+        if all(isinstance(value, (str, int, float)) for value in values) and (
+                len(runs) == 1 or len(set(values)) > 1):
+            lines.append([key, *values])
+    head, *rows = lines if len(runs) == 1 else zip(*lines)
+    page.add("Results", table(head, rows))
 
 
 def add_curves(page, runs, title="Curves", file="curves"):

@@ -256,8 +256,8 @@ def draw_sheet(number, answer, sets, given):
 
 def write_page(out, found):
     """search.html: every query in its own words, its sheet, and the paths of what it found."""
-    parts = [table(["weights", "P@1 (%)", "P@5 (%)"], [
-        [label, *scores.values()] for label, scores in found["precision"].items()])]
+    precision = [[label, *scores.values()] for label, scores in found["precision"].items()]
+    parts = [table(["weights", "P@1 (%)", "P@5 (%)"], precision)] if precision else []
     for number, answer in enumerate(found["queries"], 1):
         parts += [f"<h2>{html.escape(answer['query'])}</h2><img src=search_{number}.png>",
                   table(["weights", "images"], [
