@@ -182,7 +182,7 @@ def run_of(data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name, count", [
-    ("clipfit", 2), ("contrastive", 2), ("contrastive", 3), ("distill", 2), ("staged", 2)])
+    ("clipfit", 2), ("contrastive", 2), ("contrastive", 3), ("distill", 2), ("staged", 3)])
 def test_several_processes_print_the_numbers_of_one(run_of, name, count):
     one, several = numbers(run_of(name, 1)), numbers(run_of(name, count))
     assert len(one) == len(several) >= 6
