@@ -369,7 +369,7 @@ def known_from_card(card):
     """Its sizes are not believed: those of the tensors are taken."""
     pixels = card.get("pixels")
     return {**card["clip_config"], "pixels": pixels and make_pixels(**pixels),
-            "vocabulary": card.get("vocabulary")}
+            "vocabulary": dict(card.get("vocabulary") or {}) or None}
 
 
 # -----------------------------------------------------------------------------

@@ -433,15 +433,16 @@ def test_damaged_files_are_named_as_what_they_are(tmp_path, file):
 
 @pytest.mark.parametrize("claim", [
     {"vision_head": 0}, {"text_head": 48}, {"activation": "relu"}, {"vocab_size": "x"},
-    {"text": {"pool": 3}, "backbone": "no such"}, {"text_layers": 10 ** 9}, "{", [1]])
+    {"text": {"pool": 3}, "backbone": "no such"}, {"text_layers": 10 ** 9}, "{", [1], {}])
 def test_claims_of_a_file_about_itself_are_not_believed(tmp_path, claim):
     model, path = make(), tmp_path / "a.safetensors"
+    vocabulary = "null" if claim else "[1]"
     if isinstance(claim, dict):
         claim = dataclasses.asdict(model.config) | claim
     path.write_bytes(b"".join(weights.safetensors_bytes(model.state_dict(), {
-        "clip_config": claim if claim == "{" else json.dumps(claim)})))
+        "vocabulary": vocabulary, "clip_config": claim if claim == "{" else json.dumps(claim)})))
     try:
-        assert same(load(path), model)
+        assert same(load(path), model) and vocabulary == "null"
         attempt(convert, "inspect", path).ok()
     except weights.WeightsError:
         refused(lambda: load(path), path)
