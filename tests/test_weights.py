@@ -628,6 +628,9 @@ def test_a_text_tower_of_bare_tensors_has_old_names_and_heads_of_other_tasks(tmp
     assert any("config.json" in note for note in ours.origin["notes"])
     report = convert.inspect(tmp_path / "pytorch_model.bin")
     assert report["architecture"] == "text tower" and report["config"]["family"] == "bert"
+    torch.save({"fc.weight": torch.zeros(2, 3)}, tmp_path / "classifier.pt")
+    report = convert.inspect(tmp_path / "classifier.pt")
+    assert report["architecture"] is report["layout"] is None and "NAME:FILE" in report["why"]
 
 
 # -----------------------------------------------------------------------------

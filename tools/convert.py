@@ -58,8 +58,9 @@ def inspect(name_or_path):
             bert = config.get("text")
             return report | {"architecture": f"{side} tower",
                              "config": dataclasses.asdict(bert) if bert else config}
-    return report | {"architecture": "neither a CLIP nor a tower of one; the state dict of a "
-                                     "classifier is given as --image-tower NAME:FILE"}
+    return report | {"architecture": None, "layout": None,
+                     "why": "neither a CLIP nor a tower of one; the state dict of a classifier is "
+                            "given as --image-tower NAME:FILE"}
 
 
 # -----------------------------------------------------------------------------
