@@ -9,9 +9,9 @@ on one device or many, and `--micro-batch` is how many of them are encoded at a 
 3. Encode each other piece again, with the same dropout, now for its share of that gradient
    (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup").
 
-The gradient is that of the whole batch at once, the scale's included, for 4/3 of the arithmetic;
+The gradient, the scale's included, is that of the whole batch, for at most 4/3 of the arithmetic;
 `--check-grad` shows it on your model and data. Processes exchange features for the loss, and sum
-gradients once a step. The numbers stay the same up to rounding, dropout and BatchNorm aside.
+gradients once a step. How many there are changes only rounding, dropout masks and BatchNorm.
 
     python train_contrastive.py                           the bundled demo, a minute on a CPU
     python train_contrastive.py --data flickr8k --data-dir DIR --model tiny    a small ViT
@@ -21,11 +21,11 @@ gradients once a step. The numbers stay the same up to rounding, dropout and Bat
         --image-tower resnet50:IMAGENET1K_V2 --text-tower FOLDER
     torchrun --nproc-per-node 8 train_contrastive.py --data coco        on eight GPUs
 
-Losses (`--loss`) of N pairs, cos = image @ text.T of unit rows, z = scale * cos. The formulas are
-of `--positives diag`. The default, mask, leaves pairs that share an image or caption out of the
-negatives; multi makes them positives (for triplet: the same as mask).
-    infonce          mean over rows i of (logsumexp_j z_ij - z_ii), mean over columns of the same,
-                     and the mean of both, which are cross-entropies (Radford et al. 2021)
+Losses (`--loss`) of N pairs, cos = image @ text.T of unit rows, z = scale * cos. The formulas hold
+for `--positives diag`. With mask, the default, pairs that share an image or caption are no
+negatives of each other; with multi they are positives (for triplet: the same as mask).
+    infonce          half the sum of two cross-entropies: mean_i (logsumexp_j z_ij - z_ii), and the
+                     same with z transposed (Radford et al. 2021)
     siglip           -1/N sum_ij log sigmoid(y_ij (z_ij + bias)), y = 1 if i = j else -1 (Zhai 2023)
     triplet          1/N sum_i max(0, margin + cos_ij - cos_ii) both ways; over all negatives j
                      (sum: VSE), the hardest (VSE++, Faghri et al. 2018) or the semi-hard one
@@ -38,9 +38,9 @@ checkpoint_last.pt everything to go on from. Both, and what --export writes, can
 another run. `--eval-only` scores checkpoint_best.pt, else checkpoint_last.pt, else --weights;
 `--resume FILE` names another.
 
-Different from common practice, with the reason:
+Different from common practice:
 - an epoch takes every image once, with one of its captions (`--captions all`: every caption), and
-  never one image twice in a batch;
+  never one image twice in a batch; pairs that share an image or caption are no negatives;
 - retrieval is scored on the unique images with all captions of each, as in the papers;
 - BatchNorm statistics are frozen if the batch is split (pieces, processes); a message says so;
 - with `--crop 0` a frozen image tower always gives the same features, so they are computed once.
@@ -152,20 +152,21 @@ def check_grad(run, model, batch, counts, args):
     """One step in two pieces or more against the same step in one, without dropout -> the largest
     relative error of a parameter's gradient. SafeStop above 1e-4 in fp32, or 5e-2 in less."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    half = max(1, counts[0] // 2)
-    pieces = min(args.micro_batch or half, half)
+    piece = min(args.micro_batch or counts[0], max(1, counts[0] // 2))
     model.eval()
     found = []
-    for args.micro_batch in (pieces, 0):
+    for micro_batch in (piece, 0):  # 0: all in one piece
+        args.micro_batch = micro_batch
         model.zero_grad(set_to_none=True)
         losses = add_gradient(run, model, *batch, counts, args, run.scaler(), 0)
         run.sum_gradients(trainable.values())
         found.append({name: p.grad for name, p in trainable.items() if p.grad is not None})
-    largest = max(float(gradient.abs().max()) for gradient in found[1].values())
-    errors = {name: float((found[0][name] - gradient).abs().max() / max(
-        float(gradient.abs().max()), 1e-3 * largest)) for name, gradient in found[1].items()}
+    size = {name: float(gradient.abs().max()) for name, gradient in found[1].items()}
+    floor = 1e-3 * max(size.values())  # a gradient that nearly vanishes holds rounding alone
+    errors = {name: float((found[0][name] - gradient).abs().max()) / max(size[name], floor)
+              for name, gradient in found[1].items()}
     worst = max(errors, key=errors.get)
-    run.say(f"gradient of {sum(counts)} pairs in pieces of {pieces} against one piece: loss "
+    run.say(f"gradient of {sum(counts)} pairs in pieces of {piece} against one piece: loss "
             f"{float(run.sum(losses['loss'])):.7g}, largest error of {len(errors)} tensors "
             f"{errors[worst]:.1e} in {worst}")
     if not errors[worst] <= (1e-4 if run.precision == "fp32" else 5e-2):
@@ -201,7 +202,7 @@ def freeze(model, names):
 
 def parameter_groups(model, args):
     """Trainable parameters by learning rate and weight decay -> list of dicts for AdamW. As in the
-    paper all decay but gains and biases, which are the vectors and scalars: embeddings do."""
+    paper, gains and biases do not decay (here: every vector and scalar); all else does."""
     rates = {"image": args.image_lr or args.lr, "text": args.text_lr or args.lr, "head": args.lr}
     groups = {}
     for name, p in model.named_parameters():
@@ -233,8 +234,8 @@ def evaluate(run, model, pairs, data, args):
                                   max_text=args.max_text, pooled=data.pooled.get(pairs.split))
     scores = {**recall_at_k(image, text, relevant), "images": len(image), "captions": len(text)}
     # relevant (R, 2): numbers of a text and of its image. The loss takes an image's first text.
-    first = torch.full((len(image),), len(text)).scatter_reduce_(
-        0, relevant[:, 1], relevant[:, 0], "amin")
+    first = torch.full((len(image),), len(text))  # stays so where an image has no caption
+    first.scatter_reduce_(0, relevant[:, 1], relevant[:, 0], "amin")
     has_caption = first < len(text)
     image, text = image[has_caption], text[first[has_caption]]
     loss, scale = 0.0, model.logit_scale.detach().exp().cpu()
@@ -274,7 +275,7 @@ def train(run, model, data, stored, args):
         run.say(f"note: {at.steps} steps never leave the warm-up of {warmup}")
     card = weights.card(model, data.tokenizer)
     best, replaced = stored["best"] if stored else -1.0, 0
-    # asked: the captions planned; used: those read, others where an image cannot be read.
+    # asked: numbers of the captions planned; used: of those read, which differ at a broken image.
     for images, used, asked in run.batches(data.loader, at):
         # ---- one step ------------------------------------------------------------------
         factor = rate(at.step, at.steps, warmup, args.schedule)
@@ -349,11 +350,11 @@ class Data:
 
 def open_data(run, model, tokenizer, args):
     """The pairs that the flags name, and the images of --zero-shot, checked -> Data."""
-    whole, labelled = Preprocess.of(model), None
+    plain, labelled = Preprocess.of(model), None
     crop = Preprocess.of(model, train=True, seed=args.seed, flip=False, scale=(args.crop, 1.0))
     train, val, test = open_splits(args)
-    train = train.with_transform(crop if args.crop else whole)
-    val, test = (pairs and pairs.with_transform(whole) for pairs in (val, test))
+    train = train.with_transform(crop if args.crop else plain)
+    val, test = (pairs and pairs.with_transform(plain) for pairs in (val, test))
     if val and (not test or test.paths == val.paths):
         test = val
         train.notes.append("NOTE: there are no test pairs, so the best epoch is chosen and scored "
@@ -363,7 +364,7 @@ def open_data(run, model, tokenizer, args):
     if args.zero_shot:
         source = dict(name_or_path=args.zero_shot, split="test", data_dir=args.data_dir, whole=True)
         run.on_first(lambda: len(open_dataset(**source)))  # fetches it, if that is needed
-        labelled = open_dataset(**source, download=False).with_transform(whole)
+        labelled = open_dataset(**source, download=False).with_transform(plain)
         labelled.check_files()
         require_words(labelled)
     return Data(train, val, test, labelled, tokenizer)
@@ -433,9 +434,9 @@ def export(run, model, tokenizer, folder, args):
 
 
 def restore_best(run, model, stored=None):
-    """Give the model the weights of checkpoint_best.pt in the run's folder, or of `stored` where
-    there is none, as with --eval-only, for which `Run.begin` chose -> the checkpoint, or None."""
-    if best := run.load("checkpoint_best.pt") or stored:
+    """Give the model the weights of checkpoint_best.pt in the run's folder, else of `stored`, which
+    `Run.begin` found (--eval-only) -> that checkpoint, or None."""
+    if best := (run.load("checkpoint_best.pt") or stored):
         run.restore(best, *kept_state(model))
     return best
 
@@ -496,7 +497,7 @@ def main(args):
 # What a preset sets where the command line does not. clip-roberta and simple-clip are two public
 # projects' recipes: Hugging Face's run_clip.py on COCO, and ResNet50 + DistilBERT on Flickr. The
 # latter lowers lr when the loss stalls; here it stays constant.
-DEFAULTS = {  # clip-scratch: the paper's, except epochs, batch and crop, which suit smaller data
+DEFAULTS = {  # clip-scratch: the paper's, but epochs, batch, warm-up and crop suit smaller data
     "loss": "infonce", "margin": 0.2, "epochs": 30, "batch_size": 256, "lr": 5e-4, "wd": 0.2,
     "warmup": 0.1, "schedule": "cosine", "beta2": 0.98, "eps": 1e-6, "grad_clip": 0.0, "seed": 1,
     "captions": "one", "crop": 0.6, "embed_dim": 512, "proj": "linear", "weights": "none",

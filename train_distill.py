@@ -12,9 +12,10 @@ rows of the cross-entropy of softmax(z) to targets T (I: the target of row i is 
     icl   1/2 CE(I, s' u q^T) + 1/2 CE(I, s' v p^T)               ICL in CLIP-KD
     loss = 0.25 task + 1 crd + 8 fd   (+ 1 icl when a text tower is trained)
 
-The pairs weigh less: captions are noisy, and the teacher knows it. Off unless asked for: --hint and
---attention compare maps inside the image towers; --ema scores a moving average of the student, and
---ema-teacher W adds W * crd against it; --text-teacher, a BERT, softens the targets of the task.
+The task weighs less: captions are noisy, and a teacher's targets allow for it. Off by default:
+--hint and --attention compare maps inside the image towers; --ema scores a moving average of the
+student, and --ema-teacher W adds W * crd against it; --text-teacher, a BERT with features r, turns
+the task's targets into 0.8 I + 0.2 softmax(10 r r^T).
 
     python train_distill.py                                   the demo on a CPU, under a minute
     python train_distill.py --task 1 --crd 0 --fd 0           its student, taught by the pairs alone
@@ -24,16 +25,16 @@ The pairs weigh less: captions are noisy, and the teacher knows it. Off unless a
     torchrun --standalone --nproc-per-node 8 train_distill.py --teacher ViT-L/14 \
         --data shards/{000..127}.tar --model mobilenet_v3_small:IMAGENET1K_V1
 
-A stored teacher was asked once about a few random views of every image (Faghri et al. 2023): a step
-is then the small tower alone. `--batch-size` is what is compared, over all processes, and
-`--micro-batch` what is encoded at a time, with the gradient of the whole batch (Gao et al. 2021);
-only BatchNorm takes the statistics of each piece.
+With --reinforced, the teacher's features of a few random views of every image come from the disk
+(Faghri et al. 2023), and only the small tower runs. `--batch-size` is what is compared, over all
+processes, and `--micro-batch` what is encoded at a time, with the gradient of the whole batch (Gao
+et al. 2021); only BatchNorm takes the statistics of each piece.
 
 Different from the released codes, with the reason:
 - teachers are averaged after each softmax, rows and columns apart; MobileCLIP's code transposes the
   averaged softmax unless --local-loss, and its rows then do not sum to 1;
 - FD is 1 - cos. CLIP-KD's 2000 * MSE is 4000/D of that: 8 at D = 512, but 63 at D = 64;
-- with a frozen text tower ICL repeats the task and FD of texts is constant: both are off;
+- with frozen text, ICL repeats half of the task, and its rest and FD of texts are constant: off;
 - under Mixup and CutMix the teacher sees the mixed images; a stored one's embeddings are mixed.
 
 Logged: loss, its terms without their weights, scale, lr. Results: retrieval of the student and of
@@ -97,16 +98,16 @@ def both_ways(one_way, *features):
 
 def info_nce(ours, theirs, labels):
     """Images of `ours` against texts of `theirs`, texts against images: the task with itself, ICL
-    with a teacher. labels: at, partner, share. Column at[i] is right for row i; under mixing
-    `share` of it, and the rest of column partner[i]."""
-    at, partner, share = labels
+    with a teacher. labels = (own, partner, share): the target of row i is `share` on column
+    own[i] and 1 - share on column partner[i]; without mixing share is 1."""
+    own, partner, share = labels
 
     def one_way(ours, theirs):
-        def loss(rows, at, partner, columns, scale):
+        def loss(rows, own, partner, columns, scale):
             logits = (scale * rows) @ columns.T                                # (m, N)
-            return (share * F.cross_entropy(logits, at, reduction="sum")
+            return (share * F.cross_entropy(logits, own, reduction="sum")
                     + (1 - share) * F.cross_entropy(logits, partner, reduction="sum"))
-        return by_rows(loss, (ours.image, at, partner), (theirs.texts, ours.scale))
+        return by_rows(loss, (ours.image, own, partner), (theirs.texts, ours.scale))
     return both_ways(one_way, ours, theirs)
 
 
@@ -137,8 +138,8 @@ class Heads(nn.Module):
 
     def __init__(self, dim, dims, channels=None):
         super().__init__()
-        self.image, self.text = (nn.ModuleList(
-            nn.Identity() if d == dim else nn.Linear(dim, d) for d in dims) for _ in range(2))
+        self.image = nn.ModuleList(nn.Identity() if d == dim else nn.Linear(dim, d) for d in dims)
+        self.text = nn.ModuleList(nn.Identity() if d == dim else nn.Linear(dim, d) for d in dims)
         self.icl_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.hint = nn.Conv2d(*channels, 1) if channels else None
 
@@ -155,9 +156,9 @@ def objective(ours, labels, teachers, heads, weight, text_teacher=None, average=
         terms["crd"] = crd(ours, teachers)
     if weight["ema"]:
         terms["ema"] = crd(ours, [average])
-    wide = [ours._replace(scale=heads.icl_scale.exp(), image=unit(image(ours.image)),
-                          text=unit(text(ours.text)))  # as wide as each teacher's
-            for image, text in zip(heads.image, heads.text)]
+    wide = [ours._replace(scale=heads.icl_scale.exp(), image=unit(to_image(ours.image)),
+                          text=unit(to_text(ours.text)))  # as wide as each teacher's
+            for to_image, to_text in zip(heads.image, heads.text)]
     if weight["fd"]:
         terms["fd"] = sum(fd(x, teacher, text_trains)
                           for x, teacher in zip(wide, teachers)) / len(teachers)
@@ -183,9 +184,9 @@ def step(run, learner, batch, mix, weight, seed):
     """Add this process's part of the batch's gradient to `.grad` -> its part of {"loss", terms}.
     weight: of the terms; seed: of dropout, another one for every step."""
     student, teachers, counts = learner.student, learner.teachers, learner.counts
-    n, first = counts[run.rank], sum(counts[:run.rank])
-    at = first + torch.arange(n, device=run.device)
-    labels = at, first + mix.partners(n).to(run.device), mix.share
+    n, offset = counts[run.rank], sum(counts[:run.rank])
+    own = offset + torch.arange(n, device=run.device)
+    labels = own, offset + mix.partners(n).to(run.device), mix.share
 
     def encode_image(model, rows):
         return model.encode_image(mix.show(batch.images[look_of(model)], rows, model), True)
@@ -365,7 +366,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, step, fine):
-        """fine: bool (), whether the step counts; nobody waits to know."""
+        """fine: 0-d bool tensor, False if the step was skipped; it stays on the device, unread."""
         kept = min(self.decay, (1 + step) / (10 + step))
         for mine, theirs in self.pairs.values():
             if mine.is_floating_point():
@@ -462,7 +463,7 @@ def measure(run, model):
 def train(run, setup, checkpoint, args):
     """Train the student in place, from a checkpoint if one is given -> Place."""
     student, pairs, val, first = setup.student, setup.pairs, setup.val, setup.teachers[0]
-    if not (args.train_text or args.weights):  # checkpoints need not hold the text tower again
+    if not (args.train_text or args.weights):  # checkpoints only name the frozen text tower's file
         student.origin |= {"path": first.path, "sha256": first.sha256, "side": "text"}
     learner = Learner(run, setup, args)
     loader, look_up = prepare(run, setup, args)
@@ -589,8 +590,8 @@ def open_student(run, first, captions, args):
 
 
 def prepare(run, setup, args):
-    """Decode, tokenize and encode once what does not change -> the loader, and what it gives
-    (images, used, epoch) -> Batch, on the device."""
+    """Decode, tokenize and encode once what does not change -> (loader, look_up). look_up makes a
+    Batch on the device of the loader's images and `used`, the numbers of the captions read."""
     train, stored, looks = setup.pairs, setup.stored, [look_of(setup.student)]
     captions, tokens, similar = train.captions, None, None
     for teacher in () if stored else setup.teachers:
@@ -739,7 +740,7 @@ def get_args(argv=None):
     add("--randaugment", action="store_true", help="distort the views: two of RandAugment's")
     add("--ema", type=number(0, 0.999999), default=0.0, help="decay of averaged, tested weights")
     add("--epochs", type=whole(1), help="default: 30")
-    add("--max-steps", type=whole(0), default=0, help="stop after so many steps; 0: after --epochs")
+    add("--max-steps", type=whole(0), default=0, help="most steps; the cosine ends there (0: off)")
     add("--batch-size", type=whole(2), help="pairs compared in a step, over all processes")
     add("--micro-batch", type=whole(0), default=0, help="encoded at a time (default: 0, all)")
     add("--lr", type=number(0, 1e3, above=True), help="default: 1e-3")

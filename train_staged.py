@@ -1,18 +1,19 @@
 """Fine-tune a CLIP in stages, one data set after another, and see what each stage forgets.
 
-A stage starts from the best weights of the stage before it, with its own optimiser and schedule,
-and keeps the weights that do best on its held-out pairs. Those it started from are the first
-candidate, so a stage that only does harm changes nothing. Then the model is scored on the test set
-of every stage: a matrix, stages x test sets, in which a column that falls is forgetting.
+A stage starts from the best weights of the stage before it (or of `from`), with its own optimiser
+and schedule. It keeps the weights, its start included, with the best mean recall on its held-out
+pairs; without such pairs, the last ones. Then the model is scored on the test set of every stage
+(its held-out pairs, if it has none): a matrix, stages x test sets. A falling column is forgetting.
 
-For a batch of N pairs, images v_i and texts t_i as unit vectors, and z_ij = exp(s) v_i . t_j:
+For a batch of N pairs, unit vectors v_i of images and t_i of texts, and z_ij = exp(s) v_i . t_j
+(s: logit_scale):
 
     loss = 1/(2N) sum_i [ L_i(row i of z) + L_i(column i of z) ]
     L_i(x) = - mean over j in P(i) of log softmax(x)_j
 
-P(i) is i itself and all pairs with an equal image or caption (as in Khosla et al. 2020, eq. 2, but
-with i itself); if no image or caption repeats this is CLIP's loss (Radford et al. 2021). That is
-`positives` multi; mask leaves the other equal pairs out; diag, plain InfoNCE, pushes them apart.
+P(i): i and every pair with the same image or caption (Khosla et al. 2020, eq. 2, leave i out); if
+none repeats, this is CLIP's loss (Radford et al. 2021). So it is with the default `positives`,
+multi; mask drops those other pairs from the sums; diag treats them as negatives, as CLIP does.
 
     python train_staged.py                               three themes of the demo, under a minute
     python train_staged.py --plan docs/recipes/chinese_clip.json --check-plan     reads no image
@@ -73,20 +74,20 @@ SCORES = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "mean_re
 # The loss and the step
 
 def add_gradient(run, model, images, tokens, ids, counts, stage, scaler, seed):
-    """Add the gradient of the batch over all processes to `.grad`, as far as it is this process's
-    -> {"loss": this process's part}. The sum over processes is the whole, of both.
+    """Add this process's part of the whole batch's gradient to `.grad` -> {"loss": its part of the
+    loss}. Summed over processes, the parts give the gradient and the loss of the whole batch.
 
     images (n, 3, R, R) uint8, tokens (n, L) and ids (n, k) are this process's pairs, and pairs that
-    are equal in a column of ids have an equal image or caption. In the place of images or tokens
-    may be what a frozen tower makes of them, (n, W). counts: pairs in each process; seed: of this
-    step's dropout."""
+    are equal in a column of ids have an equal image or caption. Images or tokens may also be the
+    features (n, W) that a frozen tower gives. counts: pairs in each process; seed: of this step's
+    dropout."""
     micro = stage.micro_batch or len(images)
     pieces, places = cut_texts(model, tokens, micro)
     image = TwoPass(run, functools.partial(image_features, run, model), images.split(micro),
                     2 * seed)
     text = TwoPass(run, functools.partial(text_features, run, model), pieces, 2 * seed + 1)
 
-    # ---- the loss, in fp32, over the pairs of all processes ------------------
+    # ---- the loss, in fp32: rows are this process's images, columns all texts --
     texts = run.gather(text.features[run.move(places)], counts)               # (N, D)
     ids = run.gather(run.move(ids), counts)                                   # (N, k)
     own = sum(counts[:run.rank]) + torch.arange(len(images), device=ids.device)
@@ -126,7 +127,7 @@ def blocks_below(name):
 
 def freeze(model, stage):
     """Set what trains in a stage -> {name: parameter that trains}. The rules of `freeze` are read
-    in order; !RULE takes parameters back."""
+    in order: a later one wins, and !RULE unfreezes."""
     names, frozen = [name for name, _ in model.named_parameters()], set()
     towers = {"visual": [name for name in names if name.startswith("visual.")],
               "text": [name for name in names if not name.startswith(("visual.", "logit_"))],
@@ -146,14 +147,17 @@ def freeze(model, stage):
 
 
 def optimizer_groups(model, stage):
-    """Groups for AdamW of what trains. Matrices decay; gains and biases do not. The rate falls by
-    `layer_decay` for each block, frozen or not, from a parameter's own to the head of its tower."""
+    """Groups for AdamW of what trains. Matrices decay; gains and biases do not. A parameter k
+    blocks below the head of its tower, frozen blocks counted, gets the rate lr * layer_decay^k."""
     below = {name: blocks_below(name) for name, _ in model.named_parameters()}
-    top = {visual: max(n for name, n in below.items() if name.startswith("visual.") == visual
-                       and n < math.inf) for visual in (True, False)}      # of the whole tower
+    top = {"visual.": 0, "": 0}  # blocks of the image tower, and of the text tower
+    for name, blocks in below.items():
+        tower = "visual." if name.startswith("visual.") else ""
+        top[tower] = max(top[tower], blocks if blocks < math.inf else 0)
     groups = {}
     for name, p in model.named_parameters():
-        away = max(0, top[name.startswith("visual.")] + 1 - below[name])
+        tower = "visual." if name.startswith("visual.") else ""
+        away = max(0, top[tower] + 1 - below[name])
         key = stage.lr * stage.layer_decay ** away, stage.wd if p.ndim > 1 else 0.0
         if p.requires_grad:
             groups.setdefault(key, []).append(p)
@@ -190,14 +194,15 @@ def evaluate(run, model, pairs, tokenizer, args, draws=0):
 
 
 def forgetting_of(rows, score):
-    """-> {set: how far the last stage is below the best row}, and backward transfer: what later
-    stages did to the sets of earlier ones, on average, or None (Lopez-Paz and Ranzato 2017). Rows
-    of `wise` do not count."""
+    """-> {set: best row - last row}, and backward transfer (Lopez-Paz and Ranzato 2017): last row -
+    the stage's own row on its own set, the mean over all stages but the last, or None. Rows of
+    `wise` do not count."""
     rows = [row for row in rows if row["kind"] != "wise"]
     last = {name: x[score] for name, x in rows[-1]["sets"].items()}
     lost = {name: max(row["sets"][name][score] for row in rows) - last[name] for name in last}
-    gains = [last[row["stage"]] - row["sets"][row["stage"]][score] for row in rows[1:-1]]
-    return lost, sum(gains) / len(gains) if gains else None
+    changes = [last[row["stage"]] - row["sets"][row["stage"]][score]
+               for row in rows[1:-1]]  # neither "before" nor the last
+    return lost, sum(changes) / len(changes) if changes else None
 
 
 def matrix_text(rows):
@@ -252,7 +257,7 @@ def train(run, model, stage, loader, tokens, judge, checkpoint):
 
     if checkpoint is None:  # what the stage starts from is its first candidate
         consider()
-    at.steps = at.step if best["stale"] >= patience else stage.steps
+    at.steps = at.step if best["stale"] >= patience else stage.steps  # none left if it had stopped
     training_mode(model, statistics=False)
     for images, used, _ in run.batches(loader, at):
         # ---- one step --------------------------------------------------------
@@ -270,7 +275,7 @@ def train(run, model, stage, loader, tokens, judge, checkpoint):
         due = run.tick(at, losses, samples=stage.batch_size, scale=model.logit_scale.detach().exp(),
                        lr=max(group["lr"] for group in optimizer.param_groups),
                        describe=functools.partial(pairs.describe, used))
-        if at.batch == 0 or at.step == at.steps:
+        if at.batch == 0 or at.step == at.steps:  # an epoch has just ended, or the stage
             consider()
         if due:
             save(FILES["last"], optimizer, scaler)
@@ -294,16 +299,16 @@ def open_batches(run, model, stage, tokenizer, args):
 
 @torch.no_grad()
 def keep_frozen(run, model, stage, loader, tokens, args):
-    """What a frozen tower gives is computed once, and takes the place of the images, where they do
-    not vary, or of the tokens -> loader, tokens."""
+    """Compute a frozen tower's features once, to use instead of the tokens, or of images that are
+    not augmented -> loader, tokens."""
     below_heads = [n for n in freeze(model, stage) if not n.startswith((*HEADS, "logit_"))]
-    trains = {name.startswith("visual.") for name in below_heads}  # the image tower: True
-    if not stage.augment and True not in trains:
+    trains = {"image" if name.startswith("visual.") else "text" for name in below_heads}
+    if not stage.augment and "image" not in trains:
         features = [frozen_features(run, model, part, stage.folder.parent / "cache",
                                     digest(model, "image"), workers=args.workers)
                     for part in loader.dataset.parts]
         loader = FeatureLoader(loader, torch.cat(features))
-    if False not in trains:
+    if "text" not in trains:
         pieces, places = text_pieces(tokens, 64, model.text_pad)
         with evaluating(model), run.autocast():
             features = [model.pooled_text(*run.move(*piece)).float().cpu() for piece in pieces]
@@ -325,7 +330,7 @@ def average(run, model, stage, start_weights, judges, tokenizer, args):
             kept = {name: x for name, x in model.state_dict().items() if name in stage.kept}
             run.save(FILES["wise"], {"weights": kept, "card": card(model)})
         means[f"{share:g}"] = mean
-    run.say(f"{stage}: averaged with its start (wise), mean recall by the share of the trained: "
+    run.say(f"{stage.name}: averaged with its start (wise), mean recall by the share of it: "
             + ", ".join(f"{share}: {mean:.1f} %" for share, mean in means.items()))
     return means
 
@@ -421,7 +426,7 @@ def preflight(run, stages, tests, model, args):
             stage.steps, warmup = min(2, stage.steps), min(1, warmup)
         stage.warmup_steps, trainable = warmup, freeze(model, stage)
         stage.kept = set(model.state_dict())
-        if model.origin["path"]:             # that file has what no stage trains
+        if model.origin["path"]:  # keep only what was trained: `load` takes the rest from that file
             stage.kept = {*trainable, *(stage.parent.kept if stage.parent else ())}
         weights = sum(p.numel() for p in trainable.values())
         model.requires_grad_(True)
@@ -434,7 +439,7 @@ def preflight(run, stages, tests, model, args):
 
 
 def identity_of(stage, about):
-    """What must be equal for a stage to be continued or taken as done. "parent" tells the weights
+    """If this changed, a stage is neither continued nor taken as done. "parent" tells the weights
     that it starts from: the sha256 of its parent's file, or of the run's."""
     parent = about["weights"]
     if stage.parent:
@@ -564,7 +569,7 @@ def report(run, model, rows, stages, tests, tokenizer, args):
 # -----------------------------------------------------------------------------
 # The command line
 
-# What the identity of a stage tells by content, or what changes none of its weights.
+# Not in the identity of a stage: it is known there by its content, or changes none of its weights.
 NO_IDENTITY = ("from", "data", "val", "test", "recompute", "tokenizer", "plan", "from_stage",
                "check_plan")
 

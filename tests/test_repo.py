@@ -18,7 +18,7 @@ MAY_IMPORT = {  # leaf -> the leaves that it builds on
     "large_batch": (), "plans": ("device", "data"),
     "teachers": ("images", "clip_model", "weights", "tokenizer")}
 BUDGETS = {  # lines; what is over by more than a sixth must shrink before it may grow
-    "train_clipfit": 437, "train_contrastive": 520, "train_distill": 670, "train_staged": 520,
+    "train_clipfit": 437, "train_contrastive": 520, "train_distill": 670, "train_staged": 523,
     "clip_model": 640, "weights": 600, "layouts": 500, "fetch": 95, "tokenizer": 400,
     "images": 460, "data": 640, "captions": 430, "pairs": 322, "scores": 308, "large_batch": 130,
     "device": 656, "command": 216, "files": 141, "teachers": 150, "plans": 180}
@@ -81,8 +81,8 @@ def test_the_table_of_faults_fits_the_product():
 def test_the_whole_is_within_its_budget():
     def count(paths):
         return sum(len(path.read_text("utf-8").splitlines()) for path in paths)
-    assert count(FILES) <= 12_000  # the aim is 8,400, and 8,000 of tests: may shrink, not grow
-    assert count((ROOT / "tests").glob("*.py")) <= 10_000
+    assert count(FILES) <= 11_800  # the aim is 8,400, and 8,000 of tests: may shrink, not grow
+    assert count((ROOT / "tests").glob("*.py")) <= 9_500
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.stem not in ("device", "doctor")],
