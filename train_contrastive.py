@@ -527,6 +527,7 @@ REFUSED = {
     "--do-train": "a run trains without --eval-only", "--do-eval": "each epoch is scored",
     "--fp16": "use --precision fp16", "--fp16-opt-level": "use --precision",
     "--loss-scale": "it is automatic; use --precision fp16",
+    "--preprocessing-num-workers": "captions are tokenized at once; --workers read images",
     "--optim": "it is always AdamW; see --lr, --wd",
     "--use-combine-grad": "gradients are always combined",
     "--remove-unused-columns": "see --image-column and --caption-column",

@@ -165,7 +165,8 @@ def read_safetensors(path):
     metadata = dict(header.pop("__metadata__", {}))
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in DTYPES:
-            raise WeightsError(f"{name!r} is of type {entry['dtype']}; expected {list(DTYPES)}")
+            raise WeightsError(f"{name!r} is of type {entry['dtype']}; convert the file to one of "
+                               f"{', '.join(DTYPES)}")
         dtype, shape = DTYPES[entry["dtype"]], [int(n) for n in entry["shape"]]
         (begin, end), count = entry["data_offsets"], math.prod(shape)
         if begin != position or end - begin != count * dtype.itemsize or min(shape, default=0) < 0:
@@ -214,7 +215,7 @@ def read_file(path):
         with open(path, "rb") as file:
             header = file.read(9)[8:]
         if path.suffix == ".safetensors" or header == b"{":
-            with about("a damaged or truncated safetensors file, or none; fetch it again"):
+            with about("not read as safetensors (if it is cut short or damaged, fetch it again)"):
                 tensors, metadata = read_safetensors(path)
             return tensors, "safetensors", metadata
         content, kind = read_pytorch(path)

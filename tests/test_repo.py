@@ -19,7 +19,7 @@ MAY_IMPORT = {  # leaf -> the leaves that it builds on
     "teachers": ("images", "clip_model", "weights", "tokenizer")}
 BUDGETS = {  # lines; what is over by more than a sixth must shrink before it may grow
     "train_clipfit": 437, "train_contrastive": 520, "train_distill": 670, "train_staged": 523,
-    "clip_model": 640, "weights": 600, "layouts": 500, "fetch": 95, "tokenizer": 400,
+    "clip_model": 640, "weights": 601, "layouts": 500, "fetch": 95, "tokenizer": 400,
     "images": 460, "data": 640, "captions": 430, "pairs": 322, "scores": 308, "large_batch": 130,
     "device": 656, "command": 216, "files": 141, "teachers": 150, "plans": 180}
 PACKAGES = {"torch", "torchvision", "ftfy", "regex", "PIL", "numpy"}
