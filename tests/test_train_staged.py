@@ -167,6 +167,16 @@ def test_every_group_keeps_its_share_of_the_rate(chinese, rules, count):
         assert wd == (0.3 if trainable[name].ndim > 1 else 0.0), name
 
 
+def test_each_tower_counts_its_own_blocks():
+    with torch.device("meta"):
+        model = CLIP(dataclasses.replace(CONFIGS["tiny"], vision_layers=4, text_layers=2))
+    freeze(model, Stage())
+    rates = {id(p): group["full_lr"] for group in optimizer_groups(model, Stage(lr=1.0, layer_decay=0.5))
+             for p in group["params"]}
+    assert rates[id(model.visual.conv1.weight)] == 0.5 ** 5
+    assert rates[id(model.token_embedding.weight)] == 0.5 ** 3
+
+
 @pytest.mark.parametrize("rules, count", [
     ([], 351), (["logit_scale"], 350), (["visual"], 351 - 152), (["text"], 153),
     (["all_but_proj"], 3 - 1), (["*", "!bert.encoder.layer.1.*"], 16),
