@@ -256,6 +256,7 @@ class Run:
         # run, and as they were at the last line of the log.
         self._spent, self._told, self._asked = np.zeros(4), np.zeros(4), self._began
         self._steps, self._bad, self._fine = [], 0, None  # steps not looked at; skipped in a row
+        self._replaced = 0  # pairs of this epoch whose image could not be read
         self._signal, self._stopping = 0, 0  # seen by this process; agreed on by all
         self._loss_scale, self._buffers = None, []
 
@@ -440,14 +441,16 @@ class Run:
             scaler.update(None if sound else scale)
         return fine
 
-    def tick(self, at, losses, samples, describe, **scalars):
+    def tick(self, at, losses, samples, describe, replaced=0, **scalars):
         """Count a step: move `at`, check the step, log, look for signals -> whether a checkpoint
         is due (end of an epoch, --save-every, the last step, a signal). Once after each `update`.
 
         losses: {name: this process's part}, logged as sums over processes; scalars: logged as
         they are, floats or 0-dim tensors. samples: of the whole batch. describe: () -> str, what
         was in this batch; called for a bad step only and perhaps steps later, so bind its
-        arguments (functools.partial). SafeStop after three bad steps in a row.
+        arguments (functools.partial). replaced: pairs of this process's share that stand for one
+        whose image could not be read; said after each epoch. SafeStop after three bad steps in a
+        row.
         """
         at.step, at.batch, epoch = at.step + 1, at.batch + 1, at.epoch + 1  # as people count
         if at.batch == at.batches:
@@ -462,6 +465,11 @@ class Run:
         if log:
             losses = {name: float(self.sum(torch.as_tensor(x))) for name, x in losses.items()}
         self._spent += samples, time.monotonic() - self._asked, 0, 1
+        self._replaced += int(replaced)
+        if last or at.batch == 0:
+            if lost := self.sum(self._replaced):
+                self.say(f"{lost} pairs had an image that cannot be read; others took their places")
+            self._replaced = 0
         if log:
             self._log_training(at, epoch, {**losses, **scalars})
         return due or bool(self._stopping)

@@ -274,7 +274,7 @@ def train(run, model, data, stored, args):
     if warmup >= at.steps:
         run.say(f"note: {at.steps} steps never leave the warm-up of {warmup}")
     card = weights.card(model, data.tokenizer)
-    best, replaced = stored["best"] if stored else -1.0, 0
+    best = stored["best"] if stored else -1.0
     # asked: numbers of the captions planned; used: of those read, which differ at a broken image.
     for images, used, asked in run.batches(data.loader, at):
         # ---- one step ------------------------------------------------------------------
@@ -291,19 +291,15 @@ def train(run, model, data, stored, args):
         # --------------------------------------------------------------------------------
         due = run.tick(at, losses, samples=args.batch_size, ln_batch=math.log(args.batch_size),
                        describe=functools.partial(data.train.describe, used),
+                       replaced=(used != asked).sum(),
                        scale=model.logit_scale.detach().exp(), lr=args.lr * factor)  # `at` moves on
-        replaced += int((used != asked).sum())
-        if at.batch == 0 or at.step == at.steps:  # an epoch has just ended, or the run
-            if lost := run.sum(replaced):
-                run.say(f"{lost} images could not be read; other pairs took their places")
-            replaced = 0
-            if data.val:
-                scores = evaluate(run, model, data.val, data, args)
-                log_scores(run, at.step, "val", scores)
-                if scores["mean_recall"] > best:
-                    best = scores["mean_recall"]
-                    run.save_training(at, kept, None, None, buffers, "checkpoint_best.pt",
-                                      card=card, best=best)
+        if data.val and (at.batch == 0 or at.step == at.steps):  # an epoch has just ended, or all
+            scores = evaluate(run, model, data.val, data, args)
+            log_scores(run, at.step, "val", scores)
+            if scores["mean_recall"] > best:
+                best = scores["mean_recall"]
+                run.save_training(at, kept, None, None, buffers, "checkpoint_best.pt",
+                                  card=card, best=best)
         if due:
             run.save_training(at, kept, optimizer, scaler, buffers, card=card, best=best)
     return at

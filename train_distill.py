@@ -478,7 +478,7 @@ def train(run, setup, checkpoint, args):
     at = learner.load(checkpoint)
     at.steps = setup.steps
     best = checkpoint["best"] if checkpoint else -1.0
-    for images, used, _ in run.batches(loader, at):
+    for images, used, asked in run.batches(loader, at):
         # ---- one step ------------------------------------------------------------------
         lr = args.lr * rate(at.step, at.steps, setup.warmup)
         for group in learner.optimizer.param_groups:
@@ -497,7 +497,8 @@ def train(run, setup, checkpoint, args):
             learner.average.update(at.step, fine)
         # --------------------------------------------------------------------------------
         due = run.tick(at, losses, args.batch_size, functools.partial(pairs.describe, used),
-                       lr=lr, scale=student.logit_scale.detach().exp())
+                       replaced=(used != asked).sum(), lr=lr,
+                       scale=student.logit_scale.detach().exp())
         if val and (at.batch == 0 or at.step == at.steps):
             scores = retrieve(run, learner.tested, setup.tokenizer, val, args, texts)
             run.log(at.step, "val", **scores)

@@ -259,7 +259,7 @@ def train(run, model, stage, loader, tokens, judge, checkpoint):
         consider()
     at.steps = at.step if best["stale"] >= patience else stage.steps  # none left if it had stopped
     training_mode(model, statistics=False)
-    for images, used, _ in run.batches(loader, at):
+    for images, used, asked in run.batches(loader, at):
         # ---- one step --------------------------------------------------------
         for group in optimizer.param_groups:
             group["lr"] = group["full_lr"] * rate(at.step, stage.steps, stage.warmup_steps)
@@ -274,7 +274,8 @@ def train(run, model, stage, loader, tokens, judge, checkpoint):
         # ----------------------------------------------------------------------
         due = run.tick(at, losses, samples=stage.batch_size, scale=model.logit_scale.detach().exp(),
                        lr=max(group["lr"] for group in optimizer.param_groups),
-                       describe=functools.partial(pairs.describe, used))
+                       describe=functools.partial(pairs.describe, used),
+                       replaced=(used != asked).sum())
         if at.batch == 0 or at.step == at.steps:  # an epoch has just ended, or the stage
             consider()
         if due:
