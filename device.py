@@ -216,9 +216,8 @@ class Place:
 
 
 class Gather(torch.autograd.Function):
-    """Rows of all processes; backward, the sum over processes of the gradients of my rows. (The
-    usual gather without gradient gives the towers 1/W of it or, with local rows only, one that
-    points elsewhere.)"""
+    """Rows of all processes; backward, the sum over processes of the gradients of my rows. (A
+    gather without gradient gives the towers 1/W of it, or one that points elsewhere.)"""
 
     @staticmethod
     def forward(ctx, x, counts):
@@ -239,8 +238,7 @@ class Gather(torch.autograd.Function):
 class Run:
     """One run on one device. Public: device, precision, dtype, rank, world_size, seed, out, kind.
 
-    dtype is what autocast computes in; weights stay fp32. out is the run's folder, a pathlib.Path,
-    or None. Every process calls a method at the same point.
+    dtype is what autocast computes in; weights stay fp32. out: the run's folder or None.
     """
     def __init__(self, device, precision="fp32", rank=0, world_size=1, seed=0):
         self.device, self.precision, self.dtype = device, precision, PRECISIONS[precision]
@@ -256,9 +254,8 @@ class Run:
         # run, and as they were at the last line of the log.
         self._spent, self._told, self._asked = np.zeros(4), np.zeros(4), self._began
         self._steps, self._bad, self._fine = [], 0, None  # steps not looked at; skipped in a row
-        self._replaced = 0  # pairs of this epoch whose image could not be read
         self._signal, self._stopping = 0, 0  # seen by this process; agreed on by all
-        self._loss_scale, self._buffers = None, []
+        self._loss_scale, self._buffers, self._replaced = None, [], 0
 
     def enter(self, seed):
         """A Run on the same device and processes with another seed and clock, without a folder."""
@@ -320,9 +317,8 @@ class Run:
     # Processes
 
     def gather(self, x, counts=None):
-        """(B, D) of each process -> (W * B, D) in rank order, with the exact gradient: every
-        process sees that of the *sum* of all processes' losses. counts: rows per process where
-        shares differ."""
+        """(B, D) of each process -> (W * B, D) in rank order, with the exact gradient: that of the
+        *sum* of all processes' losses. counts: rows per process where shares differ."""
         if self.world_size == 1:
             return x
         return Gather.apply(x, list(counts or [len(x)] * self.world_size))
@@ -339,9 +335,8 @@ class Run:
     def sum_gradients(self, parameters):
         """Replace each .grad by its sum over processes, in one all-reduce; no-op when alone.
 
-        Divide the loss so that a sum is right. A parameter keeps None if it has no gradient in any
-        process. Costs one flat copy of the gradients, and does not overlap with the backward pass
-        as DistributedDataParallel does.
+        Divide the loss so that a sum is right. Costs one flat copy of the gradients, and does not
+        overlap with the backward pass as DistributedDataParallel does.
         """
         trainable = [p for p in parameters if p.requires_grad and self.world_size > 1]
         if not trainable:
@@ -446,11 +441,10 @@ class Run:
         is due (end of an epoch, --save-every, the last step, a signal). Once after each `update`.
 
         losses: {name: this process's part}, logged as sums over processes; scalars: logged as
-        they are, floats or 0-dim tensors. samples: of the whole batch. describe: () -> str, what
-        was in this batch; called for a bad step only and perhaps steps later, so bind its
-        arguments (functools.partial). replaced: pairs of this process's share that stand for one
-        whose image could not be read; said after each epoch. SafeStop after three bad steps in a
-        row.
+        they are, floats or 0-dim tensors. samples: of the whole batch. describe: () -> str, the
+        batch in words; called for a bad step only and perhaps later, so bind its arguments
+        (functools.partial). replaced: how many pairs of this process's share stand for one whose
+        image could not be read. SafeStop after three bad steps in a row.
         """
         at.step, at.batch, epoch = at.step + 1, at.batch + 1, at.epoch + 1  # as people count
         if at.batch == at.batches:
@@ -466,9 +460,8 @@ class Run:
             losses = {name: float(self.sum(torch.as_tensor(x))) for name, x in losses.items()}
         self._spent += samples, time.monotonic() - self._asked, 0, 1
         self._replaced += int(replaced)
-        if last or at.batch == 0:
-            if lost := self.sum(self._replaced):
-                self.say(f"{lost} pairs had an image that cannot be read; others took their places")
+        if (last or at.batch == 0) and (lost := self.sum(self._replaced)):
+            self.say(f"{lost} pairs had an image that cannot be read; others took their places")
             self._replaced = 0
         if log:
             self._log_training(at, epoch, {**losses, **scalars})
@@ -529,8 +522,7 @@ class Run:
             show(f"{what} {done}/{total}", end="\r")
 
     def log(self, step, split, epoch=None, rate=0.0, wait=0.0, head="", tail="", **scalars):
-        """Scores: one line for people, one JSON object in metrics.jsonl for programs. scalars are
-        already global; floats or 0-dim tensors."""
+        """Scores (floats or 0-dim tensors): a line for people, and one in metrics.jsonl."""
         scalars = {name: plain(value) for name, value in scalars.items()}
         words = [f"{name} {f'{x:.4g}' if isinstance(x, float) else str(x):<8}"
                  for name, x in scalars.items()]
@@ -567,10 +559,10 @@ class Run:
         """Take `folder` for this run -> (checkpoint to go on from or None, results of a run that
         is finished or None).
 
-        args: the flags of `add_run_flags`, kept in config.json. identity: what must not change
-        when the run is continued (see `run_identity`). With args.eval_only nothing is claimed or
-        written, and the checkpoint is the one to score. Raises UserError, before anything is
-        changed, for a folder that cannot be used and for a run or checkpoint of another kind.
+        args: the flags of `add_run_flags`. identity: what must not change when the run is
+        continued (see `run_identity`). With args.eval_only nothing is written, and the checkpoint
+        is the one to score. UserError, before anything is changed, for a folder that cannot be
+        used and for a run or checkpoint of another kind.
         """
         folder, stored, named = expanded(folder), None, None
         self._identity = json.loads(as_json(identity))
@@ -701,14 +693,14 @@ class Run:
     def save(self, path, state):
         """Write `state` (tensors, numbers, text, containers of them) so that a kill at any moment
         leaves a file that loads. `x_last.pt` keeps its predecessor as `x_prev.pt`. A text, not a
-        Path, names a file in `out`; without `out` it is not written. SafeStop for nan or inf in a
-        tensor and for a disk that does not take it; the old file is intact then."""
+        Path, names a file in `out`, if there is one. SafeStop, with the old file intact, for nan
+        or inf in a tensor and for a disk that does not take it."""
         if path := self._inside(path):
             self.on_first(lambda: write_checkpoint(path, state))
 
     def load(self, path):
-        """The checkpoint at `path` (see `save`), or its predecessor when that is damaged or gone;
-        None when neither is there. Raises UserError when none can be read."""
+        """The checkpoint at `path`, or its predecessor when that is damaged or gone; None when
+        neither is there. UserError when none can be read."""
         path = self._inside(path)
         there = [x for x in (path, path and previous(path)) if x and x.exists()]
         try:
