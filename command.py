@@ -42,7 +42,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args, aliases=None, refused=None, **options):
         super().__init__(*args, allow_abbrev=False, **options)
-        self.aliases, self.refused = aliases or {}, refused or {}
+        self.aliases = aliases or {}
+        self.refused = {"--local-rank": "torchrun sets it", **(refused or {})}
         self.add_argument("--config", metavar="FILE", help="take the flags of a run's config.json")
 
     def error(self, message):
@@ -51,6 +52,9 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         words = [self.spelled(word) for word in (sys.argv[1:] if args is None else args)]
         parsed, odd = super().parse_known_args(words, namespace)
+        if getattr(parsed, "eval_only", False) and parsed.output_dir and not parsed.config:
+            own = expanded(parsed.output_dir) / "config.json"  # a run is scored as it was trained
+            parsed.config = str(own) if own.is_file() else None
         if parsed.config:
             self.take_defaults(parsed.config, words)
             parsed, odd = super().parse_known_args(words, namespace)
@@ -64,10 +68,9 @@ class Parser(argparse.ArgumentParser):
 
     def spelled(self, word):
         flag, equals, value = word.partition("=")
-        if not flag.startswith("--"):
-            return word
-        flag = flag.replace("_", "-")
-        flag = self.aliases.get(flag, flag)
+        if flag.startswith("--"):
+            flag = flag.replace("_", "-")
+            flag = self.aliases.get(flag, flag)
         if flag in self.refused:
             self.error(f"{flag} is not a flag here: {self.refused[flag]}")
         return flag + equals + value
@@ -83,7 +86,7 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             value = values.get(action.dest)
             if value is not None and named.isdisjoint(action.option_strings) and (
-                    action.dest not in ("resume", "overwrite", "debug")):
+                    action.dest not in ("resume", "overwrite", "debug", "dry_run", "export")):
                 typed = not isinstance(value, (bool, list))
                 self.set_defaults(**{action.dest: str(value) if typed else value})
 
@@ -92,7 +95,7 @@ def add_device_flags(add):
     """The flags of all that computes; add: the `add_argument` of a parser or group."""
     add("--device", default="auto", help="auto, cuda, cuda:N, npu, npu:N, mps or cpu")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
-        help="of matrix products; auto: bf16 on a GPU that has it, else fp32")
+        help="of matrix products; auto: bf16, else fp16, on an NVIDIA GPU; fp32 elsewhere")
     add("--workers", type=whole(-1), default=-1, help="processes that read images; -1 chooses")
     add("--debug", action="store_true", help="show tracebacks")
 
@@ -219,14 +222,12 @@ def interrupt(number):
 
 def on_signals(answer, *numbers):
     """From now on these signals call answer(number) -> the handlers before, {number: handler}.
-    Loader workers inherit this: SIGTERM ends one at once, and Ctrl-C is for its parent."""
+    Loader workers inherit this and do nothing: a signal is for their parent."""
     owner = os.getpid()
 
     def handle(number, frame):
         if os.getpid() == owner:
             answer(number)
-        elif number == signal.SIGTERM:
-            os._exit(128 + number)
     return {number: signal.signal(number, handle) for number in numbers}
 
 

@@ -301,8 +301,8 @@ def make_loader(dataset, batch_size, seed=0, shuffle=True, drop_last=None, rank=
     """DataLoader over an ImageSet with a transform; `loader.batch_sampler` is the Batches.
 
     `batch_size` is global. Batches depend neither on `workers` nor on how they are started. The
-    options go to DataLoader; those that only concern workers are ignored when there are none. A
-    worker that dies, or gives nothing for `timeout` seconds (600), raises LostWorker.
+    options go to DataLoader. A worker that dies, or gives nothing for `timeout` seconds (600),
+    raises LostWorker.
     """
     batches = Batches(len(dataset), batch_size, seed, rank, world_size, shuffle, drop_last)
     return load_batches(dataset, batches, workers, options)
@@ -730,6 +730,6 @@ def add_data_flags(parser):
     group.add_argument("--no-download", action="store_true",
                        help="refuse rather than fetch images that are not there")
     group.add_argument("--classes", nargs="+", metavar="NAME", help="train and test on these only")
-    group.add_argument("--template", action="append", metavar="TEXT", help="prompt with {} for the "
-                       "class; give several for their mean (default: the paper's one)")
+    group.add_argument("--template", action="extend", nargs="+", metavar="TEXT", help="prompt with "
+                       "{} for the class; of several the mean (default: the paper's one)")
     return group

@@ -388,6 +388,8 @@ class Run:
                 for batch in loader:
                     self._spent[2] += time.monotonic() - self._asked
                     yield batch
+                    if at.step >= at.steps:  # a signal may have come since the last `tick`
+                        self._stopping = max(self.gather_objects(self._signal))
                     if self._stopping:
                         raise shared(KeyboardInterrupt(self._stopping))
                     if at.step >= at.steps:
@@ -402,9 +404,8 @@ class Run:
         weights moved. Call it after `sum_gradients`.
 
         If a gradient or this step's loss is inf or nan in any process, the step changes nothing:
-        no weights, moments, decay, nor buffers given to `load_training`; and the loss scale only
-        where nothing but the scaled gradients overflowed. On cuda with a fused optimizer it does
-        not wait for the device, but in fp16.
+        no weights, moments, decay, nor buffers given to `load_training`; the loss scale only where
+        nothing but scaled gradients overflowed. A fused cuda optimizer waits for it in fp16 alone.
         """
         if scaler.is_enabled():
             scaler.unscale_(optimizer)
@@ -719,7 +720,6 @@ class Run:
         return {"torch": torch.get_rng_state(), "device_type": self.device.type, "device": own}
 
     def _set_random_state(self, states):
-        """states: what `_random_state` gave in each process."""
         state = states[min(self.rank, len(states) - 1)]
         torch.set_rng_state(state["torch"].cpu())
         if state["device_type"] != self.device.type or len(states) != self.world_size:
@@ -761,5 +761,5 @@ def refuse_other(ours, theirs, where, advice="", keys=()):
                                     "to start from goes to --weights")
     if {*changed} <= {"epochs", "max_steps"} and pathlib.Path(where, "results.json").exists():
         what, default = "a finished run", (
-            f"to train on from its best weights: --weights {where} --output-dir OTHER")
+            f"to train on from its weights: --weights {where} --output-dir OTHER")
     raise UserError(f"{where} is of {what} ({'; '.join(how)}): {advice or default}")

@@ -18,10 +18,10 @@ import hashlib
 import importlib
 import io
 import json
-import math
 import os
 import pathlib
 import re
+import signal
 import warnings
 import zipfile
 
@@ -111,23 +111,6 @@ def sample_seed(seed, epoch, index):
     return state >> 1
 
 
-def crop_box(width, height, generator, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
-    """A random (left, top, right, bottom), draw for draw as torchvision's RandomResizedCrop: area
-    uniform, aspect log-uniform, ten tries, then the largest central box of an allowed aspect."""
-    low, high = torch.tensor(ratio).log().tolist()  # rounded to fp32, as there
-    for _ in range(10):
-        area = width * height * torch.empty(1).uniform_(*scale, generator=generator).item()
-        aspect = torch.empty(1).uniform_(low, high, generator=generator).exp().item()
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            top = torch.randint(0, height - h + 1, (1,), generator=generator).item()
-            left = torch.randint(0, width - w + 1, (1,), generator=generator).item()
-            return left, top, left + w, top + h
-    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
-
-
 class Preprocess:
     """PIL image, or uint8 (H, W, 3) array -> uint8 (3, size, size); `normalise` finishes a batch.
 
@@ -136,7 +119,7 @@ class Preprocess:
     a random resized crop of `scale` times the area (None: no crop) and, with `flip`, a flip:
     torchvision's own under torch.manual_seed(sample_seed(seed, epoch, index)). Then `augment`, some
     of: "colour", ColorJitter(0.2, 0.2, 0.2); "randaugment", two operations of RandAugment (Cubuk et
-    al. 2020) at magnitude 9. Both are torchvision's; DataError without it. No draw depends on
+    al. 2020) at magnitude 9. DataError where torchvision does not import. No draw depends on
     `size`: a student and a teacher of another size see the same view.
     """
 
@@ -147,7 +130,8 @@ class Preprocess:
         self.filter = getattr(Image.Resampling, interpolation.upper())
         if not set(augment) <= set(EXTRAS):
             raise DataError(f"augment {list(augment)}: expected some of {', '.join(EXTRAS)}")
-        self.extras = [EXTRAS[name](import_torchvision("transforms")) for name in augment if train]
+        transforms = import_torchvision("transforms") if train else None  # once, before workers
+        self.extras = [EXTRAS[name](transforms) for name in augment if train]
 
     @classmethod
     def of(cls, model, train=False, **options):
@@ -159,17 +143,18 @@ class Preprocess:
         image = to_rgb(image if isinstance(image, Image.Image) else Image.fromarray(image))
         if not self.train:
             return to_tensor(self.fit(image, whole=self.squash))
-        generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch, index))
-        if self.scale:
-            image = image.crop(crop_box(*image.size, generator, self.scale))
-        image = self.fit(image, whole=self.scale or self.squash)
-        if self.flip and torch.rand(1, generator=generator).item() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if self.extras:
-            with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-                torch.manual_seed(sample_seed(self.seed + 1, epoch, index))
-                for extra in self.extras:
-                    image = extra(image)
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the CPU's generator
+            torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
+            if self.scale:
+                crop = import_torchvision("transforms").RandomResizedCrop
+                top, left, height, width = crop.get_params(image, self.scale, (3 / 4, 4 / 3))
+                image = image.crop((left, top, left + width, top + height))
+            image = self.fit(image, whole=self.scale or self.squash)
+            if self.flip and torch.rand(1).item() < 0.5:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            torch.default_generator.manual_seed(sample_seed(self.seed + 1, epoch, index))
+            for extra in self.extras:
+                image = extra(image)
         return to_tensor(image)
 
     def fit(self, image, whole):
@@ -202,8 +187,8 @@ def import_torchvision(part):
 
 
 def normalise(images, mean=CLIP_MEAN, std=CLIP_STD):
-    """Pixel values 0 .. 255, uint8 or float (B, 3, H, W) on any device -> a new float32 tensor
-    there, (images / 255 - mean) / std; the bits of torchvision's ToTensor + Normalize on a CPU."""
+    """Pixels 0 .. 255, uint8 or float (B, 3, H, W) on any device -> a new float32 tensor there,
+    (images / 255 - mean) / std; the bits of torchvision's ToTensor + Normalize on a CPU."""
     images = images.to(torch.float32, copy=True).div_(255)
     for channel, (m, s) in enumerate(zip(mean, std, strict=True)):  # a tensor would be an upload
         images[:, channel].sub_(m).div_(s)
@@ -233,8 +218,8 @@ def is_image(name):
 
 
 def walk(folder):
-    """Every posix path below `folder`; directories end in "/". A directory reached twice through
-    links is entered once, so a loop of links ends. Raises DataError."""
+    """Every posix path below `folder`; directories end in "/" and are entered once, so a loop of
+    links ends. Raises DataError."""
     def refuse(error):
         raise DataError(f"cannot list {error.filename} ({error.strerror}); make it readable")
     seen = set()
@@ -251,8 +236,8 @@ def walk(folder):
 
 @functools.lru_cache(maxsize=None)
 def open_zip(path, pid, changed):
-    """Each process opens a zip for itself, once: two that share one open file after a fork also
-    share its read position, and would read each other's bytes. Raises DataError."""
+    """Each process opens a zip for itself: two that share an open file after a fork share its read
+    position too, and would read each other's bytes. Raises DataError."""
     try:
         archive = zipfile.ZipFile(path)
         if bad := list(filter(leaves_folder, archive.namelist())):
@@ -297,6 +282,16 @@ class ImageStore:
             raise ValueError(f"{size:,} bytes are too many")
         return self.archive().read(info) if self.zipped else file.read_bytes()
 
+    def stamp(self, path):
+        """What changes with the bytes of a file: its size and checksum or time; () without one."""
+        if not self.has(path):
+            return ()
+        if self.zipped:
+            info = self.archive().getinfo(self.prefix + path)
+            return info.file_size, info.CRC
+        found = os.stat(os.path.join(self.path, self.prefix, path))
+        return found.st_size, found.st_mtime_ns
+
     def read(self, path):
         """The bytes of one file, of a zip's with its CRC checked. Raises UnreadableImage."""
         try:
@@ -321,6 +316,10 @@ class SpanStore(ImageStore):
 
     def has(self, path):
         return path in self.index
+
+    def stamp(self, path):
+        span = self.index.get(path)
+        return (str(span[0]), *span[1:], os.stat(span[0]).st_mtime_ns) if span else ()
 
     def raw(self, path):
         file, offset, size = self.index[path]
@@ -373,9 +372,9 @@ SPLITS = ("train", "val", "test")
 class Source:
     """What lies somewhere, before a split is chosen.
 
-    rows    {"train", "val", "test", or "all" where there are no splits: [(path, label), ...]}, or
-            of captions [(path, caption, query), ...]. Rows of one query are one search text with
-            several images; path "" is a text without an image, caption "" an image without a text
+    rows    {"train", "val", "test", or "all" without splits: [(path, label), ...]}, or of captions
+            [(path, caption, query), ...]. Rows of one query are one search text with several
+            images; path "" is a text without an image, caption "" an image without a text
     store   where the images lie; None: they are looked for
     lists   {stem of an image's name: its split}, where splits are lists of images
     """
@@ -515,18 +514,25 @@ class Loader(DataLoader):
         except RuntimeError as error:
             if not str(error).startswith(("DataLoader worker", "DataLoader timed out")):
                 raise
+            for worker in self._iterator._workers:  # one that hangs does not hear SIGTERM
+                with contextlib.suppress(RuntimeError):  # torch raises at its death
+                    worker.kill()
+                    worker.join()
             raise LostWorker(f"{one_line(error).split('. ')[0]}: look at the memory that is free, "
                              f"or read with --workers 0, which shows the image that does it; the "
                              f"last checkpoint is intact") from error
 
 
+def ignore_stop(worker):
+    """A stop is often sent to the whole group; the parent needs one more batch before it saves."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def load_batches(dataset, batches, workers, options):
     """A Loader over any data set with .transform, as `batches` order it."""
     if workers:
-        options = {"persistent_workers": True, "timeout": 600, **options}
-    else:
-        for key in ("persistent_workers", "multiprocessing_context", "prefetch_factor", "timeout"):
-            options.pop(key, None)
+        options = {"persistent_workers": True, "timeout": 600, "worker_init_fn": ignore_stop,
+                   **options}
     join = functools.partial(collate, size=dataset.transform.size)
     return Loader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=join,
                   generator=torch.Generator(), **options)  # else it draws from the global one

@@ -18,12 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from captions import LAYOUTS, list_pairs
-from images import (Batches, DataError, Images, load_batches, locate, one_line, places, sample_seed,
-                    SpanStore, UnreadableImage)
+from images import (Batches, DataError, ignore_stop, Images, load_batches, locate, one_line,
+                    places, sample_seed, SpanStore, UnreadableImage)
 
 
 class Retrieval(NamedTuple):
@@ -123,9 +122,13 @@ class PairSet(Images):
         chosen.take(rows)
         return chosen
 
-    def cache(self, run, side, folder, limit=8 << 30, workers=0):
-        """Decode every image once, to at most `side` pixels on its short side (never enlarged),
-        into one file of `folder`; further crops come from there. Returns the set.
+    def stamps(self):
+        """What identifies the images: other files, or other bytes under their names, change it."""
+        return [str(self.store), [(path, *self.store.stamp(path)) for path in self.paths]]
+
+    def cache(self, run, folder, limit=8 << 30, workers=0):
+        """Decode every image once, into one file of `folder`, where it is read from then on.
+        Returns the set. No pixel changes: a smaller copy would, and so would random crops of it.
 
         The first process fills it (run: a Run, or None for one process), all read it through the
         memory that they share, and the next run finds it. If it would take over `limit` bytes, that
@@ -133,9 +136,9 @@ class PairSet(Images):
         """
         if limit <= 0 or self.pixels:
             return self
-        identity = json.dumps([self.paths, str(self.store), side])
+        identity = json.dumps(self.stamps())
         file = pathlib.Path(folder, hashlib.sha256(identity.encode()).hexdigest()[:24] + ".pixels")
-        fill = functools.partial(fill_pixels, self, side, file, limit, workers)
+        fill = functools.partial(fill_pixels, self, file, limit, workers)
         reason = run.on_first(fill) if run else fill()
         if reason or not file.is_file():
             self.notes.append(f"{self.split} images are decoded at every use: {reason or file}")
@@ -147,19 +150,17 @@ class PairSet(Images):
         return self
 
 
-def as_ppm(image, epoch, index, side):
-    """RGB image -> its pixels as the bytes of a PPM file, its short side at most `side`."""
-    shrink, out = min(1, side / min(image.size)), io.BytesIO()
-    if shrink < 1:
-        image = image.resize([round(length * shrink) for length in image.size], Image.BICUBIC)
+def as_ppm(image, epoch, index):
+    """RGB image -> its pixels as the bytes of a PPM file."""
+    out = io.BytesIO()
     image.save(out, "ppm")
     return out.getvalue()
 
 
-def fill_pixels(pairs, side, file, limit, workers):
+def fill_pixels(pairs, file, limit, workers):
     """Write the images of a set into `file`, and where each begins and its bytes into a JSON beside
     it -> None, or why not. The JSON comes last: it says that the file is whole."""
-    items = pairs.with_transform(functools.partial(as_ppm, side=side)).image_items()
+    items = pairs.with_transform(as_ppm).image_items()
     index, begin, spans = file.with_suffix(".json"), 0, []
     if index.is_file():
         return None
@@ -167,6 +168,7 @@ def fill_pixels(pairs, side, file, limit, workers):
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "wb") as out:
             for content, position, i in DataLoader(items, None, num_workers=workers,
+                                                   worker_init_fn=ignore_stop,
                                                    generator=torch.Generator()):
                 spans.append((begin, len(content)) if position >= 0 else None)
                 begin += out.write(content)
@@ -322,12 +324,12 @@ def make_pair_loader(pairs, batch_size, seed=0, captions="one", rank=0, world_si
     return load_batches(pairs, batches, workers, options)
 
 
-def decode_once(run, sets, size, folder, args):
-    """`PairSet.cache` the images of some sets for models that take `size` pixels, as the flags say
-    -> loader options. What is decoded needs no workers, unless --workers asks for them."""
+def decode_once(run, sets, folder, args):
+    """`PairSet.cache` the images of some sets, as the flags say -> loader options. What is decoded
+    needs no workers, unless --workers asks for them."""
     options = run.loader_options(args.workers)
     for pairs in sets:
-        pairs.cache(run, size * 8 // 7, folder, int(args.cache_gb * 2 ** 30), options["workers"])
+        pairs.cache(run, folder, int(args.cache_gb * 2 ** 30), options["workers"])
     if args.workers < 0 and all(pairs.pixels for pairs in sets):
         options["workers"] = 0
     return options
@@ -350,7 +352,7 @@ def gigabytes(text):
     return float(text)
 
 
-def add_pair_flags(parser):
+def add_pair_flags(parser, training=True):
     """The flags of captioned data, the same in every script."""
     group = parser.add_argument_group("images with captions")
     group.add_argument("--data", default="demo", help="a folder, a caption file, shards such as "
@@ -361,8 +363,9 @@ def add_pair_flags(parser):
     group.add_argument("--caption-file", help="another caption file, such as a translation")
     group.add_argument("--image-column", help="default: found by name")
     group.add_argument("--caption-column", help="default: found by name")
-    group.add_argument("--captions", choices=("one", "all"), default="one", help="in each epoch "
-                       "one caption of each image, or all (default: one)")
+    if training:
+        group.add_argument("--captions", choices=("one", "all"), default="one", help="in each "
+                           "epoch one caption of each image, or all (default: one)")
     group.add_argument("--cache-gb", type=gigabytes, default=8.0, help="keep decoded images in a "
                        "file of at most this size, 0: do not (default: 8)")
     return group

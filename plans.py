@@ -84,14 +84,15 @@ FLAGS = ("data", "caption_file", "val", "freeze", "wise", "epochs", "batch_size"
          "lr", "wd", "warmup", "grad_clip", "early_stop", "augment")
 OF_THE_RUN = ("model", "weights", "tokenizer", "activation", "max_text", "seed", "data_dir")
 DROPPED = {
-    "scale": 'freeze ["logit_scale"] holds it', "steps": "give epochs", "layout": "it is a flag",
-    "image_lr": "give layer_decay or freeze", "text_lr": "give layer_decay or freeze",
-    "max_samples": "give matching, or --dry-run", "captions": "it is a flag",
-    "flip": "list it in augment", "colour": "list it in augment", "accum_steps": "give micro_batch",
-    "lora": "give freeze, layer_decay or wise", "distill": "give replay or wise",
-    "mask_ratio": "give recompute or micro_batch", "dropout": "it is the model's own",
-    "bn": "BatchNorm keeps its statistics", "select": "mean recall chooses",
-    "eval_every": "every epoch is judged",
+    "scale": 'freeze ["logit_scale"] holds it', "steps": "give epochs", "init": "give weights",
+    "context_length": "give max_text", "max_samples": "give matching, or --dry-run",
+    "accum_steps": "give micro_batch", "lora": "give freeze, layer_decay or wise",
+    "distill": "give replay or wise", "mask_ratio": "give recompute or micro_batch",
+    "dropout": "it is the model's own", "bn": "BatchNorm keeps its statistics",
+    "select": "mean recall chooses", "eval_every": "every epoch is judged",
+    **dict.fromkeys(("layout", "captions"), "it is a flag"),
+    **dict.fromkeys(("flip", "colour"), "list it in augment"),
+    **dict.fromkeys(("image_lr", "text_lr"), "give layer_decay or freeze"),
     **dict.fromkeys(("wd_rule", "beta2", "eps", "schedule", "min_lr"), "AdamW(0.9, 0.98, 1e-6), a "
                     "warm-up and half a cosine are fixed; matrices decay")}
 RESERVED = ("init", "cache", "export", "embeddings", "search", "tensorboard")  # folders of a run
@@ -106,8 +107,12 @@ def refuse(where, why, *, when):
         raise UserError(f"{where}: {why}")
 
 
+def refuse_unknown(where, name, known):
+    why = f": {DROPPED[name]}" if name in DROPPED else nearest(name, known)
+    refuse(where, f"unknown key {name!r}{why}", when=name not in known)
+
+
 def refuse_kind(where, name, value, kind):
-    """UserError if a value is no list or dict where `kind` is that, else if it is no word."""
     shape, wanted = {list: (list, "a list"), dict: (dict, "an object")}.get(
         kind, ((str, int, float), "a text or a number"))
     refuse(where, f"{name} is {value!r}; expected {wanted}",
@@ -115,7 +120,7 @@ def refuse_kind(where, name, value, kind):
 
 
 def refuse_name(where, name, taken):
-    """UserError unless a name does for a folder, also on a disk that does not tell A from a."""
+    # A and a are one folder on some disks.
     refuse(where, f"the name {name!r} is a folder's: expected 1 to 40 letters, digits, dots, - and "
            f"_, and none of {', '.join(taken)}", when=not re.fullmatch(r"\w[\w.-]{0,39}", name)
            or name.casefold() in [other.casefold() for other in taken])
@@ -135,7 +140,7 @@ def read_plan(args):
            when=not isinstance(plan, dict) or not plan.get("stages"))
     known = ("name", *kinds, *OF_THE_RUN)
     for name, value in plan.items():
-        refuse(place, f"unknown key {name!r}{nearest(name, known)}", when=name not in known)
+        refuse_unknown(place, name, known)
         refuse_kind(place, name, value, kinds.get(name))
     return plan
 
@@ -151,8 +156,7 @@ def read_keys(entries, where):
     """Keys of a stage -> {field of Stage: value}, each word read as on the command line."""
     found = {}
     for name, value in entries.items():
-        refuse(where, f"{name!r} is no key any more: {DROPPED.get(name)}", when=name in DROPPED)
-        refuse(where, f"unknown key {name!r}{nearest(name, KEYS)}", when=name not in KEYS)
+        refuse_unknown(where, name, KEYS)
         field, read = KEYS[name], KEYS[name].metadata["read"]
         refuse_kind(where, name, value, field.type)
         try:

@@ -82,10 +82,11 @@ def encode_texts(run, model, tokenizer, texts, max_text=None):
 
 def frozen_features(run, model, pairs, folder, tower, workers=-1):
     """What the image tower makes of every image before its head, (n, F), kept in `folder` for the
-    next run under a name made of `tower`, the digest of its weights, of the data's fingerprint and
-    of what makes pixels. nan where an image cannot be read; DataError if those are too many."""
+    next run under a name made of `tower`, the digest of its weights, of the data and of what
+    makes pixels. nan where an image cannot be read; DataError if those are too many."""
     look = {name: repr(value) for name, value in sorted(vars(pairs.transform).items())}
-    identity = json.dumps([tower, pairs.fingerprint, pairs.split, pairs.paths, look, run.precision])
+    identity = json.dumps([tower, pairs.fingerprint, pairs.split, pairs.stamps(), look,
+                           run.precision])
     key = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()[:24]
     path = pathlib.Path(folder) / f"{key}.features.pt"
     if stored := run.load(path):

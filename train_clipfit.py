@@ -52,8 +52,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from clip_model import text_pieces, unit
-from data import (add_data_flags, class_prompts, DataError, few_shot, find_classes, halves,
-                  KNOWN, make_loader, normalise, open_dataset, Preprocess, require_words)
+from data import (add_data_flags, class_prompts, DataError, dataset_name, few_shot, find_classes,
+                  halves, KNOWN, make_loader, normalise, open_dataset, Preprocess, require_words)
 from large_batch import TwoPass
 from scores import classification_scores, encode_images, linear_probe, zero_shot
 from tokenizer import for_model
@@ -218,7 +218,8 @@ def run_once(run, task, few, val, folder, args, identity):
             run.log(0, "zero-shot", **summary(task.zero_shot, args))
         if args.eval_only and stored:
             run.restore(stored, task.trainable)
-            step, identity = stored["step"], {**identity, **stored["identity"]}
+            step = stored["step"]
+            identity = {**identity, **{key: stored["identity"][key] for key in ("shots", "seed")}}
         elif not args.eval_only and len(few):
             for note in few.preload(IN_MEMORY).notes:
                 run.say(note)
@@ -320,20 +321,21 @@ def tabulate(run, results, args):
                          "mean": means[-1],
                          "std": statistics.stdev(values) if len(values) > 1 else math.nan,
                          "gain": means[-1] - before})
+    rows = [{key: "" if x != x else x for key, x in row.items()} for row in rows]  # no nan
     lines = [rows[0], ["---:"] * len(rows[0]), *(row.values() for row in rows)]
     table = "\n".join("| " + " | ".join(
-        str(x) if isinstance(x, (int, str)) else "" if math.isnan(x) else f"{x:.2f}"
-        for x in line) + " |" for line in lines)
+        f"{x:.2f}" if isinstance(x, float) else str(x) for x in line) + " |" for line in lines)
     run.write("table.md", table + "\n")
     run.write("table.csv", csv_text(rows[0], (row.values() for row in rows)))
     run.say(table)
     same = ("method", "data", "model", "setting", "trainable_parameters", "trainable_tensors",
             "zero_shot_accuracy")
     last = rows[-1]  # one number for the table: the mean at the last of --shots
-    return run.finish({**{key: results[0][key] for key in same}, "shots": args.shots,
-                       "seed": args.seed, "accuracy": last["mean"], "gain": last["gain"],
-                       "linear_probe_accuracy": last["linear probe"],
-                       "accuracy_at_shots": last["shots"], "runs": results})
+    found = {**{key: results[0][key] for key in same}, "shots": args.shots, "seed": args.seed,
+             "accuracy": last["mean"], "gain": last["gain"], "accuracy_at_shots": last["shots"]}
+    if last["linear probe"] != "":  # it cannot know new classes
+        found["linear_probe_accuracy"] = last["linear probe"]
+    return run.finish({**found, "runs": results})
 
 
 # -----------------------------------------------------------------------------
@@ -432,11 +434,13 @@ def open_task(run, args, train_set, tests):
 def main(args):
     """Every (shots, seed) of the command line -> the results of the one run, or of the table."""
     run = start(args.device, args.precision, args.seed[0], args.deterministic)
+    also = still_to_fetch(args)  # raises for weights that are nowhere, before data is fetched
     try:
         train_set, val, labels, tests = open_data(run, args)
-    except DataError as error:  # all that a published set still needs is said at once
-        also = still_to_fetch(args) if args.data in KNOWN else ""
-        raise UserError("; ".join(filter(None, (str(error), also)))) from error
+    except DataError as error:
+        if also and dataset_name(args.data):  # all that a published set needs is said at once
+            error.args = (f"{error}; {also}",)
+        raise
     task = open_task(run, args, train_set, tests)
     name = task.model.origin["name"]
     facts = {"method": "clipfit", "data": train_set.fingerprint, "data_name": train_set.name,
@@ -469,7 +473,10 @@ ALIASES = {
     "--checkpoint": "--weights", "--lambda": "--reg-weight", "--seeds": "--seed",
     "--max-epochs": "--epochs", "--learning-rate": "--lr", "--weight-decay": "--wd",
     "--num-workers": "--workers", "--output": "--output-dir", "--max-grad-norm": "--grad-clip"}
-REFUSED = {"--accum-steps": "--micro-batch says how many images are in memory at a time"}
+REFUSED = {"--accum-steps": "--micro-batch says how many images are in memory at a time",
+           "--trainer": "CLIPFit is all that this script trains",
+           "--dataset-config-file": "--data dtd names a data set, and brings its recipe",
+           "DATASET.NUM_SHOTS": "--shots 4 says it"}
 
 
 def get_args(argv=None):

@@ -344,11 +344,11 @@ class Data:
     ids: torch.Tensor | None = None      # (M, 2), see pairs.identities
 
 
-def open_data(run, model, tokenizer, args):
-    """The pairs that the flags name, and the images of --zero-shot, checked -> Data."""
+def open_data(run, model, tokenizer, splits, args):
+    """The pairs of `open_splits`, and the images of --zero-shot, checked -> Data."""
     plain, labelled = Preprocess.of(model), None
     crop = Preprocess.of(model, train=True, seed=args.seed, flip=False, scale=(args.crop, 1.0))
-    train, val, test = open_splits(args)
+    train, val, test = splits
     train = train.with_transform(crop if args.crop else plain)
     val, test = (pairs and pairs.with_transform(plain) for pairs in (val, test))
     if val and (not test or test.paths == val.paths):
@@ -379,8 +379,7 @@ def prepare(run, model, data, folder, args):
         data.pooled = {pairs.split: frozen_features(run, model, pairs, cache, tower,
                                                     workers=args.workers) for pairs in splits}
     elif training:
-        options = decode_once(run, [*filter(None, (train, data.val))], model.config.image_size,
-                              cache, args)
+        options = decode_once(run, [*filter(None, (train, data.val))], cache, args)
         if frozen:
             train.notes.append("with --crop 0 the frozen image tower would see an image only once")
     for note in (*model.origin["notes"], *(note for pairs in splits for note in pairs.notes)):
@@ -442,10 +441,11 @@ def main(args):
     run = start(args.device, args.precision, args.seed, args.deterministic)
     if args.dry_run:
         args.max_steps = 2
+    splits = open_splits(args)  # before weights are fetched
     model = open_model(args)
     tokenizer = for_model(model, args.tokenizer)
     args.max_text = min(args.max_text, model.config.context_length)
-    data = open_data(run, model, tokenizer, args)
+    data = open_data(run, model, tokenizer, splits, args)
     if not args.eval_only:  # refuses a batch that is larger than the data
         PairBatches(data.train, args.batch_size, captions=args.captions)
     folder = run_folder(args, "train_contrastive", f"{data.train.name}_{model.origin['name']}")

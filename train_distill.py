@@ -14,8 +14,8 @@ rows of the cross-entropy of softmax(z) to targets T (I: the target of row i is 
 
 The task weighs less: captions are noisy, and a teacher's targets allow for it. Off by default:
 --hint and --attention compare maps inside the image towers; --ema scores a moving average of the
-student, and --ema-teacher W adds W * crd against it; --text-teacher, a BERT with features r, turns
-the task's targets into 0.8 I + 0.2 softmax(10 r r^T).
+student, and --ema-teacher W adds W * crd against it; --text-teacher, a BERT with centred features
+r, turns the task's targets into 0.8 I + 0.2 softmax(10 r r^T).
 
     python train_distill.py                                   the demo on a CPU, under a minute
     python train_distill.py --task 1 --crd 0 --fd 0           its student, taught by the pairs alone
@@ -604,8 +604,7 @@ def prepare(run, setup, args):
         model, tokenizer = setup.text_teacher
         similar = encode_texts(run, run.move(model), tokenizer, captions)
         similar = unit(similar - similar.mean(dim=0))  # without what all captions have in common
-    options = decode_once(run, [*filter(None, (train, setup.val))],
-                          max(size for size, *_ in looks), run.out / "cache", args)
+    options = decode_once(run, [*filter(None, (train, setup.val))], run.out / "cache", args)
     if stored:
         shown = ShownPairs(train, stored.views(looks), len(stored.images), args.seed)
     else:

@@ -33,9 +33,9 @@ the file RUN/NAME/wise_best.pt, and the start of a later stage that says "from":
 
 Different from Chinese-CLIP's trainer: recall is measured on the whole held-out set, not inside
 batches; a missing parent, a batch larger than the data and a warm-up as long as the stage are
-refused before any work; the gradient is that of the whole batch on any number of processes; gains
-never decay, BERT's LayerNorm included; BatchNorm keeps its statistics. Scores are in %; r1 is the
-mean of both directions' R@1.
+refused before any work; the gradient is that of the whole batch on any number of processes (only
+BERT's dropout draws otherwise); gains never decay, BERT's LayerNorm included; BatchNorm keeps its
+statistics. Scores are in %; r1 is the mean of both directions' R@1.
 """
 import argparse
 import copy
@@ -288,7 +288,7 @@ def train(run, model, stage, loader, tokens, judge, checkpoint):
 def open_batches(run, model, stage, tokenizer, args):
     """-> the loader of a stage's pairs and of those it replays, and the tokens of all captions."""
     parts = [part.train for part in stage.parts]
-    options = decode_once(run, parts, model.config.image_size, stage.folder.parent / "cache", args)
+    options = decode_once(run, parts, stage.folder.parent / "cache", args)
     view = Preprocess.of(model, train=bool(stage.augment), seed=args.seed,
                          scale=(0.8, 1.0) if "crop" in stage.augment else None,
                          flip="flip" in stage.augment,
@@ -481,6 +481,7 @@ def main(args):
     if args.resume not in ("auto", "none"):
         raise UserError("--resume: a plan goes on by itself; --weights starts from a checkpoint")
     run = start(args.device, args.precision, args.seed, args.deterministic)
+    tests = open_data(stages, plan.get("eval_sets", {}), args)  # before weights are fetched
     model = open_clip(args)
     tokenizer = for_model(model, args.tokenizer)
     model.vocabulary = tokenizer.facts()  # goes into every file of the run
@@ -490,7 +491,6 @@ def main(args):
         check_layout(model.config, args.export)
     for note in model.origin["notes"]:
         run.say(note)
-    tests = open_data(stages, plan.get("eval_sets", {}), args)
     opened = [*tests.values(), *(stage.train for stage in stages)]
     if args.workers < 0 and max(len(pairs.paths) for pairs in opened) <= FEW:
         args.workers = 0

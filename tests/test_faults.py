@@ -68,6 +68,16 @@ def signal_at(step, number=signal.SIGTERM):
     at_step(step, lambda: signal.raise_signal(number))
 
 
+def signal_after_the_last_step():
+    real = device.Run.save_training
+
+    def save(run, at, *rest, **more):
+        if at.step == at.steps:
+            signal.raise_signal(signal.SIGINT)
+        return real(run, at, *rest, **more)
+    device.Run.save_training = save
+
+
 # -----------------------------------------------------------------------------
 # Ends that come from outside
 
@@ -80,6 +90,7 @@ FAULTS = {  # what happens -> the exit code, and words of the last line
     "killed in a step": (lambda: at_step(3, die), 137),
     "SIGTERM in an epoch": (lambda: signal_at(4), 143, "--resume auto"),
     "Ctrl-C at an epoch's end": (lambda: signal_at(3, signal.SIGINT), 130, "--resume auto"),
+    "Ctrl-C after the last step": (signal_after_the_last_step, 130, "--resume auto"),
     "SIGTERM at the end": (lambda: at_call(device.Run, "finish", 1, lambda: signal.raise_signal(
         signal.SIGTERM)), 143, "--resume auto"),
     "a full disk": (lambda: at_step(5, disk_fills), 3, "checkpoint", "intact"),
@@ -114,6 +125,15 @@ def test_a_worker_that_dies_is_named(data, tmp_path):
                 module.read_image = read
     result = after(dies, "contrastive", data, tmp_path / "run", "--workers", 1, "--cache-gb", 0)
     one_line(result, 3, "DataLoader worker")
+
+
+def test_a_stop_of_the_whole_group_is_answered_after_a_checkpoint(data, tmp_path):
+    def stopped():  # as `timeout` and schedulers do
+        os.setsid()
+        at_step(4, lambda: os.killpg(0, signal.SIGTERM))
+    result = after(stopped, "contrastive", data, tmp_path / "run", "--workers", 2, "--cache-gb", 0)
+    one_line(result, 143, "--resume auto")
+    assert checkpoint(tmp_path / "run")["step"] == 4
 
 
 # -----------------------------------------------------------------------------

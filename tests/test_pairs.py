@@ -654,31 +654,33 @@ def views(pairs):
             for c in range(0, len(pairs), 3)]
 
 
-def test_a_cache_gives_the_pixels_of_no_cache_where_sides_allow(tmp_path):
+def test_a_cache_gives_the_pixels_of_no_cache_and_sees_that_a_file_has_changed(tmp_path):
     plain = open_pairs(table(tmp_path, 9, 2, broken=[1]), "train")
     for workers in (0, 2, 0):  # the last finds the file of the first
         pairs = open_pairs(tmp_path, "train")
-        assert pairs.cache(None, 16, tmp_path / f"c{workers}", workers=workers) is pairs
+        assert pairs.cache(None, tmp_path / f"c{workers}", workers=workers) is pairs
         assert views(plain) == views(pickle.loads(pickle.dumps(pairs))) and pairs.pixels
         assert said(pairs, "1 of 9") and views(plain.subset([5, 2])) == views(pairs.subset([5, 2]))
-    small = open_pairs(tmp_path, "train").cache(None, 8, tmp_path / "small")
-    assert small[0][0].size == (8, 8) and small[16][0].size == (10, 8)  # of 16 x 16, 19 x 16
-    some = open_pairs(tmp_path, "train").cache(None, 16, tmp_path / "none", limit=4000)
+    before = views(plain)
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "0.png")
+    assert before != views(plain) == views(
+        open_pairs(tmp_path, "train").cache(None, tmp_path / "c0"))
+    some = open_pairs(tmp_path, "train").cache(None, tmp_path / "none", limit=4000)
     assert some.pixels is None and said(some, "decoded at every use")
     assert views(plain) == views(some) and not list((tmp_path / "none").iterdir())
-    assert open_pairs(tmp_path, "train").cache(None, 16, tmp_path / "off", limit=0).pixels is None
+    assert open_pairs(tmp_path, "train").cache(None, tmp_path / "off", limit=0).pixels is None
     worse = open_pairs(table(tmp_path / "w", 9, 2, broken=[1, 2]), "train")
-    refused(lambda: worse.cache(None, 16, tmp_path / "w" / "c"), "2 of 9")
+    refused(lambda: worse.cache(None, tmp_path / "w" / "c"), "2 of 9")
 
 
 def test_a_cache_that_broke_off_is_made_again_and_without_a_folder_there_is_none(tmp_path):
-    pairs = open_pairs(table(tmp_path, 9, 2), "train").cache(None, 16, tmp_path / "c")
+    pairs = open_pairs(table(tmp_path, 9, 2), "train").cache(None, tmp_path / "c")
     held = pairs.pixels.read_bytes()
     pairs.pixels.write_bytes(held[:-40])
     pairs.pixels.with_suffix(".json").unlink()  # it is written last
-    again = open_pairs(tmp_path, "train").cache(None, 16, tmp_path / "c")
+    again = open_pairs(tmp_path, "train").cache(None, tmp_path / "c")
     assert pairs.pixels.read_bytes() == held and views(again) == views(pairs)
-    other = open_pairs(tmp_path, "train").cache(None, 16, tmp_path / "pairs.csv")
+    other = open_pairs(tmp_path, "train").cache(None, tmp_path / "pairs.csv")
     assert other.pixels is None and views(other) == views(pairs)
 
 
@@ -686,7 +688,7 @@ def test_the_first_process_fills_the_cache_for_all(tmp_path):
     table(tmp_path, 9, 2)
 
     def work(rank):
-        pairs = open_pairs(tmp_path, "train").cache(start("cpu"), 16, tmp_path / "c")
+        pairs = open_pairs(tmp_path, "train").cache(start("cpu"), tmp_path / "c")
         print("found", pairs.pixels, np.sum(views(pairs)[3][0]))
     one, two = (result.ok().out.partition("found")[2] for result in processes(2, work))
     assert one == two != "" and len(list((tmp_path / "c").iterdir())) == 2

@@ -48,10 +48,14 @@ def main(args):
     """Print the classes of each image -> {path: [(class, %), ...]}, without what cannot be read."""
     (names, templates), paths, found = choose_classes(args), [], {}
     for path in map(expanded, args.images):
-        inside = ImageStore(path).names() if path.is_dir() else ()
-        paths += [str(path / name) for name in inside if is_image(name)] or [str(path)]
-    if args.csv and not expanded(args.csv).parent.is_dir():
-        raise UserError(f"--csv {args.csv}: there is no such folder")
+        if path.is_dir():
+            paths += [str(path / name) for name in ImageStore(path).names() if is_image(name)]
+        else:
+            paths.append(str(path))
+    if not paths:
+        raise UserError(f"{', '.join(args.images)}: there are no images in there")
+    if args.csv and (expanded(args.csv).is_dir() or not expanded(args.csv).parent.is_dir()):
+        raise UserError(f"--csv {args.csv}: expected a file in a folder that is there")
     run = start(args.device, args.precision)
     model = load(args.weights, activation=args.activation)
     for note in model.origin["notes"]:

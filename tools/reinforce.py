@@ -45,8 +45,7 @@ def main(args):
         for name in ("teacher.json", *STARTED[:2]):
             (target / name).unlink(missing_ok=True)
     run.on_first(begin)
-    largest = max(size for size, *_ in views.each)
-    options = decode_once(run, [pairs], largest, target / "images.cache", args)
+    options = decode_once(run, [pairs], target / "images.cache", args)
     texts = torch.cat([encode_texts(run, teacher.model, teacher.tokenizer, pairs.captions)
                        for teacher in teachers], dim=1)
     shape = args.views, len(pairs.paths), texts.shape[1]
@@ -97,7 +96,7 @@ def get_args(argv=None):
     add("--seed", type=whole(0, 2 ** 32 - 1), default=1, help="of the views (default: 1)")
     add("--overwrite", action="store_true", help="write it again where it is there")
     add_device_flags(add)
-    add_pair_flags(parser)
+    add_pair_flags(parser, training=False)
     return parser.parse_args(argv)
 
 

@@ -54,7 +54,7 @@ FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf", "SourceHanSansSC-R
 def open_set(run, name, args):
     """A captioned set -> PairSet; of a folder that is only images, what a search needs of one."""
     try:
-        return open_pairs(name, args.split, args.data_dir, whole=True)
+        return open_pairs(name, args.split, args.data_dir or "data", whole=True)
     except DataError as error:
         folder = expanded(name)
         store = ImageStore(folder)
@@ -68,8 +68,9 @@ def open_set(run, name, args):
 
 def rows_of_run(folder, args):
     """A staged run -> [(label, weights)] of its matrix, and {name: pairs} of its test sets."""
+    home = ["--data-dir", args.data_dir] if args.data_dir else []  # else where the run found it
     theirs = train_staged.get_args(["--config", str(folder / "config.json"), "--plan",
-                                    str(folder / "plan.json"), "--data-dir", args.data_dir])
+                                    str(folder / "plan.json"), *home])
     plan = plans.read_plan(theirs)
     args.tokenizer, args.max_text = args.tokenizer or theirs.tokenizer, theirs.max_text
     rows = []
@@ -213,7 +214,7 @@ def search(run, rows, sets, queries, folder, args):
 
 
 def in_words(results):
-    return ", ".join(f"{one['path']} {one['score']:.3f}" for one in results)
+    return ", ".join(f"{one['set']}: {one['path']} {one['score']:.3f}" for one in results)
 
 
 # -----------------------------------------------------------------------------
@@ -312,7 +313,7 @@ def get_args(argv=None):
     add("--query", nargs="+", metavar="TEXT", help="words, a picture, or a .txt file")
     add("--data", nargs="+", help="what to search (default: the run's test sets)")
     add("--split", default="test", choices=("train", "val", "test"))
-    add("--data-dir", default="data", help="where named data lies (default: data)")
+    add("--data-dir", help="where named data lies (default: the run's own, else data)")
     add("--top", type=whole(1), default=10, help="pictures per query (default: 10)")
     add("--out", help="where to write (default: RUN, or runs/search)")
     add("--embeddings", action="store_true", help="only keep the features")
