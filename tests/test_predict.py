@@ -42,8 +42,11 @@ def test_what_cannot_be_read_is_counted_and_a_table_written(tmp_path):
     (["x.png", "--classes", *COLOURS, "--data", "demo"], "--data"),
     (["x.png", "--data", "dtdd"], "dtdd"),
     (["x.png", "--classes", *COLOURS, "--template", "no place"], "no place"),
-    (["x.png", "--classes", *COLOURS, "--csv", "absent/out.csv"], "--csv")])
+    (["x.png", "--classes", *COLOURS, "--csv", "absent/out.csv"], "--csv"),
+    (["x.png", "--classes", *COLOURS, "--csv", "empty"], "--csv"),
+    (["empty", "--classes", *COLOURS], "no images")])
 def test_what_cannot_be_asked_is_refused(flags, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_picture("x.png")
+    (tmp_path / "empty").mkdir()
     refused(attempt(predict, "--weights", "tiny", *flags), name)

@@ -120,11 +120,12 @@ def test_a_finished_run_is_not_run_again_and_another_is_refused(name, flags, who
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("checkpoint_*")} == before
 
 
-def test_evaluation_alone_says_what_training_said_and_writes_nothing(name, flags, whole):
+def test_evaluation_alone_says_what_training_said_and_writes_nothing(name, whole):
+    """The folder says what the run was trained on, and how."""
     def listing():
         return {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     before = listing()
-    found = run_main(name, *flags, "--eval-only", "--output-dir", whole)
+    found = run_main(name, "--eval-only", "--output-dir", whole)
     for key, value in scores(name, whole).items() if name != "train_staged" else ():
         assert found[key] == pytest.approx(value, abs=1e-4), key
     assert listing() == before

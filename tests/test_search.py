@@ -35,8 +35,9 @@ def world(tmp_path_factory):
     model = CLIP(dataclasses.replace(CONFIGS["tiny-vit"], embed_dim=16, **bert_fields(text)))
     model.vocabulary = WordPieceTokenizer(data / "vocab.txt").facts()
     weights.save(model, folder / "start.safetensors")
-    run_main("train_staged", "--data", data, "--weights", folder / "start.safetensors", "--epochs",
-             1, "--lr", 1e-3, "--batch-size", 12, "--workers", 0, "--output-dir", folder / "run")
+    run_main("train_staged", "--data", "pairs", "--data-dir", folder, "--epochs", 1, "--lr", 1e-3,
+             "--weights", folder / "start.safetensors", "--batch-size", 12, "--workers", 0,
+             "--output-dir", folder / "run")
     return folder / "run"
 
 

@@ -229,6 +229,8 @@ def test_several_shots_and_seeds_give_a_table_from_unrounded_numbers(tmp_path):
 
 def test_base_to_new_trains_on_half_of_the_classes(tmp_path):
     found = clipfit(tmp_path, "--setting", "base2new", "--shots", 2, "--seeds", 1, 2, "--epochs", 2)
+    assert "linear_probe_accuracy" not in found  # it cannot know new classes
+    assert "nan" not in (tmp_path / "table.csv").read_text()
     for one in found["runs"]:
         base, new = one["base_accuracy"], one["new_accuracy"]
         assert one["accuracy"] == pytest.approx(2 * base * new / (base + new))
@@ -386,6 +388,12 @@ def test_unreadable_images_are_counted_and_named_and_too_many_are_refused(tmp_pa
     for i in range(4):
         (data / f"test/green/{i}.png").write_bytes(b"no image")
     refusal(tmp_path / "two", *flags[:-1], names=("of 120",))
+
+
+@pytest.mark.parametrize("words", [["--trainer", "CLIPFit"], ["DATASET.NUM_SHOTS", "4"],
+                                   ["--dataset-config-file", "dtd.yaml"], ["--local_rank", "0"]])
+def test_flags_of_other_programs_are_named(words, tmp_path):
+    refusal(tmp_path, "--seed", 1, *words, names=(words[0][:8],))
 
 
 def test_data_that_cannot_be_used_is_refused_before_any_work(tmp_path, monkeypatch):
