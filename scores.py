@@ -241,9 +241,11 @@ def top_k(queries, gallery, k=10, chunk=1024):
         raise DataError(f"queries {tuple(queries.shape)}, gallery {tuple(gallery.shape)}, k {k}: "
                         f"expected (Q, D) and (N, D) with N > 0, and 1 or more")
     k, found = min(k, len(gallery)), []
+    sound = queries.isfinite().all() and gallery.isfinite().all()
     for rows in queries.split(max(1, min(chunk, BLOCK // len(gallery)))):
         scores = rows @ gallery.T                                           # (size, N)
-        scores.masked_fill_(scores.isnan(), -math.inf)
+        if not sound:
+            scores.masked_fill_(scores.isnan(), -math.inf)
         best, places = scores.topk(min(k + 1, len(gallery)), dim=1)
         tied = (best[:, 1:] == best[:, :-1]).any(dim=1).nonzero()[:, 0]
         best, places = best[:, :k].contiguous(), places[:, :k].contiguous()
