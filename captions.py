@@ -6,6 +6,7 @@ A source is found (which of LAYOUTS lies there), read (every reader gives a Sour
 split. What is not understood is refused with the names of the files that were not read: a wrong
 guess would train on wrong captions. No file can run code, and nothing is unpacked.
 """
+import collections
 import contextlib
 import fnmatch
 import functools
@@ -29,13 +30,15 @@ from images import (DataError, ImageStore, is_image, leaves_folder, one_line, So
 # -----------------------------------------------------------------------------
 # Caption files: COCO's and Karpathy's JSON, Flickr's lines, tables
 
-def matching(store, pattern):
-    """The names in a folder or zip that match a pattern, sorted."""
+def matching(store, *patterns):
+    """The names in a folder or zip that match one of some patterns, sorted."""
     if store.zipped:
-        return [name for name in store.names() if fnmatch.fnmatch(name, pattern)
-                and name.count("/") == pattern.count("/")]
+        return [name for name in store.names() if any(
+            fnmatch.fnmatch(name, pattern) and name.count("/") == pattern.count("/")
+            for pattern in patterns)]
     home = pathlib.Path(store.path)
-    return sorted(path.relative_to(home).as_posix() for path in home.glob(pattern))
+    return sorted({path.relative_to(home).as_posix()
+                   for pattern in patterns for path in home.glob(pattern)})
 
 
 CAPTION_COLUMNS = ("caption", "captions", "title", "text")
@@ -72,7 +75,8 @@ def read_captions(store, names, columns):
                                 f"those of splits: {', '.join([*files][:9])}; choose one with "
                                 f"--caption-file")
             source.add(split, rows)
-    for name in matching(store, "Flickr_8k.*Images.txt") + matching(store, "coco-cn_*.txt"):
+    for name in matching(store, "Flickr_8k.*Images.txt", "*/Flickr_8k.*Images.txt",
+                         "coco-cn_*.txt", "*/coco-cn_*.txt"):
         if (split := split_of(name.replace("Images", ""))) != "all":
             for image in read_text(name, store.read(name)).split():
                 source.lists[pathlib.PurePath(image).stem] = split
@@ -109,10 +113,14 @@ def read_json(name, whole):
     captions = {}
     try:
         for note in whole.get("annotations", ()):
-            captions.setdefault(note["image_id"], []).append(note["caption"] + "")  # it is text
+            captions.setdefault(str(note["image_id"]), []).append(note["caption"] + "")  # a text
+        named = {(image.get("id"), image.get("file_name")) for image in whole["images"]}
+        if captions and len(dict(named)) < len(named):
+            raise DataError(f"{name}: images of different names have one id; number them through")
         for image in whole["images"]:
             if "annotations" in whole:
-                path, split, texts = image["file_name"] + "", name, captions.pop(image["id"], [])
+                path, split = image["file_name"] + "", name
+                texts = captions.pop(str(image["id"]), [])
             else:
                 path = "/".join(filter(None, (image.get("filepath"), image["filename"])))
                 split, texts = image["split"], [text["raw"] + "" for text in image["sentences"]]
@@ -129,14 +137,14 @@ def read_pair_table(name, content, columns):
     folder, slash, base = name.rpartition("/")
     folder = folder + slash if base.startswith("metadata.") else ""
     for line, image, cell, split in table_rows(name, content, CAPTION_COLUMNS, columns, True):
-        if isinstance(cell, str) and cell.startswith('["'):
+        if isinstance(cell, str) and cell.startswith(('["', '{"')):
             with contextlib.suppress(ValueError, RecursionError):
                 cell = json.loads(cell)
         for text in cell if isinstance(cell, list) else [cell]:
             if not isinstance(text or "", str):
                 raise DataError(f"{name}, line {line}: expected text as caption, not "
                                 f"{str(cell)[:80]}")
-            yield split, image and folder + image.removeprefix("./"), text
+            yield split, image and folder + image, text
 
 
 # -----------------------------------------------------------------------------
@@ -146,22 +154,24 @@ def read_beside(store, names, columns, mark="/"):
     """Images with a text beside each, under the same name. Splits are the words of top folders, if
     one is train, or (mark ":") of shards. The last resort, and so what refuses unknown sources."""
     names = [name for name in store.names() if not name.endswith("/")]
-    source, images, lost = Source(store=store), [name for name in names if is_image(name)], 0
-    files = {(stem, kind.lower()): f"{stem}{kind}" for stem, kind in map(os.path.splitext, names)}
+    source, images, lost = Source(store=store), [name for name in names if is_image(name)], []
+    stems = collections.Counter(os.path.splitext(name)[0] for name in images)  # a photo, its mask
+    files = {(stem, kind.lower()): f"{stem}{kind}"
+             for stem, kind in map(os.path.splitext, names) if stems[stem] == 1}
     split = {name: split_of(name.partition(mark)[0]) for name in images if mark in name}
     split = split if mark == ":" or "train" in split.values() else {}
     for name in images:
         texts = captions_beside(store, os.path.splitext(name)[0], files, lines=mark == "/")
-        lost += not texts
+        lost += [f"{name} (it has no text of its own in UTF-8)"] * (not texts)
         source.add(split.get(name, "all"), ((name, text) for text in texts))
-    if 2 * lost > len(images) or not images:
+    if 2 * len(lost) > len(images) or not images:
         unread = sorted(set(names) - set(images), key=lambda name: (name.count("/"), name))
         raise DataError(
-            f"{store} holds no captions that are understood; not read: {', '.join(unread[:4])} "
-            f"({len(unread):,} files beside {len(images):,} images). Write a CSV of image and "
-            f"caption, or a text beside each image under its name (Parquet, Excel and packed files "
-            f"are not read), or take the names of class folders with --layout classes")
-    source.notes += [f"{lost:,} images without a caption left out"] * bool(lost)
+            f"{store} holds no captions that are understood; not read: "
+            f"{', '.join(unread[:4] + lost[:1])} ({len(unread):,} files, {len(images):,} images). "
+            f"Write a CSV of image and caption, or a text beside each image (Parquet, Excel and "
+            f"packed files are not read), or take the names of class folders with --layout classes")
+    source.notes += [f"{len(lost):,} images without a caption left out, e.g. {x}" for x in lost[:1]]
     return source
 
 
@@ -216,8 +226,8 @@ def tar_members(file, notes):
                 raise tarfile.ReadError("no end mark")
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         with open(file, "rb") as damaged:
-            if damaged.read(2) == b"\x1f\x8b":
-                raise DataError(f"{file} is gzipped; unpack it: shards are read in place") from None
+            if damaged.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")):
+                raise DataError(f"{file} is packed; unpack it: shards are read in place") from None
         notes.append(f"{file} is damaged ({one_line(error)}): only what comes before is used")
 
 
@@ -349,8 +359,8 @@ LAYOUTS = {
     "karpathy": (("dataset_*.json",), read_captions),
     "flickr": (("*[!a].token.txt", "*.token", "results.csv", "*/results.csv"), read_captions),
     "lists": (("imageid.human-written-caption.txt", "*.caption.txt"), read_captions),  # COCO-CN ...
-    "imagefolder": (("metadata.jsonl", "metadata.csv", "*/metadata.jsonl", "*/metadata.csv"),
-                    read_captions),                                            # Hugging Face
+    "imagefolder": (("metadata.jsonl", "metadata.csv", "*/metadata.jsonl", "*/metadata.csv",
+                     "*/*/metadata.jsonl", "*/*/metadata.csv"), read_captions),  # Hugging Face
     "table": (("captions.txt", "*.csv", "*.tsv", "*.jsonl"), read_captions),
     "webdataset": (("*.tar", "*/*.tar"), read_tars),
     "json": (("*.json",), read_captions),
@@ -371,13 +381,15 @@ def find_captions(path, layout, caption_file):
                 return home, name, [path.relative_to(home).as_posix()]
         return home, "table", [path.name]
     store = ImageStore(home)
+    tops = {name.partition("/")[0] for name in store.names()} if store.zipped else ()
+    inside = [f"{top}/" for top in tops if len(tops) == 1]  # a lone folder around all of a zip
     for name, (patterns, _) in LAYOUTS.items():
-        found = {file for pattern in patterns for file in matching(store, pattern)}
+        found = matching(store, *(top + pattern for pattern in patterns for top in ["", *inside]))
         if name == "json":  # those beside an image are of that image
-            stems = {os.path.splitext(file)[0] for file in matching(store, "*") if is_image(file)}
-            found = {file for file in found if os.path.splitext(file)[0] not in stems}
+            stems = {os.path.splitext(file)[0] for file in store.names() if is_image(file)}
+            found = [file for file in found if os.path.splitext(file)[0] not in stems]
         if found and layout in ("auto", "simple-clip", name):
-            return home, name, sorted(found)
+            return home, name, found
     return home, "classes" if layout == "classes" else "texts", []
 
 
@@ -394,7 +406,7 @@ def clean(root, source):
         kept, before = [], len(captions)
         for path, caption, *query in rows:
             caption = " ".join((caption or "").split())
-            caption = "" if caption.lower() == "nan" else caption  # of pandas: an empty cell
+            caption = "" if data.EMPTY.fullmatch(caption) else caption
             if path and caption or query:
                 kept.append((path, caption, query[0] if query else None))
             if path and caption:
@@ -473,10 +485,11 @@ def list_pairs(name_or_path, asked, data_dir="data", layout="auto", caption_file
         path = home
     else:
         coco = LAYOUTS["coco"][0] if text.lower() == "coco" else ()
-        if not any(matching(ImageStore(path), pattern) for pattern in coco):
+        if not matching(ImageStore(path), *coco):
             path = data.find_path(text, data_dir)  # else data_dir is COCO itself, as for run_clip
         home, kind, names = find_captions(path, layout, caption_file)
     source = LAYOUTS[kind][1](ImageStore(home), names, (image_column, caption_column))
+    source.notes += [f"captions are read from {', '.join(names[:3])}"] * bool(names)
     clean(text, source)
     source.rows = choose_splits(source, layout, asked, whole)
     words = [word for word in path.absolute().parts if word != "lmdb" and not split_word(word)]

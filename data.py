@@ -27,7 +27,7 @@ import shutil
 import sys
 import unicodedata
 
-from fetch import fetch
+from fetch import fetch, only_one
 from images import (Batches, CLIP_MEAN, CLIP_STD, DataError, EXTRAS, Images,  # noqa: F401
                     ImageStore, import_torchvision, is_image, leaves_folder, load_batches, locate,
                     LostWorker, normalise, one_line, places, Preprocess, read_image, sample_seed,
@@ -42,9 +42,8 @@ ASSETS = pathlib.Path(__file__).resolve().parent / "assets"
 NO_TEXT = {  # how other files begin
     b"pk\3\4": "a zip or an Excel workbook: export the sheet as CSV",
     b"par1": "Parquet: write it as CSV or JSONL", b"arrow1": "an Arrow file: write it as JSONL",
-    b"\x1f\x8b": "gzipped: unpack it", b"\xff\xfe": "UTF-16: save it as UTF-8",
-    b"\xfe\xff": "UTF-16: save it as UTF-8", b"<!doctype": "a web page: fetch the file itself",
-    b"<html": "a web page: fetch the file itself",
+    b"\x1f\x8b": "gzipped: unpack it", (b"\xff\xfe", b"\xfe\xff"): "UTF-16: save it as UTF-8",
+    (b"<!doctype", b"<html"): "a web page: fetch the file itself",
     b"version https://git-lfs": "a Git LFS pointer: run git lfs pull"}
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 IMAGE_COLUMNS = ("image", "filepath", "file_name", "filename", "path", "image_path", "image_name",
@@ -55,6 +54,7 @@ SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "va
 QUOTED_CELL = re.compile(r'(?:^|(?<=\t))"(?:[^"]|"")*"(?=\t|\r?$)', re.MULTILINE)
 # In a cell of several lines, one that looks like the row of another image: a quote never closed.
 SWALLOWED = r"\n[^\n{0}]+\.(jpe?g|png|webp)\s*{0}|{0}[^\n{0}]+\.(jpe?g|png|webp)\s*\n"
+EMPTY = re.compile(r"(?i:nan)?|<NA>|#N/A|NULL")  # what pandas, Excel and SQL write for nothing
 csv.field_size_limit(1 << 24)    # captions of a megabyte exist
 
 
@@ -85,28 +85,37 @@ def split_word(name):
 def table_rows(path, content, known, own=(None, None), captions=False):
     """A table of images and their classes or captions -> [(line, image, cell, split or "all")].
 
-    `known`: what the second column may be called, the best first; own: the names of both columns,
-    if the user gave them. Of captions, surplus delimiters belong to them, as read_table says, and
-    which one of two columns is meant is not guessed. Raises DataError.
+    `known`: what the second column may be called; own: the names of both columns, if the user gave
+    them. Words count before codes; which of two columns of words is meant is not guessed. Splits
+    stand in the column of that name, else in one that holds nothing else. Surplus delimiters belong
+    to captions, as read_table says. Raises DataError.
     """
+    def holds_only(what, key):
+        return all(what(str(record.get(key)).strip()) for _, record in records)
+
     wanted = [(name.lower(),) if name else names
               for name, names in zip(own, (IMAGE_COLUMNS, known), strict=True)]
     columns, records = read_table(path, content, join=wanted[1] if captions else ())
-    found = [[key for key in keys if key in columns] for keys in wanted]
-    if not all(found) or captions and len(found[1]) > 1:
-        flags = "; choose with --image-column, --caption-column or --caption-file" * captions
-        raise DataError(f"{path} is not understood: among its columns {columns[:9]}, one of "
-                        f"{list(wanted[0])} and one of {list(wanted[1])} was expected{flags}")
     if not records:
         raise DataError(f"{path} has a header and no rows")
-    rows = []
+    found = [[key for key in keys if key in columns] for keys in wanted]
+    found[1] = [key for key in found[1] if not holds_only(CODE.fullmatch, key)] or found[1]
+    splits = ["split"] if "split" in columns else [
+        key for key in columns if key not in sum(found, []) and holds_only(split_word, key)]
+    if not all(found) or len(found[1]) > 1 or len(splits) > 1:
+        flags = "; choose with --image-column, --caption-column or --caption-file" * captions
+        raise DataError(f"{path} is not understood: among its columns {columns[:9]}, one of "
+                        f"{list(wanted[0])} and one of {list(wanted[1])} was expected, not "
+                        f"{found[1] + splits}{flags}")
+    rows, keys = [], (found[0][0], found[1][0], *splits)
     for line, record in records:
-        image, cell, word = (record.get(key) for key in (found[0][0], found[1][0], "split"))
+        image, cell, word = [*map(record.get, keys), None][:3]
         split = "all" if word in (None, "", "all") else isinstance(word, str) and split_word(word)
         if not split or not isinstance(image or "", str):
             raise DataError(f"{path}, line {line}: expected the path of an image, and train, val "
                             f"or test as split; found {str(record)[:80]}")
-        rows.append((line, (image or "").strip().replace("\\", "/"), cell, split))
+        image = (image or "").strip().replace("\\", "/")
+        rows.append((line, image and posixpath.normpath(image), cell, split))
     return rows
 
 
@@ -127,7 +136,7 @@ def read_table(path, content=None, join=()):
     except ValueError as error:
         raise DataError(f"{path}, {error}") from None
     columns = [name.strip().lower() for name in header[1]]
-    if len(set(columns)) < len(columns):
+    if len(set(columns) - {""}) < len(columns) - columns.count(""):
         raise DataError(f"{path}, line {header[0]}: two columns of one name among {columns}")
     return columns, [(line, dict(zip(columns, cells, strict=True))) for line, cells in rows]
 
@@ -258,6 +267,9 @@ class ImageSet(Images):
         """As of Images; a whole class that is lost is refused too."""
         left = {self.labels[i] for i in set(range(len(self))) - set(lost)}
         empty = [self.classnames[label] for label in sorted(set(self.labels) - left)]
+        if self.name in KNOWN and len(lost) == len(self):
+            reason += ("; leave out --no-download, or " if "fetch" in KNOWN[self.name] else "; "
+                       ) + by_hand(self.name, pathlib.Path(self.root))
         also = (f" ({len(empty)} of {len(set(self.labels))} classes are empty: {', '.join(empty)}; "
                 f"take others with --classes)" if empty else "")
         super().refuse_losses(lost, reason, also)
@@ -399,7 +411,6 @@ def require_words(images):
 
 LABEL_COLUMNS = ("classname", "class_name", "label_name", "category_name", "class", "category",
                  "label")
-NO_LABEL = re.compile(r"$|nan$|[\[{]", re.IGNORECASE)  # of pandas; a list
 NO_CLASS = re.compile(
     r"(.+[ _-])?(train|val|valid|test|pred|image|img|photo|picture|jpe?g|caption|annotation|label|"
     r"mask|segmentation|depth)(s|ing|idation|images|class|object)?([ _-].+|\d+)?", re.IGNORECASE)
@@ -407,7 +418,7 @@ NO_CLASS = re.compile(
 
 def read_coop_split(path, content=None):
     """{"train": [[path, label, class name], ...], "val": ..., "test": ...} -> rows, classnames."""
-    text, names, rows = read_text(path, content), {}, {}
+    text, names, labels, rows = read_text(path, content), {}, {}, {}
     try:
         listed = json.loads(text)
         if not isinstance(listed, dict) or not {"train"} <= set(listed) <= set(SPLITS):
@@ -415,8 +426,9 @@ def read_coop_split(path, content=None):
         for split in SPLITS:
             rows[split] = [(image, label) for image, label, _ in listed.get(split, [])]
             for image, label, name in listed.get(split, []):
-                if type(label) is not int or not isinstance(name, str) or leaves_folder(image) or (
-                        names.setdefault(label, name) != name):
+                if type(label) is not int or not name.strip() or leaves_folder(image) or (
+                        (names.setdefault(label, name), labels.setdefault(image, label))
+                        != (name, label)):
                     raise ValueError(f"bad entry {[image, label, name]} in {split}")
         if sorted(names) != list(range(len(names))) or len(set(names.values())) < len(names):
             raise ValueError("labels must run from 0 without a gap, each with its own name")
@@ -433,10 +445,10 @@ def read_labels(path, content=None):
     for line, image, cell, split in table_rows(path, content, LABEL_COLUMNS):
         label = "" if isinstance(cell, (list, dict, bool, type(None))) else str(cell).strip()
         outside = ".." in image.split("/") or content and leaves_folder(image)
-        if not image or outside or NO_LABEL.match(label):
+        if not image or outside or EMPTY.fullmatch(label) or label[0] in "[{":
             raise DataError(f"{path}, line {line}: expected an image under its folder and the name "
                             f"of its class, found {image!r} and {cell!r}")
-        rows.setdefault(split, []).append((posixpath.normpath(image), label))
+        rows.setdefault(split, []).append((image, label))
     return rows
 
 
@@ -470,8 +482,8 @@ def read_class_folders(store):
     if len(full) < len(inner) or len(odd) >= (1 if taught else len(full)) or shared:
         raise DataError(f"{store}: expected <class>/<image> or train/<class>/<image>, each class "
                         f"with images; found {sorted(set(inner) - set(full))[:3]} without, "
-                        f"{full[:3]} with images or with folders of them, and {unread[:2]}, which "
-                        f"could be read by its own path")
+                        f"{full[:3]} with images or with folders of them" +
+                        f", and {unread[:2]}, which could be read by its path" * bool(unread))
     notes = [f"{len(unread):,} files are not read for their suffix or place, e.g. {unread[0]}"
              ] if unread else []
     notes += [f"folders inside a class, such as {max(below)}, are no classes"] if any(below) else []
@@ -525,8 +537,8 @@ def note_leaks(rows):
     """{split: [(path, ...)]} -> notes on images of val or test that are trained on, too."""
     tested = {row[0] for row in rows["val"] + rows["test"] if row[0]}
     leaks = tested & {row[0] for row in rows["train"]}
-    return [f"{len(leaks):,} images of val or test are in train too, e.g. {min(leaks)}: their "
-            f"scores flatter"] if leaks else []
+    return [f"{len(leaks):,} images of val or test are in train too by their names, e.g. "
+            f"{min(leaks)}: scores on known images flatter"] if leaks else []
 
 
 def paths_of(rows):
@@ -541,11 +553,11 @@ def list_path(path, whole=None):
         name = next((n for n in KNOWN if KNOWN[n]["split"] == lists[0].name), lists[0].stem)
         rows, classnames = read_coop_split(lists[0])
         home, folder = lists[0].parent, KNOWN.get(name, {}).get("images", "")
-        store = find_images([home], folder, rows)
+        store = locate(places(home, home / folder), paths_of(rows))
         return Source(name, str(home), store, rows, classnames, note_leaks(rows))
     inner = [name for name in store.names() if name.endswith(TABLE_SUFFIXES) and "/" not in name
              ] if suffix == ".zip" else []
-    if suffix in TABLE_SUFFIXES or inner:
+    if suffix in TABLE_SUFFIXES or len(inner) == 1:
         rows = read_labels(inner[0], store.read(inner[0])) if inner else read_labels(path)
         store = locate(places(path if inner else path.parent), paths_of(rows))
     elif path.is_dir() or suffix == ".zip":
@@ -579,14 +591,6 @@ def dataset_name(text):
     return None if "/" in text or os.sep in text else names.get(plain)
 
 
-def find_images(homes, folder, rows):
-    """The store that holds the images: `folder` under one of `homes`, or a zip or another folder in
-    the first home."""
-    likely = [ImageStore(home / folder) for home in homes]
-    likely += [ImageStore(archive, f"{folder}/") for archive in sorted(homes[0].glob("*.zip"))]
-    return locate([*likely, *places(homes[0])], paths_of(rows))
-
-
 def read_aircraft(home):
     """FGVC-Aircraft's own lists, which CoOp takes -> rows, classnames: a label is a line number."""
     def lines(name):
@@ -607,7 +611,7 @@ def list_known(name, data_dir):
     homes, file = [data_dir / folder for folder in known["folders"]], known["split"]
     home = next((home for home in homes if (home / file).is_file()), homes[0])
     bundled = ASSETS / "coop_splits" / f"{file}.xz"
-    if file == WORDS and read_words(home):
+    if file == WORDS and read_words(home) and (home / known["images"]).exists():
         source = list_path(home / known["images"], whole="test")
         source.name = name
         if name == "imagenet":
@@ -620,62 +624,69 @@ def list_known(name, data_dir):
     elif bundled.is_file():
         lists = read_coop_split(bundled, lzma.decompress(bundled.read_bytes()))
     else:
-        raise DataError(f"{name}: {home / file} is missing, and nothing is put in its place; get "
-                        f"{known['link']}, and the images into {home / known['images']}")
-    return Source(name, str(home), find_images(homes, known["images"], lists[0]), *lists)
+        raise DataError(f"{name}: its list or its images' folder is missing, and nothing is put in "
+                        f"its place; {by_hand(name, homes[0])}")
+    likely = places(homes[0], *(home / known["images"] for home in homes))
+    return Source(name, str(home), locate(likely, paths_of(lists[0])), *lists)
+
+
+def by_hand(name, home):
+    """How to get a published data set without this program."""
+    known = KNOWN[name]
+    listed = f"{home / known['split']} from {known['link']} and " if "link" in known else ""
+    return f"get {listed}its images from {known['archive']} into {home / known['images']}"
+
+
+def lacks(name, data_dir):
+    """What of a published data set is to be fetched first: "list", "images" or ""."""
+    known = KNOWN[name]
+    homes, file = [data_dir / folder for folder in known["folders"]], known["split"]
+    there = read_words(homes[0]) if file == WORDS else any(
+        (home / file).is_file() for home in homes)
+    if not there and "link" in known:  # the lists of fgvc_aircraft come with its images
+        return "list" if known["link"].startswith(DRIVE) else "images"
+    source = list_known(name, data_dir) if "fetch" in known else None
+    return "images" if source and not any(map(source.store.has, paths_of(source.rows))) else ""
 
 
 def fetch_missing(name, data_dir):
     """Get what a published data set lacks: its list, or the class names of ImageNet, from where
     CoOp keeps them; its images, if none of them is there, by torchvision, md5 checked. Says what it
-    does. Raises DataError. Images are unpacked aside: a part of them would pass for all."""
-    known = KNOWN[name]
-    homes, file = [data_dir / folder for folder in known["folders"]], known["split"]
-    there = read_words(homes[0]) if file == WORDS else any(
-        (home / file).is_file() for home in homes)
-    if not there and known.get("link", "").startswith(DRIVE):
-        fetch_list(name, (data_dir / "imagenet" if file == WORDS else homes[0]) / file,
-                   homes[0] / known["images"])
-    if "fetch" not in known:
+    does. Of several processes one fetches, and the others wait for it. Raises DataError."""
+    known, new, done = KNOWN[name], data_dir / f".{name}.new", data_dir / f".{name}.done"
+    if not lacks(name, data_dir) and not done.exists():
         return
     try:
-        source = list_known(name, data_dir)
-        if any(map(source.store.has, paths_of(source.rows))):
-            return
-    except DataError:
-        if name != "fgvc_aircraft":  # whose lists come with its images
-            raise
-    print(f"{name}: no images under {data_dir}; fetching {known['size']} to there, once",
-          flush=True)
-    new = data_dir / f".{name}.new"
-    try:
+        with only_one(data_dir / f".{name}"), contextlib.ExitStack() as at_end:
+            at_end.callback(shutil.rmtree, new, ignore_errors=True)
+            for what, size in (("list", known["split"]), ("images", known.get("size"))):
+                if lacks(name, data_dir) == what and not done.exists():
+                    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+                    print(f"{name}: no {what} under {data_dir}; fetching {size} to there, once",
+                          flush=True)
+                    fetch_part(what, known, new)
+                    os.rename(new, done)  # only what is whole is moved in, also by the next process
+                if done.exists():
+                    shutil.copytree(done, data_dir, copy_function=shutil.move, dirs_exist_ok=True)
+                    shutil.rmtree(done)
+    except Exception as error:
+        raise DataError(f"{name}: the download failed ({one_line(error)}); try again, or "
+                        f"{by_hand(name, data_dir / known['folders'][0])}") from error
+
+
+def fetch_part(what, known, new):
+    """Fetch the "list" or the "images" of a published data set into the folder `new`."""
+    if what == "images":
         with contextlib.suppress(ImportError):  # of scipy, for labels that are not needed here
             getattr(import_torchvision("datasets"), known["fetch"])(str(new), download=True)
-        shutil.copytree(new, data_dir, copy_function=shutil.move, dirs_exist_ok=True)
-    except Exception as error:
-        raise DataError(f"{name}: the download failed ({one_line(error)}); try again, or unpack "
-                        f"{known['archive']} by hand, so that its images lie in "
-                        f"{homes[-1] / known['images']}") from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def fetch_list(name, target, images):
-    link, new = KNOWN[name]["link"], target.with_name(target.name + ".new")
-    print(f"{name}: fetching {target} from {link}, once", flush=True)
-    try:
-        if problem := fetch(link, new):
-            raise DataError(problem)
-        if target.name != WORDS:
-            read_coop_split(new)  # or it is a page that asks for something
-        elif not WNID.match(read_text(new)):
-            raise DataError("what came is no list of class names")
-        os.replace(new, target)
-    except (OSError, DataError) as error:
-        for left in new.parent.glob(f"{new.name}*"):
-            left.unlink()
-        raise DataError(f"{name}: {target} is missing and was not fetched ({error}); get {link}, "
-                        f"and the images into {images}") from None
+        return
+    target = new / known["folders"][0] / known["split"]
+    if problem := fetch(known["link"], target):
+        raise DataError(problem)
+    if target.name != WORDS:
+        read_coop_split(target)  # or it is a page that asks for something
+    elif not WNID.match(read_text(target)):
+        raise DataError("what came is no list of class names")
 
 
 # -----------------------------------------------------------------------------

@@ -66,9 +66,9 @@ def to_rgb(image):
     """PIL image of any mode -> RGB, 8 bits. Alpha is dropped, as CoOp's loader does. A palette goes
     through RGBA, where its transparency is understood. 16-bit grey is scaled, where Pillow would
     give white; ValueError for pixels whose white is not known."""
-    low, high = image.getextrema() if image.mode == "I" else (0, 0)
-    if image.mode == "F" or low < 0 or high > 65535:
-        raise ValueError("pixels of 32 bits have no defined white; save 8 or 16 bits")
+    inverted = image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(262) == 0
+    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM") or inverted:
+        raise ValueError("more than 8 bits, and it is not known which is white; save it as PNG")
     if image.mode == "I" or image.mode.startswith("I;16"):
         grey = (np.asarray(image).astype(np.uint32) + 128) // 257  # rounded
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
@@ -210,7 +210,8 @@ def leaves_folder(name):
 
 
 def is_litter(name):
-    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+    return name.startswith(".") or name in (
+        "__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "lost+found", "$RECYCLE.BIN")
 
 
 def is_image(name):
@@ -240,12 +241,16 @@ def open_zip(path, pid, changed):
     position too, and would read each other's bytes. Raises DataError."""
     try:
         archive = zipfile.ZipFile(path)
+        for info in archive.infolist():  # most programs write UTF-8 even where no flag says so
+            if not info.flag_bits & 0x800 and info.filename == info.orig_filename:
+                info.filename = info.filename.encode("cp437").decode("utf-8")
+        archive.NameToInfo = {info.filename: info for info in archive.infolist()}
         if bad := list(filter(leaves_folder, archive.namelist())):
             raise zipfile.BadZipFile(f"its member {bad[0]!r} lies outside of it")
         return archive
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, zipfile.BadZipFile, UnicodeError) as error:
         raise DataError(f"{path} is no sound zip ({error}); fetch it again, or zip the folder with "
-                        f"relative names") from None
+                        f"relative names in UTF-8") from None
 
 
 class ImageStore:
@@ -334,30 +339,31 @@ class SpanStore(ImageStore):
         return base64.b64decode(text, validate=True)
 
 
-def places(root):
-    """Where the images of a folder or zip may lie, the likely places first: in itself, in a folder
-    of it, in a zip of it (as COCO publishes them), in a folder of a folder."""
-    yield ImageStore(root)
+def places(root, *first):
+    """Where the images of a folder or zip may lie, the likely places first: `first`, in itself, in
+    a folder of it, in a zip of it (as COCO publishes them), in a folder of a folder."""
+    yield from map(ImageStore, (*first, root))
     if os.path.isfile(root):
-        tops = {name.partition("/")[0] for name in ImageStore(root).names() if "/" in name}
-        yield from (ImageStore(root, f"{top}/") for top in sorted(tops))
+        folders = {"/".join(name.split("/")[:-1][:depth])
+                   for name in ImageStore(root).names() for depth in (1, 2)} - {""}
+        yield from (ImageStore(root, f"{folder}/") for folder in sorted(folders))
     elif os.path.isdir(root):
         folders = sorted(entry.path for entry in os.scandir(root) if entry.is_dir())
         yield from map(ImageStore, folders)
         for archive in sorted(pathlib.Path(root).glob("*.zip")):
-            yield from (ImageStore(archive, f"{archive.stem}/"), ImageStore(archive))
+            yield from places(archive)
         for folder in folders:
             inner = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
             yield from map(ImageStore, inner)
 
 
-def locate(likely, paths):
-    """The first of these stores that holds all of about 200 of the paths, else that with most of
-    them, else the first."""
+def locate(likely, paths, doubtful=lambda store: False):
+    """The first of these stores that holds all of about 200 of the paths and is not doubtful, else
+    that with most of them, else the first."""
     sample, found = paths[::len(paths) // 200 + 1], {}
     for store in likely:
-        found[store] = sum(map(store.has, sample))
-        if found[store] == len(sample):
+        found[store] = sum(map(store.has, sample)), not doubtful(store)
+        if found[store] == (len(sample), True):
             break
     return max(found, key=found.get)
 
@@ -447,7 +453,7 @@ class Images(Dataset):
                 f"read, e.g. {self.paths[lost[0]]} ({reason})")
         if len(lost) == len(self.paths):
             raise DataError(f"{said}, all under {self.store}: put them there, or name the right "
-                            f"folder (a published set is fetched without --no-download)")
+                            f"folder")
         if also or len(lost) > max(1, len(self.paths) // 100):
             raise DataError(f"{said}, more than 1 %{also}, under {self.store}: restore them, or "
                             f"list the rest")

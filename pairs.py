@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from captions import LAYOUTS, list_pairs
+from captions import LAYOUTS, list_pairs, split_of
 from images import (Batches, DataError, ignore_stop, Images, load_batches, locate, one_line,
                     places, sample_seed, SpanStore, UnreadableImage)
 
@@ -47,7 +47,10 @@ class PairSet(Images):
 
     def __init__(self, source, split):
         self.take(source.rows[split])
-        self.store = source.store or locate(places(source.root), self.paths)
+        fits = ("all", "val" if source.rows[split] is source.rows["val"] else split)
+        self.store = source.store or locate(  # rather in no folder of another split
+            places(source.root), self.paths,
+            lambda store: split_of(pathlib.PurePath(str(store)).name) not in fits)
         self.introduce(source, split, source.rows, f"with {len(self):,} {split} captions")
         self.transform = self.pixels = None
 
@@ -329,7 +332,7 @@ def decode_once(run, sets, folder, args):
     needs no workers, unless --workers asks for them."""
     options = run.loader_options(args.workers)
     for pairs in sets:
-        pairs.cache(run, folder, int(args.cache_gb * 2 ** 30), options["workers"])
+        pairs.cache(run, folder, int(min(2 ** 20, args.cache_gb) * 2 ** 30), options["workers"])
     if args.workers < 0 and all(pairs.pixels for pairs in sets):
         options["workers"] = 0
     return options
@@ -343,13 +346,6 @@ def identities(pairs):
                           wording.setdefault(caption.casefold(), len(wording)))
                          for part in getattr(pairs, "parts", [pairs])
                          for owner, caption in zip(part.owner, part.captions)])
-
-
-def gigabytes(text):
-    """An argparse type."""
-    if not 0 <= float(text) < float("inf"):
-        raise ValueError
-    return float(text)
 
 
 def add_pair_flags(parser, training=True):
@@ -366,6 +362,6 @@ def add_pair_flags(parser, training=True):
     if training:
         group.add_argument("--captions", choices=("one", "all"), default="one", help="in each "
                            "epoch one caption of each image, or all (default: one)")
-    group.add_argument("--cache-gb", type=gigabytes, default=8.0, help="keep decoded images in a "
+    group.add_argument("--cache-gb", type=float, default=8.0, help="keep decoded images in a "
                        "file of at most this size, 0: do not (default: 8)")
     return group

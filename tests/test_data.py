@@ -148,8 +148,10 @@ def test_an_image_mode_suffix_or_file_name_form(tmp_path):
     for name in ("moving.gif", "moving.webp", "moving.tif"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
         same(name, frames[0])
-    for kind, shift in ((np.float32, 0), (np.int32, 9), (np.int32, -9)):  # no one knows what is white
-        Image.fromarray(ramp.astype(kind) * (shift or 1)).save(tmp_path / "deep.tif")
+    for kind in (np.float32, np.int32, np.uint16):  # no one knows what is white
+        Image.fromarray(ramp.astype(kind)).save(tmp_path / "deep.tif")
+        held = (tmp_path / "deep.tif").read_bytes()  # of the last, 0 is made to be white
+        write(tmp_path / "deep.tif", held.replace(b"\6\1\3\0\1\0\0\0\1\0", b"\6\1\3\0\1\0\0\0\0\0"))
         refused(lambda: read_image(tmp_path / "deep.tif"), "deep.tif")
     folder = class_folder(tmp_path / "set", ("a", "b"), all=4)
     for name in ("a/x.tga", "b/x.jp2", "a/WITH SPACE.JPG", "b/100%.png", "b/é#1.png", "a/no.webp.jpeg"):
@@ -269,9 +271,9 @@ def test_what_is_missing_is_said_at_once_and_nothing_is_written(tmp_path):
     refused(lambda: open_dataset("aircraft", "test", tmp_path, download=False), "variants.txt")
     refused(lambda: open_dataset("eurosta", "train", tmp_path), "'eurosat'")
     test = open_dataset("cars", "test", tmp_path)  # has no downloader
-    refused(test.check_files, tmp_path / "stanford_cars")
+    refused(test.check_files, tmp_path / "stanford_cars", "https://github.com/pytorch/vision")
     refused(lambda: open_dataset("dtd", "dev"), "'dev'")
-    assert not any(tmp_path.iterdir())
+    assert {path.suffix for path in tmp_path.rglob("*")} <= {".lock"}
     for text, name in {"DescribableTextures": "dtd", "oxford-pets": "oxford_pets",
                        "ImageNetA": "imagenet-a", "SUN397": "sun397", "./dtd": None}.items():
         assert data.dataset_name(text) == name, text
@@ -324,30 +326,36 @@ def test_one_command_from_zero_or_one_line_and_nothing_half_in_place(tmp_path, m
         command().ok()  # without the server
     elif "archive" in fault:
         assert result.code == 2 and "food-101.tar.gz" in result.err.splitlines()[-1]
-        assert [file.name for file in home.rglob("*") if file.is_file()] == [
-            "split_zhou_Food101.json"]
+        assert {file.name for file in home.rglob("*") if file.is_file()} == {
+            ".food101.lock", "split_zhou_Food101.json"}
     else:
         refused(result, "food101: ", address)
-        assert not [file for file in home.rglob("*") if file.is_file()]
+        assert [file.name for file in home.rglob("*") if file.is_file()] == [".food101.lock"]
 
 
-def test_images_that_came_in_part_are_not_kept_and_those_of_the_user_are_left(
-        tmp_path, monkeypatch):
+def test_images_that_came_in_part_are_not_kept_and_one_process_fetches(tmp_path, monkeypatch):
     tv = pytest.importorskip("torchvision.datasets", exc_type=Exception)
-    listed = open_dataset("dtd", "test", tmp_path, classes=["banded", "woven"], download=False)
+    some, calls = {"classes": ["banded", "woven"]}, []
+    listed = open_dataset("dtd", "test", tmp_path, download=False, **some)
 
-    def breaks(root, download):
-        save_picture(pathlib.Path(root, "dtd/dtd/images", listed.paths[0]))
-        raise RuntimeError("the disk is full\nand the cellar")
-    monkeypatch.setattr(tv, "DTD", breaks)
+    def fetch(root, download):
+        if not (pathlib.Path(root) / "dtd").exists():  # as torchvision looks
+            calls.append(root)
+            for path in listed.paths:
+                save_picture(pathlib.Path(root, "dtd/dtd/images", path))
+                if len(calls) == 1:
+                    raise RuntimeError("the disk is full\nand the cellar")
+    monkeypatch.setattr(tv, "DTD", fetch)
     write(tmp_path / "dtd/mine.txt", "")
     refused(lambda: open_dataset("dtd", "test", tmp_path), "disk is full", "dtd-r1.0.1.tar.gz",
-            tmp_path / "dtd/dtd/images")
-    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["mine.txt"]
+            tmp_path / "dtd/images")
+    assert {file.name for file in tmp_path.rglob("*") if file.is_file()} == {"mine.txt", ".dtd.lock"}
     refused(open_dataset("dtd", "test", tmp_path, download=False).check_files, "--no-download")
-    for path in listed.paths:
-        save_picture(tmp_path / "dtd/images" / path)
-    assert len(open_dataset("dtd", "test", tmp_path, classes=["banded", "woven"]).preload()) == 72
+    save_picture(tmp_path / ".dtd.new/dtd/dtd/images" / listed.paths[0])  # of one that was killed
+    two = [threading.Thread(target=open_dataset, args=("dtd", "test", tmp_path)) for _ in "12"]
+    for work in (threading.Thread.start, threading.Thread.join):
+        list(map(work, two))
+    assert len(calls) == 2 and len(open_dataset("dtd", "test", tmp_path, **some).preload()) == 72
     refused(open_dataset("dtd", "test", tmp_path).check_files, "--classes", "bubbly")
 
 
@@ -384,6 +392,7 @@ def test_imagenet_and_its_shifts_follow_coop_labels_and_words(tmp_path):
     assert train.classnames == names
     shift = open_dataset("imagenet-a", "test", tmp_path)
     assert shift.classnames == ["missile", "missile"] and shift.labels == [0, 1]
+    refused(lambda: open_dataset("imagenet-r", "test", tmp_path), "missing", "/hendrycks/imagenet-r")
     v2 = open_dataset("imagenetv2", "test", tmp_path)
     assert v2.classnames == ["tench", "missile"] and v2.paths == ["0/z.jpeg", "3/z.jpeg"]
     refused(lambda: open_dataset("imagenet-a", "train", tmp_path), "train")
@@ -415,7 +424,8 @@ def test_class_folders_get_a_fixed_announced_split(tmp_path):
 
 def test_split_folders_litter_and_link_loops_are_understood(tmp_path):
     folder = class_folder(tmp_path / "set", ("a/deep", "b"), Training=3, Valid=3, test_set=3)
-    for junk in ("__MACOSX/a/x.png", "Training/a/.hidden.png", "Training/.cache/x.png"):
+    for junk in ("__MACOSX/a/x.png", "Training/a/.hidden.png", "Training/.cache/x.png",
+                 "Training/a/@eaDir/0.png/thumb.jpg", "lost+found/x.png"):
         save_picture(folder / junk)
     write(folder / "Training/a/Thumbs.db", "junk")
     os.symlink(folder, folder / "Training/a/loop")
@@ -437,7 +447,9 @@ def test_a_folder_that_holds_something_else(tmp_path):
     (tmp_path / "empty").mkdir()
     class_folder(tmp_path / "lone", ("cat",), all=4)
     class_folder(tmp_path / "flat", ("images",), all=4)
-    write(tmp_path / "flat/captions.csv", "image,caption\nimages/0.png,a\n")
+    for name in ("captions.csv", "a.csv"):  # which table of a zip is meant?
+        write(tmp_path / "flat" / name, "path,label\nimages/0.png,a\nimages/1.png,b\n")
+    shutil.make_archive(tmp_path / "flat", "zip", tmp_path / "flat")
     class_folder(tmp_path / "coco", ("train2017", "val2017"), all=4)
     class_folder(tmp_path / "kaggle", ("seg_train/a", "seg_test/a", "seg_pred"), all=4)
     class_folder(tmp_path / "tiny_imagenet", ("dog/images", "cat/images"), train=2)
@@ -450,6 +462,7 @@ def test_a_folder_that_holds_something_else(tmp_path):
     write(tmp_path / "set.xyz", "")
     write(tmp_path / "bad.zip", "<html>")
     for name, words in {"empty": [], "lone": [], "flat": ["images", "captions.csv"],
+                        "flat.zip": ["a.csv", "captions.csv"],
                         "coco": ["train2017"], "kaggle": ["seg_pred"], "nested": ["one"],
                         "twice": ["'Sea_Lion'", "'sea lion'"], "hole": ["nothing"], "set.xyz": [],
                         "pixels": ["masks"],
@@ -481,14 +494,14 @@ def test_a_class_name_that_is_no_word(tmp_path, folders, names, said):
 def test_tables_of_labels_are_read_with_their_images_wherever_they_lie(tmp_path):
     rows = "\n".join(f"{i}.png,{label},{split}" for i, (label, split) in enumerate(
         itertools.product((10, 9, 2), ("Train", "validation", "test"))))
-    test = open_dataset(write(tmp_path / "t.csv", "path,label,Split\n" + rows), "test")
+    test = open_dataset(write(tmp_path / "t.csv", "path,label,Usage\n" + rows), "test")
     assert test.classnames == ["2", "9", "10"] and test.labels == [2, 1, 0]
     for path in ("a/0.png", "a/1.png", "b/2 ü.png"):
         save_picture(tmp_path / path)
     windows = "\ufeffNr;Image;Class\n1;a\\0.png;cat\n2;a\\1.png;dog\n3;b\\2 ü.png;cat\n;;\n"
     train = open_dataset(write(tmp_path / "w.csv", windows.replace("\n", "\r\n")), "train")
     assert train.classnames == ["cat", "dog"] and len(train.preload()) == 2
-    named = "filename,label,label_name\n0.png,0,cat\n1.png,1,dog\n"  # words before codes
+    named = "filename,class,label,\n0.png,0,cat,\n1.png,1,dog,\n"  # words before codes
     for text in (f"path,label\n{tmp_path}/a/0.png,cat\n./a//1.png,dog\n", named):
         train = open_dataset(write(tmp_path / "n.csv", text), "train")
         assert len(train.preload()) == 2 and train.classnames == ["cat", "dog"]
@@ -501,6 +514,8 @@ def test_tables_of_labels_are_read_with_their_images_wherever_they_lie(tmp_path)
     "path,label\na.png,x\nb.png,\n", "path,label\na.png,x\nb.png,nan\nc.png,y\n",
     "path,label,split\na.png,x,train\nb.png,y,train\na.png,x,test\n",
     "path,label\na.png,x\nb.png,y\n./a.png,y\n", '{"path": "a", "label": ["x"]}\n',
+    "path,category,label\na.png,x,y\nb.png,z,y\n", "path,label\na.png,<NA>\nb.png,y\n",
+    "path,label,set,phase\na.png,x,train,test\nb.png,y,test,train\n",
     'path,label\na.png,"[""x"", ""y""]"\nb.png,y\n', '{"path": 3, "label": "x"}\n',
     '{"path": "a", "label": true}\n{"path": "b", "label": false}\n'])
 def test_a_cell_that_is_not_what_its_column_promises(tmp_path, text):
@@ -520,6 +535,11 @@ def test_zips_are_read_in_place_and_hostile_ones_refused(tmp_path):
         with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
             archive.writestr(name, b"x")
         refused(partial(open_dataset, tmp_path / "evil.zip", "train"), "evil.zip")
+    named = write(tmp_path / "e.zip", path.read_bytes().replace(b"/cat", "/é-".encode()))
+    assert open_dataset(named, "train").classnames == ["dog", "é-"]  # no flag says that it is UTF-8
+    assert len(open_dataset(named, "train").preload()) == 10
+    write(named, path.read_bytes().replace(b"/cat", b"/\xa8\xa6-"))  # of GBK
+    refused(partial(open_dataset, named, "train"), "e.zip", "UTF-8")
     content = bytearray(path.read_bytes())
     content[content.index((folder / "cat/3.png").read_bytes()) + 60] ^= 1
     path.write_bytes(bytes(content))
@@ -543,7 +563,8 @@ def test_labels_and_names_of_different_lengths(tmp_path, monkeypatch):
     odd = [["a.png", 0]], [["../a.png", 0, "a"]], [["a.png", 1, "a"]], [["a", 0, "a"], ["b", 0, "b"]]
     odd += [["a", 0, "a"], ["b", 2, "b"]], [["a", 0, "a"], ["b", 1, "a"]], [["a", -1, "a"], *entries]
     odd += [["a", "0", "a"]], [["a", 0.0, "a"], ["b", 1.0, "b"]], [["a", 0, 5], ["b", 1, 6]]
-    odd += [["a", False, "a"], ["b", True, "b"]],
+    odd += [["a", False, "a"], ["b", True, "b"]], [["a", 0, "a"], ["a", 1, "b"], ["b", 1, "b"]]
+    odd += [["a", 0, " "], ["b", 1, "b"]],
     for content in ([], {"a": 1}, {"train": entries, "validation": entries},
                     *({"train": rows, "test": entries[:1]} for rows in odd)):
         write(tmp_path / "my.json", json.dumps(content))

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import tarfile
 import zipfile
 
@@ -99,6 +100,7 @@ SOURCES = {
     "commas without quotes": {"a.csv": lines("{},{}", "image,caption\n")},
     "tsv of open_clip": {"train.csv": lines("{}\t{}", "filepath\ttitle\n")},
     "tsv of pandas": {"a.tsv": as_csv("path", "text", mark="\t")},
+    "empty columns": {"a.csv": as_csv("image", "caption").replace("\n", ",,\n")},
     "semicolons, BOM, CRLF": {"a.csv": as_csv("Image", "Caption", mark=";", end="\r\n",
                                               start="\ufeff")},
     "kaggle's flickr8k": {"captions.txt": as_csv("image", "caption")},
@@ -132,6 +134,9 @@ def test_one_set_in_every_layout_with_its_images_in_every_place(tmp_path, name, 
     else:
         write(folder, {place * (not beside) + image: i for i, (image, _) in enumerate(SCENES)})
     assert everything(folder) == everything("set", data_dir=tmp_path) == SCENES
+    lone = shutil.make_archive(tmp_path / "lone", "zip", tmp_path, "set")
+    if place in ("", "Images/"):
+        assert [text for _, text in everything(lone)] == [text for _, text in SCENES]
     if len(files) == 1:
         assert everything(folder / next(iter(files))) == SCENES
         assert everything(folder, caption_file=next(iter(files))) == SCENES
@@ -156,9 +161,7 @@ def test_flickr8k_has_the_published_counts_and_the_notebooks_split(shared):
 def test_coco_as_folders_as_published_zips_and_as_the_data_folder_itself(shared, tmp_path):
     for name in ("train2017", "val2017", "annotations"):
         file = "annotations_trainval2017" if name == "annotations" else name
-        with zipfile.ZipFile(tmp_path / f"{file}.zip", "w") as out:
-            for path in sorted((shared / "coco_mini" / name).iterdir()):
-                out.write(path, f"{name}/{path.name}")
+        shutil.make_archive(tmp_path / file, "zip", shared / "coco_mini", name)
     for split, images, captions in (("train", 80, 400), ("val", 79, 395), ("test", 79, 395)):
         found = [open_pairs("coco_mini", split, shared), open_pairs(tmp_path, split),
                  open_pairs("coco", split, tmp_path)]  # as in the README of HF's run_clip
@@ -179,7 +182,7 @@ def test_splits_come_from_columns_file_names_folders_and_lists(tmp_path):
     for word in ("train", "dev", "test"):
         write(tmp_path, {
             f"names/{word}_captions.csv": f"image,caption\n{word}/1.png,a picture",
-            f"hf/{word}/metadata.jsonl": '{"file_name": "1.png", "text": "a picture"}',
+            f"hf/data/{word}/metadata.jsonl": '{"file_name": "./1.png", "text": "a picture"}',
             f"texts/{word}/1.png": 1, f"texts/{word}/1.txt": "a picture\n\nanother one",
             f"jsons/{word}/1.png": 1, f"jsons/{word}/1.json": '{"caption": "a picture"}'})
     write(tmp_path / "paths", {"a.csv": "image,caption\n" + "\n".join(
@@ -187,7 +190,20 @@ def test_splits_come_from_columns_file_names_folders_and_lists(tmp_path):
     for word, split in (("train", "train"), ("dev", "val"), ("test", "test")):
         for name in ("names", "hf", "texts", "jsons", "paths"):
             found = open_pairs(tmp_path / name, split)
-            assert found.paths == [f"{word}/1.png"] and found.captions[0] == "a picture"
+            assert found.paths == ["data/" * (name == "hf") + f"{word}/1.png"]
+            assert found.captions[0] == "a picture"
+
+
+def test_images_of_one_name_are_those_in_the_folder_of_their_split(tmp_path):
+    for i, word in enumerate(("train2017", "val2017")):
+        coco = {"images": [{"id": 1, "file_name": "1.png"}],
+                "annotations": [{"image_id": "1", "caption": f"number {i}"}]}
+        write(tmp_path, {f"{word}/1.png": i, f"annotations/captions_{word}.json": json.dumps(coco)})
+    for split, i, file in (("train", 0, ""), ("val", 1, ""), ("test", 1, ""),
+                           ("val", 1, "annotations/captions_val2017.json")):
+        found = open_pairs(tmp_path / file, split)
+        assert found.captions == [f"number {i}"] and found.store.read("1.png") == picture(i)
+        assert said(found, f"captions are read from {file or 'annotations/captions_train2017'}")
 
 
 def test_new_images_move_no_old_ones(tmp_path):
@@ -211,27 +227,9 @@ def no_captions(folder, files, *names):
 IMAGES = {"images/a.jpg": 1, "images/b.jpg": 2}
 
 
-@pytest.mark.parametrize("files, names", [
-    ({}, ["--layout classes"]), (IMAGES, ["--layout classes"]),
-    ({"001.Albatross/a.jpg": 1, "n01440764/b.jpg": 2}, ["--layout classes"]),
-    ({**IMAGES, "text/a.txt": "a cat", "text/b.txt": "a dog"}, ["text/a.txt"]),
-    ({**IMAGES, "notes.xlsx": b"PK\3\4"}, ["notes.xlsx"]),
-    ({**IMAGES, "labels.json": '{"a": 1}'}, ["labels.json"]),
-    ({**IMAGES, "annotations/instances_val2017.json": '{"images": []}'}, ["instances_val2017"]),
-    ({**IMAGES, "images/x.txt": "a cat"}, ["images/x.txt"]),
-    ({"a.json": json.dumps({f"{i}.jpg": ["a cat"] for i in range(999)})}, ["a.json", "0.jpg"]),
-    ({"annotations/captions_val2017.json": '{"images": [{"id": 1}], "annotations": []}'},
-     ["captions_val2017.json"]),
-    ({"a.csv": "image,caption\na.png,x y", "captions.txt": "image,caption\na.png,x y"},
-     ["a.csv", "captions.txt", "--caption-file"]),
-    ({"x_imgs.tsv": "1\tQQ=="}, ["x_texts.jsonl"])])
-def test_a_folder_that_holds_something_else(tmp_path, files, names):
-    no_captions(tmp_path, files, *names)
-
-
 @pytest.mark.parametrize("name, content, kind", [
     ("train-00000-of-00001.parquet", b"PAR1\x15\xff", "Parquet"),
-    ("0.tar.gz", b"\x1f\x8b\x08\0 packed", "packed"), ("0.tar", b"\x1f\x8b\x08\0 packed", "gzip"),
+    ("0.tar.gz", b"\x1f\x8b\x08\0 packed", "packed"), ("0.tar", b"BZh91AY packed", "packed"),
     ("0.tar", b"PK\3\4 no tar" * 99, "damaged"), ("captions.csv", b"\x1f\x8b", "gzip"),
     ("metadata.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "LFS"),
     ("a.csv", b"PK\3\4\0", "Excel"), ("a.jsonl", b"ARROW1\0\0", "Arrow"),
@@ -258,6 +256,19 @@ def test_a_row_that_does_not_fit_its_header(tmp_path, text, names):
 
 
 @pytest.mark.parametrize("files, names", [
+    ({}, ["--layout classes"]), (IMAGES, ["--layout classes"]),
+    ({"001.Albatross/a.jpg": 1, "n01440764/b.jpg": 2}, ["--layout classes"]),
+    ({**IMAGES, "text/a.txt": "a cat", "text/b.txt": "a dog"}, ["text/a.txt"]),
+    ({**IMAGES, "notes.xlsx": b"PK\3\4"}, ["notes.xlsx"]),
+    ({**IMAGES, "labels.json": '{"a": 1}'}, ["labels.json"]),
+    ({**IMAGES, "annotations/instances_val2017.json": '{"images": []}'}, ["instances_val2017"]),
+    ({**IMAGES, "images/x.txt": "a cat"}, ["images/x.txt"]),
+    ({"a.json": json.dumps({f"{i}.jpg": ["a cat"] for i in range(999)})}, ["a.json", "0.jpg"]),
+    ({"annotations/captions_val2017.json": '{"images": [{"id": 1}], "annotations": []}'},
+     ["captions_val2017.json"]),
+    ({"a.csv": "image,caption\na.png,x y", "captions.txt": "image,caption\na.png,x y"},
+     ["a.csv", "captions.txt", "--caption-file"]),
+    ({"x_imgs.tsv": "1\tQQ=="}, ["x_texts.jsonl"]),
     ({"a.csv": "image,caption\na.png,\nb.png,nan\n"}, ["0 captions"]),
     ({"a.csv": "image,caption\na.png,caf\xe9 b".encode("cp1252")}, ["a.csv", "line 2"]),
     ({"a.csv": "image,caption,split\na.png,x y,train\nb.png,x y,best"}, ["a.csv", "line 3"]),
@@ -267,6 +278,10 @@ def test_a_row_that_does_not_fit_its_header(tmp_path, text, names):
     ({"a.tsv": "image\tcaption\na\thttp://x/a.jpg\nb\thttps://y.z\n"}, ["http"]),
     ({"a.png": 1, "a.txt": "0 0.5 0.5 0.1 0.1\n1 0.2 0.2 0.3 0.3"}, ["0.5"]),    # boxes
     ({"a.jsonl": '{"image": "a.png", "caption": 5}'}, ["a.jsonl", "line 1"]),
+    ({"a.csv": 'image,caption\na.png,"{""en"": ""b c""}"\n'}, ["a.csv", "line 2"]),
+    ({"a.png": 1, "a.jpg": 1, "a.txt": "a photo and its mask"}, ["a.jpg", "a.txt"]),
+    ({"dataset_a.json": '{"images": [{"id": 1, "file_name": "a.png"}, {"id": 1, "file_name": "b"}],'
+                        '"annotations": [{"image_id": 1, "caption": "b c"}]}'}, ["dataset_a.json"]),
     ({"a.jsonl": '{"image": {"path": "a.png"}, "caption": "b c"}'}, ["a.jsonl", "line 1"]),
     ({"a.jsonl": '{"image": "a.png", "caption": [["b c"]]}'}, ["a.jsonl", "line 1"]),
     ({"a.jsonl": '{"image": "a", "caption": "b c"}\n["a"]'}, ["a.jsonl", "line 2"]),
@@ -276,17 +291,18 @@ def test_a_row_that_does_not_fit_its_header(tmp_path, text, names):
     ({"x_imgs.tsv": "no tab", "x_texts.jsonl": "{}"}, ["x_imgs.tsv", "line 1"]),
     ({"x_imgs.tsv": "1\tQQ==", "x_texts.jsonl": '{"text": "a b", "image_ids": 3}'},
      ["x_texts.jsonl", "line 1"])])
-def test_a_cell_that_is_not_what_its_column_promises(tmp_path, files, names):
+def test_a_folder_or_a_cell_that_holds_something_else(tmp_path, files, names):
     no_captions(tmp_path, files, *names)
 
 
 def test_cells_with_lists_and_rows_without_a_partner(tmp_path):
     source = write(tmp_path / "lists", {"a.csv": 'image,captions\n1.png,"[""one"", ""two""]"\n'
-                                                 '2.png,"[sic] one, two"\n3.png,nan\n4.png,17\n'})
+                                                 '2.png,"[sic] one, two"\n3.png,nan\n./4.png,17\n'
+                                                 'x/..//4.png,<NA>\n'})
     found = open_pairs(source, "train", whole=True)
     assert rows_of(found) == [("1.png", "one"), ("1.png", "two"), ("2.png", "[sic] one, two"),
                               ("4.png", "17")]
-    assert said(found, "1 rows without", "1 hold no words")
+    assert said(found, "2 rows without", "1 hold no words")
     coco = {"images": [{"id": i, "file_name": f"{i}.png"} for i in range(2)],
             "annotations": [{"image_id": i, "caption": f"number {i}"} for i in (1, 2, 2)]}
     write(tmp_path / "coco", {"annotations/captions_train2017.json": json.dumps(coco)})
