@@ -137,9 +137,9 @@ class Tokenizer:
         merges = {"merges": [" ".join(pair) for pair in self.ranks]} if self.ranks else {}
         return {"kind": self.kind, "vocab": self.tokens, **merges, **self.rules}
 
-    def save(self, folder):
+    def save(self, folder, longest):
         """Write the files that transformers reads; `theirs`: the class and settings it takes."""
-        files = {"tokenizer_config.json": json.dumps(self.theirs, indent=2)}
+        files = {"tokenizer_config.json": json.dumps(self.theirs | {"model_max_length": longest})}
         if self.ranks:
             files["vocab.json"] = json.dumps(self.ids, ensure_ascii=False)
             files["merges.txt"] = "\n".join(["#version: 0.2", *map(" ".join, self.ranks), ""])
@@ -193,7 +193,7 @@ def clean(text):
 class BPETokenizer(Tokenizer):
     """CLIP's tokenizer, of its merge list at `path`; TokenizerError when that is another."""
     theirs = {"tokenizer_class": "CLIPTokenizer", "bos_token": "<|startoftext|>", **dict.fromkeys(
-        ["eos_token", "unk_token", "pad_token"], "<|endoftext|>"), "model_max_length": 77}
+        ["eos_token", "unk_token", "pad_token"], "<|endoftext|>")}
 
     def __init__(self, path=MERGES):
         try:
@@ -343,6 +343,7 @@ SETTINGS = {  # those that change ids, as they are here; what lies beside may sa
     "clean_text": "True", "do_basic_tokenize": "True", "add_prefix_space": "False",
     "use_regex": "True", "ignore_merges": "False", "max_input_chars_per_word": "100",
     "continuing_subword_prefix": "(##)?", "end_of_word_suffix": "",
+    "cls_token": r"\[CLS\]|<s>|{.*", "sep_token": r"\[SEP\]|</s>|{.*",  # {: of older files
     "tokenizer_class": "(Bert|DistilBert|Electra|Roberta|Bart|PreTrained)Tokenizer(Fast)?"
                        "|TokenizersBackend"}
 
@@ -365,6 +366,8 @@ def read_vocabulary(vocab, wanted=None, merges=()):
         odd = [f"no {token}" for token in needed if token not in ids]
         odd += [f"{name} {config[name]}" for name, known in SETTINGS.items()
                 if config.get(name) is not None and not regex.fullmatch(known, str(config[name]))]
+        odd += [f"an added token {token}" for token in config.get("added", [])  # found in words too
+                if token not in ids or token[:1] not in ("[", "<")]
         if len(set(ids.values())) < len(ids) or any(operator.index(i) < 0 for i in ids.values()):
             odd.append("an id twice or below 0")
         if odd or kind == "bytebpe" and not pairs:
@@ -385,10 +388,14 @@ def read_files(path):
 
     def lines(file):  # not splitlines(): the Chinese vocabulary has a row that is U+2028
         return file.read_text("utf-8").removesuffix("\n").split("\n")
-    config = {}
-    for name in ("config.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            config |= json.loads((folder / name).read_text("utf-8"))
+
+    def table(name):
+        return json.loads((folder / name).read_text("utf-8")) if (folder / name).is_file() else {}
+    config = table("config.json") | table("tokenizer_config.json")
+    added = [*table("tokenizer.json").get("added_tokens", []),
+             *config.get("added_tokens_decoder", {}).values()]
+    config["added"] = [*table("added_tokens.json"),
+                       *(token["content"] for token in added if not token.get("special"))]
     if path.suffix != ".json":
         return "wordpiece", {line: i for i, line in enumerate(lines(path))}, [], config
     content = json.loads(path.read_text("utf-8"))
@@ -396,7 +403,7 @@ def read_files(path):
                               for key in ("model", "normalizer", "pre_tokenizer"))
     ids = model["vocab"] if path.name == "tokenizer.json" else content
     if "<|startoftext|>" in ids:
-        return "bpe", ids, [], {}  # compared with CLIP's own
+        return "bpe", ids, [], {"added": config["added"]}  # compared with CLIP's own
     if ids is content:
         pairs = lines(folder / "merges.txt")
         return "bytebpe", ids, [x for x in pairs if x[:8] not in ("", "#version")], config
@@ -440,8 +447,7 @@ def for_model(model, path=None):
     if not place and model.text_kind == "bpe":
         place = {"kind": "bpe"}
     if not place:
-        home = pathlib.Path(origin.get("path", ""))
-        place = home if home.is_dir() else home.parent
+        place = pathlib.Path(origin.get("path", "")).parent
         if not origin.get("path") or not [*place.glob("vocab.*"), *place.glob("tokenizer.json")]:
             raise TokenizerError(f"the text tower of {origin['name']} needs its {model.text_kind} "
                                  f"vocabulary: name the folder with --tokenizer")

@@ -62,8 +62,8 @@ OWN_WEIGHTS = (  # exports and checkpoints
     "clip.safetensors", "clip.pt", "chinese_clip.pt", "checkpoint_best.pt", "checkpoint_last.pt")
 HUB_SETTINGS = (  # what can stand beside the weights: how to compute, and the tokenizer
     "config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json",
-    "1_Pooling/config.json", "2_Dense/config.json", "tokenizer_config.json", "vocab.txt",
-    "vocab.json", "merges.txt", "tokenizer.json")
+    "modules.json", "1_Pooling/config.json", "tokenizer_config.json", "added_tokens.json",
+    "vocab.txt", "vocab.json", "merges.txt", "tokenizer.json")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.bool}
@@ -626,7 +626,7 @@ def export(model, folder, layout, tokenizer=None):
         model.vocabulary = tokenizer.facts()
     path = save(model, pathlib.Path(folder) / name, layout)
     if tokenizer is not None and layout == "hf":
-        tokenizer.save(path.parent)
+        tokenizer.save(path.parent, model.config.context_length)
     return path
 
 

@@ -291,7 +291,8 @@ def test_chinese_equals_cn_clip(full, tmp_path):
 def test_case_is_what_is_given_or_the_folder_says_or_the_vocabulary_shows(tmp_path):
     tokens = [*WORDS, "A", "a", "é", "e"]
     assert WordPieceTokenizer(vocabulary(tmp_path / "a", tokens)).encode("A é") == [5, 7]
-    cased = vocabulary(tmp_path / "b", tokens, do_lower_case=False)
+    cased = vocabulary(tmp_path / "b", tokens, do_lower_case=False, cls_token={"content": "[CLS]"},
+                       added_tokens_decoder={"9": {"content": "<user>", "special": True}})
     for path in (cased, cased / "vocab.txt"):
         assert WordPieceTokenizer(path).encode("A é") == [4, 6]
         assert WordPieceTokenizer(path, lowercase=True).encode("A é") == [5, 7]
@@ -316,7 +317,7 @@ def all_kinds():
 def test_a_tokenizer_comes_back_from_facts_files_and_pickle(ours, transformers, tmp_path):
     torch.save({"vocabulary": ours.facts()}, tmp_path / "checkpoint.pt")
     stored = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["vocabulary"]
-    ours.save(tmp_path)
+    ours.save(tmp_path, 40)
     if ours.kind == "chinese":
         (tmp_path / "config.json").write_text('{"model_type": "chinese_clip"}')
     texts = [*NASTY, "A photo of the 黑色森林"]
@@ -326,6 +327,7 @@ def test_a_tokenizer_comes_back_from_facts_files_and_pickle(ours, transformers, 
     opened = open_tokenizer(tmp_path)
     assert type(opened) is type(ours) and opened.encode("A photo") == ours.encode("A photo")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.model_max_length == 40
     sentence = "a photo of the forest, 黑色"
     assert theirs(sentence)["input_ids"] == ours(sentence, context_length=None)[0].tolist()
 
@@ -348,6 +350,13 @@ BAD = {
                        "tokenizer_config.json": {"add_prefix_space": True}},
     "another class": {"vocab.txt": BERT, "tokenizer_config.json": {
         "tokenizer_class": "BertJapaneseTokenizer"}},
+    "another start": {"vocab.txt": BERT, "tokenizer_config.json": {"cls_token": "[MASK]"}},
+    "an added word": {"vocab.txt": BERT, "added_tokens.json": {"weave": 4}},
+    "added beside": {"vocab.txt": BERT, "tokenizer.json": {"added_tokens": [{"content": "weave"}]}},
+    "added in words": {"tokenizer.json": FAST | {"added_tokens": [
+        {"content": "er", "special": False}]}},
+    "added by a table": {"vocab.txt": BERT, "tokenizer_config.json": {
+        "added_tokens_decoder": {"4": {"content": "weave", "special": False}}}},
     "no basic cut": {"vocab.txt": BERT, "tokenizer_config.json": {"do_basic_tokenize": False}},
     "a number": {"tokenizer.json": 5}, "empty": {"tokenizer.json": {}},
     "unigram": {"tokenizer.json": FAST | {"model": {"type": "Unigram", "vocab": []}}},
