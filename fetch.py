@@ -88,10 +88,11 @@ def append(response, partial, have):
 
 @contextlib.contextmanager
 def only_one(target):
-    """Processes that fetch the same thing wait for each other (where the system has fcntl)."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.with_name(target.name + ".lock"), "w") as lock:
-        with contextlib.suppress(ImportError):
+    """Processes that fetch the same thing wait for each other, where the system can lock files."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, ImportError):  # a read-only folder can be used
+            target.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(target.with_name(target.name + ".lock"), "w"))
             import fcntl
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -3,12 +3,13 @@
 Inside, names are OpenAI's, with `bert.` for a text tower of the BERT family as in Chinese-CLIP.
 Settings that change the features leave no trace in the tensors' shapes: activation, heads, pooling,
 epsilons, masks, pixel statistics. `known_from_*` read them from a library's configuration, and
-refuse by its name what `clip_model` does not have: never is it passed over.
+refuse by its name what `clip_model` does not have.
 """
 import contextlib
 import dataclasses
 import math
 import re
+from unittest import mock
 
 import torch
 from torch import nn
@@ -82,7 +83,7 @@ def state_in(content):
     return state
 
 
-HF_NAMES = [  # (OpenAI's, Hugging Face's); whole names first, then beginnings, then fragments
+HF_NAMES = [  # (OpenAI's, Hugging Face's); beginnings first, then fragments
     ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
     ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
     ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
@@ -101,9 +102,8 @@ HF_NAMES = [  # (OpenAI's, Hugging Face's); whole names first, then beginnings, 
     ("bert.", "text_model."),  # last: what is left of a text_model that is no CLIP's
 ]
 DISTILBERT_NAMES = [  # (BERT's, DistilBERT's)
-    ("encoder.layer.", "transformer.layer."),
+    ("encoder.layer.", "transformer.layer."), (".attention.self.value.", ".attention.v_lin."),
     (".attention.self.query.", ".attention.q_lin."), (".attention.self.key.", ".attention.k_lin."),
-    (".attention.self.value.", ".attention.v_lin."),
     (".attention.output.dense.", ".attention.out_lin."),
     (".attention.output.LayerNorm.", ".sa_layer_norm."), (".intermediate.dense.", ".ffn.lin1."),
     (".output.dense.", ".ffn.lin2."), (".output.LayerNorm.", ".output_layer_norm."),
@@ -114,11 +114,9 @@ TURNED = {"visual.proj": "visual_projection.weight", "text_projection": "text_pr
 def rename(name, table, source, target):
     for pair in table:
         old, new = pair[source], pair[target]
-        if name == old:
-            return new
         if old.startswith("."):
             name = name.replace(old, new)
-        elif old.endswith(".") and name.startswith(old):
+        elif name.startswith(old):
             name = new + name[len(old):]
     return name
 
@@ -172,8 +170,10 @@ def openai_names(state):
     def any_begins(*beginnings):
         return any(name.startswith(beginnings) for name in state)
     layout = "openai"  # OpenCLIP's CLIP keeps the same names
-    state = {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] not in (
-        "input_resolution", "context_length", "vocab_size", "attn_mask")}
+    side = ("vision_model." if "embeddings.class_embedding" in state else  # a tower alone, of
+            "text_model." if "embeddings.token_embedding.weight" in state else "")  # transformers 5
+    state = {side + name: tensor for name, tensor in state.items() if name.rpartition(".")[2] not in
+             ("input_resolution", "context_length", "vocab_size", "attn_mask")}
     if any_begins("vision_model.", "text_model."):
         if any_begins("vision_model.head."):
             raise WeightsError("a SigLIP, whose towers are not built as CLIP's")
@@ -191,22 +191,8 @@ def openai_names(state):
 
 # -----------------------------------------------------------------------------
 # Settings: fields of CLIPConfig, with "text" a dict of fields of BertConfig, and "pixels".
-# read(name) gives the table in a JSON file beside the weights, {} where there is none.
+# read(name) gives the table in a JSON file beside the weights, read(name, list) a list; or empty.
 
-HUGGING_FACE = set(  # what shapes tell, what is read below, and what changes no feature
-    "_attn_implementation_autoset _name_or_path architectures attention_dropout "
-    "attention_probs_dropout_prob bos_token_id classifier_dropout cls_token_id dim directionality "
-    "dropout dtype eos_token_id finetuning_task gradient_checkpointing hidden_act hidden_dim "
-    "hidden_dropout_prob hidden_size id2label image_size initializer_factor initializer_range "
-    "intermediate_size label2id layer_norm_eps length_penalty logit_scale_init_value mask_token_id "
-    "max_length max_position_embeddings model_type n_heads n_layers num_attention_heads "
-    "num_beam_groups num_beams num_channels num_hidden_layers num_return_sequences output_past "
-    "pad_token_id patch_size pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers "
-    "pooler_size_per_head pooler_type problem_type projection_dim qa_dropout repetition_penalty "
-    "return_dict sep_token_id seq_classif_dropout sinusoidal_pos_embds temperature text_config "
-    "text_config_dict tie_weights_ tie_word_embeddings tokenizer_class top_k top_p torch_dtype "
-    "transformers_version type_vocab_size typical_p unk_token_id use_cache vision_config "
-    "vision_config_dict vocab_size".split())
 BERT_SETTINGS = {  # field of BertConfig: Hugging Face's name
     "vocab_size": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
     "heads": "num_attention_heads", "intermediate": "intermediate_size",
@@ -215,9 +201,29 @@ BERT_SETTINGS = {  # field of BertConfig: Hugging Face's name
     "attention_dropout": "attention_probs_dropout_prob"}
 DISTILBERT_SETTINGS = {"n_heads": "num_attention_heads", "dropout": "hidden_dropout_prob",
                        "attention_dropout": "attention_probs_dropout_prob"}
+HARMLESS = {*BERT_SETTINGS.values(), *DISTILBERT_SETTINGS, *(  # read, or told by shapes, or idle
+    "_attn_implementation_autoset _name_or_path _valid_processor_keys architectures "
+    "attn_pooler_heads attn_pooler_queries bos_token_id cast_dtype classifier_dropout cls_token_id "
+    "context_length crop_size custom_text data_format dim directionality do_convert_rgb dtype "
+    "embed_dim eos_id eos_token_id finetuning_task gradient_checkpointing head_width heads "
+    "hf_model_pretrained hf_pooler_type hf_proj_type hidden_act hidden_dim id2label image_mean "
+    "image_size image_std init_logit_bias init_logit_scale initializer_factor initializer_range "
+    "label2id label_descriptions label_names layers length_penalty logit_scale_init_value "
+    "mask_token_id max_length mlp_ratio model_args model_type n_layers num_beam_groups num_beams "
+    "num_channels num_classes num_features num_return_sequences output_dict output_past "
+    "output_tokens pad_id patch_dropout patch_size pooler_fc_size pooler_num_attention_heads "
+    "pooler_num_fc_layers pooler_size_per_head pooler_type pretrained_cfg problem_type "
+    "processor_class projection_dim qa_dropout quick_gelu repetition_penalty return_dict "
+    "sep_token_id seq_classif_dropout sinusoidal_pos_embds size temperature text_cfg text_config "
+    "text_config_dict tie_weights_ tie_word_embeddings timm_drop timm_drop_path timm_pool "
+    "timm_proj tokenizer_class top_k top_p torch_dtype transformers_version typical_p unk_token_id "
+    "use_cache vision_cfg vision_config vision_config_dict width").split()}
 ONE_TOWER = {"clip_vision_model": "vision", "clip_text_model": "text"}
 CHINESE_CLIP = {"text": {"pool": "first"},  # what none of its own files says
                 "pixels": Pixels(resize="squash")}
+PROCESSORS = (  # of images; others have other defaults, and other meanings for the same words
+    "CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor",
+    "ChineseCLIPImageProcessor", "ChineseCLIPImageProcessorFast", "ChineseCLIPFeatureExtractor")
 
 
 def known_from_hugging_face(read):
@@ -228,7 +234,7 @@ def known_from_hugging_face(read):
         return {}  # another program's
     if kind in FAMILIES:
         return {"text": bert_settings(config) | pooling_settings(read)}
-    allow({"model_type": kind} | config, HUGGING_FACE, model_type=(  # the type first: it tells most
+    allow({"model_type": kind} | config, HARMLESS, model_type=(  # the type first: it tells most
         "clip", "chinese_clip", "vision-text-dual-encoder", *ONE_TOWER, *FAMILIES))
     towers = {ONE_TOWER[kind]: config} if kind in ONE_TOWER else {
         side: {**(config.get(f"{side}_config") or {}), **(config.get(f"{side}_config_dict") or {})}
@@ -252,7 +258,7 @@ def clip_settings(side, config, activations):
     width, heads = (768, 12) if side == "vision" else (512, 8)
     config = {"model_type": "clip", "hidden_act": "quick_gelu", "hidden_size": width,
               "num_attention_heads": heads} | config
-    allow(config, HUGGING_FACE, hidden_act=activations, layer_norm_eps=(1e-5,),
+    allow(config, HARMLESS, hidden_act=activations, layer_norm_eps=(1e-5,),
           model_type=("clip", f"clip_{side}_model", f"chinese_clip_{side}_model"))
     if side == "text":  # 2: an old word for the largest id
         allow({"eos_token_id": config.get("eos_token_id", 2)},
@@ -262,7 +268,7 @@ def clip_settings(side, config, activations):
 
 
 def bert_settings(config):
-    allow(config, HUGGING_FACE, model_type=tuple(FAMILIES), hidden_act=("gelu",),
+    allow(config, HARMLESS, model_type=tuple(FAMILIES), hidden_act=("gelu",),
           activation=("gelu",), position_embedding_type=("absolute",))
     family = config["model_type"]
     given = {DISTILBERT_SETTINGS.get(key, key): value for key, value in config.items()}
@@ -274,13 +280,19 @@ def bert_settings(config):
 
 def pooling_settings(read):
     """How sentence-transformers makes one vector of a text; {} where it does not say."""
-    config, prefix = read("1_Pooling/config.json"), "pooling_mode_"
-    modes = [key.removeprefix(prefix) for key, on in config.items()
-             if on is True and key.startswith(prefix)]
-    modes += [config["pooling_mode"]] if "pooling_mode" in config else []
-    modes += ["a Dense layer"] if read("2_Dense/config.json") else []
+    home = "" if read("modules.json", list) else "../"  # in older folders each has one of its own
+    modules = {module["type"].rpartition(".")[2]: module["path"]
+               for module in read(home + "modules.json", list)}
+    if home and not modules.get("Transformer"):  # another model's
+        home, modules = "", {}
+    allow(modules, ("Transformer", "Pooling", "Normalize"))
+    config = read(f"{home}{modules.get('Pooling', '1_Pooling')}/config.json")
+    modes = [key.removeprefix("pooling_mode_") for key, on in config.items()
+             if on is True and key.startswith("pooling_mode_")]
+    modes += [str(config["pooling_mode"])] if "pooling_mode" in config else []
     known = {"mean_tokens": "mean", "mean": "mean", "cls_token": "first", "cls": "first"}
-    allow({"pooling": " + ".join(modes)}, pooling=("", *known))
+    if modes or "Pooling" in modules:
+        allow({"pooling": " + ".join(modes)}, pooling=tuple(known))
     return {"pool": known[modes[0]]} if modes else {}
 
 
@@ -289,22 +301,24 @@ def pixels_from_hugging_face(config):
     if not config:
         return None
     size = config.get("size", 224)
-    squash = isinstance(size, dict) and "height" in size
+    side = next(iter(size.values())) if isinstance(size, dict) else size
+    square = {"height": side, "width": side}
+    squash = size == square
     crop = config.get("do_center_crop", not squash)
-    allow({"do_center_crop": crop} | config, do_resize=(True,), do_rescale=(True,),
+    allow({"do_center_crop": crop} | config, HARMLESS, do_resize=(True,), do_rescale=(True,),
           do_normalize=(True,), rescale_factor=(1 / 255,), resample=(2, 3),
-          do_center_crop=(True, False) if squash else (True,))
-    sides = {side for value in (size, config.get("crop_size", size) if crop else size)
-             for side in (value.values() if isinstance(value, dict) else [value])}
-    if len(sides) > 1:
-        raise WeightsError(f"size {size} with another crop_size is not supported")
+          do_center_crop=(True, False) if squash else (True,),
+          size=(side, square, {"shortest_edge": side}),
+          crop_size=(side, square) if crop else (config.get("crop_size"),),
+          image_processor_type=PROCESSORS, feature_extractor_type=PROCESSORS)
     return make_pixels(config.get("image_mean"), config.get("image_std"), squash and "squash",
                        "bilinear" if config.get("resample") == 2 else "bicubic")
 
 
 def make_pixels(mean, std, resize, interpolation):
-    """Checked Pixels; what is not given is CLIP's."""
+    """Checked Pixels; what is not given is CLIP's, and one number is that of all channels."""
     own = Pixels()
+    mean, std = ([x] * 3 if isinstance(x, (int, float)) else x for x in (mean, std))
     found = Pixels(tuple(mean or own.mean), tuple(std or own.std), resize or own.resize,
                    interpolation or own.interpolation)
     allow({"resize_mode": found.resize, "interpolation": found.interpolation},
@@ -321,17 +335,12 @@ def known_from_timm(config, name):
     weights = config.get("pretrained_cfg")
     if not weights:
         return {}
-    allow(config, architecture=(name.partition(".")[0],))
-    return {"pixels": make_pixels(weights["mean"], weights["std"], None,
+    allow(config, HARMLESS, architecture=(name.partition(".")[0],),
+          global_pool=("avg", "token", "map", ""))  # of these, others have other tensors
+    allow(config.get("model_args") or {}, ())
+    squash = weights.get("crop_mode") == "squash" and "squash"
+    return {"pixels": make_pixels(weights["mean"], weights["std"], squash,
                                   weights.get("interpolation"))}
-
-
-OPEN_CLIP = set(  # what shapes tell, and what changes no feature
-    "embed_dim vision_cfg text_cfg quick_gelu custom_text init_logit_scale init_logit_bias "
-    "output_dict cast_dtype layers width head_width heads patch_size image_size mlp_ratio "
-    "patch_dropout output_tokens context_length vocab_size pad_id eos_id attn_pooler_queries "
-    "attn_pooler_heads timm_pool timm_proj timm_drop timm_drop_path hf_model_pretrained "
-    "hf_proj_type hf_pooler_type".split())
 
 
 def known_from_open_clip(read):
@@ -340,9 +349,9 @@ def known_from_open_clip(read):
     if model is None:
         return {}
     image, text, pixels = model["vision_cfg"], model["text_cfg"], config.get("preprocess_cfg") or {}
-    allow(model, OPEN_CLIP)
-    allow(image, OPEN_CLIP, pool_type=("tok",), pos_embed_type=("learnable",))
-    allow(text, OPEN_CLIP, pool_type=("argmax",), proj_type=("linear",))
+    allow(model, HARMLESS)
+    allow(image, HARMLESS, pool_type=("tok",), pos_embed_type=("learnable",))
+    allow(text, HARMLESS, pool_type=("argmax",), proj_type=("linear",))
     allow(pixels, mode=("RGB",))
     return {"activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
             "vision_head": image.get("head_width", 64),
@@ -449,15 +458,9 @@ def skeleton():
     """Modules made in here have names and shapes and no numbers. Filling them is left out: on
     "meta" it computes nothing, and imports torch's compiler, which takes seconds."""
     names = [name for name in vars(nn.init) if name.endswith("_") and name[0] != "_"]
-    real = {name: getattr(nn.init, name) for name in names}
-    try:
-        for name in names:
-            setattr(nn.init, name, lambda tensor, *_, **__: tensor)
-        with torch.device("meta"):
-            yield
-    finally:
-        for name in names:
-            setattr(nn.init, name, real[name])
+    idle = dict.fromkeys(names, lambda tensor, *_, **__: tensor)
+    with mock.patch.multiple(nn.init, **idle), torch.device("meta"):
+        yield
 
 
 def check_state(config, state):

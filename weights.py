@@ -190,12 +190,12 @@ def shards_of(path):
     return shards
 
 
-def read_json(path):
+def read_json(path, kind=dict):
     """The table in a JSON file; {} where there is no such file, or one with something else."""
     with about(path), contextlib.suppress(FileNotFoundError):
         content = json.loads(path.read_text("utf-8"))
-        return content if isinstance(content, dict) else {}
-    return {}
+        return content if isinstance(content, kind) else kind()
+    return kind()
 
 
 def read_file(path):
@@ -254,8 +254,8 @@ def read(name_or_path, activation=None):
             if card and kind == "safetensors" and layout == "chinese_clip":
                 layout = "safetensors"  # our own file of a CLIP with another BERT: same names
 
-        def beside(name):
-            return read_json(path.parent / name)
+        def beside(name, kind=dict):
+            return read_json(path.parent / name, kind)
         known = (known_from_card(card) if card else
                  known_from_hugging_face(beside) if layout == "hf" else
                  known_from_open_clip(beside) if layout == "openai" else dict(CHINESE_CLIP))
@@ -266,8 +266,7 @@ def read(name_or_path, activation=None):
                                            kind == "TorchScript" or layout == "chinese_clip"):
             notes.append("the file does not say its activation and heads: OpenAI's were taken, "
                          "QuickGELU and 64 wide; models trained by LAION need --activation gelu")
-        if (layout == "hf" and "bert.embeddings.LayerNorm.weight" in state
-                and "text" not in known):
+        if layout == "hf" and "bert.embeddings.LayerNorm.weight" in state and "text" not in known:
             notes.append("no config.json beside it: heads of 64 were taken")
         known["activation"] = activation or known.get("activation", "quick_gelu")
         name = (card.get("origin", {}).get("name") or canonical_name(name_or_path)
@@ -390,8 +389,7 @@ def tower_of(side, tower, size, activation):
         fields = {key: getattr(config, key) for key in vars(config) if key.startswith(parts)}
         return Source({}, {}, unread(known), fields=fields | (
             {"activation": activation} if activation and not fields.get("text") else {}))
-    if side == "image" and tower and not (
-            known or is_hub_name(tower) or expanded(tower).exists()):
+    if side == "image" and tower and not (known or is_hub_name(tower) or expanded(tower).exists()):
         return classifier(tower, size)
     source = read(tower, activation)
     with about(f"{source.origin['path']} (the state dict of a classifier is given as NAME:FILE) "
@@ -549,8 +547,8 @@ def from_hub(name):
             raise WeightsError(problem)
         return not problem
     with about(f"no file or folder {name!r} here, and {base} did not give it; config.json, the "
-               f"weights and the tokenizer's files can be put into {folder} by hand"
-               ), only_one(folder):
+               f"weights and the tokenizer's files can be put by hand into {folder}, or a folder "
+               f"for --weights"), only_one(folder):
         if not folder.is_dir():
             for file in HUB_SETTINGS:
                 get(file)
@@ -558,8 +556,9 @@ def from_hub(name):
             if not weights:
                 raise WeightsError(f"it has none of {', '.join(HUB_WEIGHTS)}")
             for shard in shards_of(partial / weights):
-                if not get(shard.name):
-                    raise WeightsError(f"it has no {shard.name}, which {weights} names")
+                get(shard.name)
+            with about(f"{partial} (delete it to fetch all anew)"):
+                read(partial)  # before it has its name: not every server tells checksums
             os.replace(partial, folder)
     return folder
 

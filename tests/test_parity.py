@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import WORDS, images_for, noise, perturb, refused, texts_for, tiny_clip
 
-from clip_model import BERTS, CLIP, CONFIGS, BertConfig, bert_fields
+from clip_model import BERTS, CLIP, CONFIGS, BertConfig, Pixels, bert_fields
 from images import Preprocess, normalise
 from layouts import to_hugging_face
 from tokenizer import BPETokenizer, ChineseTokenizer, WordPieceTokenizer, for_model
@@ -124,6 +124,7 @@ def test_transformers_opens_our_folder_and_computes_the_same(tmp_path, transform
     if tokenizer:
         processor = getattr(transformers, f"{kind}Processor").from_pretrained(folder, backend="pil")
         same_pixels(ours, lambda x: processor(images=x, return_tensors="pt")["pixel_values"])
+        assert processor.tokenizer.model_max_length == ours.config.context_length
         for words in CAPTIONS:  # alone: they pad with another word than OpenAI
             assert processor(text=words)["input_ids"] == tokenizer(words, None)[0].tolist()
         inputs = processor(text=CAPTIONS, images=[noise()], padding=True, return_tensors="pt")
@@ -222,6 +223,12 @@ def test_one_tower_of_a_clip_is_read_alone(tmp_path, transformers):
         ours.logit_scale.copy_(theirs.logit_scale)  # belongs to neither tower
     same_as_hugging_face(ours, theirs)
     refused(lambda: load(tmp_path / "v"), "v", "text_projection")
+    for name, tower in (("v", theirs.vision_model), ("t", theirs.text_model)):
+        (tmp_path / name / "model.safetensors").unlink()  # as transformers 5 writes it alone
+        torch.save(tower.state_dict(), tmp_path / name / "pytorch_model.bin")
+    bare = load(image_tower=tmp_path / "v", text_tower=tmp_path / "t").state_dict()
+    assert all(torch.equal(bare[name], tensor) for name, tensor in ours.state_dict().items()
+               if name not in ("visual.proj", "text_projection", "logit_scale"))
 
 
 # -----------------------------------------------------------------------------
@@ -274,18 +281,31 @@ def test_a_text_tower_and_its_gradients_are_transformers_own(tmp_path, transform
     torch.testing.assert_close(torch.tensor(sizes(ours.bert)), torch.tensor(sizes(theirs)))
 
 
-def test_pooling_is_what_sentence_transformers_wrote_beside(tmp_path, transformers):
-    their_bert(transformers, "bert").save_pretrained(tmp_path)
-    for content, pool in (({"pooling_mode": "mean"}, "mean"), ({"pooling_mode": "cls"}, "first"),
-                          ({}, "pooler"), ({"pooling_mode_max_tokens": True}, "")):
-        (tmp_path / "1_Pooling").mkdir(exist_ok=True)
-        (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(content))
-        if not pool:
-            refused(lambda: load(image_tower="tiny-vit:none", text_tower=tmp_path), "max_tokens")
-            continue
-        ours = load(image_tower="tiny-vit:none", text_tower=tmp_path)
-        assert ours.config.text.pool == pool
-        assert load(save(ours, tmp_path / "a.safetensors")).config == ours.config
+@pytest.mark.parametrize("pooling, modules, pool", [  # pool: or the name of what is refused
+    ({"pooling_mode": "mean"}, "", "mean"), ({"pooling_mode": "cls"}, "", "first"),
+    ({}, "", "pooler"), ({"pooling_mode_max_tokens": True}, "", "max_tokens"),
+    ({"pooling_mode": ["cls", "mean"]}, "", "cls"),
+    ({"pooling_mode": "mean"}, " 2_Pooling 3_Normalize", "mean"), ({}, " 1_Pooling", "pooling"),
+    ({"pooling_mode": "mean"}, "0_Transformer 1_Pooling", "mean"),
+    ({"pooling_mode": "mean"}, " 1_Pooling 2_Normalize 3_Dense", "Dense"),
+    ({"pooling_mode": "mean"}, " 1_Pooling 2_LayerNorm", "LayerNorm")])
+def test_pooling_is_what_sentence_transformers_wrote_beside(tmp_path, transformers, pooling,
+                                                            modules, pool):
+    paths = modules.split(" ") if modules else ["", "1_Pooling"]
+    for path in paths:
+        (tmp_path / path).mkdir(exist_ok=True)
+        (tmp_path / path / "config.json").write_text(json.dumps(pooling))
+    their_bert(transformers, "bert").save_pretrained(tmp_path / paths[0])
+    if modules:
+        (tmp_path / "modules.json").write_text(json.dumps([{
+            "type": f"sentence_transformers.models.{path[2:] or 'Transformer'}", "path": path}
+            for path in paths]))
+    if pool not in ("mean", "first", "pooler"):
+        refused(lambda: load(image_tower="tiny-vit:none", text_tower=tmp_path / paths[0]), pool)
+        return
+    ours = load(image_tower="tiny-vit:none", text_tower=tmp_path / paths[0])
+    assert ours.config.text.pool == pool
+    assert load(save(ours, tmp_path / "a.safetensors")).config == ours.config
 
 
 def test_other_families_and_settings_of_a_bert_are_refused_by_name(tmp_path, transformers):
@@ -463,6 +483,17 @@ def test_names_of_torchvision_and_of_timm_are_both_read(tmp_path, models):
         assert (ours.pooled_image(images) - expected).abs().max() <= TOLERANCE
     again = load(save(ours, tmp_path / "a.safetensors"))
     assert torch.equal(again.encode_image(images), ours.encode_image(images))
+    config = {"architecture": "mobilenetv3_small_100", "num_classes": 10, "global_pool": "avg",
+              "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.4] * 3, "crop_mode": "squash"}}
+    for more, name in (({}, ""), ({"model_args": {"act_layer": "gelu"}}, "act_layer"),
+                       ({"global_pool": "max"}, "global_pool"), ({"a_new": 1}, "a_new")):
+        (tmp_path / "config.json").write_text(json.dumps(config | more))
+        towers = {"image_tower": f"timm:mobilenetv3_small_100:{tmp_path / 'timm.pth'}",
+                  "text_tower": "tiny-vit:none"}
+        if name:
+            refused(lambda: load(**towers), name)  # noqa: B023
+        else:
+            assert load(**towers).pixels == Pixels((0.5,) * 3, (0.4,) * 3, "squash")
     refused(lambda: load(image_tower=f"efficientnet_b0:{tmp_path / 'other.pth'}",
                          text_tower="tiny-vit:none"), "other.pth", "efficientnet_b0")
     refused(lambda: load(image_tower=tmp_path / "other.pth", text_tower="tiny-vit:none"),

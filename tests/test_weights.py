@@ -236,6 +236,8 @@ def test_pixel_statistics_and_resize_beside_the_weights_are_taken(tmp_path):
     size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     for table, expected in (
             (size, clips), ({"size": 32, "crop_size": 32, "do_center_crop": True}, clips),
+            (size | {"image_mean": 0.5, "image_std": 0.4, "feature_extractor_type":
+                     "CLIPFeatureExtractor"}, Pixels(*half)),  # a number for all channels
             (size | {"image_mean": [0.5] * 3, "image_std": [0.4] * 3, "resample": 2},
              Pixels(*half, "shortest", "bilinear")),
             ({"size": {"height": 32, "width": 32}, "do_center_crop": False},
@@ -254,6 +256,9 @@ def test_pixel_statistics_and_resize_beside_the_weights_are_taken(tmp_path):
     ("preprocessor_config.json", {"size": {"shortest_edge": 256}, "crop_size": 224}, "crop_size"),
     ("preprocessor_config.json", {"size": 32, "do_center_crop": False}, "do_center_crop"),
     ("preprocessor_config.json", {"image_mean": [0.5]}, "mean"),
+    ("preprocessor_config.json", {"size": {"longest_edge": 32}}, "longest_edge"),
+    ("preprocessor_config.json", {"crop_pct": 0.875}, "crop_pct"),
+    ("preprocessor_config.json", {"image_processor_type": "ViTImageProcessor"}, "ViTImage"),
     ("preprocessor_config.json", {"image_std": [0, 1, 1]}, "std"),
     ("open_clip_config.json", {"preprocess_cfg": {"resize_mode": "longest"}}, "longest"),
     ("open_clip_config.json", {"preprocess_cfg": {"interpolation": "nearest"}}, "nearest"),
@@ -735,6 +740,9 @@ def test_a_released_name_is_fetched_once_whatever_passes_and_then_used_offline(s
         assert server.log[1][1] == f"bytes={len(server.content) // 2}-"
     monkeypatch.setenv("CLIP_MIRROR", NOBODY)
     assert same(load("RN50"), make()) and cached(server) == {"RN50.pt"}
+    (server.cache / "RN50.pt.lock").unlink()
+    (server.cache / "RN50.pt.lock").mkdir()  # it cannot be written, as in a read-only folder
+    assert same(load("RN50"), make())
 
 
 def test_a_released_name_has_a_second_source(server, monkeypatch):
@@ -757,12 +765,17 @@ def test_a_partial_or_damaged_file_of_an_earlier_run_is_completed_or_replaced(se
 
 
 def test_lasting_trouble_says_what_to_do_by_hand(server, monkeypatch):
-    for step in (404, 500, "html", "break", "offline"):
+    for step in (404, 500, "html", "break", "offline", "no folder"):
         server.plan[:] = [step] * 3
         if step == "offline":
             monkeypatch.setenv("CLIP_MIRROR", NOBODY)
-        refused(lambda: load("RN50"), "RN50", server.digest, server.target, "CLIP_MIRROR")
-        assert cached(server) == set()
+        if step == "no folder":
+            shutil.rmtree(server.cache.parent)
+            server.cache.parent.write_text("")
+            refused(lambda: load(NAME), NAME, "--weights")
+        refused(lambda: load("RN50"), "RN50", server.digest, server.target, "CLIP_MIRROR",
+                "--weights")
+        assert step == "no folder" or cached(server) == set()
 
 
 def test_processes_that_fetch_at_once_fetch_once(server):
@@ -812,10 +825,10 @@ def test_a_model_of_hugging_face_is_fetched_once_and_then_used_offline(hub, plan
     assert torch.equal(both.encode_image(image), model.encode_image(image))
 
 
-@pytest.mark.parametrize("fault", ["dies", "checksum", "offline", "nothing there", "login"])
+@pytest.mark.parametrize("fault", ["dies", "checksum", "offline", "nothing there", "login", "html"])
 def test_a_model_of_hugging_face_that_does_not_come_leaves_nothing_half(hub, monkeypatch, fault):
     server, model = hub
-    server.plan[:] = {"dies": ["ok"] + ["break"] * 9, "login": [401] * 3}.get(fault, [])
+    server.plan[:] = {"dies": ["ok"] + ["break"] * 9, "login": [401] * 3}.get(fault, [fault])
     server.linked = hashlib.blake2s if fault == "checksum" else None
     if fault == "offline":
         monkeypatch.setenv("HF_ENDPOINT", NOBODY)
