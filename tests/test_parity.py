@@ -281,29 +281,25 @@ def test_a_text_tower_and_its_gradients_are_transformers_own(tmp_path, transform
     torch.testing.assert_close(torch.tensor(sizes(ours.bert)), torch.tensor(sizes(theirs)))
 
 
-@pytest.mark.parametrize("pooling, modules, pool", [  # pool: or the name of what is refused
-    ({"pooling_mode": "mean"}, "", "mean"), ({"pooling_mode": "cls"}, "", "first"),
-    ({}, "", "pooler"), ({"pooling_mode_max_tokens": True}, "", "max_tokens"),
-    ({"pooling_mode": ["cls", "mean"]}, "", "cls"),
-    ({"pooling_mode": "mean"}, " 2_Pooling 3_Normalize", "mean"), ({}, " 1_Pooling", "pooling"),
-    ({"pooling_mode": "mean"}, "0_Transformer 1_Pooling", "mean"),
-    ({"pooling_mode": "mean"}, " 1_Pooling 2_Normalize 3_Dense", "Dense"),
-    ({"pooling_mode": "mean"}, " 1_Pooling 2_LayerNorm", "LayerNorm")])
-def test_pooling_is_what_sentence_transformers_wrote_beside(tmp_path, transformers, pooling,
-                                                            modules, pool):
-    paths = modules.split(" ") if modules else ["", "1_Pooling"]
+@pytest.mark.parametrize("mode, modules, pool", [  # pool: or the name of what is refused
+    ("", "", "pooler"), ("cls", " 2_Pooling 3_Normalize", "first"), ("max", " 1_Pooling", "max"),
+    ("mean", "0_Transformer 1_Pooling", "mean"), (["cls", "mean"], " 1_Pooling", "cls"),
+    ("", " 1_Pooling", "pooling"), ("mean", " 1_Pooling 2_Normalize 3_Dense", "Dense"),
+    ("mean", " 1_Pooling 2_LayerNorm", "LayerNorm")])
+def test_pooling_is_what_sentence_transformers_wrote(tmp_path, transformers, mode, modules, pool):
+    paths = modules.split(" ")
     for path in paths:
         (tmp_path / path).mkdir(exist_ok=True)
-        (tmp_path / path / "config.json").write_text(json.dumps(pooling))
+        content = json.dumps({"pooling_mode": mode} if mode else {})
+        (tmp_path / path / "config.json").write_text(content)
+    (tmp_path / "modules.json").write_text(json.dumps([
+        {"type": f"x.models.{path[2:] or 'Transformer'}", "path": path} for path in paths]))
     their_bert(transformers, "bert").save_pretrained(tmp_path / paths[0])
-    if modules:
-        (tmp_path / "modules.json").write_text(json.dumps([{
-            "type": f"sentence_transformers.models.{path[2:] or 'Transformer'}", "path": path}
-            for path in paths]))
+    towers = {"image_tower": "tiny-vit:none", "text_tower": tmp_path / paths[0]}
     if pool not in ("mean", "first", "pooler"):
-        refused(lambda: load(image_tower="tiny-vit:none", text_tower=tmp_path / paths[0]), pool)
+        refused(lambda: load(**towers), pool)
         return
-    ours = load(image_tower="tiny-vit:none", text_tower=tmp_path / paths[0])
+    ours = load(**towers)
     assert ours.config.text.pool == pool
     assert load(save(ours, tmp_path / "a.safetensors")).config == ours.config
 
@@ -485,15 +481,13 @@ def test_names_of_torchvision_and_of_timm_are_both_read(tmp_path, models):
     assert torch.equal(again.encode_image(images), ours.encode_image(images))
     config = {"architecture": "mobilenetv3_small_100", "num_classes": 10, "global_pool": "avg",
               "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.4] * 3, "crop_mode": "squash"}}
-    for more, name in (({}, ""), ({"model_args": {"act_layer": "gelu"}}, "act_layer"),
-                       ({"global_pool": "max"}, "global_pool"), ({"a_new": 1}, "a_new")):
+    towers = {"image_tower": f"timm:mobilenetv3_small_100:{tmp_path / 'timm.pth'}",
+              "text_tower": "tiny-vit:none"}
+    for more in ({"model_args": {"act_layer": "gelu"}}, {"global_pool": "max"}, {"new": 1}, {}):
         (tmp_path / "config.json").write_text(json.dumps(config | more))
-        towers = {"image_tower": f"timm:mobilenetv3_small_100:{tmp_path / 'timm.pth'}",
-                  "text_tower": "tiny-vit:none"}
-        if name:
-            refused(lambda: load(**towers), name)  # noqa: B023
-        else:
-            assert load(**towers).pixels == Pixels((0.5,) * 3, (0.4,) * 3, "squash")
+        if more:
+            refused(lambda: load(**towers), *more.get("model_args", more))  # noqa: B023
+    assert load(**towers).pixels == Pixels((0.5,) * 3, (0.4,) * 3, "squash")
     refused(lambda: load(image_tower=f"efficientnet_b0:{tmp_path / 'other.pth'}",
                          text_tower="tiny-vit:none"), "other.pth", "efficientnet_b0")
     refused(lambda: load(image_tower=tmp_path / "other.pth", text_tower="tiny-vit:none"),

@@ -14,7 +14,6 @@ import regex
 import torch
 from helpers import refused, ROOT
 
-import weights
 from clip_model import bert_fields, BertConfig, CLIP, CONFIGS
 from tokenizer import (BPETokenizer, ByteBPETokenizer, ChineseTokenizer, for_model, MERGES,
                        open_tokenizer, WordPieceTokenizer)
@@ -353,10 +352,9 @@ BAD = {
     "another start": {"vocab.txt": BERT, "tokenizer_config.json": {"cls_token": "[MASK]"}},
     "an added word": {"vocab.txt": BERT, "added_tokens.json": {"weave": 4}},
     "added beside": {"vocab.txt": BERT, "tokenizer.json": {"added_tokens": [{"content": "weave"}]}},
-    "added in words": {"tokenizer.json": FAST | {"added_tokens": [
-        {"content": "er", "special": False}]}},
+    "added in words": {"tokenizer.json": FAST | {"added_tokens": [{"content": "er"}]}},
     "added by a table": {"vocab.txt": BERT, "tokenizer_config.json": {
-        "added_tokens_decoder": {"4": {"content": "weave", "special": False}}}},
+        "added_tokens_decoder": {"4": {"content": "weave"}}}},
     "no basic cut": {"vocab.txt": BERT, "tokenizer_config.json": {"do_basic_tokenize": False}},
     "a number": {"tokenizer.json": 5}, "empty": {"tokenizer.json": {}},
     "unigram": {"tokenizer.json": FAST | {"model": {"type": "Unigram", "vocab": []}}},
@@ -420,14 +418,11 @@ def test_a_model_gets_the_tokenizer_of_its_own_text_tower(tmp_path):
             "Chinese-CLIP")
 
 
-def test_the_vocabulary_that_lies_beside_a_chosen_text_tower_is_found(transformers, tmp_path):
+def test_the_vocabulary_that_lies_beside_a_text_tower_is_found(transformers, tmp_path):
     """As in folders of sentence-transformers: a tokenizer.json, and no vocab.txt."""
     transformers.BertTokenizerFast.from_pretrained(TINY / "wordpiece").save_pretrained(tmp_path)
     (tmp_path / "vocab.txt").unlink(missing_ok=True)
-    transformers.BertModel(transformers.BertConfig(
-        vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=1,
-        intermediate_size=32, max_position_embeddings=40)).save_pretrained(tmp_path)
-    ours = for_model(weights.load(image_tower="tiny-vit:none", text_tower=tmp_path))
+    ours = for_model(clip("bert", 300, path=str(tmp_path / "model.safetensors")))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     texts = ["a photo of a dog", "", "一只狗"]
     assert ours(texts, 20).tolist() == theirs(texts, padding="max_length", max_length=20)[

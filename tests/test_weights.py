@@ -203,15 +203,14 @@ def test_a_clip_with_another_bert_does_not_come_back_as_chinese_clip(tmp_path):
 def test_an_interrupted_save_leaves_the_older_file(tmp_path, monkeypatch):
     path = save(make(), tmp_path / "a.safetensors")
     old = path.read_bytes()
-    for call, error in (("fsync", OSError(28, "No space left on device")),
-                        ("replace", KeyboardInterrupt())):
-        def fail(*_, error=error):
-            raise error
-        with monkeypatch.context() as patch:
-            patch.setattr(os, call, fail)
-            with pytest.raises((SafeStop, KeyboardInterrupt), match="No space|^$"):
-                save(make(seed=1), path)
-        assert path.read_bytes() == old
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(SafeStop, match="No space"):
+            save(make(seed=1), path)
+    assert path.read_bytes() == old
     assert same(load(save(make(seed=1), path)), make(seed=1))
 
 
@@ -236,8 +235,7 @@ def test_pixel_statistics_and_resize_beside_the_weights_are_taken(tmp_path):
     size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     for table, expected in (
             (size, clips), ({"size": 32, "crop_size": 32, "do_center_crop": True}, clips),
-            (size | {"image_mean": 0.5, "image_std": 0.4, "feature_extractor_type":
-                     "CLIPFeatureExtractor"}, Pixels(*half)),  # a number for all channels
+            (size | {"image_mean": 0.5, "image_std": 0.4}, Pixels(*half)),
             (size | {"image_mean": [0.5] * 3, "image_std": [0.4] * 3, "resample": 2},
              Pixels(*half, "shortest", "bilinear")),
             ({"size": {"height": 32, "width": 32}, "do_center_crop": False},
@@ -740,8 +738,8 @@ def test_a_released_name_is_fetched_once_whatever_passes_and_then_used_offline(s
         assert server.log[1][1] == f"bytes={len(server.content) // 2}-"
     monkeypatch.setenv("CLIP_MIRROR", NOBODY)
     assert same(load("RN50"), make()) and cached(server) == {"RN50.pt"}
-    (server.cache / "RN50.pt.lock").unlink()
-    (server.cache / "RN50.pt.lock").mkdir()  # it cannot be written, as in a read-only folder
+    (server.cache / "RN50.pt.lock").unlink()  # one that cannot be written, as in a read-only folder
+    (server.cache / "RN50.pt.lock").mkdir()
     assert same(load("RN50"), make())
 
 
@@ -765,17 +763,12 @@ def test_a_partial_or_damaged_file_of_an_earlier_run_is_completed_or_replaced(se
 
 
 def test_lasting_trouble_says_what_to_do_by_hand(server, monkeypatch):
-    for step in (404, 500, "html", "break", "offline", "no folder"):
+    for step in (404, 500, "html", "break", "offline"):
         server.plan[:] = [step] * 3
         if step == "offline":
             monkeypatch.setenv("CLIP_MIRROR", NOBODY)
-        if step == "no folder":
-            shutil.rmtree(server.cache.parent)
-            server.cache.parent.write_text("")
-            refused(lambda: load(NAME), NAME, "--weights")
-        refused(lambda: load("RN50"), "RN50", server.digest, server.target, "CLIP_MIRROR",
-                "--weights")
-        assert step == "no folder" or cached(server) == set()
+        refused(lambda: load("RN50"), "--weights", server.digest, server.target, "CLIP_MIRROR")
+        assert cached(server) == set()
 
 
 def test_processes_that_fetch_at_once_fetch_once(server):
@@ -835,7 +828,7 @@ def test_a_model_of_hugging_face_that_does_not_come_leaves_nothing_half(hub, mon
     if fault == "nothing there":
         server.files.clear()
     result = attempt(convert, "inspect", NAME)
-    refused(result, NAME, server.cache / CACHED)
+    refused(result, NAME, server.cache / CACHED, "--weights")
     assert cached(server) == set() and not result.out
     if fault == "dies":  # the first shard is there and is not fetched again
         server.plan.clear()
