@@ -301,7 +301,7 @@ def pixels_from_hugging_face(config):
     if not config:
         return None
     size = config.get("size", 224)
-    side = next(iter(size.values())) if isinstance(size, dict) else size
+    side = next(iter(size.values()), None) if isinstance(size, dict) else size
     square = {"height": side, "width": side}
     squash = size == square
     crop = config.get("do_center_crop", not squash)
