@@ -67,6 +67,11 @@ def no_network(monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def transformers():
+    return pytest.importorskip("transformers", reason="transformers is not installed")
+
+
+@pytest.fixture(scope="session")
 def shared():
     """The folder of real development data beside the checkout, if it is here."""
     folder = ROOT.parent / "shared" / "data"

@@ -27,11 +27,6 @@ def bpe():
     return BPETokenizer()
 
 
-@pytest.fixture(scope="module")
-def transformers():
-    return pytest.importorskip("transformers")
-
-
 def vocabulary(folder, tokens, **config):
     """A BERT folder of these tokens -> the folder"""
     folder.mkdir(exist_ok=True)
@@ -379,6 +374,8 @@ def test_a_vocabulary_that_cannot_be_read_right_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(FAST))  # the one they were made from
     assert open_tokenizer(tmp_path).encode(PAIR.replace(" ", "") + " b") == [
         BYTES[PAIR.replace(" ", "")], BYTES["Ġ"], BYTES["b"]]
+    beside = clip("roberta", 500, path=str(tmp_path / "model.safetensors"))
+    assert for_model(beside).encode("b") == [BYTES["b"]]
 
 
 def test_facts_that_make_no_tokenizer_are_refused():
@@ -410,20 +407,7 @@ def test_a_model_gets_the_tokenizer_of_its_own_text_tower(tmp_path):
     refused(lambda: for_model(padded, TINY / "wordpiece"), "pad")
     bert.vocabulary = WordPieceTokenizer(TINY / "wordpiece", lowercase=False).facts()
     assert not for_model(bert).lowercase and for_model(bert, TINY / "wordpiece").lowercase
-    beside = clip("bert", 300, path=str(TINY / "wordpiece" / "weights.safetensors"))
-    assert type(for_model(beside)) is WordPieceTokenizer
     chinese = clip("bert", 300, name="CN-ViT-B/16")
     assert type(for_model(chinese, TINY / "wordpiece" / "vocab.txt")) is ChineseTokenizer
     refused(lambda: for_model(clip("bert", 21_128, name="CN-ViT-B/16"), TINY / "wordpiece"),
             "Chinese-CLIP")
-
-
-def test_the_vocabulary_that_lies_beside_a_text_tower_is_found(transformers, tmp_path):
-    """As in folders of sentence-transformers: a tokenizer.json, and no vocab.txt."""
-    transformers.BertTokenizerFast.from_pretrained(TINY / "wordpiece").save_pretrained(tmp_path)
-    (tmp_path / "vocab.txt").unlink(missing_ok=True)
-    ours = for_model(clip("bert", 300, path=str(tmp_path / "model.safetensors")))
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    texts = ["a photo of a dog", "", "一只狗"]
-    assert ours(texts, 20).tolist() == theirs(texts, padding="max_length", max_length=20)[
-        "input_ids"]

@@ -1,5 +1,6 @@
 """weights.py, layouts.py and tools.convert: files there and back, files that must not be trusted,
 what a run leaves, two towers, fetching."""
+import argparse
 import copy
 import dataclasses
 import hashlib
@@ -26,7 +27,7 @@ from torch import nn
 import weights
 from clip_model import BERTS, CLIP, CONFIGS, BertConfig, Pixels, bert_fields
 from files import SafeStop
-from layouts import LAYOUTS, to_hugging_face
+from layouts import LAYOUTS, known_from_timm, to_hugging_face
 from tools import convert
 from tokenizer import WordPieceTokenizer, for_model
 from weights import (
@@ -202,7 +203,6 @@ def test_a_clip_with_another_bert_does_not_come_back_as_chinese_clip(tmp_path):
 
 def test_an_interrupted_save_leaves_the_older_file(tmp_path, monkeypatch):
     path = save(make(), tmp_path / "a.safetensors")
-    old = path.read_bytes()
 
     def fail(*_):
         raise OSError(28, "No space left on device")
@@ -210,8 +210,7 @@ def test_an_interrupted_save_leaves_the_older_file(tmp_path, monkeypatch):
         patch.setattr(os, "fsync", fail)
         with pytest.raises(SafeStop, match="No space"):
             save(make(seed=1), path)
-    assert path.read_bytes() == old
-    assert same(load(save(make(seed=1), path)), make(seed=1))
+    assert same(load(path), make()) and same(load(save(make(seed=1), path)), make(seed=1))
 
 
 # -----------------------------------------------------------------------------
@@ -297,11 +296,17 @@ def test_a_model_name_wins_over_a_folder_and_a_file_over_a_model_name(tmp_path, 
     refused(lambda: load("CN-ViT-B/16"), "CN-ViT-B/16")
 
 
-OLDER = {  # what transformers 4 wrote into every part of a config.json
-    "_name_or_path": "x", "chunk_size_feed_forward": 0, "id2label": {"0": "LABEL_0"},
-    "is_decoder": False, "length_penalty": 1.0, "max_length": 20, "num_beams": 1,
-    "return_dict": True, "temperature": 1.0, "tie_word_embeddings": True, "top_k": 50,
-    "torch_dtype": "float32", "transformers_version": "4.16.0.dev0", "use_cache": True}
+def test_a_timm_folder_is_taken_as_it_stands_or_refused_by_name():
+    config = {"architecture": "resnet18", "num_classes": 10, "global_pool": "avg",
+              "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "crop_mode": "squash"}}
+    assert known_from_timm(config, "resnet18")["pixels"] == Pixels(*[(0.5,) * 3] * 2, "squash")
+    for more in ({"model_args": {"act_layer": "gelu"}}, {"global_pool": "max"}, {"new": 1}):
+        refused(lambda: known_from_timm(config | more, "resnet18"), *more.get("model_args", more))  # noqa: B023
+
+
+OLDER = {  # some of what transformers 4 wrote into every part of a config.json
+    "chunk_size_feed_forward": 0, "id2label": {"0": "LABEL_0"}, "is_decoder": False,
+    "max_length": 20, "temperature": 1.0, "tie_word_embeddings": True, "torch_dtype": "float32"}
 
 
 @pytest.mark.parametrize("layout, file, parts", [
@@ -384,8 +389,6 @@ def bad_files():
         "tensors under numbers": (saved({0: torch.zeros(3)}), ""),
         "a gap": (tensors_file({"a": entry(4, 12)}, bytes(12)), "'a'"),
         "lying shape": (tensors_file({"a": entry(0, 8, [10 ** 9])}), "'a'"),
-        "infinite shape": (tensors_file(b'{"a":{"dtype":"F32","shape":[1e999],'
-                                        b'"data_offsets":[0,0]}}'), ""),
         "8-bit floats": (tensors_file({"a": entry(0, 8, [8], "F8_E4M3")}), "F8_E4M3"),
         "header nests": (tensors_file(b'{"a":' * 100_000), ""),
         "giant header": (struct.pack("<Q", 2 ** 60) + b"{}" + bytes(100), ""),
@@ -559,12 +562,10 @@ def test_a_student_takes_its_teachers_texts_from_the_teachers_file(tmp_path):
 
 
 def flags(**given):
-    import argparse
     parser = argparse.ArgumentParser()
     add_model_flags(parser, towers=True)
-    args = parser.parse_args([])
-    vars(args).update({"seed": 3, **given})
-    return args
+    parser.set_defaults(**{"seed": 3, **given})
+    return parser.parse_args([])
 
 
 def test_the_model_is_what_the_weights_hold_and_a_model_that_contradicts_is_refused(tmp_path):
