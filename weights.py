@@ -506,12 +506,15 @@ def place_of(name):
 
 def still_to_fetch(args):
     """"" or, in words, which released weights `open_clip(args)` would have to fetch; of no --model
-    those of ViT-B/16."""
-    name = canonical_name((args.model or "ViT-B/16") if args.weights == "auto" else args.weights)
-    if name not in RELEASED or place_of(name).is_file():
-        return ""
-    return (f"the weights of {name} are not here either: "
-            f"{OPENAI_URL}/{RELEASED[name]}/{place_of(name).name} goes to {place_of(name)}")
+    those of ViT-B/16. WeightsError for weights that are nowhere."""
+    text = (args.model or "ViT-B/16") if args.weights == "auto" else args.weights
+    name = canonical_name(text)
+    if name in RELEASED and not place_of(name).is_file():
+        return (f"the weights of {name} are not here either: "
+                f"{OPENAI_URL}/{RELEASED[name]}/{place_of(name).name} goes to {place_of(name)}")
+    if text != "none" and not is_hub_name(text):
+        locate(text)
+    return ""
 
 
 def download(name):

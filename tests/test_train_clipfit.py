@@ -398,8 +398,8 @@ def test_flags_of_other_programs_are_named(words, tmp_path):
 
 def test_data_that_cannot_be_used_is_refused_before_any_work(tmp_path, monkeypatch):
     imagenet = fake_imagenet(tmp_path / "data", words=False) / "imagenet" / "images"
-    refusal(tmp_path / "a", "--data", "dtd", "--model", "tiny", "--data-dir", tmp_path,
-            "--no-download", names=("dtd", "--no-download"))
+    refusal(tmp_path / "a", "--data", "dtd", "--weights", "nothere.pt", "--data-dir", tmp_path,
+            names=("nothere.pt",))  # before 600 MB of images
     monkeypatch.setenv("HOME", str(tmp_path))  # nothing is here: all of it is said at once
     refusal(tmp_path / "a", "--data", "dtd", "--data-dir", tmp_path, "--no-download",
             names=("dtd", "--no-download", "ViT-B-16.pt"))
