@@ -486,7 +486,7 @@ def list_pairs(name_or_path, asked, data_dir="data", layout="auto", caption_file
     else:
         coco = LAYOUTS["coco"][0] if text.lower() == "coco" else ()
         if not matching(ImageStore(path), *coco):
-            path = data.find_path(text, data_dir)  # else data_dir is COCO itself, as for run_clip
+            path = data.find_path(text, data_dir, ())  # else data_dir is COCO, as for run_clip
         home, kind, names = find_captions(path, layout, caption_file)
     source = LAYOUTS[kind][1](ImageStore(home), names, (image_column, caption_column))
     source.notes += [f"captions are read from {', '.join(names[:3])}"] * bool(names)

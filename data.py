@@ -696,13 +696,13 @@ def expanded(path):
     return pathlib.Path(os.path.expandvars(os.path.expanduser(os.fspath(path))))
 
 
-def find_path(text, data_dir):
+def find_path(text, data_dir, known=KNOWN):
     """A path as typed, or one under `data_dir`, or "demo" -> Path. Raises DataError."""
     path = ASSETS / "demo.zip" if text == "demo" else expanded(text)
     tried = dict.fromkeys((path, expanded(data_dir) / path))
     found = next(filter(pathlib.Path.exists, tried), None)
     if not found:
-        near = nearest(path.name, [*KNOWN, "demo"]) if len(path.parts) == 1 else ""
+        near = nearest(path.name, [*known, "demo"]) if len(path.parts) == 1 else ""
         raise DataError(f"there is no file or folder {', nor '.join(map(str, tried))}{near}")
     return found
 
