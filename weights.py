@@ -10,8 +10,8 @@
 A file is never trusted: nothing in it is executed, its frame and checksums are verified, sizes are
 read off the tensors. How libraries name tensors and settings is the subject of layouts.py.
 
-Two environment variables name mirrors: CLIP_MIRROR is asked for OpenAI's files before their own
-address (CLIP_MIRROR/SHA256/RN50.pt), HF_ENDPOINT in the place of https://huggingface.co.
+CLIP_MIRROR is asked for OpenAI's files before their own address (CLIP_MIRROR/SHA256/RN50.pt),
+HF_ENDPOINT in the place of https://huggingface.co.
 """
 import collections
 import contextlib
@@ -513,7 +513,8 @@ def still_to_fetch(args):
         return (f"the weights of {name} are not here either: "
                 f"{OPENAI_URL}/{RELEASED[name]}/{place_of(name).name} goes to {place_of(name)}")
     if text != "none" and not is_hub_name(text):
-        locate(text)
+        with about(text):
+            locate(text)
     return ""
 
 
@@ -525,8 +526,7 @@ def download(name):
             return target
         for base in filter(None, (os.environ.get("CLIP_MIRROR"), OPENAI_URL)):
             url = f"{base.rstrip('/')}/{digest}/{target.name}"
-            problem = fetch(url, target, digest)
-            if not problem:
+            if not (problem := fetch(url, target, digest)):
                 return target
             problems.append(f"{url}: {problem}")
     raise WeightsError(f"could not fetch {name} ({'; '.join(problems)}); put the file with sha256 "
