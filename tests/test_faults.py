@@ -241,7 +241,7 @@ def test_a_folder_that_may_not_be_entered_and_a_missing_home_are_named(data, mon
 
         def work(*more):
             os.setuid(54_321)  # as a container runs whom its system does not know
-            return script(train_clipfit, *script_flags("clipfit", data, *more))
+            return script(train_clipfit, *script_flags("clipfit", data, "--weights", "tiny", *more))
         result = in_child(work, "--data", folder / "set", "--output-dir", folder / "out")
         one_line(result, 2, "train/red")
         one_line(in_child(work, "--output-dir", "~/run"), 2, "HOME")
