@@ -75,7 +75,7 @@ def test_a_run_is_drawn_and_what_it_lacks_is_noted(tmp_path):
     assert "--lr 1 (official 0.002)" in page
     assert "<td>cat</td><td>dog &lt;b&gt;</td><td>4</td><td>40</td>" in page  # 4 of 10 cats
     assert "1 logged values are not finite" in page and "has a broken line" in page
-    for name in ("curves", "per_class_test", "confusion_test"):
+    for name in ("curves", "confusion_test"):
         assert (run / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
     assert "example images are left out" in page  # its data is not here
 

@@ -269,20 +269,16 @@ def add_shots(page, runs):
 
 
 def add_classes(page, run, name):
-    """Accuracy per class of one test set, before and after."""
-    rows = [row for row in run.rows(f"per_class_{name}.csv") if row["tuned"] not in ("", "nan")]
-    if not rows:
-        return
-    figure, axis = page.plot.subplots(figsize=(8, 0.24 * len(rows) + 1))
-    places = np.arange(len(rows))
-    for key, colour, shift in (("zero_shot", ORANGE, -0.2), ("tuned", BLUE, 0.2)):
-        axis.barh(places + shift, [float(row[key]) for row in rows], 0.4, color=colour,
-                  label=key.replace("_", "-"))
-    axis.set_yticks(places, [row["class"] for row in rows])
-    axis.set(xlabel="accuracy (%)", ylim=(len(rows) - 0.5, -0.5))
-    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
-    page.add(f"Accuracy per class: {name}", page.figure(
-        f"per_class_{name}", figure, "accuracy per class, zero-shot and tuned"))
+    """Accuracy per class of one test set, before and after, by what it gained."""
+    rows = []
+    for row in run.rows(f"per_class_{name}.csv"):
+        if row["tuned"] not in ("", "nan"):
+            before, after = float(row["zero_shot"]), float(row["tuned"])
+            rows.append([row["class"], row["images"], before, after, after - before])
+    if rows:
+        rows.sort(key=lambda row: -row[-1])
+        page.add(f"Accuracy per class: {name}", table(
+            ["class", "images", "zero-shot (%)", "tuned (%)", "gained"], rows))
 
 
 def add_confusion(page, run, name, data_dir):
