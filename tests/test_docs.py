@@ -153,8 +153,9 @@ def test_the_messages_quoted_are_what_the_code_says():
 def test_the_recipes_of_the_results_run(recipe, tmp_path):
     """On the demo and with the bundled model, since their data and weights are the reader's."""
     script = json.loads(recipe.read_text("utf-8"))["script"].removesuffix(".py")
-    model = (["--image-tower", "tiny", "--text-tower", "tiny"] if script == "train_contrastive"
-             else ["--weights", "tiny", "--classes", "Forest", "River", "--shots", 4, "--seed", 1])
-    found = attempt(script, "--config", recipe, "--data", "demo", *model, "--precision", "fp32",
+    instead = {"contrastive": "--image-tower tiny --text-tower tiny",
+               "clipfit": "--weights tiny --classes Forest River --shots 4 --seed 1",
+               "distill": "--teacher tiny --reinforced="}[script.removeprefix("train_")].split()
+    found = attempt(script, "--config", recipe, "--data", "demo", *instead, "--precision", "fp32",
                     "--dry-run", "--output-dir", tmp_path / "out")
     assert "dry run" in found.ok().out
