@@ -491,6 +491,7 @@ def list_pairs(name_or_path, asked, data_dir="data", layout="auto", caption_file
     source = LAYOUTS[kind][1](ImageStore(home), names, (image_column, caption_column))
     source.notes += [f"captions are read from {', '.join(names[:3])}"] * bool(names)
     clean(text, source)
+    source.own = set(source.rows) != {"all"}
     source.rows = choose_splits(source, layout, asked, whole)
     words = [word for word in path.absolute().parts if word != "lmdb" and not split_word(word)]
     source.name = pathlib.PurePath(words[-1]).stem if path.is_file() else words[-1]

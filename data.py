@@ -138,6 +138,10 @@ def read_table(path, content=None, join=()):
     columns = [name.strip().lower() for name in header[1]]
     if len(set(columns) - {""}) < len(columns) - columns.count(""):
         raise DataError(f"{path}, line {header[0]}: two columns of one name among {columns}")
+    for line, cells in rows:  # a nameless index before the others is usual
+        if odd := [cell for name, cell in zip(columns[1:], cells[1:]) if not name and cell.strip()]:
+            raise DataError(f"{path}, line {line}: {odd[0]!r} stands in a column without a name; "
+                            f"name it, or put a text that holds delimiters in quotes")
     return columns, [(line, dict(zip(columns, cells, strict=True))) for line, cells in rows]
 
 

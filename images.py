@@ -357,13 +357,13 @@ def places(root, *first):
             yield from map(ImageStore, inner)
 
 
-def locate(likely, paths, doubtful=lambda store: False):
-    """The first of these stores that holds all of about 200 of the paths and is not doubtful, else
-    that with most of them, else the first."""
+def locate(likely, paths, rank=lambda store: 0, enough=0):
+    """The first of these stores that holds all of about 200 of the paths and has a rank that is
+    enough, else that with most of them, the best rank of those, else the first."""
     sample, found = paths[::len(paths) // 200 + 1], {}
     for store in likely:
-        found[store] = sum(map(store.has, sample)), not doubtful(store)
-        if found[store] == (len(sample), True):
+        found[store] = sum(map(store.has, sample)), rank(store)
+        if found[store] >= (len(sample), enough):
             break
     return max(found, key=found.get)
 
@@ -383,6 +383,7 @@ class Source:
             images; path "" is a text without an image, caption "" an image without a text
     store   where the images lie; None: they are looked for
     lists   {stem of an image's name: its split}, where splits are lists of images
+    own     whether its captions came in splits
     """
     name: str = ""
     root: str = ""
@@ -391,6 +392,7 @@ class Source:
     classnames: list = ()
     notes: list = dataclasses.field(default_factory=list)
     lists: dict = dataclasses.field(default_factory=dict)
+    own: bool = False
 
     def add(self, split, rows):
         self.rows.setdefault(split, []).extend(rows)

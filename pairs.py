@@ -47,12 +47,23 @@ class PairSet(Images):
 
     def __init__(self, source, split):
         self.take(source.rows[split])
-        fits = ("all", "val" if source.rows[split] is source.rows["val"] else split)
-        self.store = source.store or locate(  # rather in no folder of another split
-            places(source.root), self.paths,
-            lambda store: split_of(pathlib.PurePath(str(store)).name) not in fits)
+        self.store = source.store or self.find_store(source, split)
         self.introduce(source, split, source.rows, f"with {len(self):,} {split} captions")
         self.transform = self.pixels = None
+
+    def find_store(self, source, split):
+        """Where the images lie. If most of their names are in other splits too, or no other split
+        is known, a folder named like this split comes first, and those of other splits last."""
+        rows, likely = source.rows[split], places(source.root)
+        others = {row[0] for part in source.rows.values() if part is not rows for row in part}
+        if not source.own or others and 2 * len(others & {*self.paths}) < len(self.paths):
+            return locate(likely, self.paths)
+        named = "val" if rows is source.rows["val"] else split
+
+        def rank(store):
+            word = split_of(pathlib.PurePath(str(store)).name)
+            return 1 if str(store) == source.root else {"all": 0, named: 1}.get(word, -1)
+        return locate(likely, self.paths, rank, enough=1 if others else 0)
 
     def take(self, rows):
         """Hold these rows [(path, caption, query)] instead."""

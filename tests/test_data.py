@@ -511,6 +511,7 @@ def test_tables_of_labels_are_read_with_their_images_wherever_they_lie(tmp_path)
     "picture,label\na,b\n", "filepath\ttitle\na\tb\n", "path|label\na|b\n", "", "path,label\n",
     "path,label\n../a.png,x\nb.png,y\n", "path,label,split\na.png,x,trian\nb.png,y,train\n",
     "path,label,split\na.png,x,\nb.png,y,train\n", "path,label\na.png,dry, wet\n",
+    "path,label,,\na.png,x,,\nb.png,y, wet,\n",
     "path,label\na.png,x\nb.png,\n", "path,label\na.png,x\nb.png,nan\nc.png,y\n",
     "path,label,split\na.png,x,train\nb.png,y,train\na.png,x,test\n",
     "path,label\na.png,x\nb.png,y\n./a.png,y\n", '{"path": "a", "label": ["x"]}\n',

@@ -206,6 +206,19 @@ def test_images_of_one_name_are_those_in_the_folder_of_their_split(tmp_path):
         assert said(found, f"captions are read from {file or 'annotations/captions_train2017'}")
 
 
+@pytest.mark.parametrize("tables, folders", [  # the images are in the first folder, or as named
+    (["captions"], ["my_test", "my_test/masks"]), (["captions"], ["x/train", "x/watermarked"]),
+    (["train", "val"], ["x/train_images", "x/images", "x/val_images", "x/val"])])
+def test_only_images_that_several_splits_name_are_looked_for_by_split(tmp_path, tables, folders):
+    rows = "".join(f"{i}.png,number {i}\n" for i in range(40))
+    root = write(tmp_path, {f"{name}/{i}.png": place for place, name in enumerate(folders)
+                            for i in range(40)}) / folders[0].split("/")[0]
+    write(root, {f"{name}.csv": "image,caption\n" + rows for name in tables})
+    for split in ("train", "val"):
+        place = 3 if split == "val" and len(tables) > 1 else 0
+        assert open_pairs(root, split).store.read("1.png") == picture(place)
+
+
 def test_new_images_move_no_old_ones(tmp_path):
     before = {}
     for count in (300, 350):
@@ -246,6 +259,8 @@ def test_a_file_whose_type_the_message_misnames(tmp_path, name, content, kind):
     ("image\tcaption\na.png\ta\tb\n", ["line 2"]), ("image,caption\na.png\n", ["line 2"]),
     ('image,caption\na,b\nc,"begins\nd.jpg,e\nf.jpg,ends"\n', ["line 3"]),
     ('image, caption\na,b\nc, "x, y"\n', ["line 3"]), ("image|caption\na|b\nc,d|e\n", ["line 3"]),
+    ("image,caption,,\na.png,a dog,,\nb.png,a dog, brown, wet\n", ["line 3"]),
+    ("image\tcaption\t\na.png\ta dog\twet\n", ["line 2"]),
     ("image,caption,Caption\n1,2,3\n", ["two columns"]), ('{"a": 1}\n\n{"a": \n', ["line 3"]),
     ("picture,words\na.png,a cat\n", ["picture", "--image-column"]),
     ("image,label\na.png,cat\n", ["label", "--caption-column"]),
