@@ -284,8 +284,8 @@ def pooling_settings(read):
     modules = {module["type"].rpartition(".")[2]: module["path"]
                for module in read(home + "modules.json", list)}
     if home and not modules.get("Transformer"):  # another model's
-        home, modules = "", {}
-    allow(modules, ("Transformer", "Pooling", "Normalize"))
+        home, modules = "", {"Dense": "2_Dense"} if read("2_Dense/config.json") else {}
+    allow(modules, ("Transformer", "Pooling", "Normalize", "Dropout"))
     config = read(f"{home}{modules.get('Pooling', '1_Pooling')}/config.json")
     modes = [key.removeprefix("pooling_mode_") for key, on in config.items()
              if on is True and key.startswith("pooling_mode_")]

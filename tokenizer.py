@@ -337,12 +337,15 @@ class ChineseTokenizer(WordPieceTokenizer):
 
 NEEDED = {"wordpiece": ["[PAD]", "[UNK]", "[CLS]", "[SEP]"],
           "bytebpe": ["<s>", "<pad>", "</s>", *CHARACTERS], "bpe": []}
+SPECIAL = {"wordpiece": r"\[(PAD|UNK|CLS|SEP|MASK)\]", "bytebpe": "<(s|/s|pad|unk|mask)>",
+           "bpe": r"<\|(start|end)oftext\|>"}  # others, added to a vocabulary, change ids
 FAST = {("WordPiece", "BertNormalizer", "BertPreTokenizer"): "wordpiece",  # of a tokenizer.json
         ("BPE", None, "ByteLevel"): "bytebpe"}
 SETTINGS = {  # those that change ids, as they are here; what lies beside may say otherwise
     "clean_text": "True", "do_basic_tokenize": "True", "add_prefix_space": "False",
     "use_regex": "True", "ignore_merges": "False", "max_input_chars_per_word": "100",
     "continuing_subword_prefix": "(##)?", "end_of_word_suffix": "",
+    "extra_special_tokens": r"\[\]|{}", "additional_special_tokens": r"\[\]",
     "cls_token": r"\[CLS\]|<s>|{.*", "sep_token": r"\[SEP\]|</s>|{.*",  # {: of older files
     "tokenizer_class": "(Bert|DistilBert|Electra|Roberta|Bart|PreTrained)Tokenizer(Fast)?"
                        "|TokenizersBackend"}
@@ -366,8 +369,8 @@ def read_vocabulary(vocab, wanted=None, merges=()):
         odd = [f"no {token}" for token in needed if token not in ids]
         odd += [f"{name} {config[name]}" for name, known in SETTINGS.items()
                 if config.get(name) is not None and not regex.fullmatch(known, str(config[name]))]
-        odd += [f"an added token {token}" for token in config.get("added", [])  # found in words too
-                if token not in ids or token[:1] not in ("[", "<")]
+        odd += [f"an added token {token}" for token in config.get("added", [])  # cut out of words
+                if not regex.fullmatch(SPECIAL[wanted or kind], token)]
         if len(set(ids.values())) < len(ids) or any(operator.index(i) < 0 for i in ids.values()):
             odd.append("an id twice or below 0")
         if odd or kind == "bytebpe" and not pairs:
@@ -394,8 +397,7 @@ def read_files(path):
     config = table("config.json") | table("tokenizer_config.json")
     added = [*table("tokenizer.json").get("added_tokens", []),
              *config.get("added_tokens_decoder", {}).values()]
-    config["added"] = [*table("added_tokens.json"),
-                       *(token["content"] for token in added if not token.get("special"))]
+    config["added"] = [*table("added_tokens.json"), *(token["content"] for token in added)]
     if path.suffix != ".json":
         return "wordpiece", {line: i for i, line in enumerate(lines(path))}, [], config
     content = json.loads(path.read_text("utf-8"))

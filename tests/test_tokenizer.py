@@ -286,7 +286,7 @@ def test_case_is_what_is_given_or_the_folder_says_or_the_vocabulary_shows(tmp_pa
     tokens = [*WORDS, "A", "a", "é", "e"]
     assert WordPieceTokenizer(vocabulary(tmp_path / "a", tokens)).encode("A é") == [5, 7]
     cased = vocabulary(tmp_path / "b", tokens, do_lower_case=False, cls_token={"content": "[CLS]"},
-                       added_tokens_decoder={"9": {"content": "<user>", "special": True}})
+                       added_tokens_decoder={"9": {"content": "[MASK]", "special": True}})
     for path in (cased, cased / "vocab.txt"):
         assert WordPieceTokenizer(path).encode("A é") == [4, 6]
         assert WordPieceTokenizer(path, lowercase=True).encode("A é") == [5, 7]
@@ -324,6 +324,11 @@ def test_a_tokenizer_comes_back_from_facts_files_and_pickle(ours, transformers, 
     assert theirs.model_max_length == 40
     sentence = "a photo of the forest, 黑色"
     assert theirs(sentence)["input_ids"] == ours(sentence, context_length=None)[0].tolist()
+    theirs.save_pretrained(tmp_path)  # now with a tokenizer.json, which adds the kind's own tokens
+    assert open_tokenizer(tmp_path).encode("A photo") == ours.encode("A photo")
+    theirs.add_tokens(["<ent>"], special_tokens=True)
+    theirs.save_pretrained(tmp_path)
+    refused(lambda: open_tokenizer(tmp_path), "<ent>")
 
 
 BYTES = json.loads((TINY / "bytebpe" / "vocab.json").read_text("utf-8"))
@@ -346,10 +351,10 @@ BAD = {
         "tokenizer_class": "BertJapaneseTokenizer"}},
     "another start": {"vocab.txt": BERT, "tokenizer_config.json": {"cls_token": "[MASK]"}},
     "an added word": {"vocab.txt": BERT, "added_tokens.json": {"weave": 4}},
-    "added beside": {"vocab.txt": BERT, "tokenizer.json": {"added_tokens": [{"content": "weave"}]}},
     "added in words": {"tokenizer.json": FAST | {"added_tokens": [{"content": "er"}]}},
     "added by a table": {"vocab.txt": BERT, "tokenizer_config.json": {
-        "added_tokens_decoder": {"4": {"content": "weave"}}}},
+        "added_tokens_decoder": {"4": {"content": "[E1]", "special": True}}}},
+    "a list": {"vocab.txt": BERT, "tokenizer_config.json": {"extra_special_tokens": ["[E1]"]}},
     "no basic cut": {"vocab.txt": BERT, "tokenizer_config.json": {"do_basic_tokenize": False}},
     "a number": {"tokenizer.json": 5}, "empty": {"tokenizer.json": {}},
     "unigram": {"tokenizer.json": FAST | {"model": {"type": "Unigram", "vocab": []}}},

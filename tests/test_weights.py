@@ -835,3 +835,12 @@ def test_a_model_of_hugging_face_that_does_not_come_leaves_nothing_half(hub, mon
         server.plan.clear()
         assert torch.equal(load(NAME).encode_text(texts(model)), model.encode_text(texts(model)))
         assert sum(path.endswith("/a.safetensors") for path, _ in server.log) == 1
+
+
+def test_a_whole_model_of_an_unknown_kind_is_kept_and_a_cut_table_is_not(hub):
+    server, _ = hub
+    for content, place in ((b'{"model_type":', ".partial"),
+                           (b'{"model_type": "siglip"}', "/model.safetensors.index.json")):
+        server.files[f"/{NAME}/resolve/main/config.json"] = content
+        refused(attempt(convert, "inspect", NAME), CACHED + place)
+        assert cached(server) == (set() if place == ".partial" else {CACHED})
