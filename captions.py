@@ -88,7 +88,8 @@ def read_caption_file(name, content, columns):
     if LINES.match(content[:4096].decode("utf-8-sig", "replace")):
         return read_lines(name, read_text(name, content))
     try:
-        whole = json.loads(read_text(name, content)) if name.endswith(".json") else None
+        whole = json.loads(read_text(name, content), parse_float=lambda number: number.removesuffix(
+            ".0")) if name.endswith(".json") else None  # an id of pandas: 391895.0
     except (json.JSONDecodeError, RecursionError):
         whole = None  # JSON lines, perhaps: the table reader will say
     if isinstance(whole, dict) and "images" in whole:
@@ -114,7 +115,7 @@ def read_json(name, whole):
     try:
         for note in whole.get("annotations", ()):
             captions.setdefault(str(note["image_id"]), []).append(note["caption"] + "")  # a text
-        named = {(image.get("id"), image.get("file_name")) for image in whole["images"]}
+        named = {(str(image.get("id")), image.get("file_name")) for image in whole["images"]}
         if captions and len(dict(named)) < len(named):
             raise DataError(f"{name}: images of different names have one id; number them through")
         for image in whole["images"]:
@@ -359,11 +360,12 @@ LAYOUTS = {
     "karpathy": (("dataset_*.json",), read_captions),
     "flickr": (("*[!a].token.txt", "*.token", "results.csv", "*/results.csv"), read_captions),
     "lists": (("imageid.human-written-caption.txt", "*.caption.txt"), read_captions),  # COCO-CN ...
-    "imagefolder": (("metadata.jsonl", "metadata.csv", "*/metadata.jsonl", "*/metadata.csv",
-                     "*/*/metadata.jsonl", "*/*/metadata.csv"), read_captions),  # Hugging Face
+    "imagefolder": (("metadata.jsonl", "metadata.csv", "*/metadata.jsonl", "*/metadata.csv"),
+                    read_captions),                                            # Hugging Face's
     "table": (("captions.txt", "*.csv", "*.tsv", "*.jsonl"), read_captions),
     "webdataset": (("*.tar", "*/*.tar"), read_tars),
     "json": (("*.json",), read_captions),
+    "nested": (("*/*/metadata.jsonl", "*/*/metadata.csv"), read_captions),     # as imagefolder
     "texts": ((), read_beside),
     "classes": ((), read_classes),
 }
@@ -382,13 +384,15 @@ def find_captions(path, layout, caption_file):
         return home, "table", [path.name]
     store = ImageStore(home)
     tops = {name.partition("/")[0] for name in store.names()} if store.zipped else ()
-    inside = [f"{top}/" for top in tops if len(tops) == 1]  # a lone folder around all of a zip
+    inside = [top.replace("[", "[[]") + "/" for top in tops if len(tops) == 1]  # a lone folder
     for name, (patterns, _) in LAYOUTS.items():
         found = matching(store, *(top + pattern for pattern in patterns for top in ["", *inside]))
         if name == "json":  # those beside an image are of that image
             stems = {os.path.splitext(file)[0] for file in store.names() if is_image(file)}
             found = [file for file in found if os.path.splitext(file)[0] not in stems]
         if found and layout in ("auto", "simple-clip", name):
+            if store.zipped and name in ("tsv", "lmdb", "webdataset"):
+                raise DataError(f"{home} holds {found[0]}, which is read in place: unpack the zip")
             return home, name, found
     return home, "classes" if layout == "classes" else "texts", []
 

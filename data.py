@@ -48,9 +48,10 @@ NO_TEXT = {  # how other files begin
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 IMAGE_COLUMNS = ("image", "filepath", "file_name", "filename", "path", "image_path", "image_name",
                  "file")
-SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "dev": "val",
-               "validation": "val", "eval": "val", "test": "test", "testing": "test",
-               "restval": "train"}  # of COCO, in Karpathy's split: as everyone trains
+SPLIT_WORDS = {word: split for split, words in {
+    "train": "train training restval",  # of COCO, in Karpathy's split: as everyone trains
+    "val": "val valid validation dev eval publictest",  # of FER2013, as privatetest
+    "test": "test testing privatetest"}.items() for word in words.split()}
 QUOTED_CELL = re.compile(r'(?:^|(?<=\t))"(?:[^"]|"")*"(?=\t|\r?$)', re.MULTILINE)
 # In a cell of several lines, one that looks like the row of another image: a quote never closed.
 SWALLOWED = r"\n[^\n{0}]+\.(jpe?g|png|webp)\s*{0}|{0}[^\n{0}]+\.(jpe?g|png|webp)\s*\n"
@@ -87,21 +88,23 @@ def table_rows(path, content, known, own=(None, None), captions=False):
 
     `known`: what the second column may be called; own: the names of both columns, if the user gave
     them. Words count before codes; which of two columns of words is meant is not guessed. Splits
-    stand in the column of that name, else in one that holds nothing else. Surplus delimiters belong
-    to captions, as read_table says. Raises DataError.
-    """
-    def holds_only(what, key):
-        return all(what(str(record.get(key)).strip()) for _, record in records)
-
+    stand in the column of that name, else in one of a few words that names two of them. Surplus
+    delimiters belong to captions, as read_table says. Raises DataError."""
     wanted = [(name.lower(),) if name else names
               for name, names in zip(own, (IMAGE_COLUMNS, known), strict=True)]
     columns, records = read_table(path, content, join=wanted[1] if captions else ())
     if not records:
         raise DataError(f"{path} has a header and no rows")
     found = [[key for key in keys if key in columns] for keys in wanted]
-    found[1] = [key for key in found[1] if not holds_only(CODE.fullmatch, key)] or found[1]
-    splits = ["split"] if "split" in columns else [
-        key for key in columns if key not in sum(found, []) and holds_only(split_word, key)]
+    texts = {key: tuple(str(record.get(key) or "").strip() for _, record in records)
+             for key in columns}
+    named = {key: {*map(split_word, cells)} - {None} for key in columns
+             if len(cells := set(texts[key])) < 10}
+    splits = [key for key in ("split", "is_valid") if key in columns][:1] or [
+        key for key in named if len(named[key]) > 1 and key not in sum(found, [])]
+    words = [key for key in found[1] if not all(map(CODE.fullmatch, texts[key]))]
+    found[1], splits = ([*{texts[key]: key for key in keys}.values()]  # equal columns are one
+                        for keys in (words or found[1], splits))
     if not all(found) or len(found[1]) > 1 or len(splits) > 1:
         flags = "; choose with --image-column, --caption-column or --caption-file" * captions
         raise DataError(f"{path} is not understood: among its columns {columns[:9]}, one of "
@@ -113,7 +116,7 @@ def table_rows(path, content, known, own=(None, None), captions=False):
         split = "all" if word in (None, "", "all") else isinstance(word, str) and split_word(word)
         if not split or not isinstance(image or "", str):
             raise DataError(f"{path}, line {line}: expected the path of an image, and train, val "
-                            f"or test as split; found {str(record)[:80]}")
+                            f"or test as {[*splits, 'split'][0]}; found {str(record)[:80]}")
         image = (image or "").strip().replace("\\", "/")
         rows.append((line, image and posixpath.normpath(image), cell, split))
     return rows
@@ -140,8 +143,7 @@ def read_table(path, content=None, join=()):
         raise DataError(f"{path}, line {header[0]}: two columns of one name among {columns}")
     for line, cells in rows:  # a nameless index before the others is usual
         if odd := [cell for name, cell in zip(columns[1:], cells[1:]) if not name and cell.strip()]:
-            raise DataError(f"{path}, line {line}: {odd[0]!r} stands in a column without a name; "
-                            f"name it, or put a text that holds delimiters in quotes")
+            raise DataError(f"{path}, line {line}: name the column of {odd[0]!r}, or quote texts")
     return columns, [(line, dict(zip(columns, cells, strict=True))) for line, cells in rows]
 
 
@@ -315,11 +317,8 @@ def few_shot(dataset, shots, seed, val=None):
 def make_loader(dataset, batch_size, seed=0, shuffle=True, drop_last=None, rank=0, world_size=1,
                 workers=0, **options):
     """DataLoader over an ImageSet with a transform; `loader.batch_sampler` is the Batches.
-
-    `batch_size` is global. Batches depend neither on `workers` nor on how they are started. The
-    options go to DataLoader. A worker that dies, or gives nothing for `timeout` seconds (600),
-    raises LostWorker.
-    """
+    `batch_size` is global. The options go to DataLoader. A worker that dies, or gives nothing for
+    `timeout` seconds (600), raises LostWorker."""
     batches = Batches(len(dataset), batch_size, seed, rank, world_size, shuffle, drop_last)
     return load_batches(dataset, batches, workers, options)
 
@@ -330,7 +329,7 @@ def make_loader(dataset, batch_size, seed=0, shuffle=True, drop_last=None, rank=
 ANY_TEMPLATE = "a photo of a {}."
 WORDS = "classnames.txt"       # CoOp's: lines of wnid and name
 WNID = re.compile(r"n\d{8}")   # how ImageNet names its folders
-CODE = re.compile(r"n\d{8}|(class|label|category|id)?[\W_]*\d[\d.]*", re.IGNORECASE)
+CODE = re.compile(r"(?i)n\d{8}|(class|label|category|id)?[\W_]*\d[\d.]*|" + EMPTY.pattern)
 NUMBER = re.compile(r"^(\d+[._-]|n\d{8}[ _-])\s*(?=[^\W\d_])")  # before words
 
 
@@ -561,13 +560,18 @@ def list_path(path, whole=None):
         return Source(name, str(home), store, rows, classnames, note_leaks(rows))
     inner = [name for name in store.names() if name.endswith(TABLE_SUFFIXES) and "/" not in name
              ] if suffix == ".zip" else []
+    if len(inner) > 1:  # others may lie beside that of the images and their classes
+        columns = {name: {*read_table(name, store.read(name))[0]} for name in inner}
+        inner = [name for name in inner if all(map(columns[name].intersection,
+                                                   (IMAGE_COLUMNS, LABEL_COLUMNS)))]
     if suffix in TABLE_SUFFIXES or len(inner) == 1:
         rows = read_labels(inner[0], store.read(inner[0])) if inner else read_labels(path)
         store = locate(places(path if inner else path.parent), paths_of(rows))
-    elif path.is_dir() or suffix == ".zip":
+    elif path.is_dir() or suffix == ".zip" and not inner:
         rows, notes = read_class_folders(store)
     else:
-        raise DataError(f"{path}: expected a folder, .csv, .tsv, .jsonl, .zip or a split .json")
+        raise DataError(f"{path} {inner or ''}: expected a folder, .zip, one .csv, .tsv or .jsonl, "
+                        f"or a split .json")
     try:
         rows, classnames = number_classes(rows)
         rows, more = complete_splits(rows, whole)
@@ -623,7 +627,7 @@ def list_known(name, data_dir):
         return source
     if name == "fgvc_aircraft" and (home / file).is_file():
         lists = read_aircraft(home)
-    elif (home / file).is_file():
+    elif file != WORDS and (home / file).is_file():
         lists = read_coop_split(home / file)
     elif bundled.is_file():
         lists = read_coop_split(bundled, lzma.decompress(bundled.read_bytes()))

@@ -79,10 +79,7 @@ def to_rgb(image):
 
 def read_image(source, name=None):
     """Path or binary file -> upright RGB image. Raises UnreadableImage, whatever is wrong with it.
-
-    The EXIF orientation is applied (CoOp ignores it, so the few photos that carry one differ). An
-    animation gives its first frame.
-    """
+    The EXIF orientation is applied (CoOp ignores it). An animation gives its first frame."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd tags and near bombs: the checks here decide
@@ -358,8 +355,8 @@ def places(root, *first):
 
 
 def locate(likely, paths, rank=lambda store: 0, enough=0):
-    """The first of these stores that holds all of about 200 of the paths and has a rank that is
-    enough, else that with most of them, the best rank of those, else the first."""
+    """The first of these stores that holds all of about 200 of the paths and has the rank `enough`,
+    else that with most of them and, of several, the best rank."""
     sample, found = paths[::len(paths) // 200 + 1], {}
     for store in likely:
         found[store] = sum(map(store.has, sample)), rank(store)

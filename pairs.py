@@ -5,8 +5,7 @@
     loader = make_pair_loader(pairs.with_transform(view), 256, seed=1)
     for images, used, asked in loader: ...                       # texts: pairs.captions[used[i]]
 
-What sources are understood stands in captions.py. Batches are functions of (seed, epoch): the same
-for any number of workers and processes, with nothing to save for a resume but two integers.
+What sources are understood stands in captions.py. Batches are functions of (seed, epoch).
 """
 import functools
 import hashlib
@@ -58,12 +57,9 @@ class PairSet(Images):
         others = {row[0] for part in source.rows.values() if part is not rows for row in part}
         if not source.own or others and 2 * len(others & {*self.paths}) < len(self.paths):
             return locate(likely, self.paths)
-        named = "val" if rows is source.rows["val"] else split
-
-        def rank(store):
-            word = split_of(pathlib.PurePath(str(store)).name)
-            return 1 if str(store) == source.root else {"all": 0, named: 1}.get(word, -1)
-        return locate(likely, self.paths, rank, enough=1 if others else 0)
+        ranks = {"all": 0, "val" if rows is source.rows["val"] else split: 1}
+        return locate(likely, self.paths, lambda at: 1 if str(at) == source.root else ranks.get(
+            split_of(pathlib.PurePath(str(at)).name), -1), enough=1 if others else 0)
 
     def take(self, rows):
         """Hold these rows [(path, caption, query)] instead."""
@@ -124,8 +120,7 @@ class PairSet(Images):
 
     def describe(self, captions):
         """A batch of these captions, by the names of its first images."""
-        images = [self.paths[self.owner[c]] for c in captions[:8].tolist()]
-        return "the batch of " + ", ".join(images)
+        return "the batch of " + ", ".join(self.paths[self.owner[c]] for c in captions[:8].tolist())
 
     def subset(self, images):
         """The same set with only the images at these positions, in this order."""
@@ -209,9 +204,8 @@ def open_pairs(name_or_path, split, data_dir="data", layout="auto", caption_file
     captions. caption_file: another one of the folder, such as a translation. whole: a source
     without splits goes to the asked one undivided. Raises DataError.
     """
-    source = list_pairs(name_or_path, split, data_dir, layout, caption_file, image_column,
-                        caption_column, whole)
-    return PairSet(source, split)
+    return PairSet(list_pairs(name_or_path, split, data_dir, layout, caption_file, image_column,
+                              caption_column, whole), split)
 
 
 def open_splits(args):

@@ -392,6 +392,10 @@ def test_imagenet_and_its_shifts_follow_coop_labels_and_words(tmp_path):
     assert train.classnames == names
     shift = open_dataset("imagenet-a", "test", tmp_path)
     assert shift.classnames == ["missile", "missile"] and shift.labels == [0, 1]
+    shutil.copytree(tmp_path / "imagenet", tmp_path / "words/imagenet",
+                    ignore=lambda at, names: {"images"})
+    refused(partial(open_dataset, "imagenet", "test", tmp_path / "words", download=False),
+            "words/imagenet/images")
     refused(lambda: open_dataset("imagenet-r", "test", tmp_path), "missing", "/hendrycks/imagenet-r")
     v2 = open_dataset("imagenetv2", "test", tmp_path)
     assert v2.classnames == ["tench", "missile"] and v2.paths == ["0/z.jpeg", "3/z.jpeg"]
@@ -450,6 +454,9 @@ def test_a_folder_that_holds_something_else(tmp_path):
     for name in ("captions.csv", "a.csv"):  # which table of a zip is meant?
         write(tmp_path / "flat" / name, "path,label\nimages/0.png,a\nimages/1.png,b\n")
     shutil.make_archive(tmp_path / "flat", "zip", tmp_path / "flat")
+    write(tmp_path / "flat/a.csv", "id,x\n1,2\n")  # of one, it is clear
+    shutil.make_archive(tmp_path / "clear", "zip", tmp_path / "flat")
+    assert open_dataset(tmp_path / "clear.zip", "train").classnames == ["a", "b"]
     class_folder(tmp_path / "coco", ("train2017", "val2017"), all=4)
     class_folder(tmp_path / "kaggle", ("seg_train/a", "seg_test/a", "seg_pred"), all=4)
     class_folder(tmp_path / "tiny_imagenet", ("dog/images", "cat/images"), train=2)
@@ -501,8 +508,9 @@ def test_tables_of_labels_are_read_with_their_images_wherever_they_lie(tmp_path)
     windows = "\ufeffNr;Image;Class\n1;a\\0.png;cat\n2;a\\1.png;dog\n3;b\\2 ü.png;cat\n;;\n"
     train = open_dataset(write(tmp_path / "w.csv", windows.replace("\n", "\r\n")), "train")
     assert train.classnames == ["cat", "dog"] and len(train.preload()) == 2
-    named = "filename,class,label,\n0.png,0,cat,\n1.png,1,dog,\n"  # words before codes
-    for text in (f"path,label\n{tmp_path}/a/0.png,cat\n./a//1.png,dog\n", named):
+    named = ("filename,class,label,\n0.png,0,cat,\n,,,\n1.png,,dog,\n",  # words before codes
+             "path,label,class,source\n0.png,cat,cat,train\n1.png,dog,dog,train\n")
+    for text in (f"path,label\n{tmp_path}/a/0.png,cat\n./a//1.png,dog\n", *named):
         train = open_dataset(write(tmp_path / "n.csv", text), "train")
         assert len(train.preload()) == 2 and train.classnames == ["cat", "dog"]
 
@@ -517,6 +525,9 @@ def test_tables_of_labels_are_read_with_their_images_wherever_they_lie(tmp_path)
     "path,label\na.png,x\nb.png,y\n./a.png,y\n", '{"path": "a", "label": ["x"]}\n',
     "path,category,label\na.png,x,y\nb.png,z,y\n", "path,label\na.png,<NA>\nb.png,y\n",
     "path,label,set,phase\na.png,x,train,test\nb.png,y,test,train\n",
+    "path,label,set\na.png,x,train\nb.png,y,test\nc.png,y,best\n",
+    "path,label,set\na.png,x,train\nb.png,y,test\nc.png,y,\n",
+    "path,label,is_valid\na.png,x,True\nb.png,y,False\n",
     'path,label\na.png,"[""x"", ""y""]"\nb.png,y\n', '{"path": 3, "label": "x"}\n',
     '{"path": "a", "label": true}\n{"path": "b", "label": false}\n'])
 def test_a_cell_that_is_not_what_its_column_promises(tmp_path, text):

@@ -126,15 +126,15 @@ SOURCES = {
 @pytest.mark.parametrize("place", ["", "Images/", "deep/images/", "a.zip"])
 def test_one_set_in_every_layout_with_its_images_in_every_place(tmp_path, name, place):
     files, beside = SOURCES[name], "beside" in name or name == "imagefolder"
-    folder = write(tmp_path / "set", files)
+    folder = write(tmp_path / "[s]et", files)
     if place == "a.zip" and not beside:
         with zipfile.ZipFile(folder / "a.zip", "w") as archive:
             for i, (image, _) in enumerate(SCENES):
                 archive.writestr(f"a/{image}", picture(i))
     else:
         write(folder, {place * (not beside) + image: i for i, (image, _) in enumerate(SCENES)})
-    assert everything(folder) == everything("set", data_dir=tmp_path) == SCENES
-    lone = shutil.make_archive(tmp_path / "lone", "zip", tmp_path, "set")
+    assert everything(folder) == everything("[s]et", data_dir=tmp_path) == SCENES
+    lone = shutil.make_archive(tmp_path / "lone", "zip", tmp_path, "[s]et")
     if place in ("", "Images/"):
         assert [text for _, text in everything(lone)] == [text for _, text in SCENES]
     if len(files) == 1:
@@ -181,6 +181,7 @@ def test_splits_come_from_columns_file_names_folders_and_lists(tmp_path):
                 "1 images of val or test are in train too")
     for word in ("train", "dev", "test"):
         write(tmp_path, {
+            f"paths/data/{word}/metadata.csv": "file_name,text\n1.png,not the nearest",
             f"names/{word}_captions.csv": f"image,caption\n{word}/1.png,a picture",
             f"hf/data/{word}/metadata.jsonl": '{"file_name": "./1.png", "text": "a picture"}',
             f"texts/{word}/1.png": 1, f"texts/{word}/1.txt": "a picture\n\nanother one",
@@ -197,7 +198,7 @@ def test_splits_come_from_columns_file_names_folders_and_lists(tmp_path):
 def test_images_of_one_name_are_those_in_the_folder_of_their_split(tmp_path):
     for i, word in enumerate(("train2017", "val2017")):
         coco = {"images": [{"id": 1, "file_name": "1.png"}],
-                "annotations": [{"image_id": "1", "caption": f"number {i}"}]}
+                "annotations": [{"image_id": ("1", 1.0)[i], "caption": f"number {i}"}]}
         write(tmp_path, {f"{word}/1.png": i, f"annotations/captions_{word}.json": json.dumps(coco)})
     for split, i, file in (("train", 0, ""), ("val", 1, ""), ("test", 1, ""),
                            ("val", 1, "annotations/captions_val2017.json")):
@@ -217,6 +218,13 @@ def test_only_images_that_several_splits_name_are_looked_for_by_split(tmp_path, 
     for split in ("train", "val"):
         place = 3 if split == "val" and len(tables) > 1 else 0
         assert open_pairs(root, split).store.read("1.png") == picture(place)
+
+
+@pytest.mark.parametrize("words", ["train ,dev,testing,train", "Training,PublicTest,PrivateTest,"])
+def test_a_column_of_splits_is_told_by_its_words(tmp_path, words):
+    rows = "".join(f"{i}.png,a dog,{word},{word}\n" for i, word in enumerate(words.split(",")))
+    pairs = open_pairs(write(tmp_path, {"t.csv": "image,caption,Usage,set\n" + rows}), "train")
+    assert pairs.counts == {"train": 2, "val": 1, "test": 1}
 
 
 def test_new_images_move_no_old_ones(tmp_path):
@@ -308,6 +316,14 @@ def test_a_row_that_does_not_fit_its_header(tmp_path, text, names):
      ["x_texts.jsonl", "line 1"])])
 def test_a_folder_or_a_cell_that_holds_something_else(tmp_path, files, names):
     no_captions(tmp_path, files, *names)
+
+
+@pytest.mark.parametrize("name", ["a_imgs.tsv", "a.tar", "lmdb/val/pairs/data.mdb"])
+@pytest.mark.parametrize("top", ["", "MUGE/"])
+def test_what_is_not_read_inside_a_zip(tmp_path, name, top):
+    write(tmp_path / "set", {top + name: "", f"{top}a.png": 1})
+    packed = shutil.make_archive(tmp_path / "set", "zip", tmp_path / "set")
+    refused(lambda: open_pairs(packed, "train"), "set.zip", name)
 
 
 def test_cells_with_lists_and_rows_without_a_partner(tmp_path):
