@@ -378,6 +378,7 @@ def test_imagenet_and_its_shifts_follow_coop_labels_and_words(tmp_path):
     wnids = [f"n0000000{i}" for i in range(1, 5)]
     names = ["tench", "missile", "sea lion", "missile"]
     write(tmp_path / "imagenet/classnames.txt", "\n".join(map(" ".join, zip(wnids, names))))
+    refused(partial(open_dataset, "imagenet", "val", tmp_path, download=False), "imagenet/images")
     for wnid, split in itertools.product(wnids, ("train", "val")):
         save_picture(tmp_path / f"imagenet/images/{split}/{wnid}/x.JPEG")
     for wnid in wnids[1::2]:
@@ -392,10 +393,6 @@ def test_imagenet_and_its_shifts_follow_coop_labels_and_words(tmp_path):
     assert train.classnames == names
     shift = open_dataset("imagenet-a", "test", tmp_path)
     assert shift.classnames == ["missile", "missile"] and shift.labels == [0, 1]
-    shutil.copytree(tmp_path / "imagenet", tmp_path / "words/imagenet",
-                    ignore=lambda at, names: {"images"})
-    refused(partial(open_dataset, "imagenet", "test", tmp_path / "words", download=False),
-            "words/imagenet/images")
     refused(lambda: open_dataset("imagenet-r", "test", tmp_path), "missing", "/hendrycks/imagenet-r")
     v2 = open_dataset("imagenetv2", "test", tmp_path)
     assert v2.classnames == ["tench", "missile"] and v2.paths == ["0/z.jpeg", "3/z.jpeg"]
@@ -519,14 +516,12 @@ def test_tables_of_labels_are_read_with_their_images_wherever_they_lie(tmp_path)
     "picture,label\na,b\n", "filepath\ttitle\na\tb\n", "path|label\na|b\n", "", "path,label\n",
     "path,label\n../a.png,x\nb.png,y\n", "path,label,split\na.png,x,trian\nb.png,y,train\n",
     "path,label,split\na.png,x,\nb.png,y,train\n", "path,label\na.png,dry, wet\n",
-    "path,label,,\na.png,x,,\nb.png,y, wet,\n",
     "path,label\na.png,x\nb.png,\n", "path,label\na.png,x\nb.png,nan\nc.png,y\n",
     "path,label,split\na.png,x,train\nb.png,y,train\na.png,x,test\n",
     "path,label\na.png,x\nb.png,y\n./a.png,y\n", '{"path": "a", "label": ["x"]}\n',
     "path,category,label\na.png,x,y\nb.png,z,y\n", "path,label\na.png,<NA>\nb.png,y\n",
     "path,label,set,phase\na.png,x,train,test\nb.png,y,test,train\n",
     "path,label,set\na.png,x,train\nb.png,y,test\nc.png,y,best\n",
-    "path,label,set\na.png,x,train\nb.png,y,test\nc.png,y,\n",
     "path,label,is_valid\na.png,x,True\nb.png,y,False\n",
     'path,label\na.png,"[""x"", ""y""]"\nb.png,y\n', '{"path": 3, "label": "x"}\n',
     '{"path": "a", "label": true}\n{"path": "b", "label": false}\n'])
