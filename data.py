@@ -570,7 +570,7 @@ def list_path(path, whole=None):
     elif path.is_dir() or suffix == ".zip" and not inner:
         rows, notes = read_class_folders(store)
     else:
-        raise DataError(f"{path} {inner or ''}: expected a folder, .zip, one .csv, .tsv or .jsonl, "
+        raise DataError(f"{path}{inner or ''}: expected a folder, .zip, one .csv, .tsv or .jsonl, "
                         f"or a split .json")
     try:
         rows, classnames = number_classes(rows)
