@@ -103,8 +103,9 @@ def table_rows(path, content, known, own=(None, None), captions=False):
     splits = [key for key in ("split", "is_valid") if key in columns][:1] or [
         key for key in named if len(named[key]) > 1 and key not in sum(found, [])]
     words = [key for key in found[1] if not all(map(CODE.fullmatch, texts[key]))]
-    found[1], splits = ([*{texts[key]: key for key in keys}.values()]  # equal columns are one
-                        for keys in (words or found[1], splits))
+    def different(keys):  # columns of equal cells are one
+        return [*{texts[key]: key for key in keys}.values()]
+    found[1], splits = different(words or found[1]), different(splits)
     if not all(found) or len(found[1]) > 1 or len(splits) > 1:
         flags = "; choose with --image-column, --caption-column or --caption-file" * captions
         raise DataError(f"{path} is not understood: among its columns {columns[:9]}, one of "
