@@ -128,9 +128,9 @@ def test_a_worker_that_dies_is_named(data, tmp_path):
 
 
 def test_a_stop_of_the_whole_group_is_answered_after_a_checkpoint(data, tmp_path):
-    def stopped():  # as `timeout` and schedulers do
+    def stopped():  # from outside, as `timeout` does: workers tell their parent's signals apart
         os.setsid()
-        at_step(4, lambda: os.killpg(0, signal.SIGTERM))
+        at_step(4, lambda: os.system(f"trap '' TERM; kill -TERM -{os.getpgrp()}; sleep 1"))
     result = after(stopped, "contrastive", data, tmp_path / "run", "--workers", 2, "--cache-gb", 0)
     one_line(result, 143, "--resume auto")
     assert checkpoint(tmp_path / "run")["step"] == 4
