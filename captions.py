@@ -87,11 +87,10 @@ def read_caption_file(name, content, columns):
     """One file -> (split or "all", path, caption) for each row."""
     if LINES.match(content[:4096].decode("utf-8-sig", "replace")):
         return read_lines(name, read_text(name, content))
-    try:
-        whole = json.loads(read_text(name, content), parse_float=lambda number: number.removesuffix(
-            ".0")) if name.endswith(".json") else None  # an id of pandas: 391895.0
-    except (json.JSONDecodeError, RecursionError):
-        whole = None  # JSON lines, perhaps: the table reader will say
+    whole = None
+    with contextlib.suppress(json.JSONDecodeError, RecursionError):  # JSON lines, perhaps
+        if name.endswith(".json"):  # pandas writes an id as 391895.0
+            whole = json.loads(read_text(name, content), parse_float=lambda x: x.removesuffix(".0"))
     if isinstance(whole, dict) and "images" in whole:
         return read_json(name, whole)
     return read_pair_table(name, content, columns)

@@ -57,9 +57,11 @@ class PairSet(Images):
         others = {row[0] for part in source.rows.values() if part is not rows for row in part}
         if not source.own or others and 2 * len(others & {*self.paths}) < len(self.paths):
             return locate(likely, self.paths)
-        ranks = {"all": 0, "val" if rows is source.rows["val"] else split: 1}
-        return locate(likely, self.paths, lambda at: 1 if str(at) == source.root else ranks.get(
-            split_of(pathlib.PurePath(str(at)).name), -1), enough=1 if others else 0)
+        own = "val" if rows is source.rows["val"] else split
+        def rank(store):  # the root is as good as a folder named like this split
+            word = split_of(pathlib.PurePath(str(store)).name)
+            return {own: 1, "all": 0}.get(own if str(store) == source.root else word, -1)
+        return locate(likely, self.paths, rank, enough=1 if others else 0)
 
     def take(self, rows):
         """Hold these rows [(path, caption, query)] instead."""

@@ -166,7 +166,6 @@ class Page:
 
 
 def write_html(path, title, parts):
-    """A page of parts in HTML -> its path"""
     content = "\n".join([
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
