@@ -375,7 +375,7 @@ def prepare(run, model, data, folder, args):
                      if side_of(name) == "image")
     splits = dict.fromkeys(filter(None, (train, data.val, data.test)))  # each once, in order
     if training and frozen and not args.crop:
-        tower = weights.digest(model, "image")
+        tower = weights.digest(model, "image", head=False)
         data.pooled = {pairs.split: frozen_features(run, model, pairs, cache, tower,
                                                     workers=args.workers) for pairs in splits}
     elif training:

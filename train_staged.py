@@ -150,14 +150,11 @@ def optimizer_groups(model, stage):
     """Groups for AdamW of what trains. Matrices decay; gains and biases do not. A parameter k
     blocks below the head of its tower, frozen blocks counted, gets the rate lr * layer_decay^k."""
     below = {name: blocks_below(name) for name, _ in model.named_parameters()}
-    top = {"visual.": 0, "": 0}  # blocks of the image tower, and of the text tower
-    for name, blocks in below.items():
-        tower = "visual." if name.startswith("visual.") else ""
-        top[tower] = max(top[tower], blocks if blocks < math.inf else 0)
+    top = [max((blocks for name, blocks in below.items() if blocks < math.inf
+                and name.startswith("visual.") == tower), default=0) for tower in (False, True)]
     groups = {}
     for name, p in model.named_parameters():
-        tower = "visual." if name.startswith("visual.") else ""
-        away = max(0, top[tower] + 1 - below[name])
+        away = max(0, top[name.startswith("visual.")] + 1 - below[name])
         key = stage.lr * stage.layer_decay ** away, stage.wd if p.ndim > 1 else 0.0
         if p.requires_grad:
             groups.setdefault(key, []).append(p)
@@ -175,19 +172,18 @@ def rate(step, steps, warmup):
 # -----------------------------------------------------------------------------
 # Evaluation: the rows of the matrix
 
-def evaluate(run, model, pairs, tokenizer, args, draws=0):
+def evaluate(run, model, pairs, tokenizer, args, draws=0, pooled=None):
     """Recall both ways on all of `pairs`, in % -> dict. draws: of a bootstrap over the images, for
-    "interval", the 95 % interval of each score."""
+    "interval", the 95 % interval of each score. pooled: see `embed`."""
     shown = pairs.with_transform(Preprocess.of(model))
     image, text, relevant = embed(run, model, shown, tokenizer, workers=args.workers,
-                                  max_text=args.max_text)
-
-    def with_r1(scores):
-        return {**scores, "r1": (scores["i2t_r1"] + scores["t2i_r1"]) / 2}
+                                  max_text=args.max_text, pooled=pooled)
     ranks = retrieval_ranks(image, text, relevant)
-    found, interval = with_r1(recalls(ranks)), {}
+    found, interval = recalls(ranks), {}
+    found["r1"] = (found["i2t_r1"] + found["t2i_r1"]) / 2
     if draws:
-        spread = with_r1(bootstrap(ranks, relevant, draws, args.seed))
+        spread = bootstrap(ranks, relevant, draws, args.seed)
+        spread["r1"] = (spread["i2t_r1"] + spread["t2i_r1"]) / 2
         interval = {name: np.quantile(spread[name], (0.025, 0.975)).tolist() for name in SCORES}
     return {**{name: found[name] for name in SCORES}, "interval": interval, "images": len(image),
             "texts": len(text)}
@@ -301,20 +297,23 @@ def open_batches(run, model, stage, tokenizer, args):
 @torch.no_grad()
 def keep_frozen(run, model, stage, loader, tokens, args):
     """Compute a frozen tower's features once, to use instead of the tokens, or of images that are
-    not augmented -> loader, tokens."""
+    not augmented -> loader, tokens, features of the held-out images or None."""
     below_heads = [n for n in freeze(model, stage) if not n.startswith((*HEADS, "logit_"))]
     trains = {"image" if name.startswith("visual.") else "text" for name in below_heads}
-    if not stage.augment and "image" not in trains:
-        features = [frozen_features(run, model, part, stage.folder.parent / "cache",
-                                    digest(model, "image"), workers=args.workers)
-                    for part in loader.dataset.parts]
-        loader = FeatureLoader(loader, torch.cat(features))
+    held_out = None
+    if "image" not in trains:
+        keep = functools.partial(frozen_features, run, model, workers=args.workers,
+                                 folder=stage.folder.parent / "cache",
+                                 tower=digest(model, "image", head=False))
+        held_out = stage.held_out and keep(stage.held_out.with_transform(Preprocess.of(model)))
+        if not stage.augment:
+            loader = FeatureLoader(loader, torch.cat([keep(part) for part in loader.dataset.parts]))
     if "text" not in trains:
         pieces, places = text_pieces(tokens, 64, model.text_pad)
         with evaluating(model), run.autocast():
             features = [model.pooled_text(*run.move(*piece)).float().cpu() for piece in pieces]
         tokens = torch.cat(features)[places]
-    return loader, tokens
+    return loader, tokens, held_out
 
 
 def average(run, model, stage, start_weights, judges, tokenizer, args):
@@ -343,9 +342,10 @@ def run_stage(run, model, stage, stages, tokenizer, args, about):
     checkpoint, _ = run.begin(stage.folder, stage.args, identity_of(stage, about))
     start_weights = copy.deepcopy(model.state_dict()) if stage.wise else None
     loader, tokens = open_batches(run, model, stage, tokenizer, args)
-    loader, tokens = keep_frozen(run, model, stage, loader, tokens, args)
+    loader, tokens, held_out = keep_frozen(run, model, stage, loader, tokens, args)
     model.recompute_blocks(bool(stage.recompute))
-    judge = functools.partial(evaluate, run, model, stage.held_out, tokenizer, args)
+    judge = functools.partial(evaluate, run, model, stage.held_out, tokenizer, args,
+                              pooled=held_out)
     best, at = train(run, model, stage, loader, tokens, judge, checkpoint)
     model.recompute_blocks(False)
     found = {"method": "staged", "stage": stage.name, "steps": at.step, "epochs": at.epoch,

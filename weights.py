@@ -650,12 +650,13 @@ def safetensors_bytes(state, metadata):
         yield tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
 
 
-def digest(model, side):
-    """The sha256 of one tower with its projection ("image" or "text"): names, shapes, values. It
-    changes with any weight, which makes it the key to features that were kept."""
+def digest(model, side, head=True):
+    """The sha256 of one tower ("image" or "text"), with its projection or without: names, shapes,
+    values. It changes with any weight, which makes it the key to features that were kept."""
     found = hashlib.sha256(json.dumps(dataclasses.asdict(model.config)).encode())
     for name, tensor in model.state_dict().items():
-        if not name.startswith("logit_") and name.startswith("visual.") == (side == "image"):
+        left_out = name.startswith(("logit_",) if head else ("logit_", *HEADS))
+        if not left_out and name.startswith("visual.") == (side == "image"):
             found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             found.update(tensor.detach().cpu().numpy().tobytes())
     return found.hexdigest()

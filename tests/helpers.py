@@ -241,8 +241,7 @@ def with_defaults(flags, more):
 # Tiny models
 
 def perturb(model, seed=1, by=0.1, where=lambda name, p: p.dim() < 2):
-    """Move norms, biases and running statistics from their start: zeros and ones hide mistakes.
-    -> the model"""
+    """Move norms, biases and running statistics from their start -> the model"""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():

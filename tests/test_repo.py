@@ -19,7 +19,7 @@ MAY_IMPORT = {  # leaf -> the leaves that it builds on
     "teachers": ("images", "clip_model", "weights", "tokenizer")}
 BUDGETS = {  # lines; what is over by more than a sixth must shrink before it may grow
     "train_clipfit": 443, "train_contrastive": 510, "train_distill": 668, "train_staged": 523,
-    "clip_model": 640, "weights": 605, "layouts": 501, "fetch": 93, "tokenizer": 404,
+    "clip_model": 640, "weights": 606, "layouts": 501, "fetch": 93, "tokenizer": 404,
     "images": 467, "data": 648, "captions": 434, "pairs": 321, "scores": 309, "large_batch": 130,
     "device": 656, "command": 216, "files": 141, "teachers": 149, "plans": 183}
 PACKAGES = {"torch", "torchvision", "ftfy", "regex", "PIL", "numpy"}
@@ -81,7 +81,7 @@ def test_the_table_of_faults_fits_the_product():
 def test_the_whole_is_within_its_budget():
     def count(paths):
         return sum(len(path.read_text("utf-8").splitlines()) for path in paths)
-    assert count(FILES) <= 11_800  # the aim is 8,400, and 8,000 of tests: may shrink, not grow
+    assert count(FILES) <= 11_794  # the aim is 8,400, and 8,000 of tests: may shrink, not grow
     assert count((ROOT / "tests").glob("*.py")) <= 9_540
 
 

@@ -574,7 +574,7 @@ def test_what_a_frozen_tower_gives_is_kept_and_trains_as_computing_it_does(
         steps.clear()
         run_main(SCRIPT, *flags(folder, tmp_path / name, "--micro-batch", 0, plan=plan))
         assert steps == {IMAGE, TEXT} - (idle if name == "kept" else set())
-        monkeypatch.setattr(train_staged, "keep_frozen", lambda *args: args[3:5])
+        monkeypatch.setattr(train_staged, "keep_frozen", lambda *args: (*args[3:5], None))
         found[name] = state_of(tmp_path / name / "x" / "checkpoint_last.pt")
     start = state_of(folder / "start.safetensors")
     for name, x in found["kept"].items():
@@ -582,8 +582,9 @@ def test_what_a_frozen_tower_gives_is_kept_and_trains_as_computing_it_does(
         if idle == {IMAGE, TEXT}:
             moves = name in ("visual.proj", "text_projection", "logit_scale")
             assert torch.equal(x, start[name]) != moves, name
-    rows = [[row["loss"] for row in metrics(tmp_path / name / "x", "train")] for name in found]
-    assert rows[0] == pytest.approx(rows[1], rel=1e-3)
+    for key, kind in (("loss", "train"), ("mean_recall", "x val")):
+        rows = [[row[key] for row in metrics(tmp_path / name / "x", kind)] for name in found]
+        assert rows[0] and rows[0] == pytest.approx(rows[1], rel=1e-3), kind
 
 
 def test_batch_norm_keeps_its_statistics_and_only_what_trains_is_saved(tmp_path):

@@ -151,15 +151,12 @@ def main(args):
 
 
 def get_args(argv=None):
-    parser = Parser(prog="python -m tools.check_data",
-                    description="Check whether images, classes, captions and splits are fit to "
-                    "train on (exit code 2 if they are not).")
-    parser.add_argument("data", metavar="DATA", help="as --data of the training scripts")
-    parser.add_argument("--data-dir", default="data", help="where the named data sets lie "
-                        "(default: data)")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("--limit", type=whole(1), metavar="N",
-                        help="decode only N images, a fixed sample (default: all)")
+    parser = Parser(prog="python -m tools.check_data", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("data", metavar="DATA", help="as --data of the training scripts")
+    add("--data-dir", default="data", help="where named data lies (default: data)")
+    add("--json", action="store_true", help="print the report as JSON")
+    add("--limit", type=whole(1), metavar="N", help="decode only N, a fixed sample (default: all)")
     return parser.parse_args(argv)
 
 

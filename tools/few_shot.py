@@ -8,7 +8,7 @@ lists are those that CoOp and its successors train on. Notes go to standard erro
 import json
 import sys
 
-from device import guard, Parser  # before torch
+from device import guard, Parser, whole  # before torch
 from data import few_shot, ImageSet, list_dataset
 
 
@@ -25,14 +25,12 @@ def main(args):
 
 
 def get_args(argv=None):
-    parser = Parser(prog="python -m tools.few_shot",
-                    description="Print the few-shot list of a data set as JSON.")
-    parser.add_argument("data", metavar="DATA", help="a data set by name, or a path as for --data "
-                        "of the training scripts")
-    parser.add_argument("--shots", type=int, default=16, help="images per class (default: 16)")
-    parser.add_argument("--seed", type=int, default=1, help="seed of the draw (default: 1)")
-    parser.add_argument("--data-dir", default="data", help="where the named data sets lie "
-                        "(default: data)")
+    parser = Parser(prog="python -m tools.few_shot", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("data", metavar="DATA", help="as --data of train_clipfit.py")
+    add("--shots", type=whole(0), default=16, help="images per class (default: 16)")
+    add("--seed", type=whole(0), default=1, help="seed of the draw (default: 1)")
+    add("--data-dir", default="data", help="where named data lies (default: data)")
     return parser.parse_args(argv)
 
 

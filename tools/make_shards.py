@@ -73,15 +73,13 @@ def files_of(pairs, i):
 
 
 def get_args(argv=None):
-    parser = Parser(prog="python -m tools.make_shards",
-                    description="Write images with captions as WebDataset shards.")
-    parser.add_argument("data", metavar="DATA", help="captioned images by name or path, as for "
-                        "--data of the training scripts")
-    parser.add_argument("--data-dir", default="data", help="where named data lies (default: data)")
-    parser.add_argument("--layout", default="auto", help="how the data is laid out")
-    parser.add_argument("--out", default="shards", help="folder of the tars (default: shards)")
-    parser.add_argument("--per-shard", type=whole(1), default=1000, metavar="N",
-                        help="images in a tar (default: 1000)")
+    parser = Parser(prog="python -m tools.make_shards", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("data", metavar="DATA", help="as --data of the training scripts")
+    add("--data-dir", default="data", help="where named data lies (default: data)")
+    add("--layout", default="auto", help="how the data is laid out")
+    add("--out", default="shards", help="folder of the tars (default: shards)")
+    add("--per-shard", type=whole(1), default=1000, help="images in a tar (default: 1000)")
     return parser.parse_args(argv)
 
 
