@@ -526,8 +526,7 @@ class BackboneTower(nn.Module):
         self.proj = make_head(config.proj, width, config.embed_dim)
         for module in self.trunk.modules():
             if isinstance(module, nn.BatchNorm2d):
-                # MobileNetV3 has 0.01 and MNASNet 0.0003: after a few hundred steps evaluation
-                # would still use what the statistics were at the start.
+                # With MNASNet's 0.0003, hundreds of steps would hardly move the statistics.
                 module.momentum = max(module.momentum, 0.1)
 
     def forward(self, images):
@@ -587,9 +586,8 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.register_parameter("logit_bias", None)
         self.set_pixels(self.visual.pixels if config.backbone else Pixels())
-        self.text_kind = FAMILIES[text.family] if text else "bpe"
+        self.text_kind, self.pad_id = (FAMILIES[text.family], text.pad_id) if text else ("bpe", 0)
         self.vocabulary = None
-        self.pad_id = text.pad_id if text else 0
 
     def set_pixels(self, pixels):
         self.image_mean, self.image_std = pixels.mean, pixels.std
@@ -656,6 +654,8 @@ class CLIP(nn.Module):
         if images.shape[-2:] != (size, size):
             raise ValueError(f"images are {tuple(images.shape[-2:])} pixels and this model takes "
                              f"({size}, {size}); resize them with data.Preprocess({size})")
+        if images.is_cpu and self.visual.training and self.config.vision_patch is None:
+            images = images.contiguous(memory_format=torch.channels_last)  # faster convolutions
         return self.visual(images)
 
     @property
