@@ -70,15 +70,16 @@ def captions(count):
     return [" ".join(draw.choices(DTD, k=draw.randint(6, 18))) for _ in range(count)]
 
 
-def clipfit(side="ours", size="ViT-B/16", batch=32, precision="fp32", micro_batch=0):
-    """Loss and gradient of a step of CLIPFit with the 47 prompts of DTD."""
+def clipfit(side="ours", size="ViT-B/16", batch=32, precision="fp32", micro_batch=0, classes=47):
+    """Loss and gradient of a step of CLIPFit with the 47 prompts of DTD, or so many like them."""
     run = device.start("cpu", precision)
     model, images = open_model("ours", size, run).eval(), data.normalise(pixels(size, batch))
     train_clipfit.choose_trainable(model)
     model.round_frozen(run.dtype)
-    tokens, labels = BPETokenizer()([f"{name} texture." for name in DTD]), torch.arange(batch)
+    names, labels = (DTD * (classes // len(DTD) + 1))[:classes], torch.arange(batch)
+    tokens = BPETokenizer()([f"{name} texture." for name in names])
     pieces, places = text_pieces(tokens, 128)
-    prompts, before = (pieces, places[None]), torch.randn(len(DTD), model.config.embed_dim)
+    prompts, before = (pieces, places[None]), torch.randn(classes, model.config.embed_dim)
     args = types.SimpleNamespace(micro_batch=micro_batch, reg_weight=8.0)
 
     def call():
@@ -265,6 +266,7 @@ TABLES = {
     "tokenizer": [["tokenizer side=open_clip", "tokenizer"]],
     "decoding": [[f"decoding train={n} side={side}" for side in ("torchvision", "ours")]
                  for n in (0, 1)],
+    "classes": [[f"clipfit batch=8 classes={n}" for n in (10, 100, 1000)]],
     "loss": [["loss side=open_clip", "loss"]],
     "search": [["search side=torch", "search"]],
     "startup": [[f"script name={name} flags=--help" for name in SCRIPTS]],
