@@ -131,14 +131,14 @@ def refuse_early(args):
 
 
 CHANGES_NO_RESULT = """device workers output_dir resume overwrite eval_only dry_run export
-tensorboard log_every save_every debug config data_dir no_download deterministic micro_batch cache
+tensorboard log_every save_every debug config data_dir no_download deterministic micro_batch
 cache_gb""".split()
 
 
 def run_identity(args, but=(), **facts):
     """What must be equal for a run to be continued: every flag but those that change no result
     (and those in `but`), and `facts`, which win: method, data (fingerprint), model (name),
-    weights (sha256), micro_batch where it matters."""
+    weights (sha256), ..."""
     return {key: value for key, value in {**vars(args), **facts}.items()
             if key in facts or key not in CHANGES_NO_RESULT and key not in but}
 

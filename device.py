@@ -5,8 +5,8 @@ device, precision and process tests. Every process calls its methods at the same
 the first one prints or touches a file. Import this file before torch: it sets what torch reads.
 
 Four promises: the device asked for is the device used; every number comes out the same for any
-number of processes; a checkpoint on disk is whole or absent, whenever the machine stops; no file
-that is read can run code.
+number of processes, up to rounding and dropout; a checkpoint on disk is whole or absent, whenever
+the machine stops; no file that is read can run code.
 """
 import contextlib
 import ctypes
@@ -335,11 +335,11 @@ class Run:
     def sum_gradients(self, parameters):
         """Replace each .grad by its sum over processes, in one all-reduce; no-op when alone.
 
-        Divide the loss so that a sum is right. Costs one flat copy of the gradients, and does not
-        overlap with the backward pass as DistributedDataParallel does.
+        Each process's loss is its part of the sum. Costs one flat copy of the gradients, and does
+        not overlap with the backward pass as DistributedDataParallel does.
         """
-        trainable = [p for p in parameters if p.requires_grad and self.world_size > 1]
-        if not trainable:
+        trainable = [p for p in parameters if p.requires_grad]
+        if self.world_size == 1 or not trainable:
             return
         here = [float(p.grad is not None) for p in trainable]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
@@ -447,7 +447,8 @@ class Run:
         (functools.partial). replaced: how many pairs of this process's share stand for one whose
         image could not be read. SafeStop after three bad steps in a row.
         """
-        at.step, at.batch, epoch = at.step + 1, at.batch + 1, at.epoch + 1  # as people count
+        epoch = at.epoch + 1  # as people count
+        at.step, at.batch = at.step + 1, at.batch + 1
         if at.batch == at.batches:
             at.epoch, at.batch = at.epoch + 1, 0
         last = at.step == at.steps

@@ -24,9 +24,10 @@ class TwoPass:
     """Features of a batch in pieces: `.features` (n, D), a leaf to compute a loss from.
 
     encode(piece) -> (m, D). The last piece keeps its graph: k pieces cost k - 1 more forward
-    passes, a frozen tower none. Dropout is drawn from (seed, process, piece) in both passes: give
-    each step and tower another seed. BatchNorm of `model` counts a piece once, but normalises by
-    it: the gradient is that of the whole batch only where its statistics are frozen."""
+    passes, a frozen tower none. torch's generator is seeded before each piece, by (seed, process,
+    piece), so that both passes drop the same: give each step and tower another seed. BatchNorm of
+    `model` counts a piece once, but normalises by it: the gradient is that of the whole batch only
+    where its statistics are frozen."""
 
     def __init__(self, run, encode, pieces, seed, model=None):
         self.run, self.encode, self.pieces = run, encode, pieces
@@ -50,8 +51,8 @@ class TwoPass:
         if self.features.grad is None:
             self.features.grad = torch.zeros_like(self.features)
         shares = self.features.grad.split(self.sizes)
-        roots = [(self.last, shares[-1])] + ([] if also is None else [(also, None)])
-        torch.autograd.backward(*zip(*roots))
+        last = (self.last * shares[-1]).sum()  # has that share as its gradient
+        (last if also is None else last + also).backward()
         for number, share in enumerate(shares[:-1]):
             self._encode(number).backward(share)
 
@@ -124,9 +125,8 @@ def info_nce(run, image, texts, scale, at, ids=None, positives="mask", chunk=Non
     negatives; "mask": left out; "multi": positives too, z_ii being the mean over them (Khosla et
     al. 2020, eq. 2). Two sweeps, 8 N^2 D operations: the first finds c_j = logsumexp_i z_ij over
     all processes. It is a constant in the second, where sum_ij exp(z_ij - c_j) has the gradient of
-    sum_j logsumexp_i z_ij."""
-    N = len(texts)
-    chunk = chunk or max(96, BLOCK // N)
+    sum_j logsumexp_i z_ij, and N as its value, in whose place comes sum_j c_j."""
+    N, chunk = len(texts), chunk or max(96, BLOCK // len(texts))
     mask, multi = (ids is not None and positives == kind for kind in ("mask", "multi"))
 
     def logits(rows, at, texts, scale):                                        # (m, N)
@@ -134,18 +134,18 @@ def info_nce(run, image, texts, scale, at, ids=None, positives="mask", chunk=Non
         return z.masked_fill(together(ids, at).scatter(1, at[:, None], False),
                              -torch.inf) if mask else z
 
-    def loss(rows, at, texts, scale):
-        z = logits(rows, at, texts, scale)
-        own = z.gather(1, at[:, None]) * 2 if not multi else (
-            (share[at, None] + share) * together(ids, at) * z)
-        return z.logsumexp(dim=1).sum() + (z - column).exp_().sum() - own.sum()
-
     with torch.no_grad():
-        column, count = texts.new_full((N,), -torch.inf), texts.new_zeros(N)
+        mine, count = texts.new_full((N,), -torch.inf), texts.new_zeros(N)
         for rows, some in zip(image.split(chunk), at.split(chunk)):
-            column = column.logaddexp(logits(rows, some, texts, scale).logsumexp(dim=0))
+            mine = mine.logaddexp(logits(rows, some, texts, scale).logsumexp(dim=0))
             if multi:
                 count += together(ids, some).sum(dim=0)
-        column, share = run.gather(column[None]).logsumexp(dim=0), 1 / run.sum(count)
+        column, share = run.gather(mine[None]).logsumexp(dim=0), 1 / run.sum(count)    # (N,)
+
+    def loss(rows, at, texts, scale):
+        z = logits(rows, at, texts, scale)
+        positive = z.gather(1, at[:, None]) * 2 if not multi else (
+            (share[at, None] + share) * together(ids, at) * z)
+        return z.logsumexp(dim=1).sum() + (z - column).exp_().sum() - positive.sum()
     total = by_rows(loss, (image, at), (texts, scale), chunk)
     return (total - len(at) + column[at].sum()) / (2 * N)

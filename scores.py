@@ -117,8 +117,7 @@ def milliseconds(run, model, encode, x):
 # -----------------------------------------------------------------------------
 # Retrieval
 
-def embed(run, model, pairs, tokenizer, batch_size=BATCH, workers=-1, max_text=None, pooled=None,
-          texts=None):
+def embed(run, model, pairs, tokenizer, workers=-1, max_text=None, pooled=None, texts=None):
     """A set of pairs as a search task (see PairSet.retrieval) -> unit features of its images (n, D)
     and texts (M, D), and relevant (R, 2): which text belongs to which image. Images that cannot be
     read are left out with the texts that have no other; DataError if they are too many. What a
@@ -126,7 +125,7 @@ def embed(run, model, pairs, tokenizer, batch_size=BATCH, workers=-1, max_text=N
     texts, `encode_texts` of the task's texts."""
     task = pairs.retrieval()
     if pooled is None:
-        image, positions = encode_images(run, model, pairs.image_items(), batch_size, workers,
+        image, positions = encode_images(run, model, pairs.image_items(), workers=workers,
                                          what=f"{pairs.split} images")
         readable = positions >= 0
     else:
@@ -139,13 +138,13 @@ def embed(run, model, pairs, tokenizer, batch_size=BATCH, workers=-1, max_text=N
         text = encode_texts(run, model, tokenizer, task.texts, max_text)
     if not readable.all():
         pairs.refuse_losses((~readable).nonzero()[:, 0].tolist(), "they do not decode")
-        seen = readable[relevant[:, 1]]
+        left = relevant[readable[relevant[:, 1]]]
         asks = torch.ones(len(text), dtype=torch.bool)
-        asks[relevant[~seen, 0]] = False
-        asks[relevant[seen, 0]] = True
+        asks[relevant[:, 0]] = False  # but of those with an image, what is left does ask
+        asks[left[:, 0]] = True
         image, text = image[readable], text[asks]
-        place = asks.cumsum(0) - 1, readable.cumsum(0) - 1   # among what is left
-        relevant = torch.stack([place[k][relevant[seen, k]] for k in (0, 1)], dim=1)
+        new_text, new_image = asks.cumsum(0) - 1, readable.cumsum(0) - 1  # places in these
+        relevant = torch.stack([new_text[left[:, 0]], new_image[left[:, 1]]], dim=1)
     return image, text, relevant
 
 
@@ -337,7 +336,9 @@ def linear_probe(features, labels, classes, val=None, strengths=STRENGTHS):
 
     C is the one of `strengths` that is most accurate on `val`, a pair (features, labels), and the
     smallest of equal ones; without val, DEFAULT_STRENGTH. Rows with label -1 do not count."""
-    x, labels = features[labels >= 0].double(), labels[labels >= 0]
+    read = labels >= 0
+    features, labels = features[read], labels[read]
+    x = features.double()
     weight = x.new_zeros(classes, x.shape[1], requires_grad=True)
     bias, best, most = x.new_zeros(classes, requires_grad=True), None, -1
     if val is None:

@@ -86,11 +86,11 @@ def add_gradients(run, model, images, labels, batch_size, prompts, pretrained, a
     batch_size: of all processes; prompts: as in Task; pretrained (C, D): the classes' features
     before training. Each piece of images adds its gradient to `texts.features`, a leaf, and from
     there all of it goes into the text tower. The prompts pass that tower once, or with
-    --micro-batch in pieces, twice. Exact: no layer mixes images, or prompts.
+    --micro-batch in pieces, all but the last twice. Exact: no layer mixes images, or prompts.
     """
     pieces, places = prompts
-    texts = TwoPass(run, lambda some: encode_pieces(model, some),
-                    [[piece] for piece in pieces] if args.micro_batch else [pieces], seed=0)
+    groups = [[piece] for piece in pieces] if args.micro_batch else [pieces]
+    texts = TwoPass(run, functools.partial(encode_pieces, model), groups, seed=0)  # no dropout
     size = args.micro_batch or max(1, len(images))
     sums = torch.zeros(4, device=run.device)
     for some, truth in zip(images.split(size), labels.split(size)):
@@ -306,7 +306,8 @@ def tabulate(run, results, args):
     parts = [] if args.setting == "fewshot" else [f"{name}_" for name in results[0]["images"]]
     rows = []
     for place, shots in enumerate(args.shots):  # results come shots by shots, seed by seed
-        runs, means = results[place * len(args.seed):][:len(args.seed)], []
+        begin, means = place * len(args.seed), []
+        runs = results[begin:begin + len(args.seed)]
         for part in (*parts, ""):  # the last is the run's one number
             values = [result[f"{part}accuracy"] for result in runs]
             probed = [result.get(f"linear_probe_{part}accuracy", math.nan) for result in runs]
@@ -321,7 +322,8 @@ def tabulate(run, results, args):
                          "mean": means[-1],
                          "std": statistics.stdev(values) if len(values) > 1 else math.nan,
                          "gain": means[-1] - before})
-    rows = [{key: "" if x != x else x for key, x in row.items()} for row in rows]  # no nan
+    rows = [{key: "" if isinstance(x, float) and math.isnan(x) else x for key, x in row.items()}
+            for row in rows]
     lines = [rows[0], ["---:"] * len(rows[0]), *(row.values() for row in rows)]
     table = "\n".join("| " + " | ".join(
         f"{x:.2f}" if isinstance(x, float) else str(x) for x in line) + " |" for line in lines)
@@ -350,17 +352,19 @@ def fill_recipe(args, data, model):
     eight = args.setting == "base2new" or data in ("dtd", "sun397")
     # The demo's logit scale is 16, not 100: at 0.002 it gains 17 points, not 25 (three seeds).
     demo = (data, model) == ("demo", "tiny")
-    official = {"lr": 0.05 if demo else 0.002, "wd": 5e-4, "batch_size": 32, "warmup": 1,
-                "epochs": 10 if data in ("food101", "imagenet") else 100,
-                "reg_weight": 8.0 if eight else 2.0}
-    for name, value in official.items():
+    recipe = {"lr": 0.05 if demo else 0.002, "wd": 5e-4, "batch_size": 32, "warmup": 1,
+              "epochs": 10 if data in ("food101", "imagenet") else 100,
+              "reg_weight": 8.0 if eight else 2.0}
+    for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    official |= {"grad_clip": 0.0, "classes": None, "template": None}
-    official |= {"shots": [16]} if args.setting == "base2new" else {}
+    official = {**recipe, "grad_clip": 0.0, "classes": None, "template": None}
+    if args.setting == "base2new":
+        official["shots"] = [16]
     notes = [f"--{name.replace('_', '-')} {getattr(args, name)} (official: {value or 'none'})"
              for name, value in official.items() if getattr(args, name) != value]
-    notes += [f"model {model} (official: ViT-B/16)"] * (model != "ViT-B/16")
+    if model != "ViT-B/16":
+        notes.append(f"model {model} (official: ViT-B/16)")
     if args.epochs <= args.warmup:
         notes.append(f"--epochs {args.epochs}: all of them are warm-up, at a rate of 1e-5")
     if args.setting == "dg" or data not in KNOWN:

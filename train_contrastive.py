@@ -107,7 +107,7 @@ def batch_loss(run, model, image, text, ids, counts, args):
 def siglip(image, own, texts, scale, bias, ids, positives):
     """image (m, D), texts (N, D) -> the sum over these rows, ()."""
     z = scale * image @ texts.T + bias                                         # (m, N)
-    sign = torch.full_like(z, -1)
+    sign = torch.full_like(z, -1)  # 1: a pair, -1: a negative, 0: left out
     sign.masked_fill_(together(ids, own), 1 if positives == "multi" else 0)
     sign.scatter_(1, own[:, None], 1)
     return -(sign.abs() * F.logsigmoid(sign * z)).sum()

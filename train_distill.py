@@ -102,25 +102,26 @@ def info_nce(ours, theirs, labels):
     own[i] and 1 - share on column partner[i]; without mixing share is 1."""
     own, partner, share = labels
 
-    def one_way(ours, theirs):
-        def loss(rows, own, partner, columns, scale):
-            logits = (scale * rows) @ columns.T                                # (m, N)
-            return (share * F.cross_entropy(logits, own, reduction="sum")
-                    + (1 - share) * F.cross_entropy(logits, partner, reduction="sum"))
-        return by_rows(loss, (ours.image, own, partner), (theirs.texts, ours.scale))
+    def some_rows(rows, first, second, columns, scale):
+        logits = (scale * rows) @ columns.T                                    # (m, N)
+        return (share * F.cross_entropy(logits, first, reduction="sum")
+                + (1 - share) * F.cross_entropy(logits, second, reduction="sum"))
+
+    def one_way(a, b):
+        return by_rows(some_rows, (a.image, own, partner), (b.texts, a.scale))
     return both_ways(one_way, ours, theirs)
 
 
 def crd(ours, teachers):
     """Cross-entropy to the softmaxes of K teachers, averaged afterwards: KL plus a constant."""
-    def one_way(ours, *teachers):
-        def loss(rows, *rest):
-            *p, columns, scale = rest  # p: the teachers' rows
-            targets = sum((teacher.scale * p_k @ teacher.texts.T).softmax(dim=1)
-                          for teacher, p_k in zip(teachers, p)) / len(teachers)  # (m, N)
+    def one_way(a, *others):
+        def some_rows(rows, *rest):  # as by_rows gives them: the teachers' rows, then a's columns
+            p, columns, scale = rest[:-2], rest[-2], rest[-1]
+            targets = sum((other.scale * p_k @ other.texts.T).softmax(dim=1)
+                          for other, p_k in zip(others, p)) / len(others)      # (m, N)
             return F.cross_entropy((scale * rows) @ columns.T, targets, reduction="sum")
-        p = (teacher.image for teacher in teachers)
-        return by_rows(loss, (ours.image, *p), (ours.texts, ours.scale))
+        return by_rows(some_rows, (a.image, *(other.image for other in others)),
+                       (a.texts, a.scale))
     return both_ways(one_way, ours, *teachers)
 
 
@@ -151,7 +152,8 @@ def objective(ours, labels, teachers, heads, weight, text_teacher=None, average=
     if weight["task"]:
         terms["task"] = info_nce(ours, ours, labels)
         if text_teacher is not None:  # its similarities soften the targets
-            terms["task"] = terms["task"].lerp(crd(ours, [text_teacher]), weight["text_teacher"])
+            share = weight["text_teacher"]
+            terms["task"] = (1 - share) * terms["task"] + share * crd(ours, [text_teacher])
     if weight["crd"]:
         terms["crd"] = crd(ours, teachers)
     if weight["ema"]:
@@ -204,27 +206,30 @@ def step(run, learner, batch, mix, weight, seed):
 
     # ---- encode -------------------------------------------------------------------
     pieces = [slice(i, min(n, i + learner.micro)) for i in range(0, n, learner.micro)]
-    p = [mix.blend(rows) for rows in batch.p or ()]
-    if batch.p is None and any(weight[name] for name in OF_TEACHERS):
+    p = []  # stays so if no term asks the teachers about images
+    if batch.p is not None:
+        p = [mix.blend(rows) for rows in batch.p]
+    elif any(weight[name] for name in OF_TEACHERS):
         p = [ask(teacher.model, encode_image, pieces) for teacher in teachers]
     image = TwoPass(run, functools.partial(encode_image, student), pieces, 2 * seed, student.visual)
     text, v = None, batch.q[0]  # (n, D): a frozen text tower is that of the first teacher
     if batch.tokens is not None:
-        texts, places = text_pieces(batch.tokens, learner.micro, student.text_pad)
-        texts, places = [run.move(*piece) for piece in texts], run.move(places)
-        text = TwoPass(run, functools.partial(encode_text, student), texts, 2 * seed + 1, student)
+        some, places = text_pieces(batch.tokens, learner.micro, student.text_pad)
+        some, places = [run.move(*piece) for piece in some], run.move(places)
+        text = TwoPass(run, functools.partial(encode_text, student), some, 2 * seed + 1, student)
         v = text.features[places]
 
     # ---- the loss, in fp32 over all processes -------------------------------------
     ours = features(student.logit_scale.exp(), image.features, v)
-    theirs = [features(teacher.scale, *both) for teacher, *both in zip(teachers, p, batch.q)]
+    theirs = [features(teacher.scale, images, texts)
+              for teacher, images, texts in zip(teachers, p, batch.q)]
     text_teacher = average = None
     if batch.similar is not None:
         text_teacher = features(10.0, mix.blend(batch.similar), batch.similar)
     if weight["ema"]:
         model = learner.average.model
         average = features(model.logit_scale.exp(), ask(model, encode_image, pieces),
-                           ask(model, encode_text, texts)[places] if text else v)
+                           ask(model, encode_text, some)[places] if text else v)
     terms = objective(ours, labels, theirs, learner.heads, weight, text_teacher, average)
     inside = learner.maps.losses(learner.heads.hint, sum(counts)) if learner.maps else {}
     loss = sum(weight[name] * x for name, x in terms.items())
@@ -248,7 +253,7 @@ class Mix(typing.NamedTuple):
     box: tuple | None = None  # CutMix: top, left, bottom, right, each from 0 to 1
 
     def partners(self, n):
-        """Pairs half of this process's share apart mix, n even, which are half the batch apart."""
+        """Pair i of the n of this process mixes with pair i + n/2, and that with it; n is even."""
         return (torch.arange(n) + n // 2) % n
 
     def blend(self, x):
@@ -360,9 +365,10 @@ class Average:
     def __init__(self, model, decay):
         self.decay, theirs = decay, model.state_dict()
         frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-        self.model = copy.deepcopy(model, {id(p): p for p in frozen.values()}).eval()
-        self.pairs = {name: (x, theirs[name]) for name, x in self.model.requires_grad_(False)
-                      .state_dict().items() if name not in frozen}
+        shared = {id(p): p for p in frozen.values()}  # what deepcopy then does not copy
+        self.model = copy.deepcopy(model, shared).eval().requires_grad_(False)
+        self.pairs = {name: (mine, theirs[name]) for name, mine in self.model.state_dict().items()
+                      if name not in frozen}
 
     @torch.no_grad()
     def update(self, step, fine):
@@ -381,7 +387,7 @@ class Learner:
     def __init__(self, run, setup, args):
         self.run, self.student, self.teachers = run, setup.student, setup.teachers
         self.counts, self.micro = setup.counts, args.micro_batch or setup.counts[0]
-        self.average = Average(self.student, args.ema) if args.ema else None  # it wants no hooks
+        self.average = Average(self.student, args.ema) if args.ema else None  # before Maps' hooks
         self.tested = self.average.model if args.ema else self.student
         self.maps = (Maps(self.student, self.teachers[0].model) if args.hint + args.attention
                      else None)
@@ -657,7 +663,7 @@ def main(args):
     run = start(args.device, args.precision, args.seed, args.deterministic)
     setup = open_setup(run, args)
     first, stored = setup.teachers[0], setup.stored
-    pieces = [args.micro_batch, run.world_size] if training_mode(setup.student) else None
+    norms = training_mode(setup.student)  # from here on; scoring puts it back
     words = json.dumps(setup.tokenizer.facts(), sort_keys=True).encode()
     identity = run_identity(
         args, but=("teacher", "reinforced", "weights", "tokenizer"), method="distill",
@@ -666,7 +672,7 @@ def main(args):
         train_text=bool(args.train_text),  # the weights say which
         text_teacher=setup.text_teacher and setup.text_teacher[0].origin["sha256"],
         vocabulary=hashlib.sha256(words).hexdigest(), stored=stored and stored.facts,
-        pieces=pieces)  # of which BatchNorm takes statistics
+        pieces=[args.micro_batch, run.world_size] if norms else None)  # of BatchNorm's statistics
     name = f"{setup.pairs.name}_{pathlib.Path(setup.name).name}_{'stored' if stored else 'live'}"
     folder = run_folder(args, "train_distill", name)
     checkpoint, finished = run.begin(folder, args, identity)
@@ -681,7 +687,8 @@ def main(args):
     if teacher and not checkpoint:
         run.log(0, "teacher", **teacher)
     if args.eval_only:
-        at = Place(*(checkpoint[key] for key in ("epoch", "batch", "step")) if checkpoint else ())
+        at = Place(checkpoint["epoch"], checkpoint["batch"], checkpoint["step"]
+                   ) if checkpoint else Place()
         result = folder if args.resume == "auto" else args.resume
     else:
         at = train(run, setup, checkpoint, args)

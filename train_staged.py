@@ -150,9 +150,10 @@ def optimizer_groups(model, stage):
     """Groups for AdamW of what trains. Matrices decay; gains and biases do not. A parameter k
     blocks below the head of its tower, frozen blocks counted, gets the rate lr * layer_decay^k."""
     below = {name: blocks_below(name) for name, _ in model.named_parameters()}
-    top = [max((blocks for name, blocks in below.items() if blocks < math.inf
-                and name.startswith("visual.") == tower), default=0) for tower in (False, True)]
-    groups = {}
+    top, groups = {True: 0, False: 0}, {}  # most blocks: of the image tower, of the text tower
+    for name, blocks in below.items():
+        if blocks < math.inf:
+            top[name.startswith("visual.")] = max(top[name.startswith("visual.")], blocks)
     for name, p in model.named_parameters():
         away = max(0, top[name.startswith("visual.")] + 1 - below[name])
         key = stage.lr * stage.layer_decay ** away, stage.wd if p.ndim > 1 else 0.0
@@ -298,7 +299,8 @@ def open_batches(run, model, stage, tokenizer, args):
 def keep_frozen(run, model, stage, loader, tokens, args):
     """Compute a frozen tower's features once, to use instead of the tokens, or of images that are
     not augmented -> loader, tokens, features of the held-out images or None."""
-    below_heads = [n for n in freeze(model, stage) if not n.startswith((*HEADS, "logit_"))]
+    trainable = freeze(model, stage)  # which also sets requires_grad
+    below_heads = [name for name in trainable if not name.startswith((*HEADS, "logit_"))]
     trains = {"image" if name.startswith("visual.") else "text" for name in below_heads}
     held_out = None
     if "image" not in trains:
@@ -425,7 +427,8 @@ def preflight(run, stages, tests, model, args):
                when=stage.held_out is None and (stage.early_stop or len(stage.wise) > 1))
         if args.dry_run:
             stage.steps, warmup = min(2, stage.steps), min(1, warmup)
-        stage.warmup_steps, trainable = warmup, freeze(model, stage)
+        stage.warmup_steps = warmup
+        trainable = freeze(model, stage)
         stage.kept = set(model.state_dict())
         if model.origin["path"]:  # keep only what was trained: `load` takes the rest from that file
             stage.kept = {*trainable, *(stage.parent.kept if stage.parent else ())}

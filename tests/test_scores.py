@@ -155,7 +155,7 @@ def test_the_linear_probe_is_where_its_gradient_vanishes_and_val_chooses_its_str
     assert len({int(x) for x in right}) > 1
     chosen = linear_probe(features, labels, 5, val, strengths)[2]
     assert chosen == strengths[int(torch.stack(right).argmax())]
-    assert 1 < linear_probe(features, labels, 5)[2] < 1000  # one that nothing had to choose
+    assert 1 < linear_probe(*lost, 5)[2] < 1000  # one that nothing had to choose
 
 
 # -----------------------------------------------------------------------------
