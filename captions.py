@@ -3,8 +3,7 @@
     source = list_pairs("flickr8k", "train", data_dir="data")    # no image is touched
 
 A source is found (which of LAYOUTS lies there), read (every reader gives a Source), cleaned and
-split. What is not understood is refused with the names of the files that were not read: a wrong
-guess would train on wrong captions. No file can run code, and nothing is unpacked.
+split. What is not understood is refused. No file can run code, and nothing is unpacked.
 """
 import collections
 import contextlib
@@ -22,9 +21,9 @@ import tarfile
 import numpy as np
 
 import data
-from data import read_table, read_text, split_word, table_rows
-from images import (DataError, ImageStore, is_image, leaves_folder, one_line, Source, SpanStore,
-                    SPLITS)
+from data import read_table, read_text, table_rows
+from images import (DataError, folder_splits, ImageStore, is_image, leaves_folder, one_line, Source,
+                    SpanStore, split_of, split_word, SPLITS)
 
 
 # -----------------------------------------------------------------------------
@@ -45,15 +44,8 @@ CAPTION_COLUMNS = ("caption", "captions", "title", "text")
 # Flickr's "name.jpg#0<TAB>caption", or Kaggle's "name.jpg| 0| caption", where one row of Flickr30k
 # lacks its second bar; Flickr8k has captions of one image that no copy holds
 LINE = re.compile(r"\s*(.+?)(?:#(?:\w+#)?\d+[ \t]|\s*\|\s*\d+(?:\s*\|)?)\s*(.*)")
-LINES = re.compile(r"\s*(?:image_name\||[^,\t\n]+#(?:\w+#)?\d+\s)")
+LINES = re.compile(r"\s*(?![\s\[{])(?:image_name\||[^,\t\n]+#(?:\w+#)?\d+\s)")
 NEVER = "2258277193_586949ec62.jpg"
-
-
-@functools.lru_cache
-def split_of(name):
-    """The last of train, val, test, ... among the words of a file's name, else "all"."""
-    words = map(split_word, reversed(re.findall("[a-z]+", name.lower())))
-    return next(filter(None, words), "all")
 
 
 def read_captions(store, names, columns):
@@ -386,9 +378,9 @@ def find_captions(path, layout, caption_file):
     inside = [top.replace("[", "[[]") + "/" for top in tops if len(tops) == 1]  # a lone folder
     for name, (patterns, _) in LAYOUTS.items():
         found = matching(store, *(top + pattern for pattern in patterns for top in ["", *inside]))
-        if name == "json":  # those beside an image are of that image
+        if name == "json":  # those beside an image are of that image; img2dataset counts
             stems = {os.path.splitext(file)[0] for file in store.names() if is_image(file)}
-            found = [file for file in found if os.path.splitext(file)[0] not in stems]
+            found = [file for file in found if file[:-5] not in stems and "_stats." not in file]
         if found and layout in ("auto", "simple-clip", name):
             if store.zipped and name in ("tsv", "lmdb", "webdataset"):
                 raise DataError(f"{home} holds {found[0]}, which is read in place: unpack the zip")
@@ -461,8 +453,8 @@ def choose_splits(source, layout, asked, whole):
     elif whole:
         part_of = dict.fromkeys(images, asked)
     else:
-        part_of = {path: split_of(path.partition("/")[0]) for path in images if "/" in path}
-        if not {"train"} < set(part_of.values()) <= set(SPLITS) or len(part_of) < len(images):
+        part_of = folder_splits(images)
+        if not part_of:
             part_of = dict(zip(images, map(hashed_split, images)))
             notes.append("no splits were given: images are cut 80/10/10 by a hash of names")
     rows = {split: [row for row in pairs if part_of[row[0]] == split] for split in SPLITS}
@@ -494,7 +486,8 @@ def list_pairs(name_or_path, asked, data_dir="data", layout="auto", caption_file
     source = LAYOUTS[kind][1](ImageStore(home), names, (image_column, caption_column))
     source.notes += [f"captions are read from {', '.join(names[:3])}"] * bool(names)
     clean(text, source)
-    source.own = set(source.rows) != {"all"}
+    table = "".join(names[:1]).rpartition("/")[2]  # several are splits, or shards
+    source.own = split_of(table) if set(source.rows) == {"all"} else ""
     source.rows = choose_splits(source, layout, asked, whole)
     words = [word for word in path.absolute().parts if word != "lmdb" and not split_word(word)]
     source.name = pathlib.PurePath(words[-1]).stem if path.is_file() else words[-1]

@@ -6,13 +6,13 @@
     for images, labels, indices in loader:                       # uint8 (B, 3, 224, 224), (B,) (B,)
         images = normalise(images)                               # float32, on any device
 
-Pixels, transforms and batches stand in images.py; its names can be imported from here. A source
-that is not understood is refused: no class name, label or row is guessed.
+Names of images.py can be imported from here. What is not understood is refused, never guessed.
 """
 import collections
 import contextlib
 import csv
 import difflib
+import functools
 import hashlib
 import io
 import json
@@ -28,10 +28,10 @@ import sys
 import unicodedata
 
 from fetch import fetch, only_one
-from images import (Batches, CLIP_MEAN, CLIP_STD, DataError, EXTRAS, Images,  # noqa: F401
-                    ImageStore, import_torchvision, is_image, leaves_folder, load_batches, locate,
-                    LostWorker, normalise, one_line, places, Preprocess, read_image, sample_seed,
-                    Source, SPLITS, UnreadableImage)
+from images import (Batches, CLIP_MEAN, CLIP_STD, DataError, EXTRAS, folder_splits,  # noqa: F401
+                    IMAGE_SUFFIXES, Images, ImageStore, import_torchvision, is_image, leaves_folder,
+                    load_batches, locate, LostWorker, normalise, one_line, PLAIN_FOLDER, Preprocess,
+                    read_image, sample_seed, Source, split_of, split_word, SPLITS, UnreadableImage)
 
 ASSETS = pathlib.Path(__file__).resolve().parent / "assets"
 
@@ -48,13 +48,11 @@ NO_TEXT = {  # how other files begin
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 IMAGE_COLUMNS = ("image", "filepath", "file_name", "filename", "path", "image_path", "image_name",
                  "file")
-SPLIT_WORDS = {word: split for split, words in {
-    "train": "train training restval",  # of COCO, in Karpathy's split: as everyone trains
-    "val": "val valid validation dev eval publictest",  # of FER2013, as privatetest
-    "test": "test testing privatetest"}.items() for word in words.split()}
+SPLIT_COLUMNS = ("subset", "partition", "phase", "set")
 QUOTED_CELL = re.compile(r'(?:^|(?<=\t))"(?:[^"]|"")*"(?=\t|\r?$)', re.MULTILINE)
-# In a cell of several lines, one that looks like the row of another image: a quote never closed.
-SWALLOWED = r"\n[^\n{0}]+\.(jpe?g|png|webp)\s*{0}|{0}[^\n{0}]+\.(jpe?g|png|webp)\s*\n"
+# In a cell of several lines, what looks like the row of another image: a quote never closed.
+NAME = r"[^\n{0}]+(%s)\s*" % "|".join(map(re.escape, IMAGE_SUFFIXES))
+SWALLOWED = rf"\n{NAME}{{0}}|{{0}}{NAME}[\n{{0}}]"
 EMPTY = re.compile(r"(?i:nan)?|<NA>|#N/A|NULL")  # what pandas, Excel and SQL write for nothing
 csv.field_size_limit(1 << 24)    # captions of a megabyte exist
 
@@ -78,18 +76,13 @@ def read_text(path, content=None):
     return text
 
 
-def split_word(name):
-    """The name of a folder, or a cell -> "train", "val", "test", or None if it names no split."""
-    return SPLIT_WORDS.get(re.sub(r"[ _-]?set$", "", name.strip().lower()))
-
-
 def table_rows(path, content, known, own=(None, None), captions=False):
     """A table of images and their classes or captions -> [(line, image, cell, split or "all")].
 
     `known`: what the second column may be called; own: the names of both columns, if the user gave
     them. Words count before codes; which of two columns of words is meant is not guessed. Splits
-    stand in the column of that name, else in one of a few words that names two of them. Surplus
-    delimiters belong to captions, as read_table says. Raises DataError."""
+    stand in the column of that name, else in one of SPLIT_COLUMNS or of a few words that names two
+    of them. Surplus delimiters belong to captions, as read_table says. Raises DataError."""
     wanted = [(name.lower(),) if name else names
               for name, names in zip(own, (IMAGE_COLUMNS, known), strict=True)]
     columns, records = read_table(path, content, join=wanted[1] if captions else ())
@@ -98,10 +91,10 @@ def table_rows(path, content, known, own=(None, None), captions=False):
     found = [[key for key in keys if key in columns] for keys in wanted]
     texts = {key: tuple(str(record.get(key) or "").strip() for _, record in records)
              for key in columns}
-    named = {key: {*map(split_word, cells)} - {None} for key in columns
-             if len(cells := set(texts[key])) < 10}
-    splits = [key for key in ("split", "is_valid") if key in columns][:1] or [
-        key for key in named if len(named[key]) > 1 and key not in sum(found, [])]
+    named = [key for key in columns if key not in sum(found, []) and (
+        key in SPLIT_COLUMNS or len(cells := {*texts[key]}) < 10
+        and len({*map(split_word, cells)} - {None}) > 1)]
+    splits = [key for key in ("split", "is_valid") if key in columns][:1] or named
     words = [key for key in found[1] if not all(map(CODE.fullmatch, texts[key]))]
     def different(keys):  # columns of equal cells are one
         return [*{texts[key]: key for key in keys}.values()]
@@ -150,16 +143,21 @@ def read_table(path, content=None, join=()):
 
 def json_rows(text):
     """JSONL, or a JSON list, of objects -> (line or place in the list, object)."""
-    listed, number = text.lstrip().startswith("["), 1
+    def one_of_each(pairs):
+        row = {key.strip().lower(): value for key, value in pairs}
+        if len(row) < len(pairs):
+            raise ValueError(f"two values of one name in {pairs[:4]}")
+        return row
+    parse = functools.partial(json.loads, object_pairs_hook=one_of_each)
+    listed, number = text.lstrip().startswith("["), 0
     try:
-        entries = json.loads(text) if listed else text.split("\n")  # U+2028 does not end a line
+        entries = parse(text) if listed else text.split("\n")  # U+2028 does not end a line
         for number, row in enumerate(entries, 1):
             if listed or row.strip():
-                row = row if listed else json.loads(row)
-                yield number, {str(key).strip().lower(): value for key, value in row.items()}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{'entry' if listed else 'line'} {number}: {one_line(error)}; expected "
-                         f"an object {{...}}") from None
+                yield number, {**(row if listed else parse(row))}
+    except (ValueError, TypeError, RecursionError) as error:
+        where = f"{'entry' if listed else 'line'} {number}: " if number else ""
+        raise ValueError(f"{where}{one_line(error)}; expected an object {{...}}") from None
 
 
 def delimited_rows(text, join):
@@ -173,7 +171,8 @@ def delimited_rows(text, join):
     plain = mark == "\t" and '"' in QUOTED_CELL.sub("", text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True,
                         quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL)
-    swallowed, rows, line, width = re.compile(SWALLOWED.format(mark), re.IGNORECASE), [], 1, 0
+    swallowed = re.compile(mark if mark == "\t" else SWALLOWED.format(mark), re.IGNORECASE)
+    rows, line, width = [], 1, 0
     try:
         for cells in reader:
             if not width and any(map(str.strip, cells)):
@@ -184,8 +183,9 @@ def delimited_rows(text, join):
                 rows.append((line, cells))
             elif any(map(str.strip, cells)):
                 raise csv.Error(f"{len(cells)} fields where the header has {width}")
-            if reader.line_num > line and any(swallowed.search(cell + "\n") for cell in cells):
-                raise csv.Error("a quote opens here and closes only after other rows")
+            if any(reader.line_num > line and swallowed.search(cell + "\n")
+                   or re.fullmatch(r'\s+".*"\s*', cell) for cell in cells):
+                raise csv.Error("a quote closes only after other rows, or follows a blank")
             line = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"line {line}: {error}; a cell with a delimiter, a line break or a quote "
@@ -209,9 +209,9 @@ class ImageSet(Images):
     def __init__(self, source, split):
         if len(source.classnames) < 2 or not source.rows[split]:
             having = [key for key, rows in source.rows.items() if rows]
-            raise DataError(f"{source.root}: {len(source.classnames)} classes with the splits "
-                            f"{having}; expected two classes or more and {split} images (class "
-                            f"folders, or a table, without any splits are cut)")
+            raise DataError("; ".join((
+                f"{source.root}: {len(source.classnames)} classes with the splits {having}",
+                f"expected two and {split} images (without splits they are cut)", *source.notes)))
         super().__init__(source.store, *map(list, zip(*source.rows[split])))
         self.classnames = list(source.classnames)
         self.template = TEMPLATES.get(source.name, ANY_TEMPLATE)
@@ -235,9 +235,8 @@ class ImageSet(Images):
         return chosen
 
     def preload(self, limit=1 << 62):
-        """Decode every image into memory once (4 bytes per pixel) and return the set itself.
-        Unreadable ones are dropped, or refused as refuse_losses says (DataError). Beyond `limit`
-        bytes it gives up, notes that, and images go on being read when asked for."""
+        """Decode every image into memory once (4 bytes per pixel) and return the set itself, but
+        for a note beyond `limit` bytes. Unreadable ones are dropped, or refused (refuse_losses)."""
         if self.images:
             return self
         images, lost, size = {}, {}, 0
@@ -259,8 +258,8 @@ class ImageSet(Images):
         return self
 
     def digest(self):
-        """sha256 over the labels and the bytes of the image files: tells whether a set is still the
-        one that a run began with. Reads every file; one that cannot be read counts by its name."""
+        """sha256 over the labels and the bytes of the image files, or names of those that cannot
+        be read: tells whether a set is still the one that a run began with."""
         total = hashlib.sha256()
         for path, label in zip(self.paths, self.labels, strict=True):
             try:
@@ -288,8 +287,7 @@ def few_shot(dataset, shots, seed, val=None):
 
     Item for item the list CoOp and its successors draw (Dassl's generate_fewshot_dataset): classes
     in order of first appearance, random.sample of each, a class that is short whole and in order.
-    The stream is private, so nothing drawn before matters, and seed 0 is a seed. ImageNet's val is
-    its test set and comes back whole, as there. Raises DataError.
+    The stream is private. ImageNet's val is its test set and comes back whole. Raises DataError.
     """
     if shots < 0 or seed < 0:
         raise DataError(f"shots {shots}, seed {seed}: expected whole numbers, 0 or more")
@@ -317,9 +315,8 @@ def few_shot(dataset, shots, seed, val=None):
 
 def make_loader(dataset, batch_size, seed=0, shuffle=True, drop_last=None, rank=0, world_size=1,
                 workers=0, **options):
-    """DataLoader over an ImageSet with a transform; `loader.batch_sampler` is the Batches.
-    `batch_size` is global. The options go to DataLoader. A worker that dies, or gives nothing for
-    `timeout` seconds (600), raises LostWorker."""
+    """DataLoader over an ImageSet with a transform; `loader.batch_sampler` is the Batches. The
+    global `batch_size`. A worker that dies or is silent for `timeout` (600) s raises LostWorker."""
     batches = Batches(len(dataset), batch_size, seed, rank, world_size, shuffle, drop_last)
     return load_batches(dataset, batches, workers, options)
 
@@ -329,9 +326,10 @@ def make_loader(dataset, batch_size, seed=0, shuffle=True, drop_last=None, rank=
 
 ANY_TEMPLATE = "a photo of a {}."
 WORDS = "classnames.txt"       # CoOp's: lines of wnid and name
-WNID = re.compile(r"n\d{8}")   # how ImageNet names its folders
+WNID = re.compile(r"(?<![^\W_])n\d{8}(?!\d)")   # how ImageNet names its folders
 CODE = re.compile(r"(?i)n\d{8}|(class|label|category|id)?[\W_]*\d[\d.]*|" + EMPTY.pattern)
-NUMBER = re.compile(r"^(\d+[._-]|n\d{8}[ _-])\s*(?=[^\W\d_])")  # before words
+NUMBER = re.compile(  # before words, or a WordNet id behind them
+    r"(?i)^((class|label|category|id)?[\W_]*\d+|n\d{8})[\W_]+(?=[^\W\d_])|[\W_]+n\d{8}$")
 
 
 def class_prompts(classnames, template):
@@ -397,7 +395,7 @@ def readable_names(names, home):
     if words and set(names) <= set(words):
         return [words[name] for name in names], [f"class names are those of {WORDS}"]
     bare = [NUMBER.sub("", name) for name in names]
-    if all(map(NUMBER.match, names)) and len(set(map(cleaned, bare))) == len(names):
+    if all(map(NUMBER.search, names)) and len(set(map(cleaned, bare))) == len(names):
         return bare, [f"the numbers before the class names are left out: {names[0]} -> {bare[0]}"]
     return names, [f"class names are codes such as {names[0]}"] if codes else []
 
@@ -405,7 +403,7 @@ def readable_names(names, home):
 def require_words(images):
     """Raise DataError if classes of an ImageSet are named by WordNet ids, as the folders of
     ImageNet are: prompts like "a photo of a n01440764." score at chance."""
-    if ids := list(filter(WNID.fullmatch, images.classnames)):
+    if ids := list(filter(WNID.search, images.classnames)):
         raise DataError(f"{images.root}: no prompt can be made of classes named like {ids[0]!r}; "
                         f"put CoOp's {WORDS} (wnid and name) there")
 
@@ -416,8 +414,9 @@ def require_words(images):
 LABEL_COLUMNS = ("classname", "class_name", "label_name", "category_name", "class", "category",
                  "label")
 NO_CLASS = re.compile(
-    r"(.+[ _-])?(train|val|valid|test|pred|image|img|photo|picture|jpe?g|caption|annotation|label|"
-    r"mask|segmentation|depth)(s|ing|idation|images|class|object)?([ _-].+|\d+)?", re.IGNORECASE)
+    r"(?!(with|without|no)[ _-])(.+[ _-])?(train|val|valid|test|pred|image|img|photo|picture|jpe?g|"
+    r"caption|annotation|label|mask|segmentation|depth)(s|ing|idation|images|class|object)?"
+    r"([ _-].+|\d+)?", re.IGNORECASE)
 
 
 def read_coop_split(path, content=None):
@@ -467,7 +466,8 @@ def read_class_folders(store):
         names = [parts[1:] for parts in names if parts[1:] != [""]]
     level = int(any(split_word(parts[0]) == "train" and parts[2:] not in ([], [""])
                     for parts in names))
-    rows, inner, unread = {}, {}, []  # inner: of a class, its folders with images; "" is itself
+    # inner: of a class, its folders with images; "" is itself. masks: those with something else
+    rows, inner, unread, masks = {}, {}, [], set()
     for *folders, file in names:
         split = split_word((folders or [""])[0]) if level else "all"
         name, *below = folders[level:] or [""]
@@ -475,7 +475,9 @@ def read_class_folders(store):
             inner.setdefault(name, set())
         if split and name and is_image(file):
             rows.setdefault(split, []).append(("/".join([*folders, file]), name))
-            inner[name].add("" if not below or NO_CLASS.fullmatch(below[0]) else below[0])
+            inner[name].add(next((at for at in below if not NO_CLASS.fullmatch(at)), ""))
+            masks |= {f"{name}/{at}" for at in below[:1]
+                      if NO_CLASS.fullmatch(at) and not PLAIN_FOLDER.fullmatch(at)}
         elif file:
             unread.append("/".join([*folders, file]))
     full = sorted(filter(inner.get, inner))
@@ -483,10 +485,11 @@ def read_class_folders(store):
     odd = [name for name in full if NO_CLASS.fullmatch(name) and name not in taught]
     below = set().union(*inner.values())
     shared = "" not in below and len(below) < sum(map(len, inner.values()))  # by several classes
-    if len(full) < len(inner) or len(odd) >= (1 if taught else len(full)) or shared:
+    several = len(odd) >= (1 if taught else len(full)) or len({*map(split_word, odd)} - {None}) > 1
+    if len(full) < len(inner) or several or shared or masks:
         raise DataError(f"{store}: expected <class>/<image> or train/<class>/<image>, each class "
                         f"with images; found {sorted(set(inner) - set(full))[:3]} without, "
-                        f"{full[:3]} with images or with folders of them" +
+                        f"{[*sorted(masks), *full][:3]} with images or with folders of them" +
                         f", and {unread[:2]}, which could be read by its path" * bool(unread))
     notes = [f"{len(unread):,} files are not read for their suffix or place, e.g. {unread[0]}"
              ] if unread else []
@@ -509,16 +512,18 @@ def number_classes(rows):
 
 
 def complete_splits(rows, whole=None):
-    """Give user data its three splits, and notes. Rows without any go to the split `whole`, or are
-    cut 50/20/30 per class by a fixed permutation; a val without a test is used as the test."""
+    """Give user data its three splits, and notes. Rows without any go to the split `whole`, or
+    those that folders name, or are cut 50/20/30 per class; a val without a test is the test."""
     rows = {split: list(dict.fromkeys(entries)) for split, entries in rows.items()}
     uses = collections.Counter(path for entries in rows.values() for path, _ in entries)
-    twice = [path for path, count in uses.items() if count > 1]
-    if twice:
+    if twice := [path for path, count in uses.items() if count > 1]:
         raise DataError(f"{len(twice)} images are in two splits or classes, e.g. {twice[0]}; list "
                         f"each once, or the score counts what was trained on")
     if "all" in rows and len(rows) > 1:
         raise DataError(f"{len(rows['all'])} rows name no split and others do; fill the column")
+    if parts := {} if whole else folder_splits([path for path, _ in rows.get("all", [])]):
+        for path, label in rows.pop("all"):
+            rows.setdefault(parts[path], []).append((path, label))
     cut, rest, groups = {split: rows.get(split, []) for split in SPLITS}, rows.get("all", []), {}
     if cut["val"] and not cut["test"]:
         return {**cut, "val": [], "test": cut["val"]}, ["no test split: val is used as test"]
@@ -557,7 +562,7 @@ def list_path(path, whole=None):
         name = next((n for n in KNOWN if KNOWN[n]["split"] == lists[0].name), lists[0].stem)
         rows, classnames = read_coop_split(lists[0])
         home, folder = lists[0].parent, KNOWN.get(name, {}).get("images", "")
-        store = locate(places(home, home / folder), paths_of(rows))
+        store = locate(home, paths_of(rows), home / folder)
         return Source(name, str(home), store, rows, classnames, note_leaks(rows))
     inner = [name for name in store.names() if name.endswith(TABLE_SUFFIXES) and "/" not in name
              ] if suffix == ".zip" else []
@@ -567,7 +572,8 @@ def list_path(path, whole=None):
                                                    (IMAGE_COLUMNS, LABEL_COLUMNS)))]
     if suffix in TABLE_SUFFIXES or len(inner) == 1:
         rows = read_labels(inner[0], store.read(inner[0])) if inner else read_labels(path)
-        store = locate(places(path if inner else path.parent), paths_of(rows))
+        store = locate(path if inner else path.parent, paths_of(rows),
+                       split=split_of(inner[0] if inner else path.name))
     elif path.is_dir() or suffix == ".zip" and not inner:
         rows, notes = read_class_folders(store)
     else:
@@ -614,8 +620,7 @@ def read_aircraft(home):
 def list_known(name, data_dir):
     """One of the published data sets -> Source. Needs its lists only, and most of CoOp's are
     bundled in assets/coop_splits; images may be absent. ImageNet's val doubles as test, as in CoOp,
-    and its four shifts are test only; their files are sorted, unlike CoOp's, so that a seed means
-    the same shots on every machine."""
+    and its four shifts are test only; files are sorted, so a seed means the same shots anywhere."""
     known = KNOWN[name]
     homes, file = [data_dir / folder for folder in known["folders"]], known["split"]
     home = next((home for home in homes if (home / file).is_file()), homes[0])
@@ -635,12 +640,11 @@ def list_known(name, data_dir):
     else:
         raise DataError(f"{name}: its list or its images' folder is missing, and nothing is put in "
                         f"its place; {by_hand(name, homes[0])}")
-    likely = places(homes[0], *(home / known["images"] for home in homes))
-    return Source(name, str(home), locate(likely, paths_of(lists[0])), *lists)
+    likely = [home / known["images"] for home in homes]
+    return Source(name, str(home), locate(homes[0], paths_of(lists[0]), *likely), *lists)
 
 
 def by_hand(name, home):
-    """How to get a published data set without this program."""
     known = KNOWN[name]
     listed = f"{home / known['split']} from {known['link']} and " if "link" in known else ""
     return f"get {listed}its images from {known['archive']} into {home / known['images']}"
@@ -659,9 +663,8 @@ def lacks(name, data_dir):
 
 
 def fetch_missing(name, data_dir):
-    """Get what a published data set lacks: its list, or the class names of ImageNet, from where
-    CoOp keeps them; its images, if none of them is there, by torchvision, md5 checked. Says what it
-    does. Of several processes one fetches, and the others wait for it. Raises DataError."""
+    """Get what a published data set lacks: its list, or class names, from where CoOp keeps them;
+    its images, if none is there, by torchvision. One process fetches, others wait. DataError."""
     known, new, done = KNOWN[name], data_dir / f".{name}.new", data_dir / f".{name}.done"
     if not lacks(name, data_dir) and not done.exists():
         return
@@ -726,11 +729,9 @@ def list_dataset(name_or_path, data_dir="data", whole=None):
 def open_dataset(name_or_path, split, data_dir="data", classes=None, download=True, whole=False):
     """A data set by name, or one's own folder, CSV/TSV/JSONL, zip or CoOp split file -> ImageSet.
 
-    split "train", "val" or "test". `classes` (names) narrows and renumbers. No image is touched,
-    but with `download` a published set of which no image is there is fetched first: with several
-    processes, on one of them only. `whole` gives all of one's own data without splits to the split
-    asked for. A published name wins over a folder of that name; write ./dtd for the folder. Raises
-    DataError.
+    `classes` (names) narrows and renumbers. No image is touched, but with `download` a published
+    set of which none is there is fetched, by one process. `whole` gives one's own data without
+    splits to the one asked for. A published name wins: write ./dtd for a folder. Raises DataError.
     """
     if split not in SPLITS:
         raise DataError(f"split {split!r}: expected train, val or test")

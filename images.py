@@ -6,8 +6,7 @@
 
 Everything random is a function of plain numbers: the order of an epoch of (seed, epoch), the crop
 of an image of (seed, epoch, index). So a run is the same for any number of workers and processes,
-and goes on from the middle of an epoch with nothing saved but two integers. Files are never
-trusted: nothing is unpacked, image bombs are refused by their header.
+and goes on in mid-epoch from two integers. Files are never trusted: nothing is unpacked.
 """
 import base64
 import contextlib
@@ -97,8 +96,8 @@ def read_image(source, name=None):
 
 
 def sample_seed(seed, epoch, index):
-    """Three integers (or arrays of uint64) -> a seed below 2**63, mixed well in its low 32 bits,
-    all that torch's CPU generator keeps. The finaliser is splitmix64's."""
+    """Three integers (or arrays of uint64) -> a seed, mixed well (splitmix64) in its low 32 bits
+    too, all that torch's CPU generator keeps."""
     state = 0
     for number in (seed, epoch, index):
         state = (state + number + 0x9E3779B97F4A7C15) & (2**64 - 1)
@@ -115,9 +114,8 @@ class Preprocess:
     to size x size; the pixels of torchvision's Resize + CenterCrop, bit for bit. Training (CoOp's):
     a random resized crop of `scale` times the area (None: no crop) and, with `flip`, a flip:
     torchvision's own under torch.manual_seed(sample_seed(seed, epoch, index)). Then `augment`, some
-    of: "colour", ColorJitter(0.2, 0.2, 0.2); "randaugment", two operations of RandAugment (Cubuk et
-    al. 2020) at magnitude 9. DataError where torchvision does not import. No draw depends on
-    `size`: a student and a teacher of another size see the same view.
+    of EXTRAS (RandAugment: Cubuk et al. 2020). DataError where torchvision does not import. No draw
+    depends on `size`: a student and a teacher of another size see the same view.
     """
 
     def __init__(self, size, train=False, seed=0, scale=(0.08, 1.0), flip=True, resize="shortest",
@@ -171,7 +169,6 @@ class Preprocess:
 
 
 def to_tensor(image):
-    """RGB image -> uint8 (3, H, W)."""
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
@@ -234,8 +231,7 @@ def walk(folder):
 
 @functools.lru_cache(maxsize=None)
 def open_zip(path, pid, changed):
-    """Each process opens a zip for itself: two that share an open file after a fork share its read
-    position too, and would read each other's bytes. Raises DataError."""
+    """Each process opens a zip for itself: two would share its read position. Raises DataError."""
     try:
         archive = zipfile.ZipFile(path)
         for info in archive.infolist():  # most programs write UTF-8 even where no flag says so
@@ -336,33 +332,68 @@ class SpanStore(ImageStore):
         return base64.b64decode(text, validate=True)
 
 
+SPLIT_WORDS = {word: split for split, words in {
+    "train": "train training restval",  # of COCO, in Karpathy's split: as everyone trains
+    "val": "val valid validation dev eval publictest",  # of FER2013, as privatetest
+    "test": "test testing privatetest"}.items() for word in words.split()}
+PLAIN_FOLDER = re.compile(r"(jpe?g|image|img|photo|picture)+s?", re.IGNORECASE)
+
+
+def split_word(name):
+    """The name of a folder, or a cell -> "train", "val", "test", or None if it names no split."""
+    return SPLIT_WORDS.get(re.sub(r"[ _-]?set$", "", name.strip().lower()))
+
+
+@functools.lru_cache
+def split_of(name):
+    """The last of train, val, test, ... among the words of a file's name, else "all"."""
+    return next(filter(None, map(split_word, reversed(re.findall("[a-z]+", name.lower())))), "all")
+
+
+def folder_splits(paths):
+    """{path: its split} if the first folders that differ name splits, train among them, else {}."""
+    folders = [path.split("/")[:-1] for path in paths]
+    level = len(os.path.commonprefix(folders))
+    found = [split_of("".join(names[level:level + 1])) for names in folders]
+    return dict(zip(paths, found)) if {"train"} < {*found} <= {*SPLITS} else {}
+
+
 def places(root, *first):
-    """Where the images of a folder or zip may lie, the likely places first: `first`, in itself, in
-    a folder of it, in a zip of it (as COCO publishes them), in a folder of a folder."""
-    yield from map(ImageStore, (*first, root))
+    """Where the images of a folder or zip may lie, the likely places first, in lists of equally
+    likely ones: `first`, itself, its folders, its zips (as COCO publishes them), their folders."""
+    yield from ([ImageStore(place)] for place in (*first, root))
     if os.path.isfile(root):
-        folders = {"/".join(name.split("/")[:-1][:depth])
-                   for name in ImageStore(root).names() for depth in (1, 2)} - {""}
-        yield from (ImageStore(root, f"{folder}/") for folder in sorted(folders))
+        names = [name.split("/")[:-1] for name in ImageStore(root).names()]
+        for depth in (1, 2):
+            folders = sorted({"/".join(name[:depth]) for name in names if len(name) >= depth})
+            yield [ImageStore(root, f"{folder}/") for folder in folders]
     elif os.path.isdir(root):
         folders = sorted(entry.path for entry in os.scandir(root) if entry.is_dir())
-        yield from map(ImageStore, folders)
-        for archive in sorted(pathlib.Path(root).glob("*.zip")):
-            yield from places(archive)
-        for folder in folders:
-            inner = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
-            yield from map(ImageStore, inner)
+        yield [*map(ImageStore, folders)]
+        yield [store for archive in sorted(pathlib.Path(root).glob("*.zip"))
+               for stores in places(archive) for store in stores]
+        yield [ImageStore(path) for path in sorted(
+            entry.path for folder in folders for entry in os.scandir(folder) if entry.is_dir())]
 
 
-def locate(likely, paths, rank=lambda store: 0, enough=0):
-    """The first of these stores that holds all of about 200 of the paths and has the rank `enough`,
-    else that with most of them and, of several, the best rank."""
-    sample, found = paths[::len(paths) // 200 + 1], {}
-    for store in likely:
-        found[store] = sum(map(store.has, sample)), rank(store)
-        if found[store] >= (len(sample), enough):
+def locate(root, paths, *first, split="all"):
+    """Of `places` the nearest that holds all of about 200 of the paths, else most of them. Of equal
+    ones that named like the `split` of the paths, or images. DataError if nothing tells which."""
+    sample, best, found = paths[::len(paths) // 200 + 1], (-1,), []
+    for level, stores in enumerate(places(root, *first)):
+        for store in stores:
+            inside = os.path.relpath(str(store), root) if level > len(first) else ""
+            plain = bool(PLAIN_FOLDER.fullmatch(os.path.basename(inside)))
+            rank = plain if split == "all" else {split: 2, "all": plain}.get(split_of(inside), -1)
+            merit = sum(map(store.has, sample)), rank, -level
+            found = [store] if merit > best else found + [store] * (merit == best)
+            best = max(best, merit)
+        if best[0] == len(sample) and best[1] >= 0:
             break
-    return max(found, key=found.get)
+    if len(found) > 1 and best[0]:
+        raise DataError(f"{' and '.join(map(str, found[:4]))} hold images of the same names, such "
+                        f"as {sample[0]}; write the folder into the listed paths, or keep one")
+    return found[0]
 
 
 # -----------------------------------------------------------------------------
@@ -380,7 +411,7 @@ class Source:
             images; path "" is a text without an image, caption "" an image without a text
     store   where the images lie; None: they are looked for
     lists   {stem of an image's name: its split}, where splits are lists of images
-    own     whether its captions came in splits
+    own     "", or the split that its one table is named after, where captions came without any
     """
     name: str = ""
     root: str = ""
@@ -389,7 +420,7 @@ class Source:
     classnames: list = ()
     notes: list = dataclasses.field(default_factory=list)
     lists: dict = dataclasses.field(default_factory=dict)
-    own: bool = False
+    own: str = ""
 
     def add(self, split, rows):
         self.rows.setdefault(split, []).extend(rows)
@@ -398,9 +429,9 @@ class Source:
 class Images(Dataset):
     """Images, each with a label. `set[index]` or `set[(epoch, index)]` -> (image, label, index).
 
-    The image is a tensor if there is a transform, called as transform(image, epoch, index), else a
-    PIL image. The pair as key lets the sampler say which epoch it is: workers that live on would
-    never see an attribute change. An unreadable image gives black and label -1, which scores skip.
+    The image is a PIL image, or what transform(image, epoch, index) makes of it. The epoch is in
+    the key, for workers that live on would never see an attribute change. An unreadable image gives
+    black and label -1, which scores skip.
     """
     images = None   # decoded, where they are kept in memory
 
@@ -464,11 +495,9 @@ class Images(Dataset):
 
 class Batches(Sampler):
     """Yields lists of (epoch, index). Global batch b is perm[b*B : (b+1)*B] with perm a function of
-    (seed, epoch); rank r of W takes every W-th from r on, so the union over ranks is the same for
-    any W (a rank's share of a short last batch may be empty).
+    (seed, epoch); rank r of W takes every W-th from r on (of a short last batch perhaps none).
 
-    drop_last None is Dassl's rule: a training set drops the remainder unless it is smaller than one
-    batch, which is then a single short batch; without shuffling nothing is dropped.
+    drop_last None is Dassl's rule: training drops the remainder of all but a lone short batch.
     """
 
     def __init__(self, n, batch_size, seed=0, rank=0, world_size=1, shuffle=True, drop_last=None):
@@ -484,7 +513,6 @@ class Batches(Sampler):
         self.epoch, self.first_batch = epoch, first_batch
 
     def __len__(self):
-        """Batches in a whole epoch."""
         return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
 
     def global_size(self, batch):

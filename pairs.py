@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from captions import LAYOUTS, list_pairs, split_of
+from captions import LAYOUTS, list_pairs
 from images import (Batches, DataError, ignore_stop, Images, load_batches, locate, one_line,
-                    places, sample_seed, SpanStore, UnreadableImage)
+                    sample_seed, SpanStore, UnreadableImage)
 
 
 class Retrieval(NamedTuple):
@@ -46,22 +46,10 @@ class PairSet(Images):
 
     def __init__(self, source, split):
         self.take(source.rows[split])
-        self.store = source.store or self.find_store(source, split)
+        own = "val" if source.rows[split] is source.rows["val"] else split  # val is used as test
+        self.store = source.store or locate(source.root, self.paths, split=source.own or own)
         self.introduce(source, split, source.rows, f"with {len(self):,} {split} captions")
         self.transform = self.pixels = None
-
-    def find_store(self, source, split):
-        """Where the images lie. If most of their names are in other splits too, or no other split
-        is known, a folder named like this split comes first, and those of other splits last."""
-        rows, likely = source.rows[split], places(source.root)
-        others = {row[0] for part in source.rows.values() if part is not rows for row in part}
-        if not source.own or others and 2 * len(others & {*self.paths}) < len(self.paths):
-            return locate(likely, self.paths)
-        own = "val" if rows is source.rows["val"] else split
-        def rank(store):  # the root is as good as a folder named like this split
-            word = split_of(pathlib.PurePath(str(store)).name)
-            return {own: 1, "all": 0}.get(own if str(store) == source.root else word, -1)
-        return locate(likely, self.paths, rank, enough=1 if others else 0)
 
     def take(self, rows):
         """Hold these rows [(path, caption, query)] instead."""
@@ -109,12 +97,12 @@ class PairSet(Images):
         texts = {query: text for query, _, text in asking}
         number = {query: i for i, query in enumerate(texts)}
         relevant = dict.fromkeys((number[query], place[path]) for query, path, _ in asking if path)
-        least = min(len(place), len(texts))
         if len(place) < 2 or not relevant:
             raise DataError(f"{self.name}: {len(relevant)} pairs of {len(texts)} texts and "
                             f"{len(place)} {self.split} images; a search needs 2 images")
-        notes = [f"{self.split}: {least} texts or images: R@k is 100 from k = {least} on"]
-        return Retrieval(list(texts.values()), torch.tensor(list(relevant)), notes * (least < 10))
+        notes = [f"{self.split}: t2i R@k is 100 from k = {len(place)} on, i2t from {len(texts)} on"
+                 ] * (min(len(place), len(texts)) < 10)
+        return Retrieval(list(texts.values()), torch.tensor(list(relevant)), notes)
 
     def texts_of(self, image):
         """The captions of the image at this position in paths."""
@@ -141,9 +129,8 @@ class PairSet(Images):
         """Decode every image once, into one file of `folder`, where it is read from then on.
         Returns the set. No pixel changes: a smaller copy would, and so would random crops of it.
 
-        The first process fills it (run: a Run, or None for one process), all read it through the
-        memory that they share, and the next run finds it. If it would take over `limit` bytes, that
-        is noted and images are decoded when asked for. DataError if over 1 % cannot be read.
+        The first process fills it (run: a Run, or None for one process), and the next run finds it.
+        If it would take over `limit` bytes, that is noted. DataError if over 1 % cannot be read.
         """
         if limit <= 0 or self.pixels:
             return self
@@ -169,8 +156,7 @@ def as_ppm(image, epoch, index):
 
 
 def fill_pixels(pairs, file, limit, workers):
-    """Write the images of a set into `file`, and where each begins and its bytes into a JSON beside
-    it -> None, or why not. The JSON comes last: it says that the file is whole."""
+    """Write the images of a set to `file`, then where they lie to a JSON -> None, or why not."""
     items = pairs.with_transform(as_ppm).image_items()
     index, begin, spans = file.with_suffix(".json"), 0, []
     if index.is_file():
@@ -201,9 +187,8 @@ def open_pairs(name_or_path, split, data_dir="data", layout="auto", caption_file
     """Images with captions, split "train", "val" or "test" -> PairSet. No image is touched.
 
     name_or_path: a folder, a file of captions, a zip of one with its images, or shards (a folder,
-    shard-{0000..0012}.tar, several joined by ::), also under `data_dir`. layout: one of LAYOUTS if
-    several lie there; "simple-clip", that notebook's split; "classes", names of class folders as
-    captions. caption_file: another one of the folder, such as a translation. whole: a source
+    shard-{0000..0012}.tar, several joined by ::), also under `data_dir`. layout: one of LAYOUTS, or
+    "simple-clip", that notebook's split. caption_file: another one of the folder. whole: a source
     without splits goes to the asked one undivided. Raises DataError.
     """
     return PairSet(list_pairs(name_or_path, split, data_dir, layout, caption_file, image_column,

@@ -403,6 +403,8 @@ def test_imagenet_and_its_shifts_follow_coop_labels_and_words(tmp_path):
     require_words(by_path)
     refused(lambda: require_words(open_dataset(tmp_path / "alone/a/b/c/images", "test")),
             "n00000001", "classnames.txt")
+    some = class_folder(tmp_path / "some", ("cat", "n02085620 dog"), all=2)
+    refused(lambda: require_words(open_dataset(some, "train")), "n02085620")
 
 
 # -----------------------------------------------------------------------------
@@ -462,6 +464,9 @@ def test_a_folder_that_holds_something_else(tmp_path):
     class_folder(tmp_path / "twice", ("Sea_Lion", "sea lion"), all=2)
     class_folder(tmp_path / "pixels", ("images", "masks"), all=2)
     class_folder(tmp_path / "hole", ("a", "b"), all=2)
+    class_folder(tmp_path / "office", ("amazon/images/bike", "dslr/images/bike"), all=2)
+    class_folder(tmp_path / "more", ("train", "test", "unlabeled"), all=2)
+    class_folder(tmp_path / "covid", ("ill/images", "ill/masks", "well/images"), all=2)
     (tmp_path / "hole/nothing").mkdir()
     write(tmp_path / "set.xyz", "")
     write(tmp_path / "bad.zip", "<html>")
@@ -469,7 +474,8 @@ def test_a_folder_that_holds_something_else(tmp_path):
                         "flat.zip": ["a.csv", "captions.csv"],
                         "coco": ["train2017"], "kaggle": ["seg_pred"], "nested": ["one"],
                         "twice": ["'Sea_Lion'", "'sea lion'"], "hole": ["nothing"], "set.xyz": [],
-                        "pixels": ["masks"],
+                        "pixels": ["masks"], "office": ["amazon"], "more": ["unlabeled"],
+                        "covid": ["ill/masks"],
                         "tiny_imagenet": ["images"], "bad.zip": [], "gone": []}.items():
         refused(partial(open_dataset, tmp_path / name, "train"), name, *words)
     shutil.rmtree(tmp_path / "tiny_imagenet/val")
@@ -479,6 +485,10 @@ def test_a_folder_that_holds_something_else(tmp_path):
 @pytest.mark.parametrize("folders, names, said", [
     (("001.Black_footed_Albatross", "002.Laysan"), ["Black_footed_Albatross", "Laysan"], "001."),
     (("0-cat", "1-dog"), ["cat", "dog"], "0-cat -> cat"),
+    (("01 cat", "02 dog"), ["cat", "dog"], ""), (("1 - cat", "2 - dog"), ["cat", "dog"], ""),
+    (("(1) cat", "(2) dog"), ["cat", "dog"], ""), (("cl", "class_01_cat"), 0, ""),
+    (("class_01_cat", "class_02_dog"), ["cat", "dog"], ""),
+    (("cat_n02085620", "n02085782.dog"), ["cat", "dog"], ""), (("no_mask", "with_mask"), 0, ""),
     (("n02085620-Chihuahua", "n02085782-Spaniel"), ["Chihuahua", "Spaniel"], "n02085620"),
     (("2_door_car", "4_door_car"), ["2_door_car", "4_door_car"], ""),
     (("10", "9", "2"), ["2", "9", "10"], "codes"), (("class_0", "class_1"), 0, "codes"),
@@ -522,6 +532,7 @@ def test_tables_of_labels_are_read_with_their_images_wherever_they_lie(tmp_path)
     "path,category,label\na.png,x,y\nb.png,z,y\n", "path,label\na.png,<NA>\nb.png,y\n",
     "path,label,set,phase\na.png,x,train,test\nb.png,y,test,train\n",
     "path,label,set\na.png,x,train\nb.png,y,test\nc.png,y,best\n",
+    'path,label\na.png, "x"\nb.png,y\n', "path,label,partition\na.png,x,0\nb.png,y,2\n",
     "path,label,is_valid\na.png,x,True\nb.png,y,False\n",
     'path,label\na.png,"[""x"", ""y""]"\nb.png,y\n', '{"path": 3, "label": "x"}\n',
     '{"path": "a", "label": true}\n{"path": "b", "label": false}\n'])

@@ -18,7 +18,7 @@ import torch
 from helpers import attempt, cli, Payload, processes, refused
 from PIL import Image
 
-from data import Preprocess, sample_seed
+from data import open_dataset, Preprocess, sample_seed
 from device import start
 from pairs import (FeatureLoader, identities, make_pair_loader, Mixture, open_pairs,
                    PairBatches)
@@ -211,11 +211,41 @@ def test_images_of_one_name_are_those_in_the_folder_of_their_split(tmp_path):
 
 def test_images_without_splits_are_where_they_are_found_first(tmp_path):
     rows = "image,caption\n" + "".join(f"{i}.png,a dog\n" for i in range(40))
-    for root, first, other in (("my_test", "", "masks/"), ("x", "train/", "watermarked/")):
+    for root, first, other in (("my_test", "", "masks/"), ("x", "images/", "depth/")):
         for i in range(40):
             write(tmp_path / root, {f"{first}{i}.png": 0, f"{other}{i}.png": 1, "a.csv": rows})
         for split in SPLITS:
             assert open_pairs(tmp_path / root, split).store.read("1.png") == picture(0)
+
+
+def test_a_lone_table_takes_the_folder_of_its_split_and_does_not_guess(tmp_path):
+    rows = "".join(f"{i}.png,{'cat' if i % 2 else 'dog'}\n" for i in range(8))
+    for i, word in enumerate(("test", "train")):
+        write(tmp_path, {f"{word}/{n}.png": i for n in range(8)})
+    for kind in ("label", "caption"):
+        opened = open_dataset if kind == "label" else open_pairs
+        write(tmp_path, {f"{name}.csv": f"image,{kind}\n{rows}" for name in ("train", "rows")})
+        found = opened(tmp_path / "train.csv", "train", whole=True)
+        assert found.store.read("1.png") == picture(1)
+        refused(lambda: opened(tmp_path / "rows.csv", "train"), tmp_path / "test", tmp_path / "train")
+
+
+def test_a_shard_of_names_that_are_not_utf8(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    write(tmp_path / "in", {f"train/{name}{i}.{kind}": value for i in range(2)
+                            for kind, value in (("png", i), ("txt", f"text {i}"))})
+    attempt("tools.make_shards", tmp_path / "in", "--out", tmp_path / "out").ok()
+    assert {*open_pairs(tmp_path / "out", "train").captions} == {"text 0", "text 1"}
+
+
+@pytest.mark.parametrize("top", ["", "images/"])
+def test_splits_stand_in_the_folders_of_paths(tmp_path, top):
+    for kind, opened in (("label", open_dataset), ("caption", open_pairs)):
+        write(tmp_path, {"a.csv": f"image,{kind}\n" + "".join(
+            f"{top}{word}/{i}.png,{name}\n" for word in ("train", "test")
+            for i, name in enumerate(("cat", "dog")))})
+        for word in ("train", "test"):
+            assert opened(tmp_path / "a.csv", word).paths == [f"{top}{word}/{i}.png" for i in (0, 1)]
 
 
 def test_new_images_move_no_old_ones(tmp_path):
@@ -257,7 +287,11 @@ def test_a_file_whose_type_the_message_misnames(tmp_path, name, content, kind):
     ('image,caption\na.png,"best view\nb.png,x\nc.png,"y\n', ["line 2"]),
     ("image\tcaption\na.png\ta\tb\n", ["line 2"]), ("image,caption\na.png\n", ["line 2"]),
     ('image,caption\na,b\nc,"begins\nd.jpg,e\nf.jpg,ends"\n', ["line 3"]),
-    ('image, caption\na,b\nc, "x, y"\n', ["line 3"]), ("image|caption\na|b\nc,d|e\n", ["line 3"]),
+    ('image, caption\na,b\nc, "x, y"\n', ["line 3"]), ('image, caption\na, "b"\n', ["line 2"]),
+    ('id\timage\tcaption\n1\t1.jpg\t"a\n2\t2.jpg\tb"\n', ["line 2"]),  # a stray pair of quotes
+    ('id,image,caption\n1,1.avif,"a\n2,2.avif,b"\n', ["line 2"]),
+    ('{"image": "a", "caption": "b", "Caption": "c"}\n', ["line 1"]),
+    ('[{"image": "a", "caption": "b", "caption": "c"}]', ["caption"]), ("image|caption\na|b\nc,d|e\n", ["line 3"]),
     ("image,caption,,\na.png,a dog,,\nb.png,a dog, brown, wet\n", ["line 3"]),
     ("image,caption,Caption\n1,2,3\n", ["two columns"]), ('{"a": 1}\n\n{"a": \n', ["line 3"]),
     ("picture,words\na.png,a cat\n", ["picture", "--image-column"]),
@@ -324,6 +358,15 @@ def test_cells_with_lists_and_rows_without_a_partner(tmp_path):
     write(tmp_path / "coco", {"annotations/captions_train2017.json": json.dumps(coco)})
     found = open_pairs(tmp_path / "coco", "train")
     assert rows_of(found) == [("1.png", "number 1")] and said(found, "3 rows without")
+
+
+def test_json_with_a_number_sign_and_the_counts_of_img2dataset(tmp_path):
+    rows = [{"caption": f"Room #{i} here", "image": f"{i}.png"} for i in range(3)]
+    for text in ("\n".join(map(json.dumps, rows)), json.dumps(rows)):
+        assert everything(write(tmp_path / "a", {"a.json": text, **{f"{i}.png": i for i in range(3)}})
+                          ) == [(row["image"], row["caption"]) for row in rows]
+    write(tmp_path / "b", {"00000/0.jpg": 0, "00000/0.txt": "a dog", "00000_stats.json": "{}"})
+    assert everything(tmp_path / "b") == [("00000/0.jpg", "a dog")]
 
 
 def test_class_folders_are_captions_only_when_asked_for(tmp_path):

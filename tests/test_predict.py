@@ -38,7 +38,7 @@ def test_what_cannot_be_read_is_counted_and_a_table_written(tmp_path):
 
 @pytest.mark.parametrize("flags, name", [
     (["absent.png", "--classes", *COLOURS], "absent.png"), (["x.png"], "--classes"),
-    (["x.png", "--classes", "red"], "--classes"),
+    (["x.png", "--classes", "red"], "--classes"), (["x.png", "--classes", "red", "Red"], "--classes"),
     (["x.png", "--classes", *COLOURS, "--data", "demo"], "--data"),
     (["x.png", "--data", "dtdd"], "dtdd"),
     (["x.png", "--classes", *COLOURS, "--template", "no place"], "no place"),

@@ -45,7 +45,8 @@ def open_parts(data, data_dir):
         except DataError as error:
             reasons.append(error)
             continue
-        if all(pairs.paths != other.paths for other in parts.values()):  # or val stands for test
+        if all((str(pairs.store), pairs.paths) != (str(other.store), other.paths)
+               for other in parts.values()):  # or val stands for test
             parts[split] = pairs
             captions.update(dict.fromkeys(
                 (pairs.paths[i], text) for i, text in zip(pairs.owner, pairs.captions)))
@@ -69,13 +70,13 @@ def check_lists(classnames, parts, captions, findings):
 
 
 def check_images(parts, chosen, findings):
-    """Decode the paths in `chosen` and compare their bytes -> how many were decoded."""
+    """Decode the (store, path) in `chosen` and compare their bytes -> how many were decoded."""
     first, decoded = {}, 0  # sha256 -> {split: (label, example) of its first image with it}
     for split, part in parts.items():
         labels, lost = getattr(part, "labels", [0] * len(part.paths)), []
         for i, path in enumerate(part.paths):
             example, there = f"{split}:{path}", part.store.has(path)
-            if there and path not in chosen:
+            if there and (str(part.store), path) not in chosen:
                 continue
             try:
                 content = part.store.read(path)
@@ -107,7 +108,7 @@ def check_data(data, data_dir="data", limit=None):
     findings = collections.defaultdict(list)
     classnames, parts, captions = open_parts(data, data_dir)
     check_lists(classnames, parts, captions, findings)
-    paths = sorted({path for part in parts.values() for path in part.paths})
+    paths = sorted({(str(part.store), path) for part in parts.values() for path in part.paths})
     chosen = paths if limit is None else random.Random(0).sample(paths, min(limit, len(paths)))
     examined = check_images(parts, set(chosen), findings)
     kinds = [kind for kind in FINDINGS if findings[kind]]

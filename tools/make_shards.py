@@ -30,8 +30,8 @@ def main(args):
     counts = open_pairs(args.data, "train", args.data_dir, args.layout).counts
     for split in filter(counts.get, ("train", "val", "test")):
         pairs = open_pairs(args.data, split, args.data_dir, args.layout)
-        if before and pairs.rows == before.rows:  # val, which stands in for a missing test
-            continue
+        if before and (pairs.rows, str(pairs.store)) == (before.rows, str(before.store)):
+            continue  # val, which stands in for a missing test
         pairs.check_files()
         images = [i for i, captions in enumerate(pairs.captions_of) if captions]
         parts = [images[i:i + args.per_shard] for i in range(0, len(images), args.per_shard)]
@@ -69,7 +69,9 @@ def files_of(pairs, i):
         image.save(buffer, "png")
         kind, content = ".png", buffer.getvalue()
     about = json.dumps({"captions": captions, "path": path}, ensure_ascii=False)
-    return {kind: content, ".txt": captions[0].encode(), ".json": about.encode()}
+    return {kind: content,  # a name that is not UTF-8 is escaped as JSON does it
+            **{suffix: text.encode("utf-8", "backslashreplace")
+               for suffix, text in ((".txt", captions[0]), (".json", about))}}
 
 
 def get_args(argv=None):

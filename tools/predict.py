@@ -15,8 +15,8 @@ import sys
 from device import (add_device_flags, expanded, guard, Parser, start, UserError,  # before torch
                     write_atomic)
 
-from data import (ANY_TEMPLATE, ImageSet, is_image, list_dataset, Preprocess, require_words, Source,
-                  TEMPLATES)
+from data import (ANY_TEMPLATE, cleaned, ImageSet, is_image, list_dataset, Preprocess,
+                  require_words, Source, TEMPLATES)
 from images import ImageStore
 from scores import encode_images, text_classifier
 from tokenizer import for_model
@@ -36,7 +36,7 @@ def choose_classes(args):
                   for file in sorted(place.glob("confusion_*.json"))]
         names = [name for table in tables for name in table["classes"]]
         templates = tables[0].get("templates", templates) if tables else templates
-    names = list(dict.fromkeys(names or ()))
+    names = [*{cleaned(name): name for name in names or ()}.values()]
     if len(names) < 2:
         raise UserError(f"{len(names)} classes: give two or more as --classes, a data set of them "
                         f"as --data, or as --weights the folder of one run of train_clipfit.py, "
