@@ -475,16 +475,16 @@ class BertTower(nn.Module):
         return self.pooler["dense"](x[:, 0]).tanh() if config.pool == "pooler" else x[:, 0]
 
 
-def make_backbone(name, size=None):
+def make_backbone(name, size=None, weights="DEFAULT"):
     """A classifier without its last layer -> (module: (B, 3, R, R) -> (B, F), the name of what was
-    removed, F, R, its Pixels). size: pixels per side R, those of its published weights unless
-    given. ImportError without the library, ValueError for a name that it does not have."""
+    removed, F, R, its Pixels). The published `weights`, a name of torchvision's, tell R, pixels per
+    side, where no `size` is given. ImportError without the library, ValueError for a wrong name."""
     if name.startswith("timm:"):
         return timm_backbone(name[5:], size)
     from torchvision import models
     if name not in models.list_models(module=models) or name in ("googlenet", "inception_v3"):
         raise ValueError(f"torchvision has no classifier {name!r}")
-    preset = models.get_model_weights(name).DEFAULT.transforms()
+    preset = models.get_model_weights(name)[weights].transforms()
     size = size or preset.crop_size[0]
     more = {"image_size": size} if name.startswith("vit_") else {}
     with torch.device("cpu"):  # RegNet computes in its constructor, which "meta" cannot
@@ -505,16 +505,16 @@ def timm_backbone(name, size=None):
         import timm
     except ImportError:
         raise ImportError(f"timm:{name} needs the package timm; pip install timm") from None
-    if not timm.is_model(name):
-        raise ValueError(f"timm has no model {name!r}")
+    if not timm.is_model(name) or timm.get_pretrained_cfg(name).crop_mode == "border":
+        raise ValueError(f"timm has no model {name!r} whose images get no border")
     known = timm.get_pretrained_cfg(name)
     size = size or known.input_size[-1]
     trunk = timm.create_model(name, pretrained=False, num_classes=0,
                               **({"img_size": size} if known.fixed_input_size else {}))
     removed = known.classifier if isinstance(known.classifier, str) else "head"
     return (trunk, removed, getattr(trunk, "head_hidden_size", None) or trunk.num_features, size,
-            Pixels(tuple(known.mean), tuple(known.std), interpolation="bilinear" if
-                   known.interpolation == "bilinear" else "bicubic"))
+            Pixels(tuple(known.mean), tuple(known.std), "squash" if known.crop_mode == "squash"
+                   else "shortest", known.interpolation))
 
 
 class BackboneTower(nn.Module):

@@ -237,8 +237,8 @@ def known_from_hugging_face(read):
     allow({"model_type": kind} | config, HARMLESS, model_type=(  # the type first: it tells most
         "clip", "chinese_clip", "vision-text-dual-encoder", *ONE_TOWER, *FAMILIES))
     towers = {ONE_TOWER[kind]: config} if kind in ONE_TOWER else {
-        side: {**(config.get(f"{side}_config") or {}), **(config.get(f"{side}_config_dict") or {})}
-        for side in ("vision", "text")}  # theirs: the old second table wins
+        side: config.get(f"{side}_config_dict") or config.get(f"{side}_config") or {}
+        for side in ("vision", "text")}  # theirs: the old second table counts, and whole
     known = {"pixels": pixels_from_hugging_face(
         read("preprocessor_config.json") or read("processor_config.json").get("image_processor"))}
     for side, tower in towers.items():
@@ -291,6 +291,9 @@ def pooling_settings(read):
              if on is True and key.startswith("pooling_mode_")]
     modes += [str(config["pooling_mode"])] if "pooling_mode" in config else []
     known = {"mean_tokens": "mean", "mean": "mean", "cls_token": "first", "cls": "first"}
+    lowers = read("tokenizer_config.json").get("do_lower_case", False)
+    allow(read("sentence_bert_config.json"), do_lower_case=(False, lowers))  # as that does anyway
+    allow(read(f"{home}config_sentence_transformers.json"), default_prompt_name=(None,))
     if modes or "Pooling" in modules:
         allow({"pooling": " + ".join(modes)}, pooling=tuple(known))
     return {"pool": known[modes[0]]} if modes else {}
@@ -338,9 +341,9 @@ def known_from_timm(config, name):
     allow(config, HARMLESS, architecture=(name.partition(".")[0],),
           global_pool=("avg", "token", "map", ""))  # of these, others have other tensors
     allow(config.get("model_args") or {}, ())
-    squash = weights.get("crop_mode") == "squash" and "squash"
-    return {"pixels": make_pixels(weights["mean"], weights["std"], squash,
-                                  weights.get("interpolation"))}
+    resize = weights.get("crop_mode") or "center"
+    return {"pixels": make_pixels(weights["mean"], weights["std"], "shortest" if resize == "center"
+                                  else resize, weights.get("interpolation"))}
 
 
 def known_from_open_clip(read):
@@ -505,23 +508,23 @@ def is_chinese_clip(config):
                 and config.proj == "linear")
 
 
-def check_layout(config, layout, logit_bias=False):
-    """Raise WeightsError unless a CLIP of this size can be written in `layout`. logit_bias: whether
-    it has SigLIP's."""
-    text, chinese = config.text, is_chinese_clip(config)
+def check_layout(model, layout):
+    """Raise WeightsError unless `model` can be written in `layout`."""
+    config, text = model.config, model.config.text
+    chinese, bias = is_chinese_clip(config), model.logit_bias is not None
     own_image = not config.backbone and config.proj == "linear"
     openai = config.activation == "quick_gelu" and config.vision_head == HEAD_OF_WIDTH.get(
         config.vision_width, 64) and 64 == (text.width // text.heads if text else config.text_head)
     fits = {
         "safetensors": True, "open_clip": own_image and not text,
-        "openai": own_image and not text and openai and config.vision_head == 64 and not logit_bias,
+        "openai": own_image and not text and openai and config.vision_head == 64,
         "chinese_clip": chinese and openai,  # neither of the two tells its heads
         "hf": own_image and config.vision_patch is not None and (
             not text or chinese or text.family != "distilbert" and text.pool == "pooler")}
-    if not fits.get(layout):
+    if not fits.get(layout) or bias and layout not in ("safetensors", "open_clip"):
         raise WeightsError(f"the layout {layout!r} has no place for this model: openai and "
-                           f"chinese_clip know QuickGELU and heads of 64 alone, hf no ResNet, and "
-                           f"each its own towers; choose the layout safetensors")
+                           f"chinese_clip know QuickGELU and heads of 64 alone, hf no ResNet, the "
+                           f"three no SigLIP bias, each its own towers; choose safetensors")
 
 
 def hugging_face_tables(model):

@@ -4,9 +4,6 @@
     tokenizer("a photo of a cat")    # LongTensor (1, 77)
     tokenizer.encode("a cat")        # [320, 2368]; `decode` goes back
 
-Ids are those of OpenAI's SimpleTokenizer (BPETokenizer), transformers' BertTokenizer
-(WordPieceTokenizer) and RobertaTokenizer (ByteBPETokenizer), and Chinese-CLIP (ChineseTokenizer).
-
 CLIP (Radford et al. 2021). A caption is cleaned (mojibake repaired, HTML entities resolved twice,
 white space folded, lower case), cut by a regular expression into pieces without white space, and
 every piece is merged bottom-up from bytes (Sennrich et al. 2016):
@@ -344,11 +341,12 @@ FAST = {("WordPiece", "BertNormalizer", "BertPreTokenizer"): "wordpiece",  # of 
 SETTINGS = {  # those that change ids, as they are here; what lies beside may say otherwise
     "clean_text": "True", "do_basic_tokenize": "True", "add_prefix_space": "False",
     "use_regex": "True", "ignore_merges": "False", "max_input_chars_per_word": "100",
-    "continuing_subword_prefix": "(##)?", "end_of_word_suffix": "",
+    "continuing_subword_prefix": "(##)?", "end_of_word_suffix": "", "truncation_side": "right",
     "extra_special_tokens": r"\[\]|{}", "additional_special_tokens": r"\[\]",
     "cls_token": r"\[CLS\]|<s>|{.*", "sep_token": r"\[SEP\]|</s>|{.*",  # {: of older files
     "tokenizer_class": "(Bert|DistilBert|Electra|Roberta|Bart|PreTrained)Tokenizer(Fast)?"
                        "|TokenizersBackend"}
+CHINESE = SETTINGS | dict.fromkeys(("do_lower_case", "strip_accents"), "True")
 
 
 def read_vocabulary(vocab, wanted=None, merges=()):
@@ -367,7 +365,8 @@ def read_vocabulary(vocab, wanted=None, merges=()):
             pair.split(" ") if isinstance(pair, str) else pair for pair in pairs)]
         needed = [*NEEDED[wanted or kind], *(t for a, b in pairs for t in (a, b, a + b))]
         odd = [f"no {token}" for token in needed if token not in ids]
-        odd += [f"{name} {config[name]}" for name, known in SETTINGS.items()
+        settings = CHINESE if config.get("model_type") == "chinese_clip" else SETTINGS
+        odd += [f"{name} {config[name]}" for name, known in settings.items()
                 if config.get(name) is not None and not regex.fullmatch(known, str(config[name]))]
         odd += [f"an added token {token}" for token in config.get("added", [])  # cut out of words
                 if not regex.fullmatch(SPECIAL[wanted or kind], token)]
@@ -383,11 +382,8 @@ def read_vocabulary(vocab, wanted=None, merges=()):
 
 
 def read_files(path):
-    """What `read_vocabulary` gives, unchecked. Raises anything."""
+    """`read_vocabulary` without checks; a generic class reads tokenizer.json. Raises anything."""
     folder = path if path.is_dir() else path.parent
-    if path.is_dir():
-        names = "vocab.txt", "vocab.json", "tokenizer.json"
-        path = next((path / name for name in names if (path / name).is_file()), path / names[0])
 
     def lines(file):  # not splitlines(): the Chinese vocabulary has a row that is U+2028
         return file.read_text("utf-8").removesuffix("\n").split("\n")
@@ -395,6 +391,10 @@ def read_files(path):
     def table(name):
         return json.loads((folder / name).read_text("utf-8")) if (folder / name).is_file() else {}
     config = table("config.json") | table("tokenizer_config.json")
+    generic = regex.match("PreTrained|TokenizersB", config.get("tokenizer_class") or "")
+    if path.is_dir():
+        names = ("vocab.txt", "vocab.json", "tokenizer.json")[::-1 if generic else 1]
+        path = next((path / name for name in names if (path / name).is_file()), path / names[0])
     added = [*table("tokenizer.json").get("added_tokens", []),
              *config.get("added_tokens_decoder", {}).values()]
     config["added"] = [*table("added_tokens.json"), *(token["content"] for token in added)]
@@ -405,14 +405,14 @@ def read_files(path):
                               for key in ("model", "normalizer", "pre_tokenizer"))
     ids = model["vocab"] if path.name == "tokenizer.json" else content
     if "<|startoftext|>" in ids:
-        return "bpe", ids, [], {"added": config["added"]}  # compared with CLIP's own
+        return "bpe", ids, [], {key: config.get(key) for key in ("added", "truncation_side")}
     if ids is content:
         pairs = lines(folder / "merges.txt")
         return "bytebpe", ids, [x for x in pairs if x[:8] not in ("", "#version")], config
     kind = FAST[tuple(part.get("type") for part in (model, normalizer, cut))]
     fast = {**model, **normalizer, **cut, "do_lower_case": normalizer.get("lowercase"),
             "tokenize_chinese_chars": normalizer.get("handle_chinese_chars")}
-    return kind, ids, model.get("merges", []), {**fast, **config}
+    return kind, ids, model.get("merges", []), config | fast if generic else fast | config
 
 
 def open_tokenizer(path):

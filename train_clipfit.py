@@ -406,7 +406,7 @@ def open_task(run, args, train_set, tests):
         args.model = "tiny" if train_set.name == "demo" else "ViT-B/16"
     model = open_clip(args)
     if args.export:
-        check_layout(model.config, args.export, model.logit_bias is not None)
+        check_layout(model, args.export)
     tokenizer = for_model(model, args.tokenizer)
     model = run.move(model).fuse_attention(run.fused_attention).eval()
     trainable = choose_trainable(model)

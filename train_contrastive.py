@@ -326,7 +326,7 @@ def open_model(args):
         nn.init.constant_(model.logit_scale, math.log(10))
     freeze(model, args.freeze)
     if args.export:
-        weights.check_layout(model.config, args.export, model.logit_bias is not None)
+        weights.check_layout(model, args.export)
     return model
 
 

@@ -559,7 +559,7 @@ def open_setup(run, args):
     text_teacher = open_text_teacher(args.text_teacher) if args.text_teacher else None
     student, tokenizer = open_student(run, teachers[0], pairs.captions[:8], args)
     if args.export:
-        weights.check_layout(student.config, args.export)
+        weights.check_layout(student, args.export)
     return types.SimpleNamespace(
         pairs=pairs, val=val, test=test, labelled=labelled, stored=stored, teachers=teachers,
         text_teacher=text_teacher, student=student, tokenizer=tokenizer,

@@ -491,7 +491,7 @@ def main(args):
     args.max_text = min(args.max_text or (52 if tokenizer.kind == "chinese" else 77),
                         model.config.context_length)
     if args.export:
-        check_layout(model.config, args.export)
+        check_layout(model, args.export)
     for note in model.origin["notes"]:
         run.say(note)
     opened = [*tests.values(), *(stage.train for stage in stages)]

@@ -8,10 +8,8 @@
     save(model, "clip.safetensors")
 
 A file is never trusted: nothing in it is executed, its frame and checksums are verified, sizes are
-read off the tensors. How libraries name tensors and settings is the subject of layouts.py.
-
-CLIP_MIRROR is asked for OpenAI's files before their own address (CLIP_MIRROR/SHA256/RN50.pt),
-HF_ENDPOINT in the place of https://huggingface.co.
+read off the tensors. How libraries name tensors and settings is the subject of layouts.py. Mirrors
+are named by the variables CLIP_MIRROR (of CLIP_MIRROR/SHA256/RN50.pt) and HF_ENDPOINT.
 """
 import collections
 import contextlib
@@ -54,6 +52,7 @@ RELEASED = {  # name -> sha256, which is also the folder in the URL
     "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
     "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
     "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"}
+UNREAD = {"path": "", "sha256": "", "notes": []}  # the origin of a tower that has no file
 TINY = pathlib.Path(__file__).resolve().parent / "assets" / "tiny_clip.safetensors"
 HUB_WEIGHTS = (  # what a folder is asked for, in this order: files of other libraries,
     "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors",
@@ -63,7 +62,8 @@ OWN_WEIGHTS = (  # exports and checkpoints
 HUB_SETTINGS = (  # what can stand beside the weights: how to compute, and the tokenizer
     "config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json",
     "modules.json", "1_Pooling/config.json", "tokenizer_config.json", "added_tokens.json",
-    "vocab.txt", "vocab.json", "merges.txt", "tokenizer.json")
+    "vocab.txt", "vocab.json", "merges.txt", "tokenizer.json", "sentence_bert_config.json",
+    "config_sentence_transformers.json", "adapter_config.json")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.bool}
@@ -149,8 +149,9 @@ def read_pytorch(path):
             warnings.simplefilter("ignore")  # what torch would say of an odd file is said below
             return torch.load(path, map_location="cpu", weights_only=True), "PyTorch"
     except Exception as error:  # a damaged or hostile file can raise anything
-        raise WeightsError(f"not a whole PyTorch file of tensors and plain values; fetch it again. "
-                           f"Nothing in it was run ({one_line(error)})") from None
+        raise WeightsError(f"not a whole PyTorch file of tensors and plain values; fetch it again, "
+                           f"or save the state_dict of torch.load(FILE, weights_only=False) if you "
+                           f"trust it. Nothing in it was run ({one_line(error)})") from None
 
 
 def read_safetensors(path):
@@ -213,11 +214,14 @@ def read_file(path):
         if tensors:
             return tensors, "shards", {}
         with open(path, "rb") as file:
-            header = file.read(9)[8:]
-        if path.suffix == ".safetensors" or header == b"{":
+            header = file.read(9)
+        if path.suffix == ".safetensors" or header[8:] == b"{":
             with about("not read as safetensors (if it is cut short or damaged, fetch it again)"):
                 tensors, metadata = read_safetensors(path)
             return tensors, "safetensors", metadata
+        if not header.startswith((b"PK", b"\x80")):
+            raise WeightsError("neither PyTorch's nor safetensors, but as .h5, .msgpack, .gguf, "
+                               ".onnx, .tar or .json; give model.safetensors or pytorch_model.bin")
         content, kind = read_pytorch(path)
     return content, kind, getattr(content, "_metadata", {})  # see `save`
 
@@ -231,11 +235,6 @@ class Source(typing.NamedTuple):
     known: dict               # what stands beside the tensors, see layouts.py
     origin: dict              # CLIP.origin
     fields: dict = {}         # of CLIPConfig: those of the one tower
-
-
-def unread(name):
-    """The origin of a tower that has no file."""
-    return {"name": name, "path": "", "sha256": "", "notes": []}
 
 
 def read(name_or_path, activation=None):
@@ -256,9 +255,13 @@ def read(name_or_path, activation=None):
 
         def beside(name, kind=dict):
             return read_json(path.parent / name, kind)
-        known = (known_from_card(card) if card else
-                 known_from_hugging_face(beside) if layout == "hf" else
-                 known_from_open_clip(beside) if layout == "openai" else dict(CHINESE_CLIP))
+        with about("its settings, or those in the JSON beside it"):
+            known = (known_from_card(card) if card else
+                     dict(CHINESE_CLIP) if layout == "chinese_clip" else
+                     known_from_open_clip(beside) if kind == "TorchScript" else  # OpenAI's
+                     known_from_hugging_face(beside) or known_from_open_clip(beside)
+                     if layout == "hf" else
+                     known_from_open_clip(beside) or known_from_hugging_face(beside))
         if (known.get("text") or {}).get("pool", "pooler") != "pooler":
             state = {name: t for name, t in state.items() if not name.startswith("bert.pooler.")}
         state, notes = spread_embedding(state, known.get("vocab_size", 49_408)), []
@@ -301,9 +304,8 @@ def load(name_or_path=None, image_tower=None, text_tower=None, proj="linear", em
 
     name_or_path: a released name ("ViT-B/16"), "tiny" (bundled), a file (.pt, .bin, .safetensors:
     OpenAI, OpenCLIP, Hugging Face, Chinese-CLIP or our own, also a training checkpoint), a folder
-    of these, also a run's, or ORG/NAME of huggingface.co. A released name wins over a folder of the
-    same name; "./RN50" is the folder. activation: "quick_gelu" or "gelu" where the file does not
-    tell; OpenAI's otherwise.
+    of these, also a run's, or ORG/NAME of huggingface.co, see `locate`. activation: "quick_gelu" or
+    "gelu" where the file does not tell; OpenAI's otherwise.
     image_tower, text_tower: the towers of a new CLIP, see `tower_of`; the one that is not given
     comes from `name_or_path`. proj, embed_dim: its projections, see `join`."""
     if image_tower is not None or text_tower is not None:
@@ -322,11 +324,9 @@ def load(name_or_path=None, image_tower=None, text_tower=None, proj="linear", em
 
 def fill(model, state, about_images, about_texts):
     """Give a model, which may be on "meta", its tensors and what goes with them -> the model.
-
     Adds what tensors do not tell: versions of modules, without which torchvision's MNASNet refuses,
     and the count of batches of older BatchNorms. Parameters become contiguous: some accelerators
-    ignored in-place updates of strided ones.
-    """
+    ignored in-place updates of strided ones."""
     if "logit_bias" in state:
         model.logit_bias = torch.nn.Parameter(model.logit_scale.detach().clone())
     own = model.state_dict()
@@ -381,13 +381,13 @@ def tower_of(side, tower, size, activation):
     name = tower.removesuffix(":none")
     known = canonical_name(name)
     if name != tower and name in BERTS and side == "text":
-        return Source({}, {}, unread(name), fields=bert_fields(BERTS[name]))
+        return Source({}, {}, {"name": name} | UNREAD, fields=bert_fields(BERTS[name]))
     if name != tower and known:
         parts = ("vision_", "image_", "backbone") if side == "image" else (
             "text", "context_", "vocab_")
         config = dataclasses.replace(CONFIGS[known], image_size=size or CONFIGS[known].image_size)
         fields = {key: getattr(config, key) for key in vars(config) if key.startswith(parts)}
-        return Source({}, {}, unread(known), fields=fields | (
+        return Source({}, {}, {"name": known} | UNREAD, fields=fields | (
             {"activation": activation} if activation and not fields.get("text") else {}))
     if side == "image" and tower and not (known or is_hub_name(tower) or expanded(tower).exists()):
         return classifier(tower, size)
@@ -403,18 +403,16 @@ def tower_of(side, tower, size, activation):
 
 
 def classifier(text, size):
-    """The image tower "[timm:]NAME[:WEIGHTS]" -> Source.
-
-    NAME is any classifier of torchvision ("resnet50"), or of timm; WEIGHTS one of torchvision's
-    published weights ("IMAGENET1K_V2", which it downloads), a file of a state dict in the names of
-    either library, or "none", as when it is left out: random numbers.
-    """
+    """The image tower "[timm:]NAME[:WEIGHTS]" -> Source. NAME: any classifier of torchvision, or of
+    timm. WEIGHTS: some that torchvision publishes ("IMAGENET1K_V2") and downloads, the file of a
+    state dict in the names of either library, or "none", the default: random numbers."""
     library, name, weights = re.fullmatch(r"(torchvision:|timm:)?([^:]*):?(.*)", text).groups()
-    state, known, problems, origin = {}, {}, [], unread(name)
+    state, known, problems, origin, preset = {}, {}, [], {"name": name} | UNREAD, "DEFAULT"
     if weights.startswith("IMAGENET"):
         with about(f"torchvision could not fetch {text}"):
             from torchvision import models
-            state = models.get_model(name, weights=weights).state_dict()
+            state = state_in(models.get_model(name, weights=weights).state_dict())
+        library, preset = "torchvision:", weights
     elif weights not in ("", "none"):
         path = locate(weights)
         with about(path):
@@ -425,7 +423,7 @@ def classifier(text, size):
     for backbone in names if state else names[:1]:
         try:
             with skeleton():
-                trunk, removed, width, side, pixels = make_backbone(backbone, size)
+                trunk, removed, width, side, pixels = make_backbone(backbone, size, preset)
         except (ImportError, ValueError, RuntimeError) as error:
             problems.append(one_line(error))
             continue
@@ -482,10 +480,15 @@ def locate(name_or_path):
                 f"none, or NAME:none as a tower")
         folder = from_hub(text)
     best = read_json(folder / "results.json").get("weights")  # of a run in several stages
+    if (folder / "adapter_config.json").is_file():
+        raise WeightsError(f"{folder} has an adapter_config.json, of a LoRA: merge that into its "
+                           f"model with peft's merge_and_unload() and save the result")
     for name in (*HUB_WEIGHTS, *OWN_WEIGHTS, best if isinstance(best, str) else ""):
         if (folder / name).is_file():
             return folder / name
-    raise WeightsError(f"the folder {folder} has none of {', '.join(HUB_WEIGHTS + OWN_WEIGHTS)}")
+    inside = sorted(path.parent.name for path in folder.glob("*/*") if path.name in HUB_WEIGHTS)
+    raise WeightsError(f"the folder {folder} has none of {', '.join(HUB_WEIGHTS + OWN_WEIGHTS)}"
+                       + f"; there are such in its {', '.join(inside)}: give that" * bool(inside))
 
 
 def sha256_of(path):
@@ -494,9 +497,7 @@ def sha256_of(path):
     return kept_hash(paths, tuple(path.stat().st_mtime_ns for path in paths))
 
 
-@functools.lru_cache
-def kept_hash(paths, times):
-    return hash_files(*paths)
+kept_hash = functools.lru_cache(lambda paths, times: hash_files(*paths))
 
 
 def place_of(name):
@@ -589,7 +590,7 @@ def save(model, path, layout="safetensors", dtype=torch.float32, token_rows=None
     `card` too, which those programs pass over. dtype: stored precision. token_rows: LongTensor of
     the vocabulary rows to keep, for the bundled model. An interruption leaves the old file."""
     path, config, known = pathlib.Path(path), model.config, card(model)
-    check_layout(config, layout, model.logit_bias is not None)
+    check_layout(model, layout)
     state = {name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
              .contiguous() for name, tensor in model.state_dict().items()}
     if token_rows is not None:

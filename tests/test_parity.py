@@ -13,7 +13,7 @@ from clip_model import BERTS, CLIP, CONFIGS, BertConfig, bert_fields
 from images import Preprocess, normalise
 from layouts import pooling_settings
 from tokenizer import BPETokenizer, ChineseTokenizer, WordPieceTokenizer, for_model
-from weights import export, load, save
+from weights import HUB_SETTINGS, export, load, save
 
 VOCAB, TOLERANCE = 96, 1e-5
 BERT = {
@@ -167,6 +167,16 @@ def test_a_transformers_folder_is_computed_alike_or_refused_by_name(tmp_path, tr
         same_as_hugging_face(load(tmp_path / "pytorch_model.bin"), theirs)
 
 
+def test_the_older_second_table_of_a_config_counts_whole(tmp_path, transformers):
+    hugging_face_clip(transformers, GELU, GELU).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for side in ("text", "vision"):  # what it leaves out is their default
+        table = config[f"{side}_config"]
+        config[f"{side}_config_dict"] = {k: x for k, x in table.items() if k != "hidden_act"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    same_as_hugging_face(load(tmp_path), transformers.CLIPModel.from_pretrained(tmp_path).eval())
+
+
 def test_shards_are_read_together_each_verified_and_a_shard_alone_is_named(tmp_path, transformers):
     theirs = hugging_face_clip(transformers)
     theirs.save_pretrained(tmp_path, max_shard_size="200KB")
@@ -296,6 +306,18 @@ def test_pooling_is_what_sentence_transformers_wrote(mode, modules, pool):
         assert pooling_settings(read) == {"pool": pool}
     else:
         refused(lambda: pooling_settings(read), pool)
+
+
+@pytest.mark.parametrize("name, table", [
+    ("sentence_bert_config.json", {"do_lower_case": True}),
+    ("config_sentence_transformers.json", {"default_prompt_name": "query"})])
+def test_what_sentence_transformers_does_to_a_text_is_refused_unless_done_anyway(name, table):
+    files = {name: table, "modules.json": [{"type": "x.Transformer", "path": ""}]}
+    assert name in HUB_SETTINGS
+    refused(lambda: pooling_settings(lambda file, kind=dict: files.get(file, kind())), *table)
+    files |= {"tokenizer_config.json": {"do_lower_case": True}}
+    if "bert" in name:
+        assert pooling_settings(lambda file, kind=dict: files.get(file, kind())) == {}
 
 
 def test_other_families_and_settings_of_a_bert_are_refused_by_name(tmp_path, transformers):
@@ -451,6 +473,20 @@ def test_an_image_tower_gives_what_torchvision_would_classify(tmp_path, models, 
     assert (ours.pooled_image(images) - expected).abs().max() <= TOLERANCE
     assert expected.std() > 1e-4 and ours.image_mean == (0.485, 0.456, 0.406)
     same_features(ours, lambda x: ours.pooled_image(x) @ ours.visual.proj)
+
+
+def test_pixels_are_those_of_the_published_weights_named(models, monkeypatch):
+    make_model, text = models.get_model, "tiny-vit:none"
+    monkeypatch.setattr(models, "get_model", lambda name, weights=None: make_model(name))
+    for name, interpolation in (("V1", "bicubic"), ("V2", "bilinear")):
+        ours = load(image_tower=f"efficientnet_b1:IMAGENET1K_{name}", text_tower=text)
+        assert ours.image_interpolation == interpolation
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    squashed = "convnextv2_nano.fcmae_ft_in22k_in1k_384"
+    assert load(None, f"timm:{squashed}", text, image_size=64).image_resize == "squash"
+    border = dataclasses.replace(timm.get_pretrained_cfg(squashed), crop_mode="border")
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: border)
+    refused(lambda: load(None, f"timm:{squashed}", text), "border")
 
 
 def test_names_of_torchvision_and_of_timm_are_both_read(tmp_path, models):

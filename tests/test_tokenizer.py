@@ -236,6 +236,15 @@ def test_wordpiece_equals_transformers(config, transformers, tmp_path):
         assert all(again.encode(text) == ours.encode(text) for text in texts[::9])
 
 
+def test_a_generic_class_takes_all_from_its_tokenizer_json(transformers, tmp_path):
+    folder = vocabulary(tmp_path / "a", [*WORDS, "[MASK]", "A", "a"], do_lower_case=False)
+    transformers.BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
+    vocabulary(folder, [*WORDS, "[MASK]", "A", "a"], do_lower_case=True,
+               tokenizer_class="PreTrainedTokenizerFast")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert theirs("A a")["input_ids"] == open_tokenizer(folder)("A a", None)[0].tolist()
+
+
 def test_byte_level_bpe_equals_transformers(transformers, tmp_path):
     theirs = transformers.RobertaTokenizerFast.from_pretrained(TINY / "bytebpe")
     theirs.save_pretrained(tmp_path)
@@ -350,6 +359,9 @@ BAD = {
     "another class": {"vocab.txt": BERT, "tokenizer_config.json": {
         "tokenizer_class": "BertJapaneseTokenizer"}},
     "another start": {"vocab.txt": BERT, "tokenizer_config.json": {"cls_token": "[MASK]"}},
+    "cut on the left": {"vocab.txt": BERT, "tokenizer_config.json": {"truncation_side": "left"}},
+    "Chinese accents": {"vocab.txt": BERT, "config.json": {"model_type": "chinese_clip"},
+                        "tokenizer_config.json": {"strip_accents": False}},
     "an added word": {"vocab.txt": BERT, "added_tokens.json": {"weave": 4}},
     "added in words": {"tokenizer.json": FAST | {"added_tokens": [{"content": "er"}]}},
     "added by a table": {"vocab.txt": BERT, "tokenizer_config.json": {
