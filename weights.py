@@ -70,6 +70,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 STORAGES = dict(zip(("DoubleStorage", "FloatStorage", "HalfStorage", "BFloat16Storage",
                      "LongStorage", "IntStorage", "ShortStorage", "CharStorage", "ByteStorage",
                      "BoolStorage"), DTYPES.values()))
+kept_hash = functools.lru_cache(lambda paths, times: hash_files(*paths))  # times: of change
 
 # -----------------------------------------------------------------------------
 # Reading files. Nothing here runs code that a file brings along.
@@ -486,8 +487,9 @@ def locate(name_or_path):
     for name in (*HUB_WEIGHTS, *OWN_WEIGHTS, best if isinstance(best, str) else ""):
         if (folder / name).is_file():
             return folder / name
-    inside = sorted(path.parent.name for path in folder.glob("*/*") if path.name in HUB_WEIGHTS)
-    raise WeightsError(f"the folder {folder} has none of {', '.join(HUB_WEIGHTS + OWN_WEIGHTS)}"
+    names = HUB_WEIGHTS + OWN_WEIGHTS
+    inside = sorted({path.parent.name for path in folder.glob("*/*") if path.name in names})
+    raise WeightsError(f"the folder {folder} has none of {', '.join(names)}"
                        + f"; there are such in its {', '.join(inside)}: give that" * bool(inside))
 
 
@@ -495,9 +497,6 @@ def sha256_of(path):
     """Of a file's bytes; of an index of shards, with theirs behind."""
     paths = path, *sorted(shards_of(path))
     return kept_hash(paths, tuple(path.stat().st_mtime_ns for path in paths))
-
-
-kept_hash = functools.lru_cache(lambda paths, times: hash_files(*paths))
 
 
 def place_of(name):

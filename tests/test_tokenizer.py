@@ -310,13 +310,10 @@ def test_the_longest_token_is_found_and_a_long_word_is_unknown():
     assert len(WordPieceTokenizer(ours.tokens, longest_word=101).encode("a" * 101)) > 1
 
 
-def all_kinds():
-    return [BPETokenizer(), WordPieceTokenizer(TINY / "wordpiece", lowercase=False),
-            ChineseTokenizer(TINY / "wordpiece", straight_quotes=False),
-            ByteBPETokenizer(TINY / "bytebpe" / "vocab.json")]
-
-
-@pytest.mark.parametrize("ours", all_kinds(), ids=lambda ours: ours.kind)
+@pytest.mark.parametrize("ours", [
+    BPETokenizer(), WordPieceTokenizer(TINY / "wordpiece", lowercase=False),
+    ChineseTokenizer(TINY / "wordpiece", straight_quotes=False),
+    ByteBPETokenizer(TINY / "bytebpe" / "vocab.json")], ids=lambda ours: ours.kind)
 def test_a_tokenizer_comes_back_from_facts_files_and_pickle(ours, transformers, tmp_path):
     torch.save({"vocabulary": ours.facts()}, tmp_path / "checkpoint.pt")
     stored = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["vocabulary"]
