@@ -169,6 +169,7 @@ class Preprocess:
 
 
 def to_tensor(image):
+    """RGB image -> uint8 (3, H, W)."""
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 

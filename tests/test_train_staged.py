@@ -284,6 +284,9 @@ def test_the_recipes_can_be_run(world, tmp_path, monkeypatch, capsys):
     assert [stage["name"] for stage in result["stages"]] == ["muge", "flickr", "private"]
     assert all(stage["steps"] > stage["warmup"] for stage in result["stages"])
     assert "of 16 pairs, 2 of muge, 2 of flickr;" in capsys.readouterr().out
+    args = train_staged.get_args(["--plan", str(ROOT / "docs" / "recipes" / "flickr8k_stages.json")])
+    stages = plans.read_stages(plans.read_plan(args), args)
+    assert [stage.from_ for stage in stages][3:] == ["english", "chinese_replay"]
     demo = run_main(SCRIPT, "--check-plan", "--output-dir", tmp_path / "run")
     assert [stage["name"] for stage in demo["stages"]] == ["land", "towns", "water"]
     assert not (tmp_path / "run").exists()

@@ -25,9 +25,7 @@ import warnings
 from device import guard, one_line, Parser, UserError, write_atomic  # before torch
 import numpy as np
 import torch
-from PIL import ImageOps
 
-from data import open_dataset
 from scores import retrieval_ranks
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -157,7 +155,9 @@ class Page:
         path = self.out / f"{name}.png"
         figure.savefig(path, bbox_inches="tight")
         self.plot.close(figure)
-        return f"<figure>{picture(path.read_bytes(), description)}</figure>"
+        code = base64.b64encode(path.read_bytes()).decode()
+        return (f'<figure><img alt="{html.escape(description)}" '
+                f'src="data:image/png;base64,{code}"></figure>')
 
     def write(self, title):
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in dict.fromkeys(self.notes))
@@ -174,16 +174,9 @@ def write_html(path, title, parts):
     return path
 
 
-def picture(content, description):
-    code = base64.b64encode(content).decode()
-    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{code}">'
-
-
 def table(head, rows):
-    """HTML of a table. A cell is a number, a text, None, or a list of images as PNG bytes."""
+    """HTML of a table. A cell is a number, a text or None."""
     def cell(value):
-        if isinstance(value, list):
-            return " ".join(picture(content, "example") for content in value)
         if isinstance(value, float):
             value = "" if math.isnan(value) else f"{value:.4g}"
         return html.escape("" if value is None else str(value))
@@ -280,7 +273,7 @@ def add_classes(page, run, name):
             ["class", "images", "zero-shot (%)", "tuned (%)", "gained"], rows))
 
 
-def add_confusion(page, run, name, data_dir):
+def add_confusion(page, run, name):
     """The confusion matrix of one test set, and its worst pairs."""
     confusion = run.read(f"confusion_{name}.json", json.loads)
     if not confusion:
@@ -299,29 +292,11 @@ def add_confusion(page, run, name, data_dir):
     wrong = counts * ~np.eye(len(classes), dtype=bool)
     order = np.argsort(-wrong, axis=None, kind="stable")[:10]
     worst = [(i, j) for i, j in zip(*np.unravel_index(order, wrong.shape)) if wrong[i, j]]
-    examples = {(classes[i], classes[j]): [] for i, j in worst}
-    find_examples(page, run, name, data_dir, examples)
     if worst:
         page.add(f"Worst pairs: {name}", table(
-            ["true class", "taken for", "images", "of the class (%)", "examples"],
-            [[*pair, int(wrong[place]), 100 * wrong[place] / counts[place[0]].sum(), images]
-             for place, (pair, images) in zip(worst, examples.items())]))
-
-
-def find_examples(page, run, name, data_dir, examples, most=4):
-    """Fill {(true class, predicted class): [images]}, if the data lies where the run found it."""
-    try:
-        data = run.config["data"] if name in ("test", "base", "new") else name
-        store = open_dataset(data, "test", data_dir=data_dir or run.config.get("data_dir", "data"),
-                             download=False).store
-        for row in run.rows(f"predictions_{name}.csv"):
-            images = examples.get((row["label"], row["tuned"]))
-            if images is not None and len(images) < most:
-                content = io.BytesIO()
-                ImageOps.fit(store.image(row["path"]), (96, 96)).save(content, "png")
-                images.append(content.getvalue())
-    except Exception as error:  # whatever it is, a report without photographs is still a report
-        page.notes.append(f"example images are left out: {one_line(error)}")
+            ["true class", "taken for", "images", "of the class (%)"],
+            [[classes[i], classes[j], int(wrong[i, j]), 100 * wrong[i, j] / counts[i].sum()]
+             for i, j in worst]))
 
 
 # -----------------------------------------------------------------------------
@@ -448,7 +423,7 @@ def main(args):
     for file in sorted(last.folder.glob("per_class_*.csv")):
         name = file.stem.removeprefix("per_class_")
         add_classes(page, last, name)
-        add_confusion(page, last, name, args.data_dir)
+        add_confusion(page, last, name)
     notes += [f"{run.name}: {note}" for run in runs for note in run.notes]
     facts = {**last.config, **last.results}
     words = [str(facts[key]) for key in ("method", "data", "model") if facts.get(key)]
@@ -461,7 +436,6 @@ def get_args(argv=None):
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="a run's folder, or a folder of runs")
     add("--out", metavar="DIR", help="default: report/ in the first RUN")
-    add("--data-dir", metavar="DIR", help="where data sets lie, for example images")
     add("--font", metavar="FILE", help="a font for names that need it")
     return parser.parse_args(argv)
 
