@@ -380,7 +380,7 @@ def find_captions(path, layout, caption_file):
         found = matching(store, *(top + pattern for pattern in patterns for top in ["", *inside]))
         if name == "json":  # those beside an image are of that image; img2dataset counts
             stems = {os.path.splitext(file)[0] for file in store.names() if is_image(file)}
-            found = [file for file in found if file[:-5] not in stems and "_stats." not in file]
+            found = [x for x in found if x[:-5] not in stems and not re.search(r"\d_stats\.", x)]
         if found and layout in ("auto", "simple-clip", name):
             if store.zipped and name in ("tsv", "lmdb", "webdataset"):
                 raise DataError(f"{home} holds {found[0]}, which is read in place: unpack the zip")

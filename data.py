@@ -30,7 +30,7 @@ import unicodedata
 from fetch import fetch, only_one
 from images import (Batches, CLIP_MEAN, CLIP_STD, DataError, EXTRAS, folder_splits,  # noqa: F401
                     IMAGE_SUFFIXES, Images, ImageStore, import_torchvision, is_image, leaves_folder,
-                    load_batches, locate, LostWorker, normalise, one_line, PLAIN_FOLDER, Preprocess,
+                    load_batches, locate, LostWorker, NO_PHOTO, normalise, one_line, Preprocess,
                     read_image, sample_seed, Source, split_of, split_word, SPLITS, UnreadableImage)
 
 ASSETS = pathlib.Path(__file__).resolve().parent / "assets"
@@ -91,9 +91,9 @@ def table_rows(path, content, known, own=(None, None), captions=False):
     found = [[key for key in keys if key in columns] for keys in wanted]
     texts = {key: tuple(str(record.get(key) or "").strip() for _, record in records)
              for key in columns}
-    named = [key for key in columns if key not in sum(found, []) and (
-        key in SPLIT_COLUMNS or len(cells := {*texts[key]}) < 10
-        and len({*map(split_word, cells)} - {None}) > 1)]
+    named = [key for key in columns if key not in sum(found, []) and len({*texts[key]}) < 10
+             and (len({*map(split_word, texts[key])} - {None}) > (key not in SPLIT_COLUMNS)
+                  or key in SPLIT_COLUMNS and {*texts[key]} <= {"0", "1", "2"})]
     splits = [key for key in ("split", "is_valid") if key in columns][:1] or named
     words = [key for key in found[1] if not all(map(CODE.fullmatch, texts[key]))]
     def different(keys):  # columns of equal cells are one
@@ -143,19 +143,25 @@ def read_table(path, content=None, join=()):
 
 def json_rows(text):
     """JSONL, or a JSON list, of objects -> (line or place in the list, object)."""
-    def one_of_each(pairs):
-        row = {key.strip().lower(): value for key, value in pairs}
-        if len(row) < len(pairs):
-            raise ValueError(f"two values of one name in {pairs[:4]}")
-        return row
-    parse = functools.partial(json.loads, object_pairs_hook=one_of_each)
+    class Object(dict):
+        pairs = ()  # as written; a dict has the last of several equal keys
+
+    def as_written(pairs):
+        found = Object(pairs)
+        found.pairs = pairs
+        return found
+    parse = functools.partial(json.loads, object_pairs_hook=as_written)
     listed, number = text.lstrip().startswith("["), 0
     try:
         entries = parse(text) if listed else text.split("\n")  # U+2028 does not end a line
         for number, row in enumerate(entries, 1):
             if listed or row.strip():
-                yield number, {**(row if listed else parse(row))}
-    except (ValueError, TypeError, RecursionError) as error:
+                found = {}
+                for key, value in (row if listed else parse(row)).pairs:
+                    if found.setdefault(key.strip().lower(), value) != value:
+                        raise ValueError(f"two values of one name, {key}")
+                yield number, found
+    except (ValueError, AttributeError, RecursionError) as error:
         where = f"{'entry' if listed else 'line'} {number}: " if number else ""
         raise ValueError(f"{where}{one_line(error)}; expected an object {{...}}") from None
 
@@ -183,9 +189,11 @@ def delimited_rows(text, join):
                 rows.append((line, cells))
             elif any(map(str.strip, cells)):
                 raise csv.Error(f"{len(cells)} fields where the header has {width}")
-            if any(reader.line_num > line and swallowed.search(cell + "\n")
-                   or re.fullmatch(r'\s+".*"\s*', cell) for cell in cells):
-                raise csv.Error("a quote closes only after other rows, or follows a blank")
+            if reader.line_num > line and any(swallowed.search(cell + "\n") for cell in cells):
+                raise csv.Error("a quote opens here and closes only after other rows")
+            if mark != "\t" and re.search(rf'{mark}\s+"', lines[line - 1]) and any(
+                    re.fullmatch(r'\s+".*"\s*', cell) for cell in cells):
+                raise csv.Error("a quote follows a blank")
             line = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"line {line}: {error}; a cell with a delimiter, a line break or a quote "
@@ -329,7 +337,7 @@ WORDS = "classnames.txt"       # CoOp's: lines of wnid and name
 WNID = re.compile(r"(?<![^\W_])n\d{8}(?!\d)")   # how ImageNet names its folders
 CODE = re.compile(r"(?i)n\d{8}|(class|label|category|id)?[\W_]*\d[\d.]*|" + EMPTY.pattern)
 NUMBER = re.compile(  # before words, or a WordNet id behind them
-    r"(?i)^((class|label|category|id)?[\W_]*\d+|n\d{8})[\W_]+(?=[^\W\d_])|[\W_]+n\d{8}$")
+    r"(?i)^(?:(?:class|label|category|id)?[\W_]*(\d+)|n\d{8})[\W_]+(?=[^\W\d_])|[\W_]+n\d{8}$")
 
 
 def class_prompts(classnames, template):
@@ -394,8 +402,12 @@ def readable_names(names, home):
         words = {str(line): name for line, name in enumerate(words.values())}
     if words and set(names) <= set(words):
         return [words[name] for name in names], [f"class names are those of {WORDS}"]
-    bare = [NUMBER.sub("", name) for name in names]
-    if all(map(NUMBER.search, names)) and len(set(map(cleaned, bare))) == len(names):
+    bare, found = [NUMBER.sub("", name) for name in names], [*map(NUMBER.search, names)]
+    heads = [match[1] for match in found if match and match[1]]  # 1 euro, 2 pounds may be words
+    listed = sorted(map(int, heads)) in ([*range(len(names))], [*range(1, len(names) + 1)]) or (
+        len({*map(len, heads)}) < 2 and any(head[0] == "0" for head in heads))
+    listed = listed or not heads or all(re.match(r"\d+[._-]", name) for name in names)
+    if listed and all(found) and len(set(map(cleaned, bare))) == len(names):
         return bare, [f"the numbers before the class names are left out: {names[0]} -> {bare[0]}"]
     return names, [f"class names are codes such as {names[0]}"] if codes else []
 
@@ -475,9 +487,9 @@ def read_class_folders(store):
             inner.setdefault(name, set())
         if split and name and is_image(file):
             rows.setdefault(split, []).append(("/".join([*folders, file]), name))
-            inner[name].add(next((at for at in below if not NO_CLASS.fullmatch(at)), ""))
-            masks |= {f"{name}/{at}" for at in below[:1]
-                      if NO_CLASS.fullmatch(at) and not PLAIN_FOLDER.fullmatch(at)}
+            inner[name].add(next((at for at in below if not at.isdecimal()
+                                  and not NO_CLASS.fullmatch(at)), ""))
+            masks |= {f"{name}/{at}" for at in below[:1] if NO_PHOTO.search(at) or split_word(at)}
         elif file:
             unread.append("/".join([*folders, file]))
     full = sorted(filter(inner.get, inner))
@@ -521,7 +533,10 @@ def complete_splits(rows, whole=None):
                         f"each once, or the score counts what was trained on")
     if "all" in rows and len(rows) > 1:
         raise DataError(f"{len(rows['all'])} rows name no split and others do; fill the column")
-    if parts := {} if whole else folder_splits([path for path, _ in rows.get("all", [])]):
+    entries = [] if whole else rows.get("all", [])
+    parts = folder_splits([path for path, _ in entries])
+    taught = {label for path, label in entries if parts.get(path) == "train"}
+    if parts and taught == {label for _, label in entries}:  # else they are the names of classes
         for path, label in rows.pop("all"):
             rows.setdefault(parts[path], []).append((path, label))
     cut, rest, groups = {split: rows.get(split, []) for split in SPLITS}, rows.get("all", []), {}

@@ -337,6 +337,7 @@ SPLIT_WORDS = {word: split for split, words in {
     "train": "train training restval",  # of COCO, in Karpathy's split: as everyone trains
     "val": "val valid validation dev eval publictest",  # of FER2013, as privatetest
     "test": "test testing privatetest"}.items() for word in words.split()}
+NO_PHOTO = re.compile(r"mask|annot|label|segment|depth", re.IGNORECASE)
 PLAIN_FOLDER = re.compile(r"(jpe?g|image|img|photo|picture)+s?", re.IGNORECASE)
 
 
@@ -379,22 +380,33 @@ def places(root, *first):
 
 def locate(root, paths, *first, split="all"):
     """Of `places` the nearest that holds all of about 200 of the paths, else most of them. Of equal
-    ones that named like the `split` of the paths, or images. DataError if nothing tells which."""
-    sample, best, found = paths[::len(paths) // 200 + 1], (-1,), []
+    ones that named like the `split` of the paths, or images, and train before train_224. DataError
+    if nothing tells which."""
+    sample, best, found = paths[::len(paths) // 200 + 1], (-1,), {}
     for level, stores in enumerate(places(root, *first)):
         for store in stores:
             inside = os.path.relpath(str(store), root) if level > len(first) else ""
-            plain = bool(PLAIN_FOLDER.fullmatch(os.path.basename(inside)))
-            rank = plain if split == "all" else {split: 2, "all": plain}.get(split_of(inside), -1)
-            merit = sum(map(store.has, sample)), rank, -level
-            found = [store] if merit > best else found + [store] * (merit == best)
+            base = os.path.basename(inside)
+            plain = bool(PLAIN_FOLDER.fullmatch(base)) - bool(NO_PHOTO.search(base))
+            named = split != "all" and {split: 1, "all": 0}.get(split_of(inside), -1)
+            merit = sum(map(store.has, sample)), named, plain, -level
+            if merit >= best:
+                found = {**(found if merit == best else {}), store: inside}
             best = max(best, merit)
         if best[0] == len(sample) and best[1] >= 0:
             break
-    if len(found) > 1 and best[0]:
-        raise DataError(f"{' and '.join(map(str, found[:4]))} hold images of the same names, such "
-                        f"as {sample[0]}; write the folder into the listed paths, or keep one")
-    return found[0]
+    shortest = min(found, key=lambda store: len(found[store]))
+    clear = all(grown_from(inside, found[shortest]) for inside in found.values())
+    if best[0] == len(sample) and not clear:
+        raise DataError(f"{' and '.join(map(str, [*found][:4]))} hold images of the same names, "
+                        f"such as {sample[0]}; write the folder into the listed paths, or keep one")
+    return shortest
+
+
+def grown_from(long, short):
+    """Whether the first parts in which two paths differ begin alike: images_224/a, images/a."""
+    parts = zip(long.split(os.sep), short.split(os.sep))
+    return next((a.startswith(b) for a, b in parts if a != b), long == short)
 
 
 # -----------------------------------------------------------------------------

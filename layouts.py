@@ -291,7 +291,7 @@ def pooling_settings(read):
              if on is True and key.startswith("pooling_mode_")]
     modes += [str(config["pooling_mode"])] if "pooling_mode" in config else []
     known = {"mean_tokens": "mean", "mean": "mean", "cls_token": "first", "cls": "first"}
-    lowers = read("tokenizer_config.json").get("do_lower_case", False)
+    lowers = read("tokenizer_config.json").get("do_lower_case", True)
     allow(read("sentence_bert_config.json"), do_lower_case=(False, lowers))  # as that does anyway
     allow(read(f"{home}config_sentence_transformers.json"), default_prompt_name=(None,))
     if modes or "Pooling" in modules:

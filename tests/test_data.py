@@ -491,6 +491,7 @@ def test_a_folder_that_holds_something_else(tmp_path):
     (("cat_n02085620", "n02085782.dog"), ["cat", "dog"], ""), (("no_mask", "with_mask"), 0, ""),
     (("n02085620-Chihuahua", "n02085782-Spaniel"), ["Chihuahua", "Spaniel"], "n02085620"),
     (("2_door_car", "4_door_car"), ["2_door_car", "4_door_car"], ""),
+    (("1 euro", "5 dollars"), 0, ""), (("007 bond", "3 cats"), ["3 cats", "007 bond"][::-1], ""),
     (("10", "9", "2"), ["2", "9", "10"], "codes"), (("class_0", "class_1"), 0, "codes"),
     (("n01440764", "n01443537"), 0, "codes")])
 def test_a_class_name_that_is_no_word(tmp_path, folders, names, said):
@@ -503,6 +504,15 @@ def test_a_class_name_that_is_no_word(tmp_path, folders, names, said):
         assert open_dataset(tmp_path / "set", "train").classnames == ["two", "nine", "ten"]
     if folders[0] == "n01440764":  # of which one is listed
         refused(partial(require_words, open_dataset(tmp_path / "set", "train")), folders[0])
+
+
+def test_a_class_may_be_called_like_a_split_or_hold_folders_of_images(tmp_path):
+    for name in ("cat", "dog"):
+        class_folder(tmp_path / "nested" / name, ["images_part1"], all=6)
+    assert open_dataset(tmp_path / "nested", "train").classnames == ["cat", "dog"]
+    rows = [f"{name}/{i}.png,{name}" for name in ("test tube", "toy train") for i in range(10)]
+    table = write(tmp_path / "a.csv", "\n".join(["image,label", *rows]))
+    assert set(open_dataset(table, "train").labels) == {0, 1}
 
 
 def test_tables_of_labels_are_read_with_their_images_wherever_they_lie(tmp_path):

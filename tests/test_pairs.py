@@ -211,7 +211,8 @@ def test_images_of_one_name_are_those_in_the_folder_of_their_split(tmp_path):
 
 def test_images_without_splits_are_where_they_are_found_first(tmp_path):
     rows = "image,caption\n" + "".join(f"{i}.png,a dog\n" for i in range(40))
-    for root, first, other in (("my_test", "", "masks/"), ("x", "images/", "depth/")):
+    for root, first, other in (("my_test", "", "masks/"), ("x", "images/", "depth/"),
+                               ("y", "train_images/", "train_masks/"), ("z", "F8k/", "F8k_256/")):
         for i in range(40):
             write(tmp_path / root, {f"{first}{i}.png": 0, f"{other}{i}.png": 1, "a.csv": rows})
         for split in SPLITS:
@@ -228,6 +229,17 @@ def test_a_lone_table_takes_the_folder_of_its_split_and_does_not_guess(tmp_path)
         found = opened(tmp_path / "train.csv", "train", whole=True)
         assert found.store.read("1.png") == picture(1)
         refused(lambda: opened(tmp_path / "rows.csv", "train"), tmp_path / "test", tmp_path / "train")
+
+
+@pytest.mark.parametrize("text, caption", [
+    ("image,caption,set\n0.png,a dog,City\n1.png,a cat,Star Wars\n", "a dog"),
+    ('image,caption\n0.png," ""a"" dog"\n1.png,a cat\n', '"a" dog'),
+    ('image\tcaption\n0.png\t "a dog"\n1.png\ta "cat\n', '"a dog"'),
+    ('{"image": "0.png", "caption": "a dog", "exif": {"Make": 1, "make": 2}}\n'
+     '{"image": "1.png", "caption": "a cat"}\n', "a dog")])
+def test_what_only_looks_like_a_fault_is_read(tmp_path, text, caption):
+    write(tmp_path, {"a.csv": text})
+    assert open_pairs(tmp_path / "a.csv", "train", whole=True).captions[0] == caption
 
 
 def test_a_shard_of_names_that_are_not_utf8(tmp_path):

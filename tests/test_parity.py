@@ -306,6 +306,7 @@ def test_pooling_is_what_sentence_transformers_wrote(mode, modules, pool):
     files[prompts] = {"default_prompt_name": "query"}
     refused(lambda: pooling_settings(read), "default_prompt_name")
     files[prompts], files["sentence_bert_config.json"] = {"default_prompt_name": None}, lowers
+    files["tokenizer_config.json"] = {"do_lower_case": False}
     refused(lambda: pooling_settings(read), "do_lower_case")
     files["tokenizer_config.json"] = lowers  # which does it anyway
     assert pooling_settings(read) == {"pool": pool}
