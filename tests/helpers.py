@@ -281,8 +281,7 @@ def texts_for(model, lengths, width=0, seed=2):
 
 
 def unit_pairs(n, dim=7, seed=0):
-    """Unit rows (n, dim) of images and of texts near them in float64, and ids (n, 2) in which each
-    pair has partners in either column."""
+    """Unit rows (n, dim) of images and texts in float64, and ids (n, 2) with partners."""
     generator = torch.Generator().manual_seed(seed)
     image, text = (torch.randn(n, dim, dtype=torch.float64, generator=generator) for _ in range(2))
     image, text = (torch.nn.functional.normalize(x, dim=1) for x in (image, text + 0.7 * image))
@@ -418,8 +417,7 @@ def script(module, *flags):
 
 
 def at_call(owner, name, number, fault, after=False):
-    """`fault()` before (or after) the call `number` (from 1) of owner.name. For use in a `Child`:
-    nothing is put back."""
+    """`fault()` before (or after) the call `number` (from 1) of owner.name, for good."""
     real, calls = getattr(owner, name), itertools.count(1)
 
     def counted(*args, **options):

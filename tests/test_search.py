@@ -22,8 +22,7 @@ WORDS = [*helpers.WORDS, *"红绿圆在左"]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A staged run of one step on drawn pictures, one of whose captions is Chinese -> its folder;
-    the pictures lie beside it."""
+    """A staged run of one step on drawn pictures that lie beside it, one captioned in Chinese."""
     folder = tmp_path_factory.mktemp("search")
     data = helpers.scenes(folder / "pairs", 24, 12)
     table = (data / "pairs.csv").read_text("utf-8")

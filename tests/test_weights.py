@@ -574,6 +574,9 @@ def test_a_student_takes_its_teachers_texts_from_the_teachers_file(tmp_path):
         student.visual.ln_post.bias[3] += 1
         student.logit_scale += 1
     assert digest(student, "image") != before[0] and digest(student, "text") == before[1]
+    before = digest(student, "image"), digest(student, "image", head=False)
+    student.visual.proj.data += 1
+    assert digest(student, "image") != before[0] and digest(student, "image", False) == before[1]
 
 
 def flags(**given):
