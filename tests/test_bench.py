@@ -1,6 +1,7 @@
 """tools.bench: a small step of each kind runs, alone and beside another checkout."""
 import re
 
+import pytest
 from helpers import attempt, refused, ROOT
 from tools import bench
 
@@ -11,13 +12,21 @@ def cells(result):
     return [[float(cell.replace(",", "")) for cell in row.split("|")] for row in rows]
 
 
-def test_steps_give_seconds_and_a_ratio():
-    steps = ("clipfit size=tiny-vit batch=2", "contrastive size=tiny-vit batch=4 micro_batch=2",
-             "features size=tiny-vit count=8 what=images", "features size=tiny-vit count=8",
-             "distill batch=2 teacher=stored", "tokenizer count=9", "decoding count=1",
-             "loss count=64", "search count=2")
-    rows = cells(attempt(bench, *steps, "--rounds", 1))
-    assert len(rows) == len(steps) and all(row[1:4] == [1, 1, 1] for row in rows)
+STEPS = ("clipfit size=tiny-vit batch=2", "contrastive size=tiny-vit batch=4 micro_batch=2",
+         "features size=tiny-vit count=8 what=images", "features size=tiny-vit count=8",
+         "distill batch=2 teacher=stored", "tokenizer count=9", "decoding count=1",
+         "loss count=64", "search count=2")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_steps_run(step):
+    bench.prepare(step)()
+
+
+def test_a_table_has_seconds_ratios_and_memory():
+    rows = cells(attempt(bench, "tokenizer count=9", "loss count=64", "--rounds", 1))
+    assert len(rows) == 2 and all(len(row) == 5 and row[1:4] == [1, 1, 1] for row in rows)
+    refused(attempt(bench, "tokenizer words=9"), "tokenizer words=9")
 
 
 def test_another_checkout_runs_beside_this_one(monkeypatch):

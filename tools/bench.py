@@ -5,10 +5,10 @@
     python -m tools.bench "clipfit batch=4"          a step, with arguments of its function
     python -m tools.bench before ../old              steps of the same names, there and here
 
-The steps of a table take turns, and medians are compared: two runs of anything on a shared machine
-differ by more than some of these ratios. Weights, images and captions are drawn, for the arithmetic
-does not depend on them. Compared with: the packages of requirements-dev.txt, tests/official.py.
-OMP_NUM_THREADS says how many threads compute.
+The steps of a table, each in a process of its own, take turns, and medians are compared: two runs
+of anything on a shared machine differ by more than some of these ratios. Weights, images and
+captions are drawn, for the arithmetic does not depend on them. Compared with: the packages of
+requirements-dev.txt, tests/official.py. OMP_NUM_THREADS says how many threads compute.
 """
 import contextlib
 import functools
@@ -48,7 +48,7 @@ peer = importlib.import_module
 
 
 # -----------------------------------------------------------------------------
-# Steps. Each prepares and gives a call, which returns on how many things it worked.
+# Steps. Each prepares what it needs and gives a call, which is timed.
 
 def open_model(side, size, run):
     """A CLIP with random weights; the other libraries' is a ViT-B/32."""
@@ -91,7 +91,6 @@ def clipfit(side="ours", size="ViT-B/16", batch=32, precision="fp32", micro_batc
         else:
             train_clipfit.add_gradients(run, model, images, labels, batch, prompts, before, args,
                                         run.scaler())
-        return batch
     return call
 
 
@@ -107,7 +106,7 @@ def contrastive(side="ours", size="ViT-B/32", batch=32, precision="fp32", micro_
         if side == "ours":
             train_contrastive.add_gradient(run, model, images, tokens, ids, [batch], args,
                                            run.scaler(), 0)
-            return batch
+            return
         floats = data.normalise(images)
         with run.autocast():
             if side == "transformers":
@@ -115,7 +114,6 @@ def contrastive(side="ours", size="ViT-B/32", batch=32, precision="fp32", micro_
             else:
                 loss = peer("open_clip.loss").ClipLoss()(*model(floats, tokens))
         loss.backward()
-        return batch
     return call
 
 
@@ -136,7 +134,6 @@ def distill(side="ours", teacher="live", batch=32):
             with torch.no_grad():
                 answers = big(floats, tokens)
             sum(lose(*small(floats, tokens), *answers)).backward()
-            return batch
         return call
     big, rows = open_model("ours", "ViT-B/32", run).eval(), unit(torch.randn(2, batch, 512))
     taught = teachers.Teacher("", "", "", 512, 100.0, teachers.look_of(big), "linear",
@@ -154,7 +151,6 @@ def distill(side="ours", teacher="live", batch=32):
     def call():
         student.zero_grad(set_to_none=True)
         train_distill.step(run, learner, given, train_distill.Mix(), weight, 0)
-        return batch
     return call
 
 
@@ -175,7 +171,6 @@ def features(side="ours", what="texts", size="ViT-B/32", count=256, precision="f
     def call():
         with torch.no_grad(), run.autocast():
             encode(given)
-        return count
     return call
 
 
@@ -183,7 +178,7 @@ def tokenizer(side="ours", count=10_000):
     """Captions to ids, their words seen before."""
     tokenize = BPETokenizer() if side == "ours" else peer("open_clip.tokenizer").SimpleTokenizer()
     sentences = captions(count)
-    return lambda: len(tokenize(sentences))
+    return functools.partial(tokenize, sentences)
 
 
 def decoding(side="ours", train=0, count=40):
@@ -198,8 +193,9 @@ def decoding(side="ours", train=0, count=40):
 
     def call():
         if side == "ours":
-            return len(data.normalise(torch.stack([look(data.read_image(x)) for x in files])))
-        return len(torch.stack([their(Image.open(x).convert("RGB")) for x in files]))
+            data.normalise(torch.stack([look(data.read_image(x)) for x in files]))
+        else:
+            torch.stack([their(Image.open(x).convert("RGB")) for x in files])
     return call
 
 
@@ -215,7 +211,6 @@ def loss(side="ours", count=16_384):
             train_contrastive.info_nce(run, image, text, scale, at).backward()
         else:
             peer("open_clip.loss").ClipLoss()(image, text, scale).backward()
-        return count
     return call
 
 
@@ -223,17 +218,16 @@ def search(side="ours", count=5008):
     """The 10 best of 29,806 images for each text, as in MUGE's validation set."""
     queries, gallery = torch.randn(count, 512), torch.randn(29_806, 512)
     if side == "torch":
-        return lambda: len((queries @ gallery.T).topk(10)[0])
-    return lambda: len(scores.top_k(queries, gallery, 10)[0])
+        return lambda: (queries @ gallery.T).topk(10)
+    return lambda: scores.top_k(queries, gallery, 10)
 
 
 def script(name, flags=""):
-    """A whole process of a script, which leaves that many MB on disk."""
+    """A whole process of a script, whose memory is not counted."""
     def call():
         with tempfile.TemporaryDirectory() as out:
             subprocess.run([sys.executable, f"{name}.py", "--output-dir", out, *flags.split()],
                            check=True, cwd=ROOT, capture_output=True)
-            return sum(x.stat().st_size for x in pathlib.Path(out).rglob("*") if x.is_file()) / 1e6
     return call
 
 
@@ -281,14 +275,17 @@ class Child:
     MB the step took at most beyond those before it."""
 
     def __init__(self, step, folder=ROOT):
-        self.process = subprocess.Popen(
+        self.step, self.process = step, subprocess.Popen(
             [sys.executable, folder / "tools" / "bench.py", "step", step], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(folder)})
 
     def __call__(self):
         print(torch.get_num_threads(), file=self.process.stdin, flush=True)
-        return float(self.process.stdout.readline())
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise device.UserError(f"{self.step!r} cannot be timed: its process said why")
+        return float(answer)
 
 
 def serve(step):
@@ -308,34 +305,25 @@ def serve(step):
         print(memory("VmHWM") - before, flush=True)
 
 
-def take_turns(calls, rounds):
-    """-> [seconds of each round] of each call, and what each gave in a first round, which only
-    counts if no others follow."""
-    seconds, first = [[] for _ in calls], []
-    for number in range(rounds + 1):
-        for call, its in zip(calls, seconds):
+def print_table(children, rounds):
+    """A row for each of {name: Child}, which take turns: medians, ratios to the first, and the MB
+    of a first round, whose time only counts if no others follow."""
+    seconds, memory = {name: [] for name in children}, {}
+    for _ in range(rounds + 1):
+        for name, child in children.items():
             began = time.perf_counter()
-            gave = call()
-            its.append(time.perf_counter() - began)
-            first += [gave] * (number == 0)
-    for call in calls:
-        if isinstance(call, Child):
-            call.process.communicate()  # its input ends, and so it does
-    return [its[-rounds:] for its in seconds], first
-
-
-def print_head(last):
-    print("\n| step | seconds | times as fast as the first | lowest | highest | "
-          f"{last} |\n|---|---:|---:|---:|---:|---:|", flush=True)
-
-
-def print_rows(names, calls, rounds, rate=False):
-    """A row for each call: medians, and what it gave, a second if `rate`."""
-    seconds, first = take_turns(calls, rounds)
-    for name, took, gave in zip(names, seconds, first):
-        ratios, middle = sorted(a / b for a, b in zip(seconds[0], took)), statistics.median(took)
-        print(f"| {name} | {middle:.3f} | {statistics.median(ratios):.2f} | {ratios[0]:.2f} | "
-              f"{ratios[-1]:.2f} | {gave / middle if rate else gave:,.1f} |", flush=True)
+            extra = child()
+            seconds[name].append(time.perf_counter() - began)
+            memory.setdefault(name, extra)
+    print("\n| step | seconds | times as fast as the first | lowest | highest | extra MB |\n"
+          "|---|---:|---:|---:|---:|---:|")
+    first = next(iter(seconds.values()))[-rounds:]
+    for name, child in children.items():
+        child.process.communicate()  # its input ends, and so it does
+        took = seconds[name][-rounds:]
+        ratios = sorted(a / b for a, b in zip(first, took))
+        print(f"| {name} | {statistics.median(took):.3f} | {statistics.median(ratios):.2f} | "
+              f"{ratios[0]:.2f} | {ratios[-1]:.2f} | {memory[name]:,.1f} |", flush=True)
 
 
 def main(args):
@@ -344,18 +332,15 @@ def main(args):
     print(f"{[*names, platform.processor()][0]}, {torch.backends.cpu.get_cpu_capability()}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}, {args.rounds} rounds")
     if args.tables[:1] == ["before"]:
-        print_head("extra MB")
+        folder = pathlib.Path(args.tables[1]).resolve()
         for step in BEFORE * 2:  # each in two pairs of processes
-            pair = [Child(step, pathlib.Path(args.tables[1]).resolve()), Child(step)]
-            print_rows([f"{step}, before", f"{step}, now"], pair, args.rounds)
+            pair = {f"{step}, before": Child(step, folder), f"{step}, now": Child(step)}
+            print_table(pair, args.rounds)
         return
     for name in args.tables or [name for name in TABLES if name != "huge"]:
         for steps in TABLES.get(name, [[name]]):
-            kind = steps[0].split()[0]
-            print_head({"loss": "extra MB", "script": "MB left"}.get(kind, "a second"))
-            print_rows(steps, [(Child if kind == "loss" else prepare)(step) for step in steps],
-                       0 if name in ("demos", "huge") else args.rounds,
-                       rate=kind not in ("loss", "script"))
+            print_table({step: Child(step) for step in steps},
+                        0 if name in ("demos", "huge") else args.rounds)
 
 
 def get_args(argv=None):
