@@ -30,11 +30,11 @@ def expanded(path):
     return path
 
 
-def refuse_unusable(folder):
-    """Raise UserError if a run's folder could not be made or written to. Creates nothing."""
+def refuse_unusable(folder, flag="--output-dir"):
+    """Raise UserError if a folder could not be made or written to. Creates nothing."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"--output-dir {folder} cannot be used: {nearest} is not a folder that can "
+        raise UserError(f"{flag} {folder} cannot be used: {nearest} is not a folder that can "
                         "be written")
 
 

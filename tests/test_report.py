@@ -23,14 +23,10 @@ def write_run(folder, data="nowhere", shots=4, seed=1, accuracy=60.0, finished=T
         results = {**facts, "accuracy": accuracy, "zero_shot_accuracy": 40.0,
                    "departures": ["--lr 1 (official 0.002)"]}
         (folder / "results.json").write_text(json.dumps(results))
-    for name, head, *rows in (
-            ("per_class_test", "class,images,zero_shot,tuned", "cat,10,40,60", "dog <b>,10,40,90",
-             "猫,10,40,100"),
-            ("predictions_test", "path,label,zero_shot,tuned", "test/cat/0.png,cat,cat,dog <b>")):
-        (folder / f"{name}.csv").write_text("\n".join((head, *rows)) + "\n", "utf-8")
     (folder / "confusion_test.json").write_text(json.dumps(
-        {"classes": ["cat", "dog <b>", "猫"], "zero_shot": np.eye(3).tolist(),
-         "tuned": [[6, 4, 0], [1, 9, 0], [0, 0, 10]]}))
+        {"classes": ["cat", "dog <b>", "猫", "yak"],
+         "zero_shot": [[4, 6, 0, 0], [6, 4, 0, 0], [3, 3, 4, 0], [0, 0, 0, 0]],
+         "tuned": [[6, 4, 0, 0], [1, 9, 0, 0], [0, 0, 10, 0], [0, 0, 0, 0]]}))
     return folder
 
 
@@ -74,6 +70,9 @@ def test_a_run_is_drawn_and_what_it_lacks_is_noted(tmp_path):
     assert "dog &lt;b&gt;" in page and "<script" not in page and 'src="http' not in page
     assert "--lr 1 (official 0.002)" in page
     assert "<td>cat</td><td>dog &lt;b&gt;</td><td>4</td><td>40</td>" in page  # 4 of 10 cats
+    places = [page.index(f"<td>{name}</td><td>10</td><td>40</td><td>{score}</td><td>{gain}</td>")
+              for name, score, gain in (("猫", 100, 60), ("dog &lt;b&gt;", 90, 50), ("cat", 60, 20))]
+    assert places == sorted(places) and "yak" not in page  # which has no image
     assert "1 logged values are not finite" in page and "has a broken line" in page
     for name in ("curves", "confusion_test"):
         assert (run / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name

@@ -17,6 +17,7 @@ from device import (add_device_flags, expanded, guard, number, Parser, start, Us
 import numpy as np
 import torch
 
+from files import refuse_unusable
 from pairs import add_pair_flags, decode_once, open_pairs
 from scores import encode_images, encode_texts
 from teachers import digest, open_teachers, Views
@@ -28,6 +29,7 @@ def main(args):
     """Write the folder -> what was written."""
     run = start(args.device, args.precision, args.seed)
     target = expanded(args.output)
+    refuse_unusable(target, "--output")
     there = {file.name for file in target.glob("*")} - {*STARTED}
     if there and not args.overwrite:
         raise UserError(f"--output {target} is there already; --overwrite writes it again")
@@ -38,10 +40,7 @@ def main(args):
     views = Views([teacher.look for teacher in teachers], args.seed, args.crop, args.randaugment)
 
     def begin():
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output {target} cannot be written: {error.strerror}") from None
+        target.mkdir(parents=True, exist_ok=True)
         for name in ("teacher.json", *STARTED[:2]):
             (target / name).unlink(missing_ok=True)
     run.on_first(begin)

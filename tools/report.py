@@ -11,7 +11,6 @@ train split as a line, others as points. What a run lacks is left out with a not
 2 and one line. Needs matplotlib; the t-SNE map needs scikit-learn too.
 """
 import base64
-import csv
 import html
 import io
 import json
@@ -26,6 +25,7 @@ from device import guard, one_line, Parser, UserError, write_atomic  # before to
 import numpy as np
 import torch
 
+from files import refuse_unusable
 from scores import retrieval_ranks
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -73,8 +73,8 @@ class Run:
 
     def __init__(self, folder):
         self.folder, self.name, self.notes = folder, folder.resolve().name, []
-        self.results = self.read("results.json", json.loads) or {}
-        self.config = self.read("config.json", json.loads) or {}
+        self.results = self.read("results.json") or {}
+        self.config = self.read("config.json") or {}
         self.records = []
         for line in self.read("metrics.jsonl", str.splitlines) or []:
             try:
@@ -85,7 +85,7 @@ class Run:
         if not self.results:
             self.notes.append("the run is not finished (no results.json)")
 
-    def read(self, name, parse):
+    def read(self, name, parse=json.loads):
         """parse(text of a file); None where there is no such file, or a broken one (noted)."""
         try:
             return parse((self.folder / name).read_text("utf-8"))
@@ -93,10 +93,6 @@ class Run:
             return None
         except (OSError, ValueError) as error:
             self.notes.append(f"{name} cannot be read ({error}) and is left out")
-
-    def rows(self, name):
-        """A CSV file as a list of dicts."""
-        return self.read(name, lambda text: list(csv.DictReader(io.StringIO(text)))) or []
 
     def curves(self):
         """{scalar: {split: (steps, values)}}. A value that is not finite leaves a gap."""
@@ -152,10 +148,11 @@ class Page:
 
     def figure(self, name, figure, description):
         """Write a matplotlib figure and close it -> its HTML."""
-        path = self.out / f"{name}.png"
-        figure.savefig(path, bbox_inches="tight")
+        drawn = io.BytesIO()
+        figure.savefig(drawn, bbox_inches="tight")
         self.plot.close(figure)
-        code = base64.b64encode(path.read_bytes()).decode()
+        write_atomic(self.out / f"{name}.png", drawn.getvalue())
+        code = base64.b64encode(drawn.getvalue()).decode()
         return (f'<figure><img alt="{html.escape(description)}" '
                 f'src="data:image/png;base64,{code}"></figure>')
 
@@ -261,29 +258,22 @@ def add_shots(page, runs):
 
 
 def add_classes(page, run, name):
-    """Accuracy per class of one test set, before and after, by what it gained."""
-    rows = []
-    for row in run.rows(f"per_class_{name}.csv"):
-        if row["tuned"] not in ("", "nan"):
-            before, after = float(row["zero_shot"]), float(row["tuned"])
-            rows.append([row["class"], row["images"], before, after, after - before])
-    if rows:
-        rows.sort(key=lambda row: -row[-1])
-        page.add(f"Accuracy per class: {name}", table(
-            ["class", "images", "zero-shot (%)", "tuned (%)", "gained"], rows))
-
-
-def add_confusion(page, run, name):
-    """The confusion matrix of one test set, and its worst pairs."""
-    confusion = run.read(f"confusion_{name}.json", json.loads)
+    """Of one test set: accuracy per class by what it gained, confusion matrix and worst pairs."""
+    confusion = run.read(f"confusion_{name}.json")
     if not confusion:
         return
-    classes, counts = confusion["classes"], np.asarray(confusion["tuned"], dtype=float)
+    classes, (before, counts) = confusion["classes"], (
+        np.asarray(confusion[key], dtype=float) for key in ("zero_shot", "tuned"))
+    images = counts.sum(axis=1)
+    first, last = (100 * x.diagonal() / np.maximum(1, images) for x in (before, counts))
+    page.add(f"Accuracy per class: {name}", table(
+        ["class", "images", "zero-shot (%)", "tuned (%)", "gained"],
+        [[classes[i], int(images[i]), first[i], last[i], last[i] - first[i]]
+         for i in np.argsort(first - last, kind="stable") if images[i]]))
     if len(classes) <= MOST_CLASSES:
         size = 3 + 0.16 * len(classes)
         figure, axis = page.plot.subplots(figsize=(size + 1, size))
-        axis.imshow(counts / np.maximum(1, counts.sum(axis=1, keepdims=True)), cmap="Blues",
-                    vmin=0, vmax=1)
+        axis.imshow(counts / np.maximum(1, images)[:, None], cmap="Blues", vmin=0, vmax=1)
         axis.set_xticks(range(len(classes)), classes, rotation=90)
         axis.set_yticks(range(len(classes)), classes)
         axis.set(xlabel="predicted", ylabel="true")
@@ -295,7 +285,7 @@ def add_confusion(page, run, name):
     if worst:
         page.add(f"Worst pairs: {name}", table(
             ["true class", "taken for", "images", "of the class (%)"],
-            [[classes[i], classes[j], int(wrong[i, j]), 100 * wrong[i, j] / counts[i].sum()]
+            [[classes[i], classes[j], int(wrong[i, j]), 100 * wrong[i, j] / images[i]]
              for i, j in worst]))
 
 
@@ -325,7 +315,7 @@ def add_matrix(page, run):
     page.add("Learned and forgotten", page.figure("matrix", figure, "R@1 of weights on sets"),
              "<p class='soft'>R@1, mean of both directions (%), with its 95 % interval. Bold: the "
              "set that the row's stage was trained on.</p>")
-    plan = run.read("plan.json", json.loads) or {}
+    plan = run.read("plan.json") or {}
     for stage in plan.get("stages", []):
         add_curves(page, [Run(run.folder / stage["name"])], f"Stage {stage['name']}",
                    f"curves_{stage['name']}")
@@ -402,10 +392,7 @@ def main(args):
     plot, notes = open_matplotlib(args.font)
     runs = find_runs(args.runs)
     out = pathlib.Path(args.out or pathlib.Path(args.runs[0]) / "report")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made: {error.strerror}") from None
+    refuse_unusable(out, "--out")
     page, last = Page(out, plot, notes), runs[-1]
     add_results(page, runs)
     if departures := last.results.get("departures"):
@@ -420,10 +407,8 @@ def main(args):
     elif last.results.get("rows"):
         notes.append(f"no maps: `python -m tools.search {last.folder} --embeddings` keeps "
                      "what they need")
-    for file in sorted(last.folder.glob("per_class_*.csv")):
-        name = file.stem.removeprefix("per_class_")
-        add_classes(page, last, name)
-        add_confusion(page, last, name)
+    for file in sorted(last.folder.glob("confusion_*.json")):
+        add_classes(page, last, file.stem.removeprefix("confusion_"))
     notes += [f"{run.name}: {note}" for run in runs for note in run.notes]
     facts = {**last.config, **last.results}
     words = [str(facts[key]) for key in ("method", "data", "model") if facts.get(key)]
