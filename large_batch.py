@@ -12,10 +12,7 @@ the N x N similarities: a loss is its formula for some rows, and autograd does t
     images.backward(), texts.backward()    # from there into the towers
 
 A loss is this process's part: their sum is that of the batch, so there is nothing to divide."""
-import contextlib
-
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
 BLOCK = 2 ** 20  # similarities held at a time: 4 MB in fp32, a few times over
 
@@ -25,15 +22,19 @@ class TwoPass:
 
     encode(piece) -> (m, D). The last piece keeps its graph: k pieces cost k - 1 more forward
     passes, a frozen tower none. torch's generator is seeded before each piece, by (seed, process,
-    piece), so that both passes drop the same: give each step and tower another seed. BatchNorm of
-    `model` counts a piece once, but normalises by it: the gradient is that of the whole batch only
-    where its statistics are frozen."""
+    piece), so that both passes drop the same: give each step and tower another seed. The buffers of
+    `model` move once: its BatchNorm counts a piece once, but normalises by it, so that the gradient
+    is that of the whole batch only where its statistics are frozen."""
 
     def __init__(self, run, encode, pieces, seed, model=None):
         self.run, self.encode, self.pieces = run, encode, pieces
         self.seed = seed * run.world_size + run.rank
-        with torch.no_grad(), frozen_statistics(model):
+        buffers = list(model.buffers()) if model is not None and len(pieces) > 1 else []
+        with torch.no_grad():
+            kept = [buffer.clone() for buffer in buffers]
             first = [self._encode(number) for number in range(len(pieces) - 1)]
+            for buffer, before in zip(buffers, kept):
+                buffer.copy_(before)
         self.last = self._encode(len(pieces) - 1)
         self.sizes = [len(x) for x in (*first, self.last)]
         features = torch.cat([*first, self.last.detach()])
@@ -55,20 +56,6 @@ class TwoPass:
         (last if also is None else last + also).backward()
         for number, share in enumerate(shares[:-1]):
             self._encode(number).backward(share)
-
-
-@contextlib.contextmanager
-def frozen_statistics(model):
-    """BatchNorm's running statistics do not move in here, in training mode either."""
-    modules = model.modules() if model is not None else ()
-    norms = [m for m in modules if isinstance(m, _BatchNorm) and m.track_running_stats]
-    try:
-        for norm in norms:
-            norm.track_running_stats = False
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
 
 
 def by_rows(loss, own, others=(), chunk=None):
