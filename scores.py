@@ -180,7 +180,7 @@ def retrieval_ranks(image_features, text_features, owner, chunk=1024):
     nothing (-1); a text without image asks in vain. Chinese-CLIP's programs have the same rules."""
     images, texts = image_features.detach().float(), text_features.detach().float()
     owner = torch.as_tensor(owner, dtype=torch.long).cpu()
-    relevant = text_image_pairs(owner)
+    relevant = owner if owner.ndim == 2 else torch.stack((torch.arange(len(owner)), owner), dim=1)
     if not len(owner) or relevant.shape[1:] != (2,) or images.shape[1:] != texts.shape[1:] or (
             owner.ndim == 1 and len(owner) != len(texts)) or relevant.min() < 0 or (
             relevant.amax(dim=0) >= torch.tensor([len(texts), len(images)])).any():
@@ -190,12 +190,6 @@ def retrieval_ranks(image_features, text_features, owner, chunk=1024):
              "t2i": first_ranks(texts, images, relevant, chunk)}
     found["i2t"][np.bincount(relevant[:, 1], minlength=len(images)) == 0] = -1
     return found
-
-
-def text_image_pairs(owner):
-    """`owner` as recall_at_k takes it -> (R, 2)."""
-    owner = torch.as_tensor(owner)
-    return owner if owner.ndim == 2 else torch.stack((torch.arange(len(owner)), owner), dim=1)
 
 
 def first_ranks(queries, gallery, relevant, chunk):
@@ -215,14 +209,14 @@ def first_ranks(queries, gallery, relevant, chunk):
     return torch.cat(ranks).numpy()
 
 
-def bootstrap(ranks, owner, draws=1000, seed=0):
+def bootstrap(ranks, relevant, draws=1000, seed=0):
     """The `recalls` of `retrieval_ranks` when the images are drawn anew with replacement (Efron
-    1979), each with its texts -> {name: (draws,)}. A text counts with its first image, one without
-    any by itself. Models on one test set are drawn alike, so that the difference of two arrays is
-    that of two models on the same images."""
+    1979), each with its texts -> {name: (draws,)}; relevant (R, 2): a text and an image. A text
+    counts with its first image, one without any by itself. Models on one test set are drawn alike,
+    so that the difference of two arrays is that of two models on the same images."""
     images, texts = len(ranks["i2t"]), len(ranks["t2i"])
     first = np.full(texts, images)
-    np.minimum.at(first, *text_image_pairs(owner).T.numpy())
+    np.minimum.at(first, *relevant.T.numpy())
     alone = first == images
     first[alone] += np.arange(alone.sum())
     size, stream, found = images + int(alone.sum()), np.random.RandomState(seed), []

@@ -15,9 +15,9 @@ import sys
 from device import (add_device_flags, expanded, guard, Parser, start, UserError,  # before torch
                     write_atomic)
 
-from data import (ANY_TEMPLATE, cleaned, ImageSet, is_image, list_dataset, Preprocess,
-                  require_words, Source, TEMPLATES)
-from images import ImageStore
+from data import (ANY_TEMPLATE, cleaned, is_image, list_dataset, Preprocess, require_words,
+                  TEMPLATES)
+from images import Images, ImageStore
 from scores import encode_images, text_classifier
 from tokenizer import for_model
 from weights import load
@@ -63,9 +63,8 @@ def main(args):
     tokenizer = for_model(model, args.tokenizer)
     model = run.move(model).fuse_attention(run.fused_attention)
     classes = text_classifier(run, model, tokenizer, names, templates)
-    rows = {"test": [(path, 0) for path in paths]}  # with a label that nobody asks for
-    images = ImageSet(Source("images", "", ImageStore("."), rows, names), "test")
-    features, labels = encode_images(run, model, images.with_transform(Preprocess.of(model)),
+    images = Images(ImageStore("."), paths, range(len(paths)), Preprocess.of(model))
+    features, labels = encode_images(run, model, images,
                                      workers=0 if len(images) < 200 else args.workers)
     scale = float(model.logit_scale.detach().exp())
     values, places = (scale * features @ classes.T).softmax(dim=1).topk(min(5, len(names)))

@@ -95,15 +95,15 @@ class Run:
             self.notes.append(f"{name} cannot be read ({error}) and is left out")
 
     def curves(self):
-        """{scalar: {split: (steps, values)}}. A value that is not finite leaves a gap."""
+        """{(scalar, split): (steps, values)}. A value that is not finite leaves a gap."""
         found, gaps = {}, 0
         for step, record in self.records:
             for name, value in record.items():
                 if value in ("nan", "inf", "-inf"):  # so are they written
                     value, gaps = math.nan, gaps + 1
                 if isinstance(value, (int, float)) and name not in NOT_DRAWN:
-                    splits = found.setdefault(name, {})
-                    steps, values = splits.setdefault(record.get("split", "train"), ([], []))
+                    key = name, record.get("split", "train")
+                    steps, values = found.setdefault(key, ([], []))
                     steps.append(step)
                     values.append(value)
         if gaps:
@@ -117,9 +117,8 @@ def find_runs(paths):
     for path in map(pathlib.Path, paths):
         if not path.is_dir():
             raise UserError(f"{path} is not a folder; give the output folder of a run")
-        if (path / "plan.json").is_file() or (path / "metrics.jsonl").is_file():
-            found = [path]
-        else:
+        found = [path]
+        if not (path / "plan.json").is_file() and not (path / "metrics.jsonl").is_file():
             found = sorted(file.parent for file in path.glob("*/metrics.jsonl"))
         if not found:
             raise UserError(f"{path} holds no run: no metrics.jsonl in it or in its folders")
@@ -203,10 +202,9 @@ def add_curves(page, runs, title="Curves", file="curves"):
     or by split where there is one run."""
     panels = {}
     for run in runs:
-        for name, splits in run.curves().items():
-            for split, (steps, values) in splits.items():
-                label = run.name if len(runs) > 1 else split
-                panels.setdefault(name, []).append((label, split == "train", steps, values))
+        for (name, split), line in run.curves().items():
+            label = run.name if len(runs) > 1 else split
+            panels.setdefault(name, []).append((label, split == "train", *line))
     if not panels:
         return
     across = min(3, len(panels))
