@@ -66,34 +66,25 @@ def by_rows(loss, own, others=(), chunk=None):
     chunk = chunk or max(96, BLOCK // max((len(x) for x in others if x.ndim), default=1))
     if len(own[0]) <= chunk:
         return loss(*own, *others)
-    return _ByRows.apply(loss, chunk, len(own), *own, *others)
 
-
-class _ByRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, loss, chunk, cut, *tensors):
-        def leaf(x, like):
-            return x.detach().requires_grad_(like.requires_grad)
-        own, others, total = tensors[:cut], [leaf(x, x) for x in tensors[cut:]], 0.0
-        grads = [torch.zeros_like(x) if x.requires_grad else None for x in own]
-        for start in range(0, len(own[0]), chunk):
-            some = slice(start, start + chunk)
-            rows = [leaf(x[some], x) for x in own]
-            with torch.enable_grad():
-                value = loss(*rows, *others)
-            if value.requires_grad:
-                value.backward()
-            for grad, part in zip(grads, rows):
-                if part.grad is not None:
-                    grad[some] = part.grad
-            total = total + value.detach()
-        ctx.grads = [*grads, *(x.grad for x in others)]  # these added up over the chunks
-        return total
-
-    @staticmethod
-    def backward(ctx, factor):
-        grads, ctx.grads = ctx.grads, None  # scaled in place: they serve once
-        return None, None, None, *(x if x is None else x.mul_(factor) for x in grads)
+    def leaf(x):
+        return x.detach().requires_grad_(x.requires_grad)
+    columns, grads, total = [leaf(x) for x in others], [torch.zeros_like(x) for x in own], 0.0
+    for start in range(0, len(own[0]), chunk):
+        some = slice(start, start + chunk)
+        rows = [leaf(x[some]) for x in own]
+        with torch.enable_grad():
+            value = loss(*rows, *columns)
+        if value.requires_grad:
+            value.backward()  # adds up in the columns
+        for grad, part in zip(grads, rows):
+            if part.grad is not None:
+                grad[some] = part.grad
+        total = total + value.detach()
+    for x, grad in zip((*own, *others), (*grads, *(x.grad for x in columns))):
+        if x.requires_grad and grad is not None:  # a term that is 0 and has this gradient
+            total = total + (x - x.detach()).flatten() @ grad.flatten()
+    return total
 
 
 def together(ids, at):
