@@ -59,16 +59,6 @@ def open_parts(data, data_dir):
     return source.classnames if source else [], parts, list(captions)
 
 
-def check_lists(classnames, parts, captions, findings):
-    """What the lists alone show: classes and captions."""
-    for split in {"train", "test"} & set(parts):
-        held = {classnames[label] for label in parts[split].labels} if classnames else set()
-        findings[f"no_{split}"] += [name for name in classnames if name not in held]
-    first = {}
-    findings["same_caption"] += [path for i, (path, text) in enumerate(captions)
-                                 if first.setdefault(text, i) != i]
-
-
 def check_images(parts, chosen, findings):
     """Decode the (store, path) in `chosen` and compare their bytes -> how many were decoded."""
     first, decoded = {}, 0  # sha256 -> {split: (label, example) of its first image with it}
@@ -105,9 +95,13 @@ def check_data(data, data_dir="data", limit=None):
     """All that is worth knowing before training, as a dict for JSON; "usable" is False if training
     would refuse the data. `limit` decodes that many images, drawn by a fixed permutation. Raises
     DataError if nothing can be listed."""
-    findings = collections.defaultdict(list)
+    findings, first = collections.defaultdict(list), {}
     classnames, parts, captions = open_parts(data, data_dir)
-    check_lists(classnames, parts, captions, findings)
+    for split in {"train", "test"} & set(parts) if classnames else ():
+        held = {classnames[label] for label in parts[split].labels}
+        findings[f"no_{split}"] = [name for name in classnames if name not in held]
+    findings["same_caption"] = [path for i, (path, text) in enumerate(captions)
+                                if first.setdefault(text, i) != i]
     paths = sorted({(str(part.store), path) for part in parts.values() for path in part.paths})
     chosen = paths if limit is None else random.Random(0).sample(paths, min(limit, len(paths)))
     examined = check_images(parts, set(chosen), findings)
