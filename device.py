@@ -16,7 +16,6 @@ import json
 import os
 import pathlib
 import platform
-import random
 import re
 import shlex
 import signal
@@ -243,8 +242,6 @@ class Run:
     def __init__(self, device, precision="fp32", rank=0, world_size=1, seed=0):
         self.device, self.precision, self.dtype = device, precision, PRECISIONS[precision]
         self.rank, self.world_size, self.kind = rank, world_size, KINDS[device.type]
-        random.seed(seed)
-        np.random.seed(seed)
         torch.manual_seed(seed)  # every accelerator's generator too
         self.seed, self.out, self._identity, self._board = seed, None, {}, None
         self._early = []  # lines said before there was a folder, which may be refused
