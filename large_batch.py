@@ -83,7 +83,7 @@ def by_rows(loss, own, others=(), chunk=None):
         total = total + value.detach()
     for x, grad in zip((*own, *others), (*grads, *(x.grad for x in columns))):
         if x.requires_grad and grad is not None:  # a term that is 0 and has this gradient
-            total = total + (x - x.detach()).flatten() @ grad.flatten()
+            total = total + torch.dot((x - x.detach()).flatten(), grad.flatten())
     return total
 
 
