@@ -1,6 +1,6 @@
 """Captioned sources: which layout lies there, and which image has which caption.
 
-    source = list_pairs("flickr8k", "train", data_dir="data")    # no image is touched
+    source = list_pairs("flickr8k", data_dir="data")             # no image is touched
 
 A source is found (which of LAYOUTS lies there), read (every reader gives a Source), cleaned and
 split. What is not understood is refused. No file can run code, and nothing is unpacked.
@@ -9,6 +9,7 @@ import collections
 import contextlib
 import fnmatch
 import functools
+import glob
 import hashlib
 import io
 import json
@@ -21,9 +22,9 @@ import tarfile
 import numpy as np
 
 import data
-from data import read_table, read_text, table_rows
-from images import (DataError, folder_splits, ImageStore, is_image, leaves_folder, one_line, Source,
-                    SpanStore, split_of, split_word, SPLITS)
+from data import expanded, read_table, read_text, table_rows
+from images import (DataError, folder_splits, ImageStore, is_image, leaves_folder, locate, one_line,
+                    Source, SpanStore, split_of, split_word, SPLITS)
 
 
 # -----------------------------------------------------------------------------
@@ -35,9 +36,8 @@ def matching(store, *patterns):
         return [name for name in store.names() if any(
             fnmatch.fnmatch(name, pattern) and name.count("/") == pattern.count("/")
             for pattern in patterns)]
-    home = pathlib.Path(store.path)
-    return sorted({path.relative_to(home).as_posix()
-                   for pattern in patterns for path in home.glob(pattern)})
+    found = [glob.glob(pattern, root_dir=store.path) for pattern in patterns]
+    return sorted({name.replace(os.sep, "/") for name in sum(found, [])})
 
 
 CAPTION_COLUMNS = ("caption", "captions", "title", "text")
@@ -57,16 +57,14 @@ def read_captions(store, names, columns):
         members = [name] if inner is store else matching(inner, "annotations/captions_*.json")
         files |= {member: inner.read(member) for member in members}
     for name, content in files.items():
-        found = Source()
+        taken = {"all", *source.rows} if len(files) > 1 else ()
         for split, path, text in read_caption_file(name, content, columns):
-            found.add(split, [(path, text)])
-        for split, rows in found.rows.items():
-            split = split_of(name) if split == "all" and len(files) > 1 else split
-            if len(files) > 1 and (split == "all" or split in source.rows):
+            split = split_of(name) if split == "all" and taken else split
+            if split in taken:
                 raise DataError(f"{store} holds {len(files)} caption files whose names are not "
                                 f"those of splits: {', '.join([*files][:9])}; choose one with "
                                 f"--caption-file")
-            source.add(split, rows)
+            source.add(split, [(path, text)])
     for name in matching(store, "Flickr_8k.*Images.txt", "*/Flickr_8k.*Images.txt",
                          "coco-cn_*.txt", "*/coco-cn_*.txt"):
         if (split := split_of(name.replace("Images", ""))) != "all":
@@ -231,7 +229,7 @@ def find_shards(text):
     -> their common folder, their names in it. Raises DataError."""
     names, files = text.split("::"), []
     for name in names:  # grows by what {0000..0012} stands for
-        path = pathlib.Path(os.path.expanduser(name)).absolute()
+        path = expanded(name).absolute()
         if group := SHARDS.search(name):
             numbers = range(int(group[1]), int(group[2]) + 1)[:1 << 20]
             names += [name.replace(group[0], f"{n:0{len(group[1])}}", 1) for n in numbers]
@@ -316,7 +314,8 @@ def read_lmdb(store, names, columns):
         look = open_lmdb(os.path.join(store.path, images), os.getpid())
         pool = [f"{images}:{key.decode('utf-8', 'replace')}"
                 for key in look.cursor().iternext(values=False) if key != b"num_images"]
-        source.store.index |= dict.fromkeys(pool)
+        held = os.path.join(store.path, images, "data.mdb")
+        source.store.index |= dict.fromkeys(pool, (held, 0, 0))
         source.add(split, ((path, "", 0) for path in pool))
         look = open_lmdb(os.path.join(store.path, os.path.dirname(name)), os.getpid())
         for i in range(int(look.get(b"num_samples") or look.stat()["entries"])):
@@ -375,7 +374,7 @@ def find_captions(path, layout, caption_file):
         return home, "table", [path.name]
     store = ImageStore(home)
     tops = {name.partition("/")[0] for name in store.names()} if store.zipped else ()
-    inside = [top.replace("[", "[[]") + "/" for top in tops if len(tops) == 1]  # a lone folder
+    inside = [glob.escape(top) + "/" for top in tops if len(tops) == 1]  # a lone folder
     for name, (patterns, _) in LAYOUTS.items():
         found = matching(store, *(top + pattern for pattern in patterns for top in ["", *inside]))
         if name == "json":  # those beside an image are of that image; img2dataset counts
@@ -398,16 +397,16 @@ def clean(root, source):
     DataError if nothing is left, or most captions hold no words; a few that do are noted."""
     dropped, captions = 0, []
     for split, rows in source.rows.items():
-        kept, before = [], len(captions)
+        kept = []
         for path, caption, *query in rows:
             caption = " ".join((caption or "").split())
             caption = "" if data.EMPTY.fullmatch(caption) else caption
             if path and caption or query:
                 kept.append((path, caption, query[0] if query else None))
-            if path and caption:
-                captions.append(caption)
         dropped += len(rows) - len(kept)
-        source.rows[split] = kept if len(captions) > before else []  # MUGE hides those of its test
+        told = [caption for path, caption, _ in kept if path and caption]
+        captions += told
+        source.rows[split] = kept if told else []  # MUGE hides the captions of its test
     sample = captions[::len(captions) // 1000 + 1]
     odd = list(filter(NO_WORDS.fullmatch, sample))
     said = f"of {len(sample)} captions {len(odd)} hold no words, e.g. {odd[:1]}"
@@ -418,14 +417,14 @@ def clean(root, source):
     source.notes += [f"{dropped:,} rows without image or caption left out"] * bool(dropped)
 
 
-def choose_splits(source, layout, asked, whole):
+def choose_splits(source, layout, whole):
     """The rows of each split. The first of these that there is decides:
 
     simple-clip     as that notebook: a fifth of the image numbers, drawn by NumPy with seed 42, is
                     both val and test
     its own splits  rows of none are train, val stands in for a missing test
     lists           of images
-    whole           all for the asked one
+    whole           all for that one
     folders         train, test, ... in which all images lie
     hash            80/10/10 by that of each image's name, so that new images move no old ones
     """
@@ -451,12 +450,10 @@ def choose_splits(source, layout, asked, whole):
         unused = sum(part is None for part in part_of.values())
         notes += [f"{unused} images are in no split and not used"] * bool(unused)
     elif whole:
-        part_of = dict.fromkeys(images, asked)
-    else:
-        part_of = folder_splits(images)
-        if not part_of:
-            part_of = dict(zip(images, map(hashed_split, images)))
-            notes.append("no splits were given: images are cut 80/10/10 by a hash of names")
+        part_of = dict.fromkeys(images, whole)
+    elif not (part_of := folder_splits(images)):
+        part_of = dict(zip(images, map(hashed_split, images)))
+        notes.append("no splits were given: images are cut 80/10/10 by a hash of names")
     rows = {split: [row for row in pairs if part_of[row[0]] == split] for split in SPLITS}
     return {**rows, "val": rows["test"]} if layout == "simple-clip" else rows
 
@@ -467,14 +464,14 @@ def hashed_split(path):
     return "train" if share < 0.8 else "val" if share < 0.9 else "test"
 
 
-def list_pairs(name_or_path, asked, data_dir="data", layout="auto", caption_file=None,
-               image_column=None, caption_column=None, whole=False):
-    """As pairs.open_pairs takes it -> Source, in three splits."""
-    text, path = os.fspath(name_or_path), pathlib.Path(os.path.expanduser(data_dir))
+def list_pairs(name_or_path, data_dir="data", layout="auto", caption_file=None, image_column=None,
+               caption_column=None, whole=None):
+    """As pairs.open_pairs takes it, but `whole` is the split that takes all -> Source, in three
+    splits."""
+    text, path = os.fspath(name_or_path), expanded(data_dir)
     known = ("auto", "simple-clip", *LAYOUTS)
-    if asked not in SPLITS or layout not in known:
-        raise DataError(f"split {asked!r}, layout {layout!r}: expected train, val or test, and one "
-                        f"of {', '.join(known)}")
+    if layout not in known:
+        raise DataError(f"layout {layout!r}: expected one of {', '.join(known)}")
     if "::" in text or SHARDS.search(text):
         kind, (home, names) = "webdataset", find_shards(text)
         path = home
@@ -486,13 +483,11 @@ def list_pairs(name_or_path, asked, data_dir="data", layout="auto", caption_file
     source = LAYOUTS[kind][1](ImageStore(home), names, (image_column, caption_column))
     source.notes += [f"captions are read from {', '.join(names[:3])}"] * bool(names)
     clean(text, source)
-    table = "".join(names[:1]).rpartition("/")[2]  # several are splits, or shards
-    source.own = split_of(table) if set(source.rows) == {"all"} else ""
-    source.rows = choose_splits(source, layout, asked, whole)
+    if set(source.rows) == {"all"} and not source.store:  # then it is one table of one folder
+        paths = [path for path, *_ in source.rows["all"] if path]
+        source.store = locate(home, paths, split=split_of(os.path.basename(names[0])))
+    source.rows = choose_splits(source, layout, whole)
     words = [word for word in path.absolute().parts if word != "lmdb" and not split_word(word)]
     source.name = pathlib.PurePath(words[-1]).stem if path.is_file() else words[-1]
     source.root = str(home)
-    if not source.rows[asked]:
-        having = ", ".join(key for key, rows in source.rows.items() if rows)
-        raise DataError(f"{source.name} has no {asked} split, only {having}")
     return source

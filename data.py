@@ -30,7 +30,7 @@ import unicodedata
 from fetch import fetch, only_one
 from images import (Batches, CLIP_MEAN, CLIP_STD, DataError, EXTRAS, folder_splits,  # noqa: F401
                     IMAGE_SUFFIXES, Images, ImageStore, import_torchvision, is_image, leaves_folder,
-                    load_batches, locate, LostWorker, NO_PHOTO, normalise, one_line, Preprocess,
+                    Loader, locate, LostWorker, NO_PHOTO, normalise, one_line, Preprocess,
                     read_image, sample_seed, Source, split_of, split_word, SPLITS, UnreadableImage)
 
 ASSETS = pathlib.Path(__file__).resolve().parent / "assets"
@@ -142,26 +142,22 @@ def read_table(path, content=None, join=()):
 
 
 def json_rows(text):
-    """JSONL, or a JSON list, of objects -> (line or place in the list, object)."""
-    class Object(dict):
-        pairs = ()  # as written; a dict has the last of several equal keys
-
-    def as_written(pairs):
-        found = Object(pairs)
-        found.pairs = pairs
-        return found
-    parse = functools.partial(json.loads, object_pairs_hook=as_written)
+    """JSONL, or a JSON list, of objects -> (line or place in the list, {key: value}). A value that
+    is an object is a tuple of its (key, value): a dict has only the last of several equal keys."""
+    parse = functools.partial(json.loads, object_pairs_hook=tuple)
     listed, number = text.lstrip().startswith("["), 0
     try:
         entries = parse(text) if listed else text.split("\n")  # U+2028 does not end a line
         for number, row in enumerate(entries, 1):
             if listed or row.strip():
-                found = {}
-                for key, value in (row if listed else parse(row)).pairs:
+                found, row = {}, row if listed else parse(row)
+                if not isinstance(row, tuple):
+                    raise ValueError(f"a {type(row).__name__}")
+                for key, value in row:
                     if found.setdefault(key.strip().lower(), value) != value:
                         raise ValueError(f"two values of one name, {key}")
                 yield number, found
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         where = f"{'entry' if listed else 'line'} {number}: " if number else ""
         raise ValueError(f"{where}{one_line(error)}; expected an object {{...}}") from None
 
@@ -215,12 +211,10 @@ class ImageSet(Images):
     """
 
     def __init__(self, source, split):
-        if len(source.classnames) < 2 or not source.rows[split]:
-            having = [key for key, rows in source.rows.items() if rows]
-            raise DataError("; ".join((
-                f"{source.root}: {len(source.classnames)} classes with the splits {having}",
-                f"expected two and {split} images (without splits they are cut)", *source.notes)))
-        super().__init__(source.store, *map(list, zip(*source.rows[split])))
+        if len(source.classnames) < 2:
+            raise DataError("; ".join([f"{source.root}: expected two classes, found "
+                                       f"{source.classnames}", *source.notes]))
+        super().__init__(source.store, *map(list, zip(*source.part(split))))
         self.classnames = list(source.classnames)
         self.template = TEMPLATES.get(source.name, ANY_TEMPLATE)
         self.introduce(source, split, [self.classnames, source.rows],
@@ -326,7 +320,7 @@ def make_loader(dataset, batch_size, seed=0, shuffle=True, drop_last=None, rank=
     """DataLoader over an ImageSet with a transform; `loader.batch_sampler` is the Batches. The
     global `batch_size`. A worker that dies or is silent for `timeout` (600) s raises LostWorker."""
     batches = Batches(len(dataset), batch_size, seed, rank, world_size, shuffle, drop_last)
-    return load_batches(dataset, batches, workers, options)
+    return Loader(dataset, batches, workers, **options)
 
 
 # -----------------------------------------------------------------------------
@@ -382,14 +376,12 @@ def halves(labels):
     return ordered[:middle], ordered[middle:]
 
 
-def read_words(home):
-    """classnames.txt in `home`, near it or in an imagenet folder near it -> {wnid: name}."""
+def find_words(home):
+    """classnames.txt in `home`, near it or in an imagenet folder near it, or None."""
     home = pathlib.Path(home).absolute()
     near = [folder / known / WORDS for folder in (home, *home.parents[:3])
             for known in (".", "imagenet")]
-    table = next(filter(pathlib.Path.is_file, near), None)
-    pairs = [line.strip().partition(" ") for line in read_text(table).splitlines()] if table else []
-    return {wnid: name.strip() for wnid, _, name in pairs if name.strip()}
+    return next(filter(pathlib.Path.is_file, near), None)
 
 
 def readable_names(names, home):
@@ -397,7 +389,9 @@ def readable_names(names, home):
     n02085620-Chihuahua lose what stands before the words; n01440764, and numbers, become words if
     classnames.txt is near."""
     codes = all(map(CODE.fullmatch, names))
-    words = read_words(home) if codes else {}
+    table = find_words(home) if codes else None
+    lines = [line.strip().partition(" ") for line in read_text(table).splitlines()] if table else []
+    words = {wnid: name.strip() for wnid, _, name in lines if name.strip()}
     if "imagenetv2" in str(home).lower():  # its folders are line numbers
         words = {str(line): name for line, name in enumerate(words.values())}
     if words and set(names) <= set(words):
@@ -431,8 +425,9 @@ NO_CLASS = re.compile(
     r"([ _-].+|\d+)?", re.IGNORECASE)
 
 
-def read_coop_split(path, content=None):
+def read_coop_split(path):
     """{"train": [[path, label, class name], ...], "val": ..., "test": ...} -> rows, classnames."""
+    content = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else None
     text, names, labels, rows = read_text(path, content), {}, {}, {}
     try:
         listed = json.loads(text)
@@ -458,7 +453,7 @@ def read_labels(path, content=None):
     that of a table in a zip, whose paths must stay there. Raises DataError."""
     rows = {}
     for line, image, cell, split in table_rows(path, content, LABEL_COLUMNS):
-        label = "" if isinstance(cell, (list, dict, bool, type(None))) else str(cell).strip()
+        label = "" if isinstance(cell, (list, tuple, bool, type(None))) else str(cell).strip()
         outside = ".." in image.split("/") or content and leaves_folder(image)
         if not image or outside or EMPTY.fullmatch(label) or label[0] in "[{":
             raise DataError(f"{path}, line {line}: expected an image under its folder and the name "
@@ -585,10 +580,12 @@ def list_path(path, whole=None):
         columns = {name: {*read_table(name, store.read(name))[0]} for name in inner}
         inner = [name for name in inner if all(map(columns[name].intersection,
                                                    (IMAGE_COLUMNS, LABEL_COLUMNS)))]
-    if suffix in TABLE_SUFFIXES or len(inner) == 1:
-        rows = read_labels(inner[0], store.read(inner[0])) if inner else read_labels(path)
-        store = locate(path if inner else path.parent, paths_of(rows),
-                       split=split_of(inner[0] if inner else path.name))
+    if suffix in TABLE_SUFFIXES:
+        rows = read_labels(path)
+        store = locate(path.parent, paths_of(rows), split=split_of(path.name))
+    elif len(inner) == 1:
+        rows = read_labels(inner[0], store.read(inner[0]))
+        store = locate(path, paths_of(rows), split=split_of(inner[0]))
     elif path.is_dir() or suffix == ".zip" and not inner:
         rows, notes = read_class_folders(store)
     else:
@@ -621,11 +618,12 @@ def dataset_name(text):
     return None if "/" in text or os.sep in text else names.get(plain)
 
 
-def read_aircraft(home):
+def read_aircraft(file):
     """FGVC-Aircraft's own lists, which CoOp takes -> rows, classnames: a label is a line number."""
     def lines(name):
-        return [line.strip() for line in read_text(home / name).splitlines() if line.strip()]
-    order, rows = lines("variants.txt"), {}
+        text = read_text(file.with_name(name))
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    order, rows = lines(file.name), {}
     for split in SPLITS:
         pairs = [line.split(" ", 1) for line in lines(f"images_variant_{split}.txt")]
         rows[split] = [(f"{image}.jpg", order.index(variant)) for image, variant in pairs]
@@ -637,26 +635,29 @@ def list_known(name, data_dir):
     bundled in assets/coop_splits; images may be absent. ImageNet's val doubles as test, as in CoOp,
     and its four shifts are test only; files are sorted, so a seed means the same shots anywhere."""
     known = KNOWN[name]
-    homes, file = [data_dir / folder for folder in known["folders"]], known["split"]
-    home = next((home for home in homes if (home / file).is_file()), homes[0])
-    bundled = ASSETS / "coop_splits" / f"{file}.xz"
-    if file == WORDS and read_words(home) and (home / known["images"]).exists():
-        source = list_path(home / known["images"], whole="test")
+    home, *_ = homes = [data_dir / folder for folder in known["folders"]]
+    likely = [folder / known["images"] for folder in homes]
+    file = list_of(name, data_dir) or ASSETS / "coop_splits" / f"{known['split']}.xz"
+    if not file.is_file() or file.name == WORDS and not likely[0].exists():
+        raise DataError(f"{name}: its list or its images' folder is missing, and nothing is put in "
+                        f"its place; {by_hand(name, home)}")
+    if file.name == WORDS:
+        source = list_path(likely[0], whole="test")
         source.name = name
         if name == "imagenet":
             source.rows["val"] = source.rows["test"]
         return source
-    if name == "fgvc_aircraft" and (home / file).is_file():
-        lists = read_aircraft(home)
-    elif file != WORDS and (home / file).is_file():
-        lists = read_coop_split(home / file)
-    elif bundled.is_file():
-        lists = read_coop_split(bundled, lzma.decompress(bundled.read_bytes()))
-    else:
-        raise DataError(f"{name}: its list or its images' folder is missing, and nothing is put in "
-                        f"its place; {by_hand(name, homes[0])}")
-    likely = [home / known["images"] for home in homes]
-    return Source(name, str(home), locate(homes[0], paths_of(lists[0]), *likely), *lists)
+    rows, classnames = (read_aircraft if name == "fgvc_aircraft" else read_coop_split)(file)
+    return Source(name, str(home), locate(home, paths_of(rows), *likely), rows, classnames)
+
+
+def list_of(name, data_dir):
+    """The user's list of a published data set, or class names, or None."""
+    known = KNOWN[name]
+    homes = [data_dir / folder for folder in known["folders"]]
+    if known["split"] == WORDS:
+        return find_words(homes[0])
+    return next(filter(pathlib.Path.is_file, [home / known["split"] for home in homes]), None)
 
 
 def by_hand(name, home):
@@ -668,10 +669,7 @@ def by_hand(name, home):
 def lacks(name, data_dir):
     """What of a published data set is to be fetched first: "list", "images" or ""."""
     known = KNOWN[name]
-    homes, file = [data_dir / folder for folder in known["folders"]], known["split"]
-    there = read_words(homes[0]) if file == WORDS else any(
-        (home / file).is_file() for home in homes)
-    if not there and "link" in known:  # the lists of fgvc_aircraft come with its images
+    if not list_of(name, data_dir) and "link" in known:  # fgvc_aircraft's come with its images
         return "list" if known["link"].startswith(DRIVE) else "images"
     source = list_known(name, data_dir) if "fetch" in known else None
     return "images" if source and not any(map(source.store.has, paths_of(source.rows))) else ""

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import glob
 import hashlib
 import importlib
 import io
@@ -136,8 +137,11 @@ class Preprocess:
 
     def __call__(self, image, epoch=0, index=0):
         image = to_rgb(image if isinstance(image, Image.Image) else Image.fromarray(image))
-        if not self.train:
-            return to_tensor(self.fit(image, whole=self.squash))
+        image = self.draw(image, epoch, index) if self.train else self.fit(image, self.squash)
+        return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+
+    def draw(self, image, epoch, index):
+        """A random view of the image."""
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the CPU's generator
             torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
             if self.scale:
@@ -150,7 +154,7 @@ class Preprocess:
             torch.default_generator.manual_seed(sample_seed(self.seed + 1, epoch, index))
             for extra in self.extras:
                 image = extra(image)
-        return to_tensor(image)
+        return image
 
     def fit(self, image, whole):
         """The whole image, or its middle, at size x size."""
@@ -166,11 +170,6 @@ class Preprocess:
         image = image.resize((size, long) if width <= height else (long, size), self.filter)
         left, top = round((image.width - size) / 2), round((image.height - size) / 2)
         return image.crop((left, top, left + size, top + size))
-
-
-def to_tensor(image):
-    """RGB image -> uint8 (3, H, W)."""
-    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
 def import_torchvision(part):
@@ -256,7 +255,7 @@ class ImageStore:
         self.zipped = os.path.isfile(self.path)
 
     def __str__(self):
-        return os.path.join(self.path, self.prefix) if self.prefix else self.path
+        return os.path.join(self.path, self.prefix).rstrip(os.sep)
 
     def archive(self):
         return open_zip(self.path, os.getpid(), os.stat(self.path).st_mtime_ns)
@@ -273,23 +272,21 @@ class ImageStore:
             return os.path.isfile(os.path.join(self.path, self.prefix, path))
         return self.prefix + path in self.archive().NameToInfo
 
-    def content(self, path):
-        file = pathlib.Path(self.path, self.prefix, path)
-        info = self.archive().getinfo(self.prefix + path) if self.zipped else file.stat()
-        size = info.file_size if self.zipped else info.st_size
-        if size > MAX_FILE_BYTES:
-            raise ValueError(f"{size:,} bytes are too many")
-        return self.archive().read(info) if self.zipped else file.read_bytes()
-
     def stamp(self, path):
-        """What changes with the bytes of a file: its size and checksum or time; () without one."""
-        if not self.has(path):
-            return ()
+        """The size of a file, and its checksum or time, which change with its bytes."""
         if self.zipped:
             info = self.archive().getinfo(self.prefix + path)
             return info.file_size, info.CRC
         found = os.stat(os.path.join(self.path, self.prefix, path))
         return found.st_size, found.st_mtime_ns
+
+    def content(self, path):
+        size = self.stamp(path)[0]
+        if size > MAX_FILE_BYTES:
+            raise ValueError(f"{size:,} bytes are too many")
+        if self.zipped:
+            return self.archive().read(self.prefix + path)
+        return pathlib.Path(self.path, self.prefix, path).read_bytes()
 
     def read(self, path):
         """The bytes of one file, of a zip's with its CRC checked. Raises UnreadableImage."""
@@ -317,8 +314,8 @@ class SpanStore(ImageStore):
         return path in self.index
 
     def stamp(self, path):
-        span = self.index.get(path)
-        return (str(span[0]), *span[1:], os.stat(span[0]).st_mtime_ns) if span else ()
+        file, offset, size = self.index[path]
+        return size, offset, str(file), os.stat(file).st_mtime_ns
 
     def raw(self, path):
         file, offset, size = self.index[path]
@@ -364,18 +361,18 @@ def places(root, *first):
     """Where the images of a folder or zip may lie, the likely places first, in lists of equally
     likely ones: `first`, itself, its folders, its zips (as COCO publishes them), their folders."""
     yield from ([ImageStore(place)] for place in (*first, root))
-    if os.path.isfile(root):
-        names = [name.split("/")[:-1] for name in ImageStore(root).names()]
-        for depth in (1, 2):
-            folders = sorted({"/".join(name[:depth]) for name in names if len(name) >= depth})
-            yield [ImageStore(root, f"{folder}/") for folder in folders]
-    elif os.path.isdir(root):
-        folders = sorted(entry.path for entry in os.scandir(root) if entry.is_dir())
-        yield [*map(ImageStore, folders)]
-        yield [store for archive in sorted(pathlib.Path(root).glob("*.zip"))
-               for stores in places(archive) for store in stores]
-        yield [ImageStore(path) for path in sorted(
-            entry.path for folder in folders for entry in os.scandir(folder) if entry.is_dir())]
+    yield [ImageStore(root, folder) for folder in folders_in(root, 1)]
+    yield [store for archive in sorted(pathlib.Path(root).glob("*.zip"))
+           for stores in places(archive) for store in stores]
+    yield [ImageStore(root, folder) for folder in folders_in(root, 2)]
+
+
+def folders_in(root, depth):
+    """The folders at a depth of a folder or zip, as prefixes like "data/images/", sorted."""
+    if not os.path.isfile(root):
+        return sorted(glob.glob("*/" * depth, root_dir=root))
+    names = [name.split("/") for name in ImageStore(root).names()]
+    return sorted({"/".join(name[:depth]) + "/" for name in names if len(name) > depth})
 
 
 def locate(root, paths, *first, split="all"):
@@ -424,7 +421,6 @@ class Source:
             images; path "" is a text without an image, caption "" an image without a text
     store   where the images lie; None: they are looked for
     lists   {stem of an image's name: its split}, where splits are lists of images
-    own     "", or the split that its one table is named after, where captions came without any
     """
     name: str = ""
     root: str = ""
@@ -433,10 +429,17 @@ class Source:
     classnames: list = ()
     notes: list = dataclasses.field(default_factory=list)
     lists: dict = dataclasses.field(default_factory=dict)
-    own: str = ""
 
     def add(self, split, rows):
         self.rows.setdefault(split, []).extend(rows)
+
+    def part(self, split):
+        """The rows of a split. DataError if there are none."""
+        if not self.rows.get(split):
+            having = [key for key, rows in self.rows.items() if rows]
+            raise DataError("; ".join([f"{self.root or self.name}: no {split} images, only the "
+                                       f"splits {having}", *self.notes]))
+        return self.rows[split]
 
 
 class Images(Dataset):
@@ -494,12 +497,9 @@ class Images(Dataset):
             return
         said = (f"{self.name}: {len(lost):,} of {len(self.paths):,} {self.split} images cannot be "
                 f"read, e.g. {self.paths[lost[0]]} ({reason})")
-        if len(lost) == len(self.paths):
-            raise DataError(f"{said}, all under {self.store}: put them there, or name the right "
-                            f"folder")
-        if also or len(lost) > max(1, len(self.paths) // 100):
-            raise DataError(f"{said}, more than 1 %{also}, under {self.store}: restore them, or "
-                            f"list the rest")
+        if also or len(lost) > max(1, len(self.paths) // 100) or len(lost) == len(self.paths):
+            raise DataError(f"{said}, more than 1 %{also}, under {self.store}: put them there, "
+                            f"name the right folder, or list the rest")
         self.notes.append(f"{said}: they are left out")
 
 
@@ -552,7 +552,17 @@ def collate(items, size):
 
 
 class Loader(DataLoader):
-    """A DataLoader that says what to do when one of its workers dies or hangs."""
+    """A DataLoader over a set with .transform, as `batches` order it, that says what to do when one
+    of its workers dies or hangs."""
+
+    def __init__(self, dataset, batches, workers=0, **options):
+        if workers:
+            options = {"persistent_workers": True, "timeout": 600, "worker_init_fn": ignore_stop,
+                       **options}
+        join = functools.partial(collate, size=dataset.transform.size)
+        own = torch.Generator()  # else it draws from the global one
+        super().__init__(dataset, batch_sampler=batches, num_workers=workers, collate_fn=join,
+                         generator=own, **options)
 
     def __iter__(self):
         try:
@@ -572,13 +582,3 @@ class Loader(DataLoader):
 def ignore_stop(worker):
     """A stop is often sent to the whole group; the parent needs one more batch before it saves."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def load_batches(dataset, batches, workers, options):
-    """A Loader over any data set with .transform, as `batches` order it."""
-    if workers:
-        options = {"persistent_workers": True, "timeout": 600, "worker_init_fn": ignore_stop,
-                   **options}
-    join = functools.partial(collate, size=dataset.transform.size)
-    return Loader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=join,
-                  generator=torch.Generator(), **options)  # else it draws from the global one

@@ -20,8 +20,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from captions import LAYOUTS, list_pairs
-from images import (Batches, DataError, ignore_stop, Images, load_batches, locate, one_line,
-                    sample_seed, SpanStore, UnreadableImage)
+from images import (Batches, DataError, ignore_stop, Images, Loader, locate, one_line,
+                    sample_seed, SpanStore, SPLITS, UnreadableImage)
 
 
 class Retrieval(NamedTuple):
@@ -45,9 +45,9 @@ class PairSet(Images):
     """
 
     def __init__(self, source, split):
-        self.take(source.rows[split])
+        self.take(source.part(split))
         own = "val" if source.rows[split] is source.rows["val"] else split  # val is used as test
-        self.store = source.store or locate(source.root, self.paths, split=source.own or own)
+        self.store = source.store or locate(source.root, self.paths, split=own)
         self.introduce(source, split, source.rows, f"with {len(self):,} {split} captions")
         self.transform = self.pixels = None
 
@@ -123,7 +123,8 @@ class PairSet(Images):
 
     def stamps(self):
         """What identifies the images: other files, or other bytes under their names, change it."""
-        return [str(self.store), [(path, *self.store.stamp(path)) for path in self.paths]]
+        there = filter(self.store.has, self.paths)
+        return [str(self.store), [(path, *self.store.stamp(path)) for path in there]]
 
     def cache(self, run, folder, limit=8 << 30, workers=0):
         """Decode every image once, into one file of `folder`, where it is read from then on.
@@ -158,7 +159,7 @@ def as_ppm(image, epoch, index):
 def fill_pixels(pairs, file, limit, workers):
     """Write the images of a set to `file`, then where they lie to a JSON -> None, or why not."""
     items = pairs.with_transform(as_ppm).image_items()
-    index, begin, spans = file.with_suffix(".json"), 0, []
+    index, spans = file.with_suffix(".json"), []
     if index.is_file():
         return None
     try:
@@ -167,9 +168,9 @@ def fill_pixels(pairs, file, limit, workers):
             for content, position, i in DataLoader(items, None, num_workers=workers,
                                                    worker_init_fn=ignore_stop,
                                                    generator=torch.Generator()):
-                spans.append((begin, len(content)) if position >= 0 else None)
-                begin += out.write(content)
-                whole = begin / (i + 1) * len(items)
+                spans.append((out.tell(), len(content)) if position >= 0 else None)
+                out.write(content)
+                whole = out.tell() / (i + 1) * len(items)
                 if whole > limit and i >= min(32, len(items)) - 1:  # told early, not at the end
                     raise OSError(f"they take about {whole / 2**30:,.1f} GB")
             out.flush()
@@ -191,22 +192,21 @@ def open_pairs(name_or_path, split, data_dir="data", layout="auto", caption_file
     "simple-clip", that notebook's split. caption_file: another one of the folder. whole: a source
     without splits goes to the asked one undivided. Raises DataError.
     """
-    return PairSet(list_pairs(name_or_path, split, data_dir, layout, caption_file, image_column,
-                              caption_column, whole), split)
+    return PairSet(list_pairs(name_or_path, data_dir, layout, caption_file, image_column,
+                              caption_column, split if whole else None), split)
 
 
 def open_splits(args):
     """The train, val and test pairs that the flags of `add_pair_flags` name, None for a split that
     there is not; their files are looked for. What is to be told of the whole is in train.notes."""
-    def opened(split):
-        pairs = open_pairs(args.data, split, args.data_dir, args.layout, args.caption_file,
-                           args.image_column, args.caption_column)
-        if split != "train":
-            pairs.notes.clear()
+    source = list_pairs(args.data, args.data_dir, args.layout, args.caption_file,
+                        args.image_column, args.caption_column)
+    sets = [PairSet(source, split) if split == "train" or source.rows[split] else None
+            for split in SPLITS]
+    for pairs in filter(None, sets):
+        pairs.notes = pairs.notes if pairs.split == "train" else []
         pairs.check_files()
-        return pairs
-    train = opened("train")
-    return train, *(opened(split) if train.counts.get(split) else None for split in ("val", "test"))
+    return sets
 
 
 # -----------------------------------------------------------------------------
@@ -288,11 +288,10 @@ class FeatureLoader:
     is not a number, its image being lost, is replaced as in a PairSet."""
 
     def __init__(self, loader, features):
-        self.batch_sampler, self.dataset, self.features = (loader.batch_sampler, loader.dataset,
-                                                           features)
-        self.owner = torch.tensor(self.dataset.owner)
-        self.lost = set(features.isnan().any(dim=1).nonzero()[:, 0].tolist())
-        self.place = {path: i for i, path in enumerate(self.dataset.paths)}
+        self.batch_sampler, self.dataset = loader.batch_sampler, loader.dataset
+        self.features, self.owner = features, torch.tensor(self.dataset.owner)
+        gone = features.isnan().any(dim=1).tolist()
+        self.lost = {path for path, nan in zip(self.dataset.paths, gone, strict=True) if nan}
         self.pairs = self.dataset.with_transform(None)
         self.pairs.store = self
 
@@ -300,7 +299,7 @@ class FeatureLoader:
         return len(self.batch_sampler)
 
     def image(self, path):
-        if self.place[path] in self.lost:
+        if path in self.lost:
             raise UnreadableImage(f"{path}: it had no features")
 
     def __iter__(self):
@@ -316,7 +315,7 @@ def make_pair_loader(pairs, batch_size, seed=0, captions="one", rank=0, world_si
     (B, 3, S, S), used (B,), asked (B,). `loader.batch_sampler` is the PairBatches; `batch_size`
     (global; of a Mixture a list, the pairs of each part) and `options` as for make_loader."""
     batches = PairBatches(pairs, batch_size, seed, rank, world_size, captions)
-    return load_batches(pairs, batches, workers, options)
+    return Loader(pairs, batches, workers, **options)
 
 
 def decode_once(run, sets, folder, args):

@@ -391,13 +391,13 @@ def test_class_folders_are_captions_only_when_asked_for(tmp_path):
 
 def test_names_splits_and_columns_that_are_not_there(tmp_path):
     refused(lambda: open_pairs("flikr", "train", tmp_path), "flikr")
-    refused(lambda: open_pairs(tmp_path, "trian"), "trian")
     refused(lambda: open_pairs(tmp_path, "train", layout="cocoa"), "cocoa")
     refused(lambda: open_pairs(f"{tmp_path}/x-{{00..04}}.tar", "train"), "x-00.tar")
     source = write(tmp_path, {"a.csv": "pic,words,split\na.png,a b,train", "a.png": 1})
     named = {"image_column": "PIC", "caption_column": "words"}
     assert everything(source, **named) == [("a.png", "a b")]
     refused(lambda: open_pairs(source, "val", **named), "val")
+    refused(lambda: open_pairs(source, "trian", **named), "trian")
     refused(lambda: open_pairs(source, "train", caption_file="none.csv"), "none.csv")
 
 
