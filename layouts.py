@@ -5,6 +5,7 @@ Settings that change the features leave no trace in the tensors' shapes: activat
 epsilons, masks, pixel statistics. `known_from_*` read them from a library's configuration, and
 refuse by its name what `clip_model` does not have.
 """
+import collections
 import contextlib
 import dataclasses
 import math
@@ -440,22 +441,6 @@ def text_fields(sd, known):
         "positions": bert["embeddings.position_embeddings.weight"].shape[0]}))
 
 
-def config_from_state_dict(sd, **known):
-    """The CLIPConfig that these tensors' shapes belong to (OpenAI's names; meta tensors will do).
-
-    What leaves no trace in shapes is taken as OpenAI's, or as the published BERTs have it, unless
-    it is among `known`: fields of CLIPConfig, `text` a dict of fields of BertConfig. WeightsError
-    names the first tensor that is missing, unknown or of another shape.
-    """
-    mlp = "text_projection.layer_norm.weight" in sd
-    with about(f"not a CLIP (its first tensor is {next(iter(sd), None)!r})"):
-        head = sd["text_projection.layer_norm.weight" if mlp else "text_projection"]
-        config = CLIPConfig(embed_dim=head.shape[-1], proj="mlp" if mlp else "linear",
-                            **image_fields(sd, known) | text_fields(sd, known))
-    check_state(config, sd)
-    return config
-
-
 @contextlib.contextmanager
 def skeleton():
     """Modules made in here have names and shapes and no numbers. Filling them is left out: on
@@ -466,21 +451,32 @@ def skeleton():
         yield
 
 
-def check_state(config, state):
-    """Raise WeightsError unless `state` has exactly the tensors of a CLIP of this size."""
+def build(sd, known):
+    """The CLIP of exactly these tensors, see `weights.config_from_state_dict`.
+
+    Adds what tensors do not tell: versions of modules, without which torchvision's MNASNet refuses,
+    and the count of batches of older BatchNorms. Parameters become fp32 and contiguous: some
+    accelerators ignored in-place updates of strided ones."""
+    mlp = "text_projection.layer_norm.weight" in sd
+    with about(f"not a CLIP (its first tensor is {next(iter(sd), None)!r})"):
+        head = sd["text_projection.layer_norm.weight" if mlp else "text_projection"]
+        config = CLIPConfig(embed_dim=head.shape[-1], proj="mlp" if mlp else "linear",
+                            **image_fields(sd, known) | text_fields(sd, known))
     with about("these sizes make no CLIP"), skeleton():
-        expected = CLIP(config).state_dict()
-    expected["logit_bias"] = expected["logit_scale"]
-    optional = ("logit_bias", ".num_batches_tracked")
-    for name in [*expected, *state]:
-        own, found = expected.get(name), state.get(name)
-        if found is None and name.endswith(optional):  # SigLIP's; older BatchNorms did not count
-            continue
-        if own is None or found is None or own.shape != found.shape or (
-                own.is_floating_point() and not found.is_floating_point()):
-            size = [None if t is None else f"{t.dtype} {tuple(t.shape)}" for t in (found, own)]
-            raise WeightsError(f"{name!r} is {size[0]} in the weights and {size[1]} in a "
-                               f"{describe(config)}")
+        model = CLIP(config)
+        if "logit_bias" in sd:  # SigLIP's
+            model.logit_bias = nn.Parameter(torch.zeros(()))
+    own = model.state_dict()
+    state = collections.OrderedDict({
+        name: torch.tensor(0) for name in own if name.endswith(".num_batches_tracked")})
+    for name, tensor in sd.items():
+        like = own.get(name, tensor)
+        if tensor.is_floating_point() or not like.is_floating_point():  # integers are no weights
+            state[name] = tensor.to(like.dtype).contiguous()
+    state._metadata = own._metadata
+    with about(f"not a {describe(config)}"):
+        model.load_state_dict(state, assign=True)
+    return model
 
 
 def name_of(config):

@@ -36,10 +36,10 @@ from clip_model import (
 from fetch import fetch, hash_files, only_one
 from files import expanded, mistaken, write_atomic, write_whole
 from layouts import (
-    CARD, CHINESE_CLIP, WeightsError, about, card, check_layout, check_state,
-    config_from_state_dict, describe, hugging_face_tables, image_fields, is_chinese_clip,
-    known_from_card, known_from_hugging_face, known_from_open_clip, known_from_timm, name_of,
-    one_line, open_clip_tables, openai_names, skeleton, state_in, text_fields, to_hugging_face)
+    CARD, CHINESE_CLIP, WeightsError, about, build, card, check_layout, describe,
+    hugging_face_tables, image_fields, is_chinese_clip, known_from_card, known_from_hugging_face,
+    known_from_open_clip, known_from_timm, name_of, one_line, open_clip_tables, openai_names,
+    skeleton, state_in, text_fields, to_hugging_face)
 
 OPENAI_URL = "https://openaipublic.azureedge.net/clip/models"
 RELEASED = {  # name -> sha256, which is also the folder in the URL
@@ -315,30 +315,27 @@ def load(name_or_path=None, image_tower=None, text_tower=None, proj="linear", em
                     proj, embed_dim)
     source = read(name_or_path, activation)
     with about(source.origin["path"]):
-        config = config_from_state_dict(source.state, **source.known)
-    with skeleton():  # nothing is initialised only to be overwritten
-        model = CLIP(config)
-    name = name_of(config)
+        model = build(source.state, source.known)
+    name = name_of(model.config)
     model.origin = source.origin | ({"name": name} if name != "custom" else {})
-    return fill(model, source.state, source.known, source.known)
+    return finish(model, source, source)
 
 
-def fill(model, state, about_images, about_texts):
-    """Give a model, which may be on "meta", its tensors and what goes with them -> the model.
-    Adds what tensors do not tell: versions of modules, without which torchvision's MNASNet refuses,
-    and the count of batches of older BatchNorms. Parameters become contiguous: some accelerators
-    ignored in-place updates of strided ones."""
-    if "logit_bias" in state:
-        model.logit_bias = torch.nn.Parameter(model.logit_scale.detach().clone())
-    own = model.state_dict()
-    state = collections.OrderedDict({
-        name: state.get(name, torch.tensor(0)).to(tensor.dtype).contiguous()
-        for name, tensor in own.items()})
-    state._metadata = own._metadata
-    model.load_state_dict(state, assign=True)
-    if about_images.get("pixels"):
-        model.set_pixels(about_images["pixels"])
-    model.vocabulary = about_texts.get("vocabulary")
+def config_from_state_dict(sd, **known):
+    """The CLIPConfig that these tensors' shapes belong to (OpenAI's names; meta tensors will do).
+
+    What leaves no trace in shapes is taken as OpenAI's, or as the published BERTs have it, unless
+    it is among `known`: fields of CLIPConfig, `text` a dict of fields of BertConfig. WeightsError
+    names the first tensor that is missing, unknown or of another shape.
+    """
+    return build(sd, known).config
+
+
+def finish(model, image, text):
+    """What the Sources of its two towers tell beside the tensors -> the model, ready to use."""
+    if image.known.get("pixels"):
+        model.set_pixels(image.known["pixels"])
+    model.vocabulary = text.known.get("vocabulary")
     return model.requires_grad_(True).eval()
 
 
@@ -366,12 +363,12 @@ def join(image, text, proj, embed_dim):
             state = {name: t for name, t in state.items() if not name.startswith(part)}
             drawn |= names
     state = {name: own[name] for name in drawn} | state
-    check_state(model.config, state)
+    model = build(state, dataclasses.asdict(model.config))
     model.origin = {
         "name": f"{image.origin['name']}+{text.origin['name']}", "path": "",
         "sha256": f"{image.origin['sha256']}+{text.origin['sha256']}".strip("+"),
         "layout": "towers", "notes": notes, "text": text.origin}
-    return fill(model, state, image.known, text.known)
+    return finish(model, image, text)
 
 
 def tower_of(side, tower, size, activation):

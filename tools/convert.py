@@ -24,11 +24,9 @@ import torch
 from torch import nn
 
 from clip_model import CLIP, CONFIGS, canonical_name, ends_of
-from layouts import (
-    LAYOUTS, WeightsError, about, config_from_state_dict, describe, image_fields, name_of,
-    text_fields)
+from layouts import LAYOUTS, WeightsError, about, describe, image_fields, name_of, text_fields
 from tokenizer import TokenizerError, for_model
-from weights import RELEASED, export, load, read, save
+from weights import RELEASED, config_from_state_dict, export, load, read, save
 
 # -----------------------------------------------------------------------------
 # inspect
