@@ -43,7 +43,7 @@ def one_line(error):
     """The telling line of an exception; of torch's, what a pickle asked for."""
     text = re.sub(r"\s+", " ", str(error)) or type(error).__name__
     wish = re.search(r"Unsupported (global|class|operand)[^.]*\.\S*|GLOBAL \S+", text)
-    return text if isinstance(error, WeightsError) else (wish[0] if wish else text)[:200]
+    return text if isinstance(error, WeightsError) else (wish[0] if wish else text)[:300]
 
 
 def allow(table, harmless=None, **allowed):
