@@ -8,7 +8,6 @@ import hashlib
 import os
 import re
 import sys
-import urllib.error
 import urllib.request
 
 
@@ -28,7 +27,10 @@ def fetch(url, target, sha256=""):
             partial.unlink()
         except Exception as error:  # networks fail in many ways
             problem = " ".join(str(error).split()) or type(error).__name__
-            if getattr(error, "code", 0) in (401, 403, 404):  # will not get better
+            code = getattr(error, "code", 0)
+            if code == 416:  # nothing is missing, and whether it is right is not known
+                partial.unlink()
+            if code in (401, 403, 404):  # will not get better
                 break
     return problem
 
@@ -50,40 +52,28 @@ def transfer(url, partial, sha256=""):
     "". OSError when the transfer stops early."""
     have, redirects = partial.stat().st_size if partial.exists() else 0, Redirects()
     headers = {"User-Agent": "clip"} | ({"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.build_opener(redirects).open(
-            urllib.request.Request(url, headers=headers), timeout=30)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # nothing is missing; the checksum will tell
-            raise
-        response = error
-    with response:
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.build_opener(redirects).open(request, timeout=30) as response:
         told = [response.headers.get("X-Linked-Etag"), redirects.etag, response.headers.get("ETag")]
         etag = next(filter(None, told), "")
         sha256 = sha256 or "".join(re.findall(r'^"?([0-9a-f]{64})"?$', etag))
+        have = have if response.status == 206 else 0
         if have and not sha256:  # the two parts could be of different files
             partial.unlink()
             return transfer(url, partial)
-        if response.status != 416:
-            append(response, partial, have if response.status == 206 else 0)
-    return sha256
-
-
-def append(response, partial, have):
-    """The body of a response behind the first `have` bytes of `partial`."""
-    total = have + int(response.headers.get("Content-Length") or 0)
-    large = total > 10 << 20
-    if large:
-        print(f"fetching {response.url.partition('?')[0]} ({total >> 20:,} MB) into "
-              f"{partial.parent}", file=sys.stderr, flush=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "ab" if have else "wb") as file:
-        while chunk := response.read(1 << 20):
-            have += file.write(chunk)
-            if large and sys.stderr.isatty():
-                print(f"\r{have >> 20:,} of {total >> 20:,} MB", end="", file=sys.stderr)
+        total = have + int(response.headers.get("Content-Length") or 0)
+        if total > 10 << 20:
+            print(f"fetching {response.url.partition('?')[0]} ({total >> 20:,} MB) into "
+                  f"{partial.parent}", file=sys.stderr, flush=True)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "ab" if have else "wb") as file:
+            while chunk := response.read(1 << 20):
+                have += file.write(chunk)
+                if total > 10 << 20 and sys.stderr.isatty():
+                    print(f"\r{have >> 20:,} of {total >> 20:,} MB", end="", file=sys.stderr)
     if have < total:
         raise OSError(f"the connection ended at {have:,} of {total:,} bytes")
+    return sha256
 
 
 @contextlib.contextmanager
