@@ -347,22 +347,21 @@ def join(image, text, proj, embed_dim):
         raise WeightsError("one CLIP has QuickGELU and the other GELU; give both with the same")
     with about("these towers make no CLIP"):
         model = CLIP(CLIPConfig(embed_dim=embed_dim, proj=proj, **image.fields | text.fields))
-    own, state = model.state_dict(), image.state | text.state
-    notes, drawn = [], {"logit_scale"}
+    own, notes = model.state_dict(), []
+    state = image.state | text.state | {"logit_scale": own["logit_scale"]}
     for source in (image, text):
         notes += [f"{source.origin['name']}: {note}" for note in source.origin["notes"]]
         if not source.state:
             notes.append(f"{source.origin['name']} starts from random numbers")
-            drawn |= {name for name in own if name.startswith("visual.") == (source is image)}
+            state |= {name: t for name, t in own.items()
+                      if name.startswith("visual.") == (source is image)}
     for part in (*HEADS, "bert.pooler"):
-        names = {name for name in own if name.startswith(part)} - drawn
-        if any(name not in state or state[name].shape != own[name].shape for name in names):
+        drawn = {name: t for name, t in own.items() if name.startswith(part)}
+        if any(name not in state or state[name].shape != t.shape for name, t in drawn.items()):
             had = state.get(part, state.get(part + ".weight"))
             notes.append(f"{part} starts from random numbers" + (
                 "" if had is None else f" (the CLIP's own is {tuple(had.shape)})"))
-            state = {name: t for name, t in state.items() if not name.startswith(part)}
-            drawn |= names
-    state = {name: own[name] for name in drawn} | state
+            state = {name: t for name, t in state.items() if not name.startswith(part)} | drawn
     model = build(state, dataclasses.asdict(model.config))
     model.origin = {
         "name": f"{image.origin['name']}+{text.origin['name']}", "path": "",
