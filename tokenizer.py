@@ -174,19 +174,6 @@ def merge(symbols, ranks):
     return done
 
 
-def is_plain(text):
-    """Printable ASCII without "&": nothing to repair or unescape, which is most of the time."""
-    return text.isascii() and "&" not in text and text.replace("\n", " ").isprintable()
-
-
-def clean(text):
-    """What OpenAI's tokenizer sees of `text`: repaired, unescaped, single spaces, lower case."""
-    if not is_plain(text):
-        text = ACCENT_RUN.sub(lambda run: "".join(sorted(run[0], key=unicodedata.combining)), text)
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return regex.sub(r"\s+", " ", text.strip()).strip().lower()
-
-
 class BPETokenizer(Tokenizer):
     """CLIP's tokenizer, of its merge list at `path`; TokenizerError when that is another."""
     theirs = {"tokenizer_class": "CLIPTokenizer", "bos_token": "<|startoftext|>", **dict.fromkeys(
@@ -210,12 +197,16 @@ class BPETokenizer(Tokenizer):
                          "<|startoftext|>", "<|endoftext|>", "!", merges)
 
     def _chunks(self, text):
-        # Words are independent, and lower case, all that is left to do of `clean`, can wait.
-        return text.split() if is_plain(text) else clean(text).split(" ")
+        """The words of what OpenAI's tokenizer sees: the text repaired and unescaped."""
+        if text.isascii() and "&" not in text and text.replace("\n", " ").isprintable():
+            return text.split()  # nothing to repair or unescape, which is most of the time
+        text = ACCENT_RUN.sub(lambda run: "".join(sorted(run[0], key=unicodedata.combining)), text)
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        return regex.split(r"\s+", text.strip())
 
     def _encode_chunk(self, word):
         ids = []
-        for piece in CLIP_PIECES.findall(word.lower()):  # cleaned words are lower case already
+        for piece in CLIP_PIECES.findall(word.lower()):
             if piece in ("<|startoftext|>", "<|endoftext|>"):
                 ids.append(self.ids[piece])
             else:
