@@ -19,7 +19,9 @@ from clip_model import (
     ACTIVATIONS, CLIP, CONFIGS, FAMILIES, HEAD_OF_WIDTH, BertConfig, CLIPConfig, Pixels,
     bert_fields)
 
-LAYOUTS = ("safetensors", "openai", "open_clip", "hf", "chinese_clip")
+LAYOUTS = {  # and the usual name of the file or folder
+    "safetensors": "clip.safetensors", "openai": "clip.pt", "open_clip": "open_clip", "hf": "hf",
+    "chinese_clip": "chinese_clip.pt"}
 
 
 class WeightsError(ValueError):

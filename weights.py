@@ -36,7 +36,7 @@ from clip_model import (
 from fetch import fetch, hash_files, only_one
 from files import expanded, mistaken, write_atomic, write_whole
 from layouts import (
-    CARD, CHINESE_CLIP, WeightsError, about, build, card, check_layout, describe,
+    CARD, CHINESE_CLIP, LAYOUTS, WeightsError, about, build, card, check_layout, describe,
     hugging_face_tables, image_fields, is_chinese_clip, known_from_card, known_from_hugging_face,
     known_from_open_clip, known_from_timm, name_of, one_line, open_clip_tables, openai_names,
     skeleton, state_in, text_fields, to_hugging_face)
@@ -54,10 +54,9 @@ RELEASED = {  # name -> sha256, which is also the folder in the URL
     "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"}
 UNREAD = {"path": "", "sha256": "", "notes": []}  # the origin of a tower that has no file
 TINY = pathlib.Path(__file__).resolve().parent / "assets" / "tiny_clip.safetensors"
-HUB_WEIGHTS = (  # what a folder is asked for, in this order: files of other libraries,
+WEIGHTS = (  # what a folder is asked for, in this order: files of other libraries, then our own
     "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors",
-    "open_clip_pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
-OWN_WEIGHTS = (  # exports and checkpoints
+    "open_clip_pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json",
     "clip.safetensors", "clip.pt", "chinese_clip.pt", "checkpoint_best.pt", "checkpoint_last.pt")
 HUB_SETTINGS = (  # what can stand beside the weights: how to compute, and the tokenizer
     "config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json",
@@ -77,9 +76,7 @@ kept_hash = functools.lru_cache(lambda paths, times: hash_files(*paths))  # time
 
 class ScriptObject:
     """Stands for every class of a TorchScript archive; holds its attributes and does nothing."""
-
-    def __init__(self, *_):
-        self.attributes = {}
+    attributes = {}
 
     def __setstate__(self, state):
         self.attributes = state if isinstance(state, dict) else {}
@@ -358,9 +355,7 @@ def join(image, text, proj, embed_dim):
     for part in (*HEADS, "bert.pooler"):
         drawn = {name: t for name, t in own.items() if name.startswith(part)}
         if any(name not in state or state[name].shape != t.shape for name, t in drawn.items()):
-            had = state.get(part, state.get(part + ".weight"))
-            notes.append(f"{part} starts from random numbers" + (
-                "" if had is None else f" (the CLIP's own is {tuple(had.shape)})"))
+            notes.append(f"{part} starts from random numbers")
             state = {name: t for name, t in state.items() if not name.startswith(part)} | drawn
     model = build(state, dataclasses.asdict(model.config))
     model.origin = {
@@ -378,14 +373,14 @@ def tower_of(side, tower, size, activation):
     name = tower.removesuffix(":none")
     known = canonical_name(name)
     if name != tower and name in BERTS and side == "text":
-        return Source({}, {}, {"name": name} | UNREAD, fields=bert_fields(BERTS[name]))
+        return Source({}, {}, {"name": name} | UNREAD, bert_fields(BERTS[name]))
     if name != tower and known:
         parts = ("vision_", "image_", "backbone") if side == "image" else (
             "text", "context_", "vocab_")
         config = dataclasses.replace(CONFIGS[known], image_size=size or CONFIGS[known].image_size)
         fields = {key: getattr(config, key) for key in vars(config) if key.startswith(parts)}
-        return Source({}, {}, {"name": known} | UNREAD, fields=fields | (
-            {"activation": activation} if activation and not fields.get("text") else {}))
+        fields |= {"activation": activation} if activation else {}
+        return Source({}, {}, {"name": known} | UNREAD, fields)
     if side == "image" and tower and not (known or is_hub_name(tower) or expanded(tower).exists()):
         return classifier(tower, size)
     source = read(tower, activation)
@@ -480,12 +475,11 @@ def locate(name_or_path):
     if (folder / "adapter_config.json").is_file():
         raise WeightsError(f"{folder} has an adapter_config.json, of a LoRA: merge that into its "
                            f"model with peft's merge_and_unload() and save the result")
-    for name in (*HUB_WEIGHTS, *OWN_WEIGHTS, best if isinstance(best, str) else ""):
+    for name in (*WEIGHTS, best if isinstance(best, str) else ""):
         if (folder / name).is_file():
             return folder / name
-    names = HUB_WEIGHTS + OWN_WEIGHTS
-    inside = sorted({path.parent.name for path in folder.glob("*/*") if path.name in names})
-    raise WeightsError(f"the folder {folder} has none of {', '.join(names)}"
+    inside = sorted({path.parent.name for path in folder.glob("*/*") if path.name in WEIGHTS})
+    raise WeightsError(f"the folder {folder} has none of {', '.join(WEIGHTS)}"
                        + f"; there are such in its {', '.join(inside)}: give that" * bool(inside))
 
 
@@ -551,9 +545,9 @@ def from_hub(name):
         if not folder.is_dir():
             for file in HUB_SETTINGS:
                 get(file)
-            weights = next(filter(get, HUB_WEIGHTS), None)
+            weights = next(filter(get, WEIGHTS), None)
             if not weights:
-                raise WeightsError(f"it has none of {', '.join(HUB_WEIGHTS)}")
+                raise WeightsError(f"it has none of {', '.join(WEIGHTS)}")
             for shard in shards_of(partial / weights):
                 get(shard.name)
             with about(f"{partial} (delete it to fetch all anew)"):
@@ -620,11 +614,9 @@ def save(model, path, layout="safetensors", dtype=torch.float32, token_rows=None
 def export(model, folder, layout, tokenizer=None):
     """`save` into `folder` under the layout's usual name, and for "hf" the tokenizer's own files
     -> the path written."""
-    name = {"openai": "clip.pt", "chinese_clip": "chinese_clip.pt",
-            "safetensors": "clip.safetensors"}.get(layout, layout)
     if tokenizer is not None:
         model.vocabulary = tokenizer.facts()
-    path = save(model, pathlib.Path(folder) / name, layout)
+    path = save(model, pathlib.Path(folder) / LAYOUTS.get(layout, layout), layout)
     if tokenizer is not None and layout == "hf":
         tokenizer.save(path.parent, model.config.context_length)
     return path

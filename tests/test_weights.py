@@ -619,7 +619,7 @@ def test_a_clips_own_projection_is_kept_where_it_fits_and_notes_say_what_is_rand
     assert kept.logit_scale.item() == pytest.approx(2.6593, abs=1e-4)
     for more in ({"embed_dim": 24}, {"embed_dim": 32, "proj": "mlp"}):
         new = load(file, text_tower="tiny-bert:none", **more)
-        assert any("visual.proj" in note and "(64, 32)" in note for note in new.origin["notes"])
+        assert "visual.proj starts from random numbers" in new.origin["notes"]
         assert torch.equal(new.visual.ln_post.weight, base.visual.ln_post.weight)
     gelu = save(make(activation="gelu"), tmp_path / "gelu.safetensors")
     refused(lambda: load(file, image_tower=gelu), "GELU")
