@@ -61,18 +61,27 @@ def allow(table, harmless=None, **allowed):
 # -----------------------------------------------------------------------------
 # Names
 
+WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "net", "weights", "ema",
+            "model_ema", "state_dict_ema")
+# Tensors of a scripted CLIP that hold no weights; the mask is not finite
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
+
+
+def wrapped_in(content):
+    """The keys of a training checkpoint whose values can hold the weights, the likely first."""
+    return [key for key in WRAPPERS if isinstance(content, dict)
+            and isinstance(content.get(key), dict) and content[key]]
+
+
 def state_in(content):
     """The named tensors in what a file holds: of the state dict inside a training checkpoint,
     without the prefixes that wrappers leave (`module.` of DDP, `_orig_mod.` of torch.compile,
     `model.` of Lightning)."""
-    wrappers = ("state_dict", "model", "model_state_dict", "module", "net", "weights", "ema",
-                "model_ema", "state_dict_ema")
     for _ in range(8):  # not for ever: a hostile file can hold itself
-        inner = [content[key] for key in wrappers if isinstance(content, dict)
-                 and isinstance(content.get(key), dict) and content[key]]
-        content = inner[0] if inner else content
+        content = next((content[key] for key in wrapped_in(content)), content)
     state = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)
-             and isinstance(name, str)} if isinstance(content, dict) else {}
+             and isinstance(name, str) and name.rpartition(".")[2] not in NO_WEIGHTS
+             } if isinstance(content, dict) else {}
     if not state:
         raise WeightsError("no tensors under names; expected a state dict")
     for name, tensor in state.items():  # a stride of 0 makes terabytes of four bytes
@@ -175,8 +184,7 @@ def openai_names(state):
     layout = "openai"  # OpenCLIP's CLIP keeps the same names
     side = ("vision_model." if "embeddings.class_embedding" in state else  # a tower alone, of
             "text_model." if "embeddings.token_embedding.weight" in state else "")  # transformers 5
-    state = {side + name: tensor for name, tensor in state.items() if name.rpartition(".")[2] not in
-             ("input_resolution", "context_length", "vocab_size", "attn_mask")}
+    state = {side + name: tensor for name, tensor in state.items()}
     if any_begins("vision_model.", "text_model."):
         if any_begins("vision_model.head."):
             raise WeightsError("a SigLIP, whose towers are not built as CLIP's")
@@ -236,14 +244,15 @@ def known_from_hugging_face(read):
     if kind is None and not {"vision_config", "text_config", "hidden_size"} & config.keys():
         return {}  # another program's
     if kind in FAMILIES:
-        return {"text": bert_settings(config) | pooling_settings(read)}
+        return {"text": bert_settings(config) | pooling_settings(read, kind)}
     allow({"model_type": kind} | config, HARMLESS, model_type=(  # the type first: it tells most
         "clip", "chinese_clip", "vision-text-dual-encoder", *ONE_TOWER, *FAMILIES))
     towers = {ONE_TOWER[kind]: config} if kind in ONE_TOWER else {
         side: config.get(f"{side}_config_dict") or config.get(f"{side}_config") or {}
         for side in ("vision", "text")}  # theirs: the old second table counts, and whole
     known = {"pixels": pixels_from_hugging_face(
-        read("preprocessor_config.json") or read("processor_config.json").get("image_processor"))}
+        read("processor_config.json").get("image_processor")  # since transformers 5, and first
+        or read("preprocessor_config.json"))}
     for side, tower in towers.items():
         if side == "text" and kind == "chinese_clip":
             known["text"] = bert_settings(tower | {"model_type": "bert"}) | CHINESE_CLIP["text"]
@@ -257,6 +266,11 @@ def known_from_hugging_face(read):
     return known
 
 
+def last_token(vocab_size):
+    """The id of CLIP's end of text. Tokens that somebody added come after it."""
+    return min(vocab_size, 49_408) - 1
+
+
 def clip_settings(side, config, activations):
     width, heads = (768, 12) if side == "vision" else (512, 8)
     config = {"model_type": "clip", "hidden_act": "quick_gelu", "hidden_size": width,
@@ -265,7 +279,7 @@ def clip_settings(side, config, activations):
           model_type=("clip", f"clip_{side}_model", f"chinese_clip_{side}_model"))
     if side == "text":  # 2: an old word for the largest id
         allow({"eos_token_id": config.get("eos_token_id", 2)},
-              eos_token_id=(2, config.get("vocab_size", 49_408) - 1))
+              eos_token_id=(2, last_token(config.get("vocab_size", 49_408))))
     return {"activation": config["hidden_act"],
             f"{side}_head": config["hidden_size"] // config["num_attention_heads"]}
 
@@ -281,10 +295,11 @@ def bert_settings(config):
         ours: given[theirs] for ours, theirs in BERT_SETTINGS.items() if theirs in given}
 
 
-def pooling_settings(read):
+def pooling_settings(read, family):
     """How sentence-transformers makes one vector of a text; {} where it does not say."""
     home = "" if read("modules.json", list) else "../"  # in older folders each has one of its own
-    modules = {module["type"].rpartition(".")[2]: module["path"]
+    modules = {re.sub("^(BERT|RoBERTa|DistilBERT)$", "Transformer",  # before version 1
+                      module["type"].rpartition(".")[2]): module["path"]
                for module in read(home + "modules.json", list)}
     if home and not modules.get("Transformer"):  # another model's
         home, modules = "", {"Dense": "2_Dense"} if read("2_Dense/config.json") else {}
@@ -294,8 +309,10 @@ def pooling_settings(read):
              if on is True and key.startswith("pooling_mode_")]
     modes += [str(config["pooling_mode"])] if "pooling_mode" in config else []
     known = {"mean_tokens": "mean", "mean": "mean", "cls_token": "first", "cls": "first"}
-    lowers = read("tokenizer_config.json").get("do_lower_case", True)
-    allow(read("sentence_bert_config.json"), do_lower_case=(False, lowers))  # as that does anyway
+    lowers = read("tokenizer_config.json").get("do_lower_case", family != "roberta")
+    for file in (f"sentence_{name}_config.json" for name in FAMILIES):
+        if read(file).get("do_lower_case") and not lowers:
+            raise WeightsError(f"{file} lowers all letters, and the tokenizer does not")
     allow(read(f"{home}config_sentence_transformers.json"), default_prompt_name=(None,))
     if modes or "Pooling" in modules:
         allow({"pooling": " + ".join(modes)}, pooling=tuple(known))
@@ -310,7 +327,7 @@ def pixels_from_hugging_face(config):
     side = next(iter(size.values()), None) if isinstance(size, dict) else size
     square = {"height": side, "width": side}
     squash = size == square
-    crop = config.get("do_center_crop", not squash)
+    crop = config.get("do_center_crop", True)
     allow({"do_center_crop": crop} | config, HARMLESS, do_resize=(True,), do_rescale=(True,),
           do_normalize=(True,), rescale_factor=(1 / 255,), resample=(2, 3),
           do_center_crop=(True, False) if squash else (True,),
@@ -547,7 +564,8 @@ def hugging_face_tables(model):
     else:
         text = tower("text", config.text_width, config.text_layers, config.text_head) | {
             "vocab_size": config.vocab_size, "max_position_embeddings": config.context_length,
-            "bos_token_id": config.vocab_size - 2, "eos_token_id": config.vocab_size - 1,
+            "bos_token_id": last_token(config.vocab_size) - 1,
+            "eos_token_id": last_token(config.vocab_size),
             "pad_token_id": 0}
     square = {"height": config.image_size, "width": config.image_size}
     squash = model.image_resize == "squash"

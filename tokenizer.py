@@ -332,6 +332,7 @@ FAST = {("WordPiece", "BertNormalizer", "BertPreTokenizer"): "wordpiece",  # of 
 SETTINGS = {  # those that change ids, as they are here; what lies beside may say otherwise
     "clean_text": "True", "do_basic_tokenize": "True", "add_prefix_space": "False",
     "use_regex": "True", "ignore_merges": "False", "max_input_chars_per_word": "100",
+    "post_processor": ".+Processing|Sequence",  # none: no [CLS] and [SEP]
     "continuing_subword_prefix": "(##)?", "end_of_word_suffix": "", "truncation_side": "right",
     "extra_special_tokens": r"\[\]|{}", "additional_special_tokens": r"\[\]",
     "cls_token": r"\[CLS\]|<s>|{.*", "sep_token": r"\[SEP\]|</s>|{.*",  # {: of older files
@@ -361,8 +362,9 @@ def read_vocabulary(vocab, wanted=None, merges=()):
                 if config.get(name) is not None and not regex.fullmatch(known, str(config[name]))]
         odd += [f"an added token {token}" for token in config.get("added", [])  # cut out of words
                 if not regex.fullmatch(SPECIAL[wanted or kind], token)]
-        if len(set(ids.values())) < len(ids) or any(operator.index(i) < 0 for i in ids.values()):
-            odd.append("an id twice or below 0")
+        numbers = {operator.index(i) for i in ids.values()}
+        if len(numbers) < len(ids) or min(numbers) < 0 or max(numbers) > 1 << 24:
+            odd.append("an id twice, below 0 or above 2^24")
         if odd or kind == "bytebpe" and not pairs:
             raise ValueError(", ".join(odd[:5]) or "no merges")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -394,16 +396,22 @@ def read_files(path):
     content = json.loads(path.read_text("utf-8"))
     model, normalizer, cut = (content.get(key) or {}
                               for key in ("model", "normalizer", "pre_tokenizer"))
-    ids = model["vocab"] if path.name == "tokenizer.json" else content
+    if path.name == "tokenizer.json":
+        ids, pairs = model["vocab"], model.get("merges", [])
+    else:
+        ids, pairs = content, lines(folder / "merges.txt")
+        pairs = [pair for pair in pairs if pair[:8] not in ("", "#version")]
     if "<|startoftext|>" in ids:
-        return "bpe", ids, [], {key: config.get(key) for key in ("added", "truncation_side")}
+        return "bpe", ids, pairs, {key: config.get(key) for key in ("added", "truncation_side")}
     if ids is content:
-        pairs = lines(folder / "merges.txt")
-        return "bytebpe", ids, [x for x in pairs if x[:8] not in ("", "#version")], config
+        return "bytebpe", ids, pairs, config
     kind = FAST[tuple(part.get("type") for part in (model, normalizer, cut))]
     fast = {**model, **normalizer, **cut, "do_lower_case": normalizer.get("lowercase"),
             "tokenize_chinese_chars": normalizer.get("handle_chinese_chars")}
-    return kind, ids, model.get("merges", []), config | fast if generic else fast | config
+    if not generic:
+        return kind, ids, pairs, fast | config
+    ends = (content.get("post_processor") or {"type": "none"})["type"]
+    return kind, ids, pairs, config | fast | {"post_processor": ends}
 
 
 def open_tokenizer(path):
@@ -420,30 +428,32 @@ def open_tokenizer(path):
             raise TokenizerError("a checkpoint's vocabulary is of no known kind") from None
     if pathlib.Path(path).suffix == ".gz":
         return BPETokenizer(path)
-    kind, ids, _, config = read_vocabulary(path)
+    kind, ids, merges, config = read_vocabulary(path)
     if kind == "wordpiece":
         chinese = config.get("model_type") == "chinese_clip"
         return ChineseTokenizer(path) if chinese else WordPieceTokenizer(path)
     tokenizer = BPETokenizer() if kind == "bpe" else ByteBPETokenizer(path)
-    if tokenizer.ids != ids:
+    if tokenizer.ids != ids or list(tokenizer.ranks) != merges:
         raise TokenizerError(f"{path} looks like CLIP's vocabulary and differs from it")
     return tokenizer
 
 
 def for_model(model, path=None):
     """The tokenizer of the text tower of `model`, a `clip_model.CLIP`: of `path` if one is given;
-    else what the model's file said of it; else CLIP's for CLIP's own tower; else what lies in or
-    beside the tower's file. TokenizerError when there is none, or it is not of this tower: another
-    kind, more tokens than the tower has, another padding."""
+    else what the model's file said of it; else what lies beside the tower's file, if transformers
+    wrote that or the tower is a BERT; else CLIP's, for CLIP's own tower. TokenizerError when there
+    is none, or it is not of this tower: another kind, more tokens than the tower has, another
+    padding."""
     origin = model.origin.get("text") or model.origin  # a CLIP of two towers has both
     place, size = path or model.vocabulary, model.config.vocab_size
-    if not place and model.text_kind == "bpe":
-        place = {"kind": "bpe"}
-    if not place:
-        place = pathlib.Path(origin.get("path", "")).parent
-        if not origin.get("path") or not [*place.glob("vocab.*"), *place.glob("tokenizer.json")]:
-            raise TokenizerError(f"the text tower of {origin['name']} needs its {model.text_kind} "
-                                 f"vocabulary: name the folder with --tokenizer")
+    own = model.text_kind == "bpe"
+    if not place and origin.get("path") and (not own or origin["layout"] == "hf"):
+        folder = pathlib.Path(origin["path"]).parent
+        place = folder if [*folder.glob("vocab.*"), *folder.glob("tokenizer.json")] else None
+    if not place and not own:
+        raise TokenizerError(f"the text tower of {origin['name']} needs its {model.text_kind} "
+                             f"vocabulary: name the folder with --tokenizer")
+    place = place or {"kind": "bpe"}
     if not isinstance(place, dict) and (
             origin.get("layout") == "chinese_clip" or origin["name"].startswith("CN-")):
         tokenizer = ChineseTokenizer(place)

@@ -39,7 +39,7 @@ from layouts import (
     CARD, CHINESE_CLIP, LAYOUTS, WeightsError, about, build, card, check_layout, describe,
     hugging_face_tables, image_fields, is_chinese_clip, known_from_card, known_from_hugging_face,
     known_from_open_clip, known_from_timm, name_of, one_line, open_clip_tables, openai_names,
-    skeleton, state_in, text_fields, to_hugging_face)
+    skeleton, state_in, text_fields, to_hugging_face, wrapped_in)
 
 OPENAI_URL = "https://openaipublic.azureedge.net/clip/models"
 RELEASED = {  # name -> sha256, which is also the folder in the URL
@@ -54,9 +54,10 @@ RELEASED = {  # name -> sha256, which is also the folder in the URL
     "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"}
 UNREAD = {"path": "", "sha256": "", "notes": []}  # the origin of a tower that has no file
 TINY = pathlib.Path(__file__).resolve().parent / "assets" / "tiny_clip.safetensors"
-WEIGHTS = (  # what a folder is asked for, in this order: files of other libraries, then our own
-    "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors",
-    "open_clip_pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json",
+WEIGHTS = (  # what a folder is asked for, in this order: files of other libraries (beside those of
+    # OpenCLIP, model.safetensors can be of the image tower alone, in timm's names), then our own
+    "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors",
+    "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json",
     "clip.safetensors", "clip.pt", "chinese_clip.pt", "checkpoint_best.pt", "checkpoint_last.pt")
 HUB_SETTINGS = (  # what can stand beside the weights: how to compute, and the tokenizer
     "config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json",
@@ -147,9 +148,10 @@ def read_pytorch(path):
             warnings.simplefilter("ignore")  # what torch would say of an odd file is said below
             return torch.load(path, map_location="cpu", weights_only=True), "PyTorch"
     except Exception as error:  # a damaged or hostile file can raise anything
-        raise WeightsError(f"not a whole PyTorch file of tensors and plain values; fetch it again, "
-                           f"or save the state_dict of torch.load(FILE, weights_only=False) if you "
-                           f"trust it. Nothing in it was run ({one_line(error)})") from None
+        advice = "" if not isinstance(error, pickle.UnpicklingError) else (
+            ", or save the state_dict of torch.load(FILE, weights_only=False) if you trust it")
+        raise WeightsError(f"not a whole PyTorch file of tensors and plain values; fetch it again"
+                           f"{advice}. Nothing in it was run ({one_line(error)})") from None
 
 
 def read_safetensors(path):
@@ -253,7 +255,8 @@ def read(name_or_path, activation=None):
 
         def beside(name, kind=dict):
             return read_json(path.parent / name, kind)
-        with about("its settings, or those in the JSON beside it"):
+        with about("its settings, or those in config.json, preprocessor_config.json and other JSON "
+                   "beside it (move away what is not of this model)"):
             known = (known_from_card(card) if card else
                      dict(CHINESE_CLIP) if layout == "chinese_clip" else
                      known_from_open_clip(beside) if kind == "TorchScript" else  # OpenAI's
@@ -270,10 +273,12 @@ def read(name_or_path, activation=None):
         if layout == "hf" and "bert.embeddings.LayerNorm.weight" in state and "text" not in known:
             notes.append("no config.json beside it: heads of 64 were taken")
         known["activation"] = activation or known.get("activation", "quick_gelu")
+        if not card and any("ema" in key for key in wrapped_in(content)[1:]):
+            notes.append("it holds averaged weights (EMA) too; the plain ones were taken")
         name = (card.get("origin", {}).get("name") or canonical_name(name_or_path)
                 or expanded(name_or_path).resolve().name)
         return Source(state, known, {
-            "name": name, "path": str(path.resolve()), "sha256": sha256_of(path),
+            "name": name, "path": os.path.abspath(path), "sha256": sha256_of(path),  # a link stays
             "layout": layout, "format": kind, "notes": notes})
 
 
@@ -285,12 +290,15 @@ def checkpoint_state(content, card):
         state |= state_in(content[key]) if content.get(key) else {}
     origin = card["origin"]
     if len(state) < card["tensors"] and origin["path"]:
-        gone = not expanded(origin["path"]).exists()
-        base = origin["name" if gone and origin["name"] in (*RELEASED, "tiny") else "path"]
-        with about("it holds only what was trained, and of the weights that it began with"):
+        with about("it holds only what was trained; put back what it began with"):
+            base, sha256 = origin["path"], origin["sha256"]
+            if not expanded(base).exists():
+                if sha256 not in (*RELEASED.values(), sha256_of(TINY)):
+                    raise WeightsError(f"{base}, with the sha256 {sha256}")
+                base = origin["name"]
             source = read(base)
-            if source.origin["sha256"] != origin["sha256"]:
-                raise WeightsError(f"{base} holds others now")
+            if source.origin["sha256"] != sha256:
+                raise WeightsError(f"{base} holds others now than those of sha256 {sha256}")
         state = {name: t for name, t in source.state.items() if origin.get("side") != "text"
                  or not name.startswith("visual.")} | state  # a student with its teacher's texts
     return state
@@ -479,8 +487,10 @@ def locate(name_or_path):
         if (folder / name).is_file():
             return folder / name
     inside = sorted({path.parent.name for path in folder.glob("*/*") if path.name in WEIGHTS})
-    raise WeightsError(f"the folder {folder} has none of {', '.join(WEIGHTS)}"
-                       + f"; there are such in its {', '.join(inside)}: give that" * bool(inside))
+    here = sorted(path.name for path in folder.iterdir())[:5]
+    raise WeightsError(f"the folder {folder} has none of {', '.join(WEIGHTS)}; " + (
+        f"there are such in its {', '.join(inside)}: give that" if inside else
+        f"it has {', '.join(here) or 'no files'}"))
 
 
 def sha256_of(path):

@@ -287,6 +287,7 @@ def test_a_text_tower_and_its_gradients_are_transformers_own(tmp_path, transform
 
 @pytest.mark.parametrize("mode, modules, pool", [  # pool: or the name of what is refused
     ("cls", " 2_Pooling 3_Normalize", "first"), ("mean", "0_Transformer 1_Pooling", "mean"),
+    ("mean", "0_BERT 1_Pooling", "mean"), ("cls", "0_DistilBERT 1_Pooling", "first"),
     ("max", " 1_Pooling", "max"), (["cls", "mean"], " 1_Pooling", "cls"), ("", " 1_Pooling", "''"),
     ("cls", " 1_Pooling 2_Dropout", "first"), ("mean", "1_Pooling 2_Dense", "Dense"),
     ("mean", " 1_Pooling 2_Normalize 3_Dense", "Dense"), ("cls", " 1_Pooling 2_Norm", "Norm")])
@@ -300,16 +301,16 @@ def test_pooling_is_what_sentence_transformers_wrote(mode, modules, pool):
     def read(name, kind=dict):
         return files.get(name, kind())
     if pool not in ("mean", "first"):
-        refused(lambda: pooling_settings(read), pool)
+        refused(lambda: pooling_settings(read, "bert"), pool)
         return
     prompts, lowers = f"{home}config_sentence_transformers.json", {"do_lower_case": True}
     files[prompts] = {"default_prompt_name": "query"}
-    refused(lambda: pooling_settings(read), "default_prompt_name")
-    files[prompts], files["sentence_bert_config.json"] = {"default_prompt_name": None}, lowers
+    refused(lambda: pooling_settings(read, "bert"), "default_prompt_name")
+    files[prompts], files["sentence_roberta_config.json"] = {"default_prompt_name": None}, lowers
+    refused(lambda: pooling_settings(read, "roberta"), "sentence_roberta_config.json")
+    assert pooling_settings(read, "bert") == {"pool": pool}  # whose tokenizer does it anyway
     files["tokenizer_config.json"] = {"do_lower_case": False}
-    refused(lambda: pooling_settings(read), "do_lower_case")
-    files["tokenizer_config.json"] = lowers  # which does it anyway
-    assert pooling_settings(read) == {"pool": pool}
+    refused(lambda: pooling_settings(read, "bert"), "sentence_roberta_config.json")
 
 
 def test_other_families_and_settings_of_a_bert_are_refused_by_name(tmp_path, transformers):

@@ -370,7 +370,12 @@ BAD = {
     "odd merges": {"tokenizer.json": FAST | {"model": FAST["model"] | {"merges": [5, [1, 2]]}}},
     "merges ignored": {"tokenizer.json": FAST | {"model": FAST["model"] | {"ignore_merges": True}}},
     "a normalizer": {"tokenizer.json": FAST | {"normalizer": {"type": "NFC"}}},
-    "changed CLIP": {"vocab.json": {"<|startoftext|>": 0}, "merges.txt": "a b"}}
+    "no ends": {"tokenizer.json": FAST, "tokenizer_config.json": {
+        "tokenizer_class": "PreTrainedTokenizerFast"}},
+    "a far id": {"vocab.json": BYTES | {"far": 10 ** 12}, "merges.txt": PAIR},
+    "changed CLIP": {"vocab.json": {"<|startoftext|>": 0}, "merges.txt": "a b"},
+    "CLIP's tokens, merged otherwise": {"tokenizer.json": {"model": {
+        "vocab": BPETokenizer().ids, "merges": [*map(list, BPETokenizer().ranks)][::-1]}}}}
 
 
 def test_a_vocabulary_that_cannot_be_read_right_is_refused(tmp_path):
@@ -410,6 +415,11 @@ def clip(family, vocab_size, **origin):
 def test_a_model_gets_the_tokenizer_of_its_own_text_tower(tmp_path):
     assert type(for_model(clip("clip", 49_408))) is BPETokenizer
     refused(lambda: for_model(clip("clip", 1000)), "49,408", "1,000")  # ids beyond the embedding
+    beside = clip("clip", 49_408, layout="hf", path=str(tmp_path / "model.safetensors"))
+    BPETokenizer().save(tmp_path, 77)
+    assert type(for_model(beside)) is BPETokenizer
+    (tmp_path / "added_tokens.json").write_text('{"<my-cat>": 49408}')
+    refused(lambda: for_model(beside), "<my-cat>")
     bert, roberta = clip("bert", 300), clip("roberta", 500)
     refused(lambda: for_model(bert), "--tokenizer")
     assert type(for_model(bert, TINY / "wordpiece")) is WordPieceTokenizer

@@ -27,7 +27,7 @@ from torch import nn
 import weights
 from clip_model import BERTS, CLIP, CONFIGS, BertConfig, Pixels, bert_fields
 from files import SafeStop
-from layouts import LAYOUTS, known_from_timm, to_hugging_face
+from layouts import LAYOUTS, hugging_face_tables, known_from_timm, to_hugging_face
 from tools import convert
 from tokenizer import WordPieceTokenizer, for_model
 from weights import (
@@ -155,13 +155,16 @@ def test_load_gives_contiguous_fp32_masters_whatever_is_stored(tmp_path, name):
 def test_weights_are_found_inside_training_checkpoints_of_others(tmp_path, prefix, keys):
     model = make("tiny-rn")
     content = {prefix + key: tensor for key, tensor in model.state_dict().items()}
+    content[prefix + "attn_mask"] = torch.full((3, 3), -torch.inf).triu(1)  # of a scripted model
     for key in reversed(keys):
         content = {"ema": {}, key: content, "epoch": 3, "optimizer": {"state": {0: torch.ones(1)}}}
     for zipped in (False, True):
         torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
         back = load(tmp_path / "a.pt")
         assert same(back, model) and len(back.origin["notes"]) == 1
-        assert "--activation" in back.origin["notes"][0]
+    torch.save({"model": model.state_dict(), "model_ema": model.state_dict()}, tmp_path / "a.pt")
+    assert "EMA" in load(tmp_path / "a.pt").origin["notes"][1]
+    assert "--activation" in back.origin["notes"][0]
     assert load(tmp_path / "a.pt", activation="gelu").config.activation == "gelu"
 
 
@@ -239,10 +242,9 @@ def test_pixel_statistics_and_resize_beside_the_weights_are_taken(tmp_path):
             ({"size": {"height": 32, "width": 32}, "do_center_crop": False},
              dataclasses.replace(clips, resize="squash"))):
         assert load(with_table(folder, "preprocessor_config.json", table)).pixels == expected
-    (folder / "preprocessor_config.json").unlink()  # as transformers 5 writes it
     with_table(folder, "processor_config.json", {"image_processor": size | {
-        "image_mean": [0.5] * 3}})
-    assert load(folder).image_mean == (0.5, 0.5, 0.5)
+        "image_mean": [0.25] * 3}})  # as transformers 5 writes it, and reads it first
+    assert load(folder).image_mean == (0.25, 0.25, 0.25)
 
 
 @pytest.mark.parametrize("name, table, word", [
@@ -251,6 +253,7 @@ def test_pixel_statistics_and_resize_beside_the_weights_are_taken(tmp_path):
     ("preprocessor_config.json", {"rescale_factor": 1}, "rescale_factor"),
     ("preprocessor_config.json", {"size": {"shortest_edge": 256}, "crop_size": 224}, "crop_size"),
     ("preprocessor_config.json", {"size": 32, "do_center_crop": False}, "do_center_crop"),
+    ("preprocessor_config.json", {"size": {"height": 48, "width": 48}, "crop_size": 32}, "crop_s"),
     ("preprocessor_config.json", {"image_mean": [0.5]}, "mean"),
     ("preprocessor_config.json", {"size": {"longest_edge": 32}}, "longest_edge"),
     ("preprocessor_config.json", {"crop_pct": 0.875}, "crop_pct"),
@@ -289,6 +292,15 @@ def test_settings_of_the_other_library_beside_the_weights_count(tmp_path, archiv
     assert same(load(tmp_path / layout / "a.pt"), gelu)
     shutil.copy(archive[0], tmp_path / layout / "b.pt")  # OpenAI's own needs no settings
     assert layout != "hf" or load(tmp_path / layout / "b.pt").config.activation == "quick_gelu"
+
+
+def test_openclips_weights_come_before_those_of_a_tower_beside_them(tmp_path):
+    folder = bare_folder(tmp_path, "open_clip")
+    (folder / "model.safetensors").write_bytes(b"the image tower in timm's names")
+    assert same(load(folder), make())
+    clip = make(vocab_size=49_409)  # one word was added; it comes after the end of text
+    text = hugging_face_tables(clip)["config.json"]["text_config"]
+    assert text["eos_token_id"] == 49_407
 
 
 def test_a_model_name_wins_over_a_folder_and_a_file_over_a_model_name(tmp_path, monkeypatch):
@@ -833,6 +845,19 @@ def test_a_model_of_hugging_face_is_fetched_once_and_then_used_offline(hub, plan
     assert torch.equal(both.encode_text(text), model.encode_text(text))
     both = open_clip(flags(image_tower=NAME, text_tower="tiny-vit:none", embed_dim=32))
     assert torch.equal(both.encode_image(image), model.encode_image(image))
+
+
+def test_links_of_a_hubs_cache_keep_their_names(hub, tmp_path):
+    server, _ = hub
+    snapshot = tmp_path / "snapshots" / "0a1b"
+    snapshot.mkdir(parents=True)
+    load(NAME)
+    for number, file in enumerate(list((server.cache / CACHED).iterdir())):
+        if file.is_file():
+            (snapshot / file.name).symlink_to(file.rename(file.with_name(f"blob{number}")))
+    found = load(snapshot)
+    assert for_model(found).kind == "wordpiece"
+    assert same(load(a_run(tmp_path / "run", found, lambda name: name.endswith("bias"))), found)
 
 
 @pytest.mark.parametrize("fault", ["dies", "checksum", "offline", "nothing there", "login", "html"])
