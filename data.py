@@ -223,6 +223,7 @@ class ImageSet(Images):
     def subset(self, indices):
         """The same set with only the images at these positions, in this order."""
         chosen = self.with_transform(self.transform)
+        chosen.notes = list(self.notes)
         chosen.paths = [self.paths[i] for i in indices]
         chosen.labels = [self.labels[i] for i in indices]
         chosen.images = self.images and [self.images[i] for i in indices]
@@ -280,7 +281,7 @@ class ImageSet(Images):
                        ) + by_hand(self.name, pathlib.Path(self.root))
         also = (f" ({len(empty)} of {len(set(self.labels))} classes are empty: {', '.join(empty)}; "
                 f"take others with --classes)" if empty else "")
-        super().refuse_losses(lost, reason, also)
+        return super().refuse_losses(lost, reason, also)
 
 
 def few_shot(dataset, shots, seed, val=None):

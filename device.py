@@ -252,7 +252,9 @@ class Run:
         self._spent, self._told, self._asked = np.zeros(4), np.zeros(4), self._began
         self._steps, self._bad, self._fine = [], 0, None  # steps not looked at; skipped in a row
         self._signal, self._stopping = 0, 0  # seen by this process; agreed on by all
-        self._loss_scale, self._buffers, self._replaced = None, [], 0
+        self._loss_scale, self._buffers = None, []
+        self._replaced, self._lost = [], set()  # images not read: since the last look, and ever
+        self._start = 0                         # samples at that look
 
     def enter(self, seed):
         """A Run on the same device and processes with another seed and clock, without a folder."""
@@ -434,15 +436,16 @@ class Run:
             scaler.update(None if sound else scale)
         return fine
 
-    def tick(self, at, losses, samples, describe, replaced=0, **scalars):
+    def tick(self, at, losses, samples, describe, replaced=(), **scalars):
         """Count a step: move `at`, check the step, log, look for signals -> whether a checkpoint
         is due (end of an epoch, --save-every, the last step, a signal). Once after each `update`.
 
         losses: {name: this process's part}, logged as sums over processes; scalars: logged as
         they are, floats or 0-dim tensors. samples: of the whole batch. describe: () -> str, the
         batch in words; called for a bad step only and perhaps later, so bind its arguments
-        (functools.partial). replaced: how many pairs of this process's share stand for one whose
-        image could not be read. SafeStop after three bad steps in a row.
+        (functools.partial). replaced: the names of images of this process's share that could not
+        be read; at an epoch's end, UserError if they are more than one and more than 1 % of what
+        was asked for. SafeStop after three bad steps in a row.
         """
         epoch = at.epoch + 1  # as people count
         at.step, at.batch = at.step + 1, at.batch + 1
@@ -458,10 +461,9 @@ class Run:
         if log:
             losses = {name: float(self.sum(torch.as_tensor(x))) for name, x in losses.items()}
         self._spent += samples, time.monotonic() - self._asked, 0, 1
-        self._replaced += int(replaced)
-        if (last or at.batch == 0) and (lost := self.sum(self._replaced)):
-            self.say(f"{lost} pairs had an image that cannot be read; others took their places")
-            self._replaced = 0
+        self._replaced += replaced
+        if last or at.batch == 0:
+            self._look_at_images(at.batches * samples)
         if log:
             self._log_training(at, epoch, {**losses, **scalars})
         return due or bool(self._stopping)
@@ -480,6 +482,22 @@ class Run:
                                           "intact. Try a smaller --lr, or --precision fp32"))
                 self.say(what)
         self._stopping = max(self.gather_objects(self._signal))
+
+    def _look_at_images(self, epoch):
+        """Say which images could not be read since the last look; UserError if they are too many
+        of a whole epoch, so many samples."""
+        names = sum(self.gather_objects(self._replaced), [])
+        complete = self._spent[0] - self._start >= epoch
+        self._replaced, self._start = [], self._spent[0]
+        if not set(names) - self._lost:
+            return
+        self._lost |= set(names)
+        said = (f"images that cannot be read: {len(self._lost)}, e.g. {min(names)}; other pairs "
+                f"took their places")
+        if complete and len(set(names)) > 1 and len(names) > epoch // 100:
+            raise shared(UserError(f"{said}. They are more than 1 %: restore them, or list the "
+                                   f"rest"))
+        self.say(said)
 
     @contextlib.contextmanager
     def _watching_signals(self):
@@ -673,6 +691,7 @@ class Run:
             scaler.load_state_dict(stored["scaler"])
             self._set_random_state(stored["rng"])
             self._spent[:2] = self._told[:2] = stored["timed"]
+            self._start = self._spent[0]
             at = Place(stored["epoch"], stored["batch"], stored["step"])
         self._buffers = [(b, b.detach().clone()) for b in dict(buffers).values()]
         return at

@@ -482,7 +482,7 @@ class Images(Dataset):
 
     def with_transform(self, transform):
         chosen = copy.copy(self)
-        chosen.transform, chosen.notes = transform, list(self.notes)
+        chosen.transform = transform
         return chosen
 
     def check_files(self):
@@ -492,15 +492,19 @@ class Images(Dataset):
 
     def refuse_losses(self, lost, reason, also=""):
         """Raise DataError if the images at positions `lost` are more than max(1, 1 %), or if there
-        is `also` something wrong; else note them."""
+        is `also` something wrong; else note them -> the note, "" if it is an old one."""
         if not lost:
-            return
+            return ""
         said = (f"{self.name}: {len(lost):,} of {len(self.paths):,} {self.split} images cannot be "
                 f"read, e.g. {self.paths[lost[0]]} ({reason})")
         if also or len(lost) > max(1, len(self.paths) // 100) or len(lost) == len(self.paths):
             raise DataError(f"{said}, more than 1 %{also}, under {self.store}: put them there, "
                             f"name the right folder, or list the rest")
-        self.notes.append(f"{said}: they are left out")
+        note = f"{said}: they are left out"
+        if note in self.notes:
+            return ""
+        self.notes.append(note)
+        return note
 
 
 # -----------------------------------------------------------------------------

@@ -108,6 +108,10 @@ class PairSet(Images):
         """The captions of the image at this position in paths."""
         return [self.captions[c] for c in self.captions_of[image]]
 
+    def replaced(self, used, asked):
+        """The names of the images for which others stand in a batch, as they cannot be read."""
+        return [self.paths[self.owner[c]] for c in asked[used != asked].tolist()]
+
     def describe(self, captions):
         """A batch of these captions, by the names of its first images."""
         return "the batch of " + ", ".join(self.paths[self.owner[c]] for c in captions[:8].tolist())
@@ -115,6 +119,7 @@ class PairSet(Images):
     def subset(self, images):
         """The same set with only the images at these positions, in this order."""
         chosen, rows = self.with_transform(self.transform), []
+        chosen.notes = list(self.notes)
         pairs = [row for row in self.rows if row[0] and row[1]]
         for i in images:
             rows += [pairs[c] for c in self.captions_of[i]] or [(self.paths[i], "", 0)]
@@ -131,21 +136,23 @@ class PairSet(Images):
         Returns the set. No pixel changes: a smaller copy would, and so would random crops of it.
 
         The first process fills it (run: a Run, or None for one process), and the next run finds it.
-        If it would take over `limit` bytes, that is noted. DataError if over 1 % cannot be read.
+        If it would take over `limit` bytes, that is noted. DataError if over 1 % cannot be read:
+        of training images only if they are kept, for otherwise nothing else needs them all now.
         """
-        if limit <= 0 or self.pixels:
+        if self.pixels or limit <= 0 and self.split == "train":
             return self
         identity = json.dumps(self.stamps())
         file = pathlib.Path(folder, hashlib.sha256(identity.encode()).hexdigest()[:24] + ".pixels")
         fill = functools.partial(fill_pixels, self, file, limit, workers)
-        reason = run.on_first(fill) if run else fill()
+        reason, lost = run.on_first(fill) if run else fill()
         if reason or not file.is_file():
             self.notes.append(f"{self.split} images are decoded at every use: {reason or file}")
-            return self
-        spans = json.loads(file.with_suffix(".json").read_text())
-        self.refuse_losses([i for i, span in enumerate(spans) if not span], "in the cache")
-        index = {path: (file, *span) for path, span in zip(self.paths, spans) if span}
-        self.store, self.pixels = SpanStore(str(self.store), index), file
+        else:
+            spans = json.loads(file.with_suffix(".json").read_text())
+            lost = [i for i, span in enumerate(spans) if not span]
+            index = {path: (file, *span) for path, span in zip(self.paths, spans) if span}
+            self.store, self.pixels = SpanStore(str(self.store), index), file
+        self.refuse_losses(lost, "they do not decode")
         return self
 
 
@@ -157,11 +164,13 @@ def as_ppm(image, epoch, index):
 
 
 def fill_pixels(pairs, file, limit, workers):
-    """Write the images of a set to `file`, then where they lie to a JSON -> None, or why not."""
+    """Write the images of a set to `file`, then where they lie to a JSON -> "" or why not, and the
+    positions of those that cannot be read. Held-out images are all decoded even if they are too
+    many to keep: what cannot be scored should be known before a run trains."""
     items = pairs.with_transform(as_ppm).image_items()
-    index, spans = file.with_suffix(".json"), []
+    index, spans, reason = file.with_suffix(".json"), [], ""
     if index.is_file():
-        return None
+        return "", []
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "wb") as out:
@@ -169,10 +178,15 @@ def fill_pixels(pairs, file, limit, workers):
                                                    worker_init_fn=ignore_stop,
                                                    generator=torch.Generator()):
                 spans.append((out.tell(), len(content)) if position >= 0 else None)
-                out.write(content)
-                whole = out.tell() / (i + 1) * len(items)
-                if whole > limit and i >= min(32, len(items)) - 1:  # told early, not at the end
-                    raise OSError(f"they take about {whole / 2**30:,.1f} GB")
+                if not reason:
+                    out.write(content)
+                    whole = out.tell() / (i + 1) * len(items)
+                    if whole > limit and i >= min(32, len(items)) - 1:  # told early
+                        reason = f"they take about {whole / 2**30:,.1f} GB"
+                if reason and pairs.split == "train":
+                    break
+            if reason:
+                raise OSError(reason)
             out.flush()
             os.fsync(out.fileno())
         index.with_suffix(".part").write_text(json.dumps(spans))
@@ -180,7 +194,8 @@ def fill_pixels(pairs, file, limit, workers):
     except OSError as error:
         if file.is_file():
             file.unlink()
-        return one_line(error)
+        reason = one_line(error)
+    return reason, [i for i, span in enumerate(spans) if not span]
 
 
 def open_pairs(name_or_path, split, data_dir="data", layout="auto", caption_file=None,
@@ -319,11 +334,14 @@ def make_pair_loader(pairs, batch_size, seed=0, captions="one", rank=0, world_si
 
 
 def decode_once(run, sets, folder, args):
-    """`PairSet.cache` the images of some sets, as the flags say -> loader options. What is decoded
-    needs no workers, unless --workers asks for them."""
+    """`PairSet.cache` the images of some sets, as the flags say, and say what was found -> loader
+    options. What is decoded needs no workers, unless --workers asks for them."""
     options = run.loader_options(args.workers)
     for pairs in sets:
+        told = len(pairs.notes)
         pairs.cache(run, folder, int(min(2 ** 20, args.cache_gb) * 2 ** 30), options["workers"])
+        for note in pairs.notes[told:]:
+            run.say(f"note: {note}")
     if args.workers < 0 and all(pairs.pixels for pairs in sets):
         options["workers"] = 0
     return options

@@ -80,6 +80,13 @@ def encode_texts(run, model, tokenizer, texts, max_text=None):
     return torch.cat([features for _, features in rows])[places]
 
 
+def leave_out(run, images, lost):
+    """Say, once, which images of a set cannot be read; DataError if they are too many. lost: (n,)
+    bool."""
+    if said := images.refuse_losses(lost.nonzero()[:, 0].tolist(), "they do not decode"):
+        run.say(f"note: {said}")
+
+
 def frozen_features(run, model, pairs, folder, tower, workers=-1):
     """What the image tower makes of every image before its head, (n, F), kept in `folder` for the
     next run under a name made of `tower`, the digest of its weights, of the data and of what
@@ -95,7 +102,7 @@ def frozen_features(run, model, pairs, folder, tower, workers=-1):
         features, positions = encode_images(run, model, pairs.image_items(), workers=workers,
                                             pooled=True, what=f"{pairs.split} images once")
         stored = {"features": features.nan_to_num(), "lost": positions < 0}
-        pairs.refuse_losses(stored["lost"].nonzero()[:, 0].tolist(), "they do not decode")
+        leave_out(run, pairs, stored["lost"])
         run.save(path, stored)
     return stored["features"].masked_fill(stored["lost"][:, None], math.nan)
 
@@ -137,7 +144,7 @@ def embed(run, model, pairs, tokenizer, workers=-1, max_text=None, pooled=None, 
     if texts is None:
         text = encode_texts(run, model, tokenizer, task.texts, max_text)
     if not readable.all():
-        pairs.refuse_losses((~readable).nonzero()[:, 0].tolist(), "they do not decode")
+        leave_out(run, pairs, ~readable)
         left = relevant[readable[relevant[:, 1]]]
         asks = torch.ones(len(text), dtype=torch.bool)
         asks[relevant[:, 0]] = False  # but of those with an image, what is left does ask
@@ -288,9 +295,7 @@ def classify(run, model, images, text_features, args):
     "labels" and "predictions" (n,), -1 where an image cannot be read. Such images are not scored;
     DataError if they are too many."""
     features, labels = encode_images(run, model, images, workers=args.workers, what=images.name)
-    if lost := (labels < 0).nonzero()[:, 0].tolist():
-        images.refuse_losses(lost, "they do not decode")
-        run.say(f"note: {images.notes[-1]}")
+    leave_out(run, images, labels < 0)
     text = text_features.detach().float().cpu()
     predictions = torch.cat([(rows @ text.T).argmax(dim=1) for rows in features.split(4096)])
     predictions[labels < 0] = -1

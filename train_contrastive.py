@@ -291,7 +291,7 @@ def train(run, model, data, stored, args):
         # --------------------------------------------------------------------------------
         due = run.tick(at, losses, samples=args.batch_size, ln_batch=math.log(args.batch_size),
                        describe=functools.partial(data.train.describe, used),
-                       replaced=(used != asked).sum(),
+                       replaced=data.train.replaced(used, asked),
                        scale=model.logit_scale.detach().exp(), lr=args.lr * factor)  # `at` moves on
         if data.val and (at.batch == 0 or at.step == at.steps):  # an epoch has just ended, or all
             scores = evaluate(run, model, data.val, data, args)
@@ -374,16 +374,16 @@ def prepare(run, model, data, folder, args):
     frozen = not any(p.requires_grad for name, p in model.named_parameters()
                      if side_of(name) == "image")
     splits = dict.fromkeys(filter(None, (train, data.val, data.test)))  # each once, in order
+    for note in (*model.origin["notes"], *(note for pairs in splits for note in pairs.notes)):
+        run.say(note)
     if training and frozen and not args.crop:
         tower = weights.digest(model, "image", head=False)
         data.pooled = {pairs.split: frozen_features(run, model, pairs, cache, tower,
                                                     workers=args.workers) for pairs in splits}
     elif training:
-        options = decode_once(run, [*filter(None, (train, data.val))], cache, args)
+        options = decode_once(run, splits, cache, args)
         if frozen:
-            train.notes.append("with --crop 0 the frozen image tower would see an image only once")
-    for note in (*model.origin["notes"], *(note for pairs in splits for note in pairs.notes)):
-        run.say(note)
+            run.say("note: with --crop 0 the frozen image tower would see an image only once")
     if args.eval_only:
         return
     data.loader = make_pair_loader(train, args.batch_size, args.seed, args.captions, run.rank,

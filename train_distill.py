@@ -472,9 +472,9 @@ def train(run, setup, checkpoint, args):
     if not (args.train_text or args.weights):  # checkpoints only name the frozen text tower's file
         student.origin |= {"path": first.path, "sha256": first.sha256, "side": "text"}
     learner = Learner(run, setup, args)
-    loader, look_up = prepare(run, setup, args)
     for note in (*student.origin["notes"], *pairs.notes):
         run.say(note)
+    loader, look_up = prepare(run, setup, args)
     run.say(f"{setup.name}: {sum(p.numel() for p in learner.parameters):,} weights train, "
             f"{len(loader)} steps an epoch of {args.batch_size} pairs; teachers: "
             + ", ".join(f"{some.name} (scale {some.scale:.4g})" for some in setup.teachers))
@@ -503,7 +503,7 @@ def train(run, setup, checkpoint, args):
             learner.average.update(at.step, fine)
         # --------------------------------------------------------------------------------
         due = run.tick(at, losses, args.batch_size, functools.partial(pairs.describe, used),
-                       replaced=(used != asked).sum(), lr=lr,
+                       replaced=pairs.replaced(used, asked), lr=lr,
                        scale=student.logit_scale.detach().exp())
         if val and (at.batch == 0 or at.step == at.steps):
             scores = retrieve(run, learner.tested, setup.tokenizer, val, args, texts)
@@ -610,7 +610,8 @@ def prepare(run, setup, args):
         model, tokenizer = setup.text_teacher
         similar = encode_texts(run, run.move(model), tokenizer, captions)
         similar = unit(similar - similar.mean(dim=0))  # without what all captions have in common
-    options = decode_once(run, [*filter(None, (train, setup.val))], run.out / "cache", args)
+    held_out = filter(None, (setup.val, setup.test))
+    options = decode_once(run, [train, *held_out], run.out / "cache", args)
     if stored:
         shown = ShownPairs(train, stored.views(looks), len(stored.images), args.seed)
     else:

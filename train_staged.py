@@ -272,7 +272,7 @@ def train(run, model, stage, loader, tokens, judge, checkpoint):
         due = run.tick(at, losses, samples=stage.batch_size, scale=model.logit_scale.detach().exp(),
                        lr=max(group["lr"] for group in optimizer.param_groups),
                        describe=functools.partial(pairs.describe, used),
-                       replaced=(used != asked).sum())
+                       replaced=pairs.replaced(used, asked))
         if at.batch == 0 or at.step == at.steps:  # an epoch has just ended, or the stage
             consider()
         if due:

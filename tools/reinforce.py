@@ -19,7 +19,7 @@ import torch
 
 from files import refuse_unusable
 from pairs import add_pair_flags, decode_once, open_pairs
-from scores import encode_images, encode_texts
+from scores import encode_images, encode_texts, leave_out
 from teachers import digest, open_teachers, Views
 
 STARTED = "images.npy", "texts.npy", "images.cache"  # and teacher.json, once all is there
@@ -44,6 +44,8 @@ def main(args):
         for name in ("teacher.json", *STARTED[:2]):
             (target / name).unlink(missing_ok=True)
     run.on_first(begin)
+    for note in pairs.notes:
+        run.say(note)
     options = decode_once(run, [pairs], target / "images.cache", args)
     texts = torch.cat([encode_texts(run, teacher.model, teacher.tokenizer, pairs.captions)
                        for teacher in teachers], dim=1)
@@ -58,7 +60,7 @@ def main(args):
                                              workers=options["workers"])
             found.append(features)
         if view == 0:
-            pairs.refuse_losses((places < 0).nonzero()[:, 0].tolist(), "they do not decode")
+            leave_out(run, pairs, places < 0)
         run.say(f"{what}: {shape[1]:,} images")
         if run.rank == 0:
             images[view] = torch.cat(found, dim=1).numpy()
@@ -73,8 +75,6 @@ def main(args):
         shutil.rmtree(target / "images.cache", ignore_errors=True)
         write_atomic(target / "teacher.json", {**facts, "sha256": digest(target, facts)})
     run.on_first(finish)
-    for note in pairs.notes:
-        run.say(note)
     run.say(f"wrote {target}: {args.views} views of {shape[1]:,} images, {len(texts):,} captions, "
             f"{4 * shape[0] * shape[1] * shape[2] / 2 ** 20:,.0f} MB")
     return {"wrote": str(target), "views": args.views, "images": shape[1]}
