@@ -29,7 +29,7 @@ def number(least=0.0, most=math.inf, above=False, read=float):
     return checked
 
 
-def whole(least=0, most=math.inf):
+def whole(least=0, most=2 ** 31 - 1):
     """An argparse type: a whole number from `least` to `most`."""
     return number(least, most, read=int)
 
@@ -44,6 +44,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **options)
         self.aliases = aliases or {}
         self.refused = {"--local-rank": "torchrun sets it", **(refused or {})}
+        self.register("type", float, number())  # what a flag reads that asks for no narrower type
+        self.register("type", int, whole())
         self.add_argument("--config", metavar="FILE", help="take the flags of a run's config.json")
 
     def error(self, message):
@@ -59,8 +61,8 @@ class Parser(argparse.ArgumentParser):
             self.take_defaults(parsed.config, words)
             parsed, odd = super().parse_known_args(words, namespace)
         if odd:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(odd[0].partition("=")[0], flags, n=1)
+            flag = odd[0].partition("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
             self.error(f"unknown argument {odd[0]}" + "".join(f"; is it {x}?" for x in near))
         if hasattr(parsed, "resume"):
             refuse_early(parsed)
@@ -191,12 +193,12 @@ def verdict(error):
     if isinstance(error, MemoryError) or isinstance(error, (RuntimeError, OSError)) and re.search(
             "out of memory|allocate memory", text, re.I):
         return 3, (f"out of memory ({text[:150]}): a smaller --micro-batch gives the same result "
-                   "in less, --precision bf16 halves most of it; the last checkpoint is intact")
+                   "in less, --precision bf16 halves most of it; what was saved before is intact")
     lost = "^DataLoader worker|closed by peer|reset by peer|Broken pipe"
     if isinstance(error, (BrokenPipeError, ConnectionResetError, dist.DistError)) or (
             isinstance(error, RuntimeError) and re.search(lost, text)):
         return 3, (f"a process that this one works with has ended ({text[:150]}): what it said "
-                   "itself tells why; the last checkpoint is intact")
+                   "itself tells why; what was saved before is intact")
     return 1, ""
 
 
@@ -214,8 +216,7 @@ def report(error, line, debug):
 
 
 def interrupt(number):
-    """What SIGTERM does, as Ctrl-C: loader workers are stopped, a line is said. A second one ends
-    the run at once."""
+    """What SIGTERM does, as Ctrl-C: workers are stopped, a line is said. A second one kills."""
     signal.signal(number, signal.SIG_DFL)
     raise KeyboardInterrupt(number)  # which no `except Exception` on the way swallows
 

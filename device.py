@@ -478,8 +478,8 @@ class Run:
                 what = "; ".join(dict.fromkeys(self.gather_objects(describe())))
                 what = f"step skipped: the loss or its gradient is not finite at {what}"
                 if self._bad == 3:  # one is a bad batch, three a run that has come apart
-                    raise shared(SafeStop(f"{what}, the third in a row; the last checkpoint is "
-                                          "intact. Try a smaller --lr, or --precision fp32"))
+                    raise shared(SafeStop(f"{what}, the third in a row; what was saved before "
+                                          "is intact. Try a smaller --lr, or --precision fp32"))
                 self.say(what)
         self._stopping = max(self.gather_objects(self._signal))
 
@@ -720,14 +720,14 @@ class Run:
         """The checkpoint at `path`, or its predecessor when that is damaged or gone; None when
         neither is there. UserError when none can be read."""
         path = self._inside(path)
-        there = [x for x in (path, path and previous(path)) if x and x.exists()]
-        try:
-            return load_checkpoint(there[0]) if there else None
-        except UserError as error:
-            if there[0] == there[-1]:
-                raise
-            self.say(f"{error}; continuing from {there[1].name} instead")
-            return load_checkpoint(there[1])
+        there = [x for x in dict.fromkeys((path, path and previous(path))) if x and x.exists()]
+        while there:
+            try:
+                return load_checkpoint(there.pop(0))
+            except UserError as error:
+                if not there:
+                    raise UserError(f"{error}; --overwrite starts the run again") from error
+                self.say(f"{error}; continuing from {there[0].name} instead")
 
     def _inside(self, path):
         return path if isinstance(path, pathlib.Path) else self.out and self.out / path
@@ -768,15 +768,19 @@ def stored_identity(folder):
 def refuse_other(ours, theirs, where, advice="", keys=()):
     """UserError unless the identities are equal, or their `keys` are."""
     theirs = theirs if isinstance(theirs, dict) else {}
-    if theirs.get("method") != ours.get("method"):
-        keys = ["method"]  # nothing else need be compared
+    for kind in ("table", "method"):
+        if theirs.get(kind) != ours.get(kind):
+            keys = [kind]  # nothing else need be compared
     changed = [key for key in keys or sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
     if not changed:
         return
-    how = [f"{key} was {theirs.get(key)!r}, now {ours.get(key)!r}" for key in changed]
+    how = "; ".join(f"{key} was {theirs.get(key)!r}, now {ours.get(key)!r}" for key in changed)
+    how = re.sub(r"([0-9a-f]{12})[0-9a-f]{20,}", r"\1...", how)  # a sha256
+    if changed == ["table"]:
+        how = "one run and a table of several --seed or --shots need a folder each"
     what, default = "another run", ("choose another --output-dir, or give the old values; a CLIP "
                                     "to start from goes to --weights")
     if {*changed} <= {"epochs", "max_steps"} and pathlib.Path(where, "results.json").exists():
         what, default = "a finished run", (
             f"to train on from its weights: --weights {where} --output-dir OTHER")
-    raise UserError(f"{where} is of {what} ({'; '.join(how)}): {advice or default}")
+    raise UserError(f"{where} is of {what} ({how}): {advice or default}")

@@ -18,7 +18,7 @@ class UserError(Exception):
 
 
 class SafeStop(Exception):
-    """The run stopped before it could do harm; the last good checkpoint is intact."""
+    """The run stopped before it could do harm; what was saved before is intact."""
     exit_code = 3
 
 
@@ -84,8 +84,8 @@ def write_checkpoint(path, state):
             raise TypeError(f"a checkpoint cannot hold {x!r}, a {type(x).__name__}: convert it")
         x = x.detach().cpu()
         if x.is_floating_point() and not x.isfinite().all():
-            raise SafeStop(f"a tensor holds nan or inf, so {path} was not written and the last "
-                           "good one stays. Try a smaller --lr, or --precision fp32")
+            raise SafeStop(f"a tensor holds nan or inf, so {path} was not written; what was "
+                           "saved before is intact. Try a smaller --lr, or --precision fp32")
         # A view would bring the whole of what it is a view of.
         whole = x.untyped_storage().nbytes() <= x.numel() * x.element_size()
         return x if whole else x.clone()
@@ -120,8 +120,8 @@ def write_whole(path, write):
             temp.unlink()
         if str(error).startswith("DataLoader worker"):  # its death interrupts whatever goes on
             raise
-        raise SafeStop(f"{path} could not be written ({one_line(error)[:200]}); the last good "
-                       "checkpoint is intact, --resume auto continues") from error
+        raise SafeStop(f"{path} could not be written ({one_line(error)[:200]}); what was saved "
+                       "before is intact, --resume auto continues") from error
 
 
 def append(path, *lines):
@@ -129,7 +129,7 @@ def append(path, *lines):
         with open(path, "ab") as file:  # one write: a kill cannot mix two lines
             file.write("".join(f"{x}\n" for x in lines).encode("utf-8", "backslashreplace"))
     except OSError as error:
-        raise SafeStop(f"cannot write {path}: {error}; the last checkpoint is intact") from error
+        raise SafeStop(f"cannot write {path}: {error}; what was saved is intact") from error
 
 
 def cut_lines(path, count):

@@ -461,6 +461,9 @@ def main(args):
         inside = folder / f"shots{shots}_seed{seed}"
         alone = single and args.output_dir and not inside.exists()
         jobs.append((seed, few, held_out, folder if alone else inside, mine, identity))
+    untrained = [str(job[3]) for job in jobs if len(job[1]) and not [*job[3].glob("*.pt")]]
+    if untrained and args.eval_only and not single:
+        raise UserError(f"--eval-only: {', '.join(untrained)} not trained; leave out their --seed")
     table = run.enter(args.seed[0])
     if not single and not args.eval_only:
         table.begin(folder, args, run_identity(args, ("shots", "seed"), **facts, table=True))

@@ -269,7 +269,8 @@ def train(run, model, data, stored, args):
             run.say("WARNING: BatchNorm was never trained and normalises nothing. Use trained "
                     "weights (--image-tower resnet50:IMAGENET1K_V2), or --micro-batch 0 in one "
                     "process")
-    at.steps = min(args.epochs * len(data.loader), args.max_steps or math.inf)
+    at.steps = min(args.epochs * len(data.loader), args.max_steps or math.inf,
+                   2 if args.dry_run else math.inf)
     warmup = round(args.warmup if args.warmup >= 1 else args.warmup * at.steps)
     if warmup >= at.steps:
         run.say(f"note: {at.steps} steps never leave the warm-up of {warmup}")
@@ -418,7 +419,9 @@ def report(run, model, data, folder, at, tested, args):
         "epochs": at.epoch, "batch_size": args.batch_size,
         "trainable_parameters": sum(p.numel() for p in trainable),
         "trainable_tensors": len(trainable), "dry_run": args.dry_run})
-    run.say("dry run, no result; " * args.dry_run + f"{results['samples_per_second']:.4g} pairs/s")
+    speed = f"{results['samples_per_second']:.4g} pairs/s"
+    if not args.eval_only:
+        run.say("dry run, no result; " * args.dry_run + speed)
     return results
 
 
@@ -439,8 +442,6 @@ def restore_best(run, model, stored=None):
 def main(args):
     """Train (or score) one model -> the results."""
     run = start(args.device, args.precision, args.seed, args.deterministic)
-    if args.dry_run:
-        args.max_steps = 2
     splits = open_splits(args)  # before weights are fetched
     model = open_model(args)
     tokenizer = for_model(model, args.tokenizer)

@@ -631,10 +631,10 @@ def prepare(run, setup, args):
 # -----------------------------------------------------------------------------
 # A run
 
-def report(run, student, setup, at, teacher, args):
-    """Score the student, write and return what the run found; teacher: the scores of the first."""
+def report(run, student, setup, at, tested, teacher, args):
+    """Score the student of step `tested`, write and return what was found; teacher: its scores."""
     scores, held = score(run, student, setup.tokenizer, setup, args), setup.test or setup.val
-    run.log(at.step, held.split if held else "test", **scores)
+    run.log(tested, held.split if held else "test", **scores)
     if held and not setup.test:
         run.say("NOTE: no test pairs: val chose the best epoch and is scored, which flatters")
     for name, x in scores.items():
@@ -646,16 +646,16 @@ def report(run, student, setup, at, teacher, args):
         "teachers": [some.name for some in setup.teachers], "scored_on": held and held.split,
         **scores, **{f"student_{key}": x for key, x in measure(run, student).items()},
         **{f"teacher_{key}": x for key, x in teacher.items()}, "steps": at.step,
-        "epochs": at.epoch, "scale": float(student.logit_scale.detach().exp()),
-        "batch_size": args.batch_size, "dry_run": args.dry_run})
+        "tested_step": tested, "epochs": at.epoch, "batch_size": args.batch_size,
+        "scale": float(student.logit_scale.detach().exp()), "dry_run": args.dry_run})
 
 
-def open_result(run, path, setup, args):
-    """The student that a run left, exported if that is asked for."""
+def open_result(run, path, folder, setup, args):
+    """The student that lies at `path`, exported to the run's folder if that is asked for."""
     student = run.move(weights.load(path)).fuse_attention(run.fused_attention)
-    if args.export and not args.eval_only:
+    if args.export:
         run.say("wrote " + run.on_first(lambda: str(weights.export(
-            student, pathlib.Path(path) / "export", args.export, setup.tokenizer))))
+            student, folder / "export", args.export, setup.tokenizer))))
     return student
 
 
@@ -678,24 +678,26 @@ def main(args):
     folder = run_folder(args, "train_distill", name)
     checkpoint, finished = run.begin(folder, args, identity)
     if finished:
-        open_result(run, folder, setup, args)
+        open_result(run, folder, folder, setup, args)
         return finished
     if args.eval_only and not (checkpoint or args.weights):
         raise UserError(f"--eval-only: no checkpoint in {folder}; give --output-dir or --weights")
-    teacher, student, result = {}, setup.student, folder
-    if not stored:
-        teacher = score(run, first.model, first.tokenizer, setup, args) | measure(run, first.model)
+    teacher = {} if stored else (score(run, first.model, first.tokenizer, setup, args)
+                                 | measure(run, first.model))
     if teacher and not checkpoint:
         run.log(0, "teacher", **teacher)
     if args.eval_only:
         at = Place(checkpoint["epoch"], checkpoint["batch"], checkpoint["step"]
                    ) if checkpoint else Place()
-        result = folder if args.resume == "auto" else args.resume
+        path = args.weights if not checkpoint else folder if args.resume == "auto" else args.resume
+        tested = at.step
     else:
         at = train(run, setup, checkpoint, args)
-    if checkpoint or not args.eval_only:
-        student = open_result(run, result, setup, args)
-    return report(run, student, setup, at, teacher, args)
+        best, path = run.load("checkpoint_best.pt"), folder
+        tested = best["step"] if best else at.step
+        run.say(f"testing the weights of step {tested}" + ", the best on val" * bool(best))
+    student = open_result(run, path, folder, setup, args)
+    return report(run, student, setup, at, tested, teacher, args)
 
 
 # -----------------------------------------------------------------------------
@@ -777,7 +779,8 @@ def get_args(argv=None):
         if wrong:
             parser.error(line)
     for name, value in {**DEFAULTS, **(DEMO if demo else {})}.items():
-        brought = {"teacher": args.reinforced, "model": args.weights}.get(name)
+        brought = {"teacher": args.reinforced, "crop": args.reinforced,
+                   "model": args.weights}.get(name)
         if getattr(args, name) is None and not brought:
             setattr(args, name, value)
     return args

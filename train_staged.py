@@ -507,8 +507,9 @@ def main(args):
         return {"stages": [{"name": stage.name, "steps": stage.steps, "warmup": stage.warmup_steps,
                             "done": stage.done} for stage in stages]}
     found = run_plan(run, model, plan, stages, tests, tokenizer, out, args, about)
-    if args.export and not args.eval_only:
-        model.load_state_dict(load(out / found["weights"]).state_dict())
+    if args.export:
+        if (out / found["weights"]).is_file():  # else `model` is still as --weights gave it
+            model.load_state_dict(load(out / found["weights"]).state_dict())
         run.say("wrote " + run.on_first(lambda: str(export(model, out / "export", args.export,
                                                            tokenizer))))
     return found
@@ -516,10 +517,10 @@ def main(args):
 
 def run_plan(run, model, plan, stages, tests, tokenizer, out, args, about):
     """Train the stages that are not done, and score every row of the matrix -> the results."""
-    judged_on = {name: [pairs.fingerprint, len(pairs)] for name, pairs in tests.items()}
+    judged_on = {name: [pairs.fingerprint, len(pairs)] for name, pairs in tests.items()}  # in order
     if not args.eval_only:
         _, finished = run.begin(out, args, about)
-        if finished and all(s.done for s in stages) and finished["tests"] == judged_on:
+        if finished and all(s.done for s in stages) and str(finished["tests"]) == str(judged_on):
             return finished
         run.write("plan.json", plan)
         run.on_first(lambda: (out / "results.json").unlink(missing_ok=True))
@@ -567,7 +568,7 @@ def report(run, model, rows, stages, tests, tokenizer, args):
             "image_ms": milliseconds(run, model, image_features, pixels),
             "text_ms": milliseconds(run, model, text_features, cut_texts(model, tokens, 1)[0][0]),
             "samples_per_second": max([x["samples_per_second"] for x in done.values()] or [0.0]),
-            "weights": f"{judged}/{FILES['best']}" if done else str(args.weights)}
+            "weights": f"{judged}/{FILES['best']}" if last["stage"] else str(args.weights)}
 
 
 # -----------------------------------------------------------------------------

@@ -686,8 +686,8 @@ def open_clip(args):
     image, text = getattr(args, "image_tower", None), getattr(args, "text_tower", None)
     torch.manual_seed(args.seed if isinstance(args.seed, int) else 0)
     if weights in ("auto", "none") and not known and not (image and text):
-        raise WeightsError(f"unknown --model {args.model!r}; known: {', '.join(CONFIGS)}. A file "
-                           f"goes to --weights")
+        wrong = f"unknown --model {args.model!r}" if args.model else "no CLIP to start from"
+        raise WeightsError(f"{wrong}; expected --weights FILE, or --model {', '.join(CONFIGS)}")
     source = {"none": f"{known}:none", "auto": known}.get(weights, weights)
     if image or text:
         return load(source, image, text, args.proj, args.embed_dim, activation=activation)

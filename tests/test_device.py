@@ -378,6 +378,8 @@ def test_each_kind_of_damage_is_named_and_the_previous_one_steps_in(tmp_path, ca
     canary = tmp_path / "canary"
     torch.save({"x": Payload(canary)}, before)
     refused(lambda: load_checkpoint(before), before.name)
+    last.write_bytes(b"")
+    refused(lambda: run.load(last), before.name, "--overwrite")
     assert not canary.exists()
 
 

@@ -3,6 +3,7 @@
 How a run ends and goes on is in test_faults.py, several processes in test_distributed.py.
 """
 import ast
+import importlib
 import json
 import math
 import re
@@ -86,6 +87,12 @@ def test_a_dry_run_walks_the_whole_path_beside_the_run(name, flags, tmp_path):
     assert results(tmp_path / "run_dry_run")["method"]
     logged = metrics(home(tmp_path / "run_dry_run"), "train")
     assert 0 < len(logged) < STEPS
+    read = importlib.import_module(name).get_args  # its config.json asks for the whole run
+    words = [str(x) for x in (*flags, "--output-dir", tmp_path / "run")]
+    asked, stored = (vars(read([*more, "--output-dir", str(tmp_path / "run")])) for more in (
+        words, ["--config", str(tmp_path / "run_dry_run" / "config.json")]))
+    assert {key: (x, stored[key]) for key, x in asked.items() if x is not None and
+            x != stored[key]} == {}
 
 
 def test_what_a_run_leaves(name, whole):
@@ -168,9 +175,13 @@ def test_weights_that_were_kept_for_their_scores_go_on_exactly_or_are_refused(na
 def test_every_file_that_a_run_leaves_can_be_its_weights(name, flags, whole, tmp_path):
     """The checkpoints, an export, the folder: each loads, is inspected, and starts another run."""
     copied = shutil.copytree(whole, tmp_path / "run")
-    attempt(name, *flags, "--export", "safetensors", "--output-dir", copied).ok()
+    for more in ((), ("--eval-only",)):  # the weights that are scored
+        shutil.rmtree(copied / "export", ignore_errors=True)
+        attempt(name, *flags, *more, "--export", "safetensors", "--output-dir", copied).ok()
+        exported, scored = weights.load(*copied.rglob("*.safetensors")), weights.load(copied)
+        assert differences(exported.state_dict(), scored.state_dict()) == []
     files = [*copied.rglob("*.pt"), *copied.rglob("*.safetensors")]
-    assert any(file.suffix == ".safetensors" for file in files) and len(files) >= 3
+    assert len(files) >= 3
     for file in [*files, copied]:
         model = weights.load(file)
         assert all(torch.isfinite(p).all() for p in model.parameters()), file
@@ -190,7 +201,7 @@ REFUSED = [
     ("--device", "cuda:7"), ("--precision", "fp8"), ("--weights", "no/such/file.pt"),
     ("--weights", str(ROOT / "README.md")), ("--model", "ViT-Z/99"), ("--resume", "no_such.pt"),
     ("--config", "no_such.json"), ("--data", "no_such_data"), ("--workers", "-2"),
-    ("--log-every", "0"), ("--export", "pickle"), ("--batch", "4")]
+    ("--log-every", "0"), ("--export", "pickle"), ("--batch", "4"), ("--micro-batch", 20 * "9")]
 
 
 @pytest.mark.parametrize("flag, value", REFUSED, ids=" ".join)

@@ -224,7 +224,13 @@ def test_several_shots_and_seeds_give_a_table_from_unrounded_numbers(tmp_path):
     assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
     again = clipfit(tmp_path / "table", *flags, "--shots", 1, "--seed", 2, "--eval-only")
     assert again["accuracy"] == alone["accuracy"] == found["runs"][1]["accuracy"]
-    refusal(tmp_path / "alone", *flags, *shots, "--seeds", 1, 2, names=("--output-dir",))
+    again = clipfit(tmp_path / "table", *flags, "--shots", 0, 2, "--seeds", 1, 3, "--eval-only")
+    assert again["accuracy"] == (found["runs"][3]["accuracy"] + found["runs"][5]["accuracy"]) / 2
+    refusal(tmp_path / "table", *flags, *shots, "--seeds", 1, 4, "--eval-only",
+            names=("shots1_seed4", "shots2_seed4"))  # zero-shot accuracy is none of theirs
+    for folder, more in (("alone", [*shots, "--seeds", 1, 2]), ("table", ["--shots", 4])):
+        line = refusal(tmp_path / folder, *flags, *more, names=(folder, "--seed", "--output-dir"))
+        assert "None" not in line and len(line) < 300
 
 
 def test_base_to_new_trains_on_half_of_the_classes(tmp_path):

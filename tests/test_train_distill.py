@@ -497,6 +497,9 @@ def test_the_average_is_what_is_scored_and_loaded_and_scales_stay_in_bounds(scho
     for key in [key for key in found if re.search("_r\\d|scale|top1", key)]:
         assert again[key] == found[key]
     assert again["steps"] == stored["step"]
+    *rows, last = metrics(tmp_path, "val")  # held-out pairs, which are tested too
+    best = max(rows, key=lambda row: row["mean_recall"])["step"]
+    assert found["tested_step"] == last["step"] == best < rows[-1]["step"]
     distill(school, tmp_path / "wild", "--train-text", "--lr", 20, "--max-steps", 2, "--warmup", 0)
     last = checkpoint(tmp_path / "wild")
     for scale in (last["weights"]["logit_scale"], last["heads"]["icl_scale"]):
@@ -550,6 +553,14 @@ def test_training_from_it_asks_no_teacher(school, stored, tmp_path):
         found = run_main("train_distill", *taught(school, stored, "--output-dir", tmp_path))
     assert sum(asked) == 6 * 8 + 12 * 3 + 12   # training; val twice, then as test; timing
     assert "teacher_mean_recall" not in found and len(found["teachers"]) == 2
+    words = taught(school, stored)
+    for more in (("--eval-only",), (*words, "--eval-only")):
+        again = run_main("train_distill", *more, "--output-dir", tmp_path)
+        assert again["mean_recall"] == found["mean_recall"]
+    config = ("--config", tmp_path / "config.json")
+    run_main("train_distill", *config, "--output-dir", tmp_path / "again")
+    same_run(tmp_path, tmp_path / "again")
+    refused(attempt("train_distill", *config, "--crop", 0.5), "--crop")
 
 
 def test_what_is_stored_is_what_each_teacher_says_of_the_view_that_is_shown(school, stored):

@@ -252,6 +252,10 @@ def test_a_wrong_flag_is_refused(world, tmp_path, monkeypatch, more, name):
     refused_unread(world, tmp_path, monkeypatch, None, [name], *more)
 
 
+def test_a_run_without_a_clip_to_start_from_is_refused(world):
+    assert "None" not in refused(attempt(SCRIPT, "--data", world), "--weights", "--model")
+
+
 def test_keys_win_over_flags_and_flags_over_defaults(tmp_path):
     plan = plan_file(tmp_path / "plan.json", {"name": "a", "data": "x", "lr": 1e-3},
                      {"name": "b", "data": "x", "batch_size": 512}, weights="w.pt", max_text=20,
@@ -378,6 +382,18 @@ def test_an_edited_plan_is_stale_until_trained_again(world, two_stages, tmp_path
     refused(attempt(SCRIPT, *edited), "cold", "parent was")
     (out / "warm" / "checkpoint_best.pt").unlink()
     refused(attempt(SCRIPT, *edited), "warm", "checkpoint_best.pt", "--from-stage warm")
+
+
+def test_stages_in_another_order_are_scored_again_and_not_trained_again(world, tmp_path):
+    stages, times, found = [{**stage, "from": "init", "epochs": 1} for stage in (WARM, COLD)], [], []
+    for some in (stages, stages[::-1]):
+        plan = plan_file(tmp_path / "plan.json", *some)
+        found.append(run_main(SCRIPT, *flags(world, tmp_path / "run", plan=plan)))
+        times.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")})
+    assert [[row["row"] for row in x["rows"]] for x in found] == [
+        ["before", "warm", "cold"], ["before", "cold", "warm"]]
+    assert [x["judged_on"] for x in found] == ["cold", "warm"] and times[0] == times[1]
+    assert results(tmp_path / "run")["weights"] == "warm/checkpoint_best.pt"
 
 
 def test_a_stage_more_is_trained_on_top_of_finished_ones(world, two_stages, tmp_path):
