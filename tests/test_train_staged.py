@@ -92,19 +92,6 @@ def same_stages(one, other, names=("warm", "cold")):
 # -----------------------------------------------------------------------------
 # The step
 
-def defined_loss(image, text, ids, scale, positives):
-    """The formula of the docstring, pair by pair."""
-    z, n, total = scale * image @ text.T, len(image), 0.0
-    alike = [[i == j or bool((ids[i] == ids[j]).any()) for j in range(n)] for i in range(n)]
-    for side in (z, z.T):
-        for i in range(n):
-            kept = [j for j in range(n) if positives != "mask" or j == i or not alike[i][j]]
-            near = [j for j in kept if j == i or positives == "multi" and alike[i][j]]
-            log_p = side[i, kept].log_softmax(dim=0)
-            total -= sum(log_p[kept.index(j)] for j in near) / len(near)
-    return total / (2 * n)
-
-
 @pytest.mark.parametrize("positives", ["multi", "mask", "diag"])
 def test_the_step_is_the_gradient_of_the_definition(tmp_path, monkeypatch, positives):
     """In float64, on 11 images, texts of 4 to 9 words, and ids with partners in either column."""
@@ -119,8 +106,8 @@ def test_the_step_is_the_gradient_of_the_definition(tmp_path, monkeypatch, posit
     for i in range(11):
         tokens[i, :4 + i % 6] = torch.randint(4, 20, (4 + i % 6,), generator=generator)
     ids = torch.stack([torch.arange(11) // 2, torch.arange(11) % 7], dim=1)
-    loss = defined_loss(*model(pixels(model, images), tokens)[:2], ids, model.logit_scale.exp(),
-                        positives)
+    image, text, scale = model(pixels(model, images), tokens)
+    loss = helpers.defined_info_nce(image, text, ids, scale, positives)
     parameters = dict(model.named_parameters())
     theirs = torch.autograd.grad(loss, parameters.values(), allow_unused=True)
     for micro in (0, 1, 4):
