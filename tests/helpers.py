@@ -328,7 +328,7 @@ def script_data(folder):
 
 def script_flags(name, data, *more):
     """Flags of such a run; its batches divide unevenly, into pieces and among processes."""
-    start = data / "start.safetensors"
+    name, start = name.removeprefix("train_"), data / "start.safetensors"
     flags = [("--data", data / ("classes" if name == "clipfit" else "pairs")),
              ("--workers", 0), ("--device", "cpu"), ("--log-every", 1), ("--micro-batch", 2)]
     flags += {"clipfit": [("--weights", start), ("--shots", 5), ("--batch-size", 5)],

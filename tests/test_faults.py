@@ -23,26 +23,9 @@ import images
 import train_clipfit  # here: who is not root may not read what it imports
 from helpers import (at_call, at_step, checkpoint, class_folder, die, in_child, metrics,
                      Payload, results, ROOT, run_folder, same_run, script,
-                     script_data, script_flags, SCRIPTS)
+                     script_flags, SCRIPTS)
 
 NAMES = [name.removeprefix("train_") for name in SCRIPTS]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return script_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
-    """name -> the folder of an uninterrupted run of six steps."""
-    parent = tmp_path_factory.mktemp("whole")
-
-    def run(name):
-        if not (parent / name).exists():
-            in_child(script, f"train_{name}", *flags(name, data, parent / name)).ok()
-        return parent / name
-    return run
 
 
 def flags(name, data, out, *more):
@@ -99,7 +82,7 @@ FAULTS = {  # what happens -> the exit code, and words of the last line
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_run_that_was_ended_goes_on_to_the_same_bits(name, fault, data, whole, tmp_path):
+def test_a_run_that_was_ended_goes_on_to_the_same_bits(name, fault, data, whole_run, tmp_path):
     happens, code, *words = FAULTS[fault]
     result = after(happens, name, data, tmp_path / "run")
     assert result.code == code
@@ -108,7 +91,7 @@ def test_a_run_that_was_ended_goes_on_to_the_same_bits(name, fault, data, whole,
     if code == 3:
         assert checkpoint(run_folder(tmp_path / "run"))["step"] == 4
     in_child(script, f"train_{name}", *flags(name, data, tmp_path / "run")).ok()
-    same_run(run_folder(whole(name)), run_folder(tmp_path / "run"))
+    same_run(run_folder(whole_run(name)), run_folder(tmp_path / "run"))
     assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
@@ -183,8 +166,8 @@ def test_code_in_a_file_is_refused_by_every_flag_that_reads_one(name, data, tmp_
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_another_method_and_data_that_changed_are_refused(name, data, whole, tmp_path):
-    folder, advice = whole(name), "--from-stage" if name == "staged" else "--output-dir"
+def test_another_method_and_data_that_changed_are_refused(name, data, whole_run, tmp_path):
+    folder, advice = whole_run(name), "--from-stage" if name == "staged" else "--output-dir"
     result = in_child(script, f"train_{name}", *flags(name, data, folder, "--resume", "none"))
     one_line(result, 2, "--overwrite", "--output-dir")
     copy = tmp_path / "data"
@@ -218,13 +201,13 @@ def test_a_hostile_environment_changes_nothing(data, tmp_path):
     assert "红色" in (out / "per_class_test.csv").read_text("utf-8")
 
 
-def test_home_and_variables_are_expanded_in_path_flags(data, whole, tmp_path, monkeypatch):
+def test_home_and_variables_are_expanded_in_path_flags(data, whole_run, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("PICTURES", str(data / "classes"))
     monkeypatch.chdir(tmp_path)
     given = ("--data", "$PICTURES", "--output-dir", "~/runs/a")
     in_child(script, "train_clipfit", *script_flags("clipfit", data, *given)).ok()
-    same_run(whole("clipfit"), tmp_path / "runs" / "a", but=("timed", "identity", "card"))
+    same_run(whole_run("clipfit"), tmp_path / "runs" / "a", but=("timed", "identity", "card"))
     result = in_child(script, "train_clipfit", "--config", "~/runs/a/config.json")
     assert result.code == 0 and "finished" in result.out and not (tmp_path / "~").exists()
 

@@ -13,24 +13,12 @@ import pytest
 import torch
 
 import weights
-from helpers import (at_step, attempt, checkpoint, class_folder, cli, differences, in_child,
-                     metrics, refused, results, ROOT, run_main, same_run, scenes, script, SCRIPTS)
+from helpers import (at_step, attempt, checkpoint, cli, differences, in_child, metrics, refused,
+                     results, ROOT, run_folder, run_main, same_run, scenes, script, script_flags,
+                     SCRIPTS)
 
-FLAGS = {  # beside --data: 12 steps, 3 to an epoch
-    "train_clipfit": ["--model", "tiny", "--shots", 4, "--epochs", 4, "--batch-size", 4],
-    "train_contrastive": ["--model", "tiny", "--epochs", 4, "--batch-size", 8],
-    "train_distill": ["--teacher", "tiny", "--model", "tiny-vit", "--epochs", 4, "--batch-size", 8],
-    "train_staged": ["--model", "tiny", "--epochs", 4, "--batch-size", 16]}  # both captions
 SCORES = {"train_clipfit": ["accuracy", "zero_shot_accuracy"], "train_staged": []}
 RETRIEVAL = ["i2t_r1", "t2i_r10", "mean_recall"]
-STEPS = 12
-
-
-@pytest.fixture(scope="session")
-def sources(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sources")
-    return {"train_clipfit": class_folder(folder / "classes", train=4, test=6),
-            "pairs": scenes(folder / "scenes", train=24, val=8)}
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -39,31 +27,18 @@ def name(request):
 
 
 @pytest.fixture
-def flags(name, sources):
-    data = sources.get(name, sources["pairs"])
-    return ["--data", data, *FLAGS[name], "--workers", 0, "--log-every", 1, "--save-every", 2]
-
-
-WHOLE = {}  # script -> the folder of a run from start to end
+def flags(name, data):
+    return script_flags(name, data, "--save-every", 2)
 
 
 @pytest.fixture
-def whole(name, flags, tmp_path_factory):
-    if name not in WHOLE:
-        folder = tmp_path_factory.mktemp("whole") / name
-        attempt(name, *flags, "--output-dir", folder).ok()
-        WHOLE[name] = folder
-    return WHOLE[name]
-
-
-def home(folder):
-    """The folder of the checkpoints: the run's own, or that of its stage."""
-    return next(folder.rglob("checkpoint_last.pt")).parent
+def whole(name, whole_run):
+    return whole_run(name)
 
 
 def kept(folder):
     """The names of the checkpoints that a run leaves, without the predecessor of the last."""
-    names = sorted(path.name for path in home(folder).glob("checkpoint_*.pt"))
+    names = sorted(path.name for path in run_folder(folder).glob("checkpoint_*.pt"))
     return [file for file in names if "prev" not in file]
 
 
@@ -74,7 +49,7 @@ def scores(name, folder):
 
 def same(one, other):
     """Two runs left the same weights, moments and logged numbers, bit for bit."""
-    same_run(home(one), home(other), kept(one))
+    same_run(run_folder(one), run_folder(other), kept(one))
     found, theirs = ({key: x for key, x in results(folder).items() if key in (
         "accuracy", "mean_recall", "steps")} for folder in (one, other))
     assert found == theirs
@@ -84,8 +59,8 @@ def test_a_dry_run_walks_the_whole_path_beside_the_run(name, flags, tmp_path):
     attempt(name, *flags, "--dry-run", "--output-dir", tmp_path / "run").ok()
     assert [path.name for path in tmp_path.iterdir()] == ["run_dry_run"]
     assert results(tmp_path / "run_dry_run")["method"]
-    logged = metrics(home(tmp_path / "run_dry_run"), "train")
-    assert 0 < len(logged) < STEPS
+    logged = metrics(run_folder(tmp_path / "run_dry_run"), "train")
+    assert 0 < len(logged) < 6
 
 
 def test_what_a_run_leaves(name, whole):
@@ -96,15 +71,15 @@ def test_what_a_run_leaves(name, whole):
     assert {"method", "data", "model", "seconds", "peak_memory_mb", "device", "precision", "git",
             "samples_per_second", "processes", "torch"} <= set(results(whole))
     assert scores(name, whole)
-    rows = metrics(home(whole), "train")
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert [row["epoch"] for row in rows] == [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3
+    rows = metrics(run_folder(whole), "train")
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    assert [row["epoch"] for row in rows] == [1] * 3 + [2] * 3
     assert all(math.isfinite(row["loss"]) for row in rows)
     assert {"lr", "samples_per_second", "data_wait", "memory_mb", "time"} <= set(rows[0])
     first, *said = (whole / "log.txt").read_text("utf-8").splitlines()
     assert first.startswith("device ")
-    said = said if name != "train_staged" else (home(whole) / "log.txt").read_text().splitlines()
-    step = next(line for line in said if line.startswith(" 1/12  "))
+    said = said if name != "train_staged" else (run_folder(whole) / "log.txt").read_text().splitlines()
+    step = next(line for line in said if line.startswith("1/6  "))
     assert all(word in step for word in ("loss ", "lr ", "samples/s", "wait", "MB", "eta"))
     if name != "train_clipfit":
         assert "checkpoint_best.pt" in kept(whole)
@@ -141,7 +116,7 @@ def test_a_checkpoint_goes_on_in_another_folder_with_its_best_weights(name, flag
         pytest.skip("a plan goes on in its own folder; --from-stage takes a stage again")
 
     def doomed():
-        at_step(8, lambda: signal.raise_signal(signal.SIGTERM))
+        at_step(4, lambda: signal.raise_signal(signal.SIGTERM))
         return script(name, *flags, "--output-dir", tmp_path / "first")
     assert in_child(doomed).code == 143
     attempt(name, *flags, "--resume", tmp_path / "first" / "checkpoint_last.pt",
@@ -154,7 +129,7 @@ def test_a_checkpoint_goes_on_in_another_folder_with_its_best_weights(name, flag
 
 def test_weights_that_were_kept_for_their_scores_go_on_exactly_or_are_refused(name, flags, whole,
                                                                              tmp_path):
-    best = home(whole) / "checkpoint_best.pt"
+    best = run_folder(whole) / "checkpoint_best.pt"
     if not best.exists():
         pytest.skip("the last weights are tested")
     ended = attempt(name, *flags, "--resume", best, "--output-dir", tmp_path / "out")
@@ -179,9 +154,8 @@ def test_every_file_that_a_run_leaves_can_be_its_weights(name, flags, whole, tmp
     if name == "train_clipfit":
         stored = checkpoint(copied)["weights"]
         assert all(torch.equal(model.get_parameter(key), x) for key, x in stored.items())
-    taken = ["--model" if name == "train_distill" else "--weights", copied]
-    more = [x for x in flags if x not in ("--model", "tiny")] if name != "train_distill" else flags
-    attempt(name, *more, *taken, "--dry-run", "--output-dir", tmp_path / "next").ok()
+    taken = "--model" if name == "train_distill" else "--weights"
+    attempt(name, *flags, taken, copied, "--dry-run", "--output-dir", tmp_path / "next").ok()
 
 
 REFUSED = [
@@ -194,21 +168,17 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("flag, value", REFUSED, ids=" ".join)
-def test_a_wrong_command_line_is_one_line_before_any_work(name, sources, tmp_path, flag, value):
-    distill = name == "train_distill"
-    if distill and flag == "--weights" or flag == "--device" and torch.cuda.is_available():
+def test_a_wrong_command_line_is_one_line_before_any_work(name, flags, tmp_path, flag, value):
+    if flag == "--weights" and name == "train_distill" or (
+            flag == "--device" and torch.cuda.is_available()):
         pytest.skip("its students are named by --model; or the GPU is there")
-    given = {"--data": sources.get(name, sources["pairs"]), "--output-dir": tmp_path / "out",
-             "--batch-size": 8, "--teacher" if distill else "--model": "tiny", flag: value}
-    if flag == "--weights":
-        given.pop("--model")
-    done = attempt(name, *(x for pair in given.items() for x in pair))
+    done = attempt(name, *flags, flag, value, "--output-dir", tmp_path / "out")
     refused(done, flag if flag.startswith(("--ep", "--lr", "--batch")) else value.split(":")[0])
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "train_clipfit"])
-def test_the_caption_of_an_unreadable_image_goes_with_it(name, tmp_path):
+def test_the_caption_of_an_unreadable_image_goes_with_it(name, flags, tmp_path):
     """One in a hundred is borne. Another pair takes its place, so that what its own caption says
     changes no loss."""
     losses = []
@@ -217,12 +187,11 @@ def test_the_caption_of_an_unreadable_image_goes_with_it(name, tmp_path):
         (folder / "5.png").write_bytes(b"no image")
         table = folder / "pairs.csv"
         table.write_text(re.sub(r'(?m)^(5\.png,"?)', rf"\g<1>{words}", table.read_text("utf-8")))
-        done = attempt(name, "--data", folder, *FLAGS[name], "--epochs", 2, "--batch-size", 50,
-                       "--workers", 0, "--cache-gb", 0, "--log-every", 1, "--output-dir", out).ok()
-        captions = 2 if name == "train_staged" else 1  # of an image in an epoch
-        assert done.out.count(f"{captions} pairs had an image that cannot be read") == 2
-        losses.append([row["loss"] for row in metrics(home(out), "train")])
-    assert losses[0] == losses[1] and len(losses[0]) >= 4
+        done = attempt(name, *flags, "--data", folder, "--batch-size", 50, "--micro-batch", 0,
+                       "--cache-gb", 0, "--output-dir", out).ok()
+        assert done.out.count("1 pairs had an image that cannot be read") == 2
+        losses.append([row["loss"] for row in metrics(run_folder(out), "train")])
+    assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
 def needs(path, found):
