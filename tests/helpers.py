@@ -13,6 +13,7 @@ import importlib
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -447,6 +448,19 @@ def at_step(number, fault):
     """`fault()` in the training step `number`, after its update. For use in a `Child`."""
     import device
     at_call(device.Run, "update", number, fault, after=True)
+
+
+def bad_steps(*numbers):
+    """Those training steps have a gradient that is not a number. For use in a `Child`."""
+    import device
+    real, calls = device.Run.sum_gradients, itertools.count(1)
+
+    def summed(run, parameters):
+        parameters = list(parameters)
+        real(run, parameters)
+        if next(calls) in numbers:
+            next(p for p in parameters if p.grad is not None).grad.view(-1)[0] = math.nan
+    device.Run.sum_gradients = summed
 
 
 def die():

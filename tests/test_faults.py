@@ -5,7 +5,6 @@ stands for a run started from a shell: the same code and exit codes, without sec
 What device.py answers alone is in test_device.py, what needs several processes in
 test_distributed.py, wrong flags in test_scripts.py.
 """
-import math
 import os
 import pathlib
 import resource
@@ -21,7 +20,7 @@ import torch
 import device
 import images
 import train_clipfit  # here: who is not root may not read what it imports
-from helpers import (at_call, at_step, checkpoint, class_folder, die, in_child, metrics,
+from helpers import (at_call, at_step, bad_steps, checkpoint, class_folder, die, in_child, metrics,
                      Payload, results, ROOT, run_folder, same_run, script,
                      script_flags, SCRIPTS)
 
@@ -122,23 +121,10 @@ def test_a_stop_of_the_whole_group_is_answered_after_a_checkpoint(data, tmp_path
 # -----------------------------------------------------------------------------
 # Numbers that are not finite
 
-def bad_steps(steps, kind):
-    """From now on those steps (from 1) have such a gradient."""
-    real, calls = device.Run.sum_gradients, []
-
-    def summed(run, parameters):
-        parameters = list(parameters)
-        calls.append(1)
-        real(run, parameters)
-        if len(calls) in steps:
-            next(p for p in parameters if p.grad is not None).grad.view(-1)[0] = kind
-    device.Run.sum_gradients = summed
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_bad_steps_are_skipped_and_their_images_named_until_the_third_in_a_row(name, data, tmp_path):
     """AdamW has counted the good steps only (test_device.py compares bit for bit)."""
-    result = after(lambda: bad_steps((2, 4, 5, 6), math.nan), name, data, tmp_path / "run")
+    result = after(lambda: bad_steps(2, 4, 5, 6), name, data, tmp_path / "run")
     one_line(result, 3, ".png", "intact", "--lr")
     folder = run_folder(tmp_path / "run")
     skipped = [line for line in (folder / "log.txt").read_text().splitlines()
