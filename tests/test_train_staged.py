@@ -1,5 +1,5 @@
-"""train_staged: its step against the definition, plans and what is refused, chains of stages,
-resuming, forgetting and what holds it, frozen towers."""
+"""train_staged: the recipe, plans and what is refused, chains of stages, resuming, forgetting and
+what holds it, frozen towers. Its step is in test_train_contrastive.py."""
 import colorsys
 import dataclasses
 import json
@@ -15,15 +15,13 @@ import torch
 from helpers import attempt, checkpoint, metrics, refused, results, run_main
 from PIL import Image
 
-import device
 import plans
 import tokenizer
 import train_staged
 import weights
 from clip_model import bert_fields, BertConfig, CLIP, CONFIGS
-from data import normalise
 from plans import Stage
-from train_staged import add_gradient, freeze, optimizer_groups
+from train_staged import freeze, optimizer_groups
 
 SCRIPT, ROOT = "train_staged", pathlib.Path(__file__).resolve().parent.parent
 
@@ -87,38 +85,6 @@ def same_stages(one, other, names=("warm", "cold")):
         row["weights"] = pathlib.Path(row["weights"]).name
     for key in ("rows", "forgetting", "backward_transfer"):
         assert ours[key] == theirs[key], key
-
-
-# -----------------------------------------------------------------------------
-# The step
-
-@pytest.mark.parametrize("positives", ["multi", "mask", "diag"])
-def test_the_step_is_the_gradient_of_the_definition(tmp_path, monkeypatch, positives):
-    """In float64, on 11 images, texts of 4 to 9 words, and ids with partners in either column."""
-    def pixels(model, images):
-        return normalise(images, model.image_mean, model.image_std).double()
-    monkeypatch.setattr(train_staged, "image_features", lambda run, model, images:
-                        model.encode_image(pixels(model, images), normalize=True))
-    run, generator = device.start("cpu", "fp32"), torch.Generator().manual_seed(7)
-    model = helpers.perturb(weights.load(weights_file(tmp_path, 0.0)).double()).train()
-    images = torch.randint(0, 256, (11, 3, 32, 32), generator=generator)
-    tokens = torch.zeros(11, 12, dtype=torch.long)
-    for i in range(11):
-        tokens[i, :4 + i % 6] = torch.randint(4, 20, (4 + i % 6,), generator=generator)
-    ids = torch.stack([torch.arange(11) // 2, torch.arange(11) % 7], dim=1)
-    image, text, scale = model(pixels(model, images), tokens)
-    loss = helpers.defined_info_nce(image, text, ids, scale, positives)
-    parameters = dict(model.named_parameters())
-    theirs = torch.autograd.grad(loss, parameters.values(), allow_unused=True)
-    for micro in (0, 1, 4):
-        model.zero_grad(set_to_none=True)
-        found = add_gradient(run, model, images, tokens, ids, [11], Stage(
-            micro_batch=micro, positives=positives), run.scaler(), 5)
-        assert found["loss"].item() == pytest.approx(loss.item(), abs=1e-12)
-        for (name, p), wanted in zip(parameters.items(), theirs):
-            assert (p.grad is None) == (wanted is None), name
-            if wanted is not None:
-                assert (p.grad - wanted).norm() < 1e-10 * (1 + wanted.norm()), name
 
 
 # -----------------------------------------------------------------------------
