@@ -276,7 +276,6 @@ def test_a_folder_that_cannot_be_used_is_refused(whole, tmp_path):
     (tmp_path / "file").write_text("x")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         refused(lambda out=out: get_args(["--output-dir", out]), "--output-dir")
-    refused(lambda: toy(whole, "--resume", "none"), whole, "--overwrite", "--output-dir")
     refused(lambda: toy(whole, "--lr", 0.5), "lr was 0.1, now 0.5", "--output-dir")
     line = refused(lambda: toy(whole, "--epochs", 30), f"--weights {whole}", "--output-dir")
     assert "lr" not in line

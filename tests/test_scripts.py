@@ -2,9 +2,10 @@
 
 How a run ends and goes on is in test_faults.py, several processes in test_distributed.py.
 """
-import ast
 import json
 import math
+import modulefinder
+import pathlib
 import re
 import shutil
 import signal
@@ -194,22 +195,12 @@ def test_the_caption_of_an_unreadable_image_goes_with_it(name, flags, tmp_path):
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
-def needs(path, found):
-    """The project's own files that this one imports, and theirs."""
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        names = [node.module] if isinstance(node, ast.ImportFrom) else [
-            alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        for module in names:
-            leaf = ROOT / f"{(module or '').split('.')[0]}.py"
-            if leaf.exists() and leaf not in found:
-                found.add(leaf)
-                needs(leaf, found)
-    return found
-
-
 def test_a_script_and_its_leaves_run_in_an_empty_folder(name, tmp_path):
     """The unit that people copy: the script, the leaves it imports, assets/."""
-    files = needs(ROOT / f"{name}.py", {ROOT / f"{name}.py"})
+    finder = modulefinder.ModuleFinder([str(ROOT)])
+    finder.run_script(str(ROOT / f"{name}.py"))
+    files = [pathlib.Path(module.__file__) for module in finder.modules.values()
+             if module.__file__]
     for file in files:
         shutil.copy(file, tmp_path)
     shutil.copytree(ROOT / "assets", tmp_path / "assets")

@@ -303,13 +303,6 @@ def test_case_is_what_is_given_or_the_folder_says_or_the_vocabulary_shows(tmp_pa
     assert WordPieceTokenizer([*tokens, *names]).encode("A é") == [4, 6]
 
 
-def test_the_longest_token_is_found_and_a_long_word_is_unknown():
-    ours = WordPieceTokenizer([*WORDS, "a", "abcdefghijkl", "##ab", "##a"])
-    assert ours.encode("abcdefghijklab aab abcdefghijklx") == [5, 6, 4, 6, 1]
-    assert len(ours.encode("a" * 100)) > 1 and ours.encode("a" * 101) == [1]
-    assert len(WordPieceTokenizer(ours.tokens, longest_word=101).encode("a" * 101)) > 1
-
-
 @pytest.mark.parametrize("ours", [
     BPETokenizer(), WordPieceTokenizer(TINY / "wordpiece", lowercase=False),
     ChineseTokenizer(TINY / "wordpiece", straight_quotes=False),
