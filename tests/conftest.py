@@ -68,6 +68,13 @@ def no_network(monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def run():
+    """A device.Run on the CPU, in fp32."""
+    import device
+    return device.start("cpu", "fp32")
+
+
+@pytest.fixture(scope="session")
 def data(tmp_path_factory):
     return helpers.script_data(tmp_path_factory.mktemp("data"))
 

@@ -10,13 +10,7 @@ import torch.nn.functional as F
 from helpers import defined_info_nce, gradients, largest, unit_pairs
 from torch import nn
 
-from device import start
 from large_batch import by_rows, info_nce, TwoPass
-
-
-@pytest.fixture(scope="module")
-def run():
-    return start("cpu", "fp32")
 
 
 @pytest.mark.parametrize("positives", ["diag", "mask", "multi"])

@@ -29,11 +29,6 @@ LOSSES = [("infonce", "hardest"), ("siglip", "hardest"), ("triplet", "sum"),
 
 
 @pytest.fixture(scope="module")
-def run():
-    return device.start("cpu", "fp32")
-
-
-@pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     return helpers.scenes(tmp_path_factory.mktemp("scenes") / "pairs", 24, 12)
 
