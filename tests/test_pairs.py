@@ -398,22 +398,13 @@ PIECES = ("a", "b c", "é", ",", "\t", ";", '"', '""', "\n", "\r\n", "\0", "|", 
 
 
 def strict(text, mark):
-    """RFC 4180 by hand -> rows, None if it is not that. Blank rows are skipped."""
-    rows, row, cell, state = [], [], "", "start"
-    for c in [*text.replace("\r\n", "\n"), "\n"]:
-        if state == "quoted":
-            state, cell = ("closed", cell) if c == '"' else ("quoted", cell + c)
-        elif state == "closed" and c == '"':
-            state, cell = "quoted", cell + c
-        elif c in (mark, "\n"):
-            row, cell, state = [*row, cell], "", "start"
-            if c == "\n":
-                rows, row = rows + [row] * bool("".join(row).strip()), []
-        elif state == "closed":
-            return None
-        else:
-            state, cell = ("quoted", "") if c == '"' and state == "start" else ("plain", cell + c)
-    return None if state == "quoted" else rows
+    """RFC 4180 -> rows, None if it is not that. Blank rows are skipped."""
+    try:
+        rows = list(csv.reader(io.StringIO(text.replace("\r\n", "\n"), newline=""),
+                               delimiter=mark, strict=True))
+    except csv.Error:
+        return None
+    return [row for row in rows if "".join(row).strip()]
 
 
 def test_a_fuzzed_table_is_read_as_a_strict_reader_reads_it_or_refused_with_its_line(tmp_path):

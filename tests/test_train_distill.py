@@ -40,10 +40,6 @@ def mixing(n, share):
         Mix().partners(n)]
 
 
-def soft(targets, logits):
-    return -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
-
-
 # -----------------------------------------------------------------------------
 # Mixing
 
@@ -222,7 +218,7 @@ class Scene:
             return batch.q[0] if self.frozen else unit(model.encode_text(batch.tokens))
 
         def crossed(rows, columns, z):
-            return (soft(rows, z) + soft(columns, z.T)) / 2
+            return (F.cross_entropy(z, rows) + F.cross_entropy(z.T, columns)) / 2
 
         def targets(t, p, q):
             return (t * p @ q.T).softmax(dim=1), (t * q @ p.T).softmax(dim=1)
@@ -241,8 +237,9 @@ class Scene:
             total = total + w["fd"] / 2 * (1 - F.cosine_similarity(image, told[k])).mean()
             if not self.frozen:
                 total = total + w["fd"] / 2 * (1 - F.cosine_similarity(text, batch.q[k])).mean()
-                total = total + w["icl"] / 4 * (soft(T, own * unit(image) @ batch.q[k].T)
-                                                + soft(T.T, own * unit(text) @ told[k].T))
+                total = total + w["icl"] / 4 * (
+                    F.cross_entropy(own * unit(image) @ batch.q[k].T, T)
+                    + F.cross_entropy(own * unit(text) @ told[k].T, T.T))
         total.backward()
         return total.detach(), self.gradients()
 
