@@ -18,7 +18,7 @@ import large_batch
 import train_contrastive
 import train_staged
 import weights
-from clip_model import BERTS, bert_fields, CLIP, CONFIGS, training_mode
+from clip_model import BERTS, bert_fields, training_mode
 from pairs import open_pairs
 from train_contrastive import batch_loss, get_args, parameter_groups
 
@@ -115,24 +115,19 @@ def test_siglip_is_open_clips(run):
 # -----------------------------------------------------------------------------
 # The step
 
-def model_of(dtype=torch.float64, dropout=0.0, config="tiny-vit", **changes):
+def model_of(dtype=torch.float64, config="tiny-vit", **changes):
     """A random CLIP with a BERT of 30 words, and a SigLIP bias."""
-    text = dataclasses.replace(BERTS["tiny-bert"], vocab_size=30, dropout=dropout,
-                               attention_dropout=dropout)
-    torch.manual_seed(0)
-    model = CLIP(dataclasses.replace(CONFIGS[config], **bert_fields(text), **changes))
-    model.logit_bias = torch.nn.Parameter(torch.tensor(-2.0))
-    return helpers.perturb(model.to(dtype), by=0.05, where=lambda *_: True).train()
+    text = dataclasses.replace(BERTS["tiny-bert"], vocab_size=30, dropout=0.0, attention_dropout=0.0)
+    model = helpers.tiny_clip(dtype=dtype, config=config, **bert_fields(text), **changes)
+    model.logit_bias = torch.nn.Parameter(torch.tensor(-2.0, dtype=dtype))
+    return model.train()
 
 
-def batch_of(model, n=11, seed=2):
+def batch_of(model, n=11):
     """uint8 images, tokens of 3 to 9 words with their padding, ids with partners."""
-    generator, size = torch.Generator().manual_seed(seed), model.config.image_size
+    generator, size = torch.Generator().manual_seed(2), model.config.image_size
     images = torch.randint(0, 256, (n, 3, size, size), generator=generator, dtype=torch.uint8)
-    tokens = torch.randint(4, 30, (n, 12), generator=generator)
-    lengths = torch.randint(3, 10, (n,), generator=generator)
-    tokens[torch.arange(12) >= lengths[:, None]] = 0
-    return images, tokens, unit_pairs(n)[2]
+    return images, helpers.texts_for(model, [3 + i * i % 7 for i in range(n)], 12), unit_pairs(n)[2]
 
 
 def pixels(model, images):
