@@ -1,5 +1,4 @@
 """tools.search: what is found, kept features, sheets and titles, embeddings, refusals."""
-import dataclasses
 import json
 
 import helpers
@@ -10,7 +9,7 @@ from helpers import attempt, refused, run_main
 from PIL import Image
 
 import weights
-from clip_model import bert_fields, BertConfig, CLIP, CONFIGS
+from clip_model import bert_fields, BertConfig
 from data import Preprocess, read_image
 from pairs import open_pairs
 from tokenizer import for_model, WordPieceTokenizer
@@ -30,8 +29,7 @@ def world(tmp_path_factory):
         ",", 1)[0], "红圆在左"), "utf-8")
     (data / "vocab.txt").write_text("\n".join(WORDS), "utf-8")
     text = BertConfig("bert", len(WORDS), 32, 2, 2, 64, 64)
-    torch.manual_seed(0)
-    model = CLIP(dataclasses.replace(CONFIGS["tiny-vit"], embed_dim=16, **bert_fields(text)))
+    model = helpers.tiny_clip(embed_dim=16, **bert_fields(text))
     model.vocabulary = WordPieceTokenizer(data / "vocab.txt").facts()
     weights.save(model, folder / "start.safetensors")
     run_main("train_staged", "--data", "pairs", "--data-dir", folder, "--epochs", 1, "--lr", 1e-3,

@@ -1,5 +1,4 @@
 """tokenizer.py: ids equal to a literal twin of OpenAI's, to open_clip, transformers and cn_clip."""
-import dataclasses
 import gzip
 import html
 import json
@@ -12,9 +11,9 @@ import ftfy
 import pytest
 import regex
 import torch
-from helpers import refused, ROOT
+from helpers import refused, ROOT, tiny_clip
 
-from clip_model import bert_fields, BertConfig, CLIP, CONFIGS
+from clip_model import bert_fields, BertConfig
 from tokenizer import (BPETokenizer, ByteBPETokenizer, ChineseTokenizer, for_model, MERGES,
                        open_tokenizer, WordPieceTokenizer)
 
@@ -395,7 +394,7 @@ def test_facts_that_make_no_tokenizer_are_refused():
 def clip(family, vocab_size, **origin):
     text = {"vocab_size": vocab_size} if family == "clip" else bert_fields(BertConfig(
         family, vocab_size, 32, 1, 1, 32, 40, pad_id=1 if family == "roberta" else 0))
-    model = CLIP(dataclasses.replace(CONFIGS["tiny-vit"], **text))
+    model = tiny_clip(**text)
     model.origin.update(origin)
     return model
 

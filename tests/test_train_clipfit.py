@@ -1,6 +1,5 @@
 """train_clipfit.py: what trains, the loss and its gradient, recipe, settings, tables, learning."""
 import csv
-import dataclasses
 import json
 import math
 import types
@@ -8,7 +7,7 @@ import types
 import official
 import pytest
 import torch
-from helpers import (attempt, checkpoint, class_folder, images_for, metrics, perturb, refused,
+from helpers import (attempt, checkpoint, class_folder, images_for, metrics, refused,
                      results, ROOT, run_main, tiny_clip)
 
 import train_clipfit
@@ -270,9 +269,8 @@ def test_domain_generalisation_trains_on_imagenet_and_tests_on_its_four_shifts(t
 
 
 def test_a_resnet_trains_the_text_biases_and_keeps_its_statistics(tmp_path):
-    torch.manual_seed(0)
-    model = CLIP(dataclasses.replace(CONFIGS["tiny-rn"], image_size=64, vocab_size=49_408)).eval()
-    path = weights.save(perturb(model), tmp_path / "rn.safetensors")
+    model = tiny_clip(config="tiny-rn", image_size=64)
+    path = weights.save(model, tmp_path / "rn.safetensors")
     done = attempt("train_clipfit", *FEW, "--weights", path, "--epochs", 2, "--workers", 0,
                    "--export", "openai", "--output-dir", tmp_path / "run").ok()
     assert "no LayerNorm" in done.out
@@ -285,10 +283,9 @@ def test_a_resnet_trains_the_text_biases_and_keeps_its_statistics(tmp_path):
 def test_a_clip_of_bert_and_a_torchvision_tower_trains(tmp_path):
     """With the tokenizer and the pixel statistics of its own file."""
     pytest.importorskip("torchvision")
-    model = CLIP(dataclasses.replace(
-        CONFIGS["tiny-vit"], backbone="squeezenet1_0", image_size=64,
-        **bert_fields(BertConfig("bert", 265, 32, 2, 2, 48, 40))))
-    path = weights.save(perturb(model.eval()), tmp_path / "two.safetensors")
+    model = tiny_clip(backbone="squeezenet1_0", image_size=64,
+                      **bert_fields(BertConfig("bert", 265, 32, 2, 2, 48, 40)))
+    path = weights.save(model, tmp_path / "two.safetensors")
     vocab = ROOT / "assets" / "tiny_vocab" / "wordpiece"
     refusal(tmp_path / "no", *FEW, "--weights", path, names=("--tokenizer",))
     found = clipfit(tmp_path / "run", *FEW, "--weights", path, "--tokenizer", vocab, "--epochs", 2,

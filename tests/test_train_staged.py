@@ -545,9 +545,7 @@ def test_what_a_frozen_tower_gives_is_kept_and_trains_as_computing_it_does(
 
 def test_batch_norm_keeps_its_statistics_and_only_what_trains_is_saved(tmp_path):
     folder = helpers.scenes(tmp_path / "pairs", 24, 12)
-    torch.manual_seed(0)
-    model = CLIP(dataclasses.replace(CONFIGS["tiny-rn"], image_size=32))
-    start = weights.save(model, tmp_path / "rn.safetensors")
+    start = weights.save(helpers.tiny_clip(config="tiny-rn"), tmp_path / "rn.safetensors")
     plan = plan_file(tmp_path / "plan.json", {"name": "a", "freeze": ["text"], "epochs": 1},
                      {"name": "b", "freeze": ["visual"], "epochs": 1})
     out = tmp_path / "run"
