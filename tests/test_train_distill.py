@@ -403,6 +403,8 @@ def test_a_student_has_its_teachers_text_tower_and_the_terms_add_up(plain, schoo
     for row in metrics(folder, "train"):
         assert row["loss"] == pytest.approx(0.25 * row["task"] + row["crd"] + 8 * row["fd"], rel=1e-5)
     student, teacher = weights.load(folder), weights.load(school / "teacher.safetensors")
+    stored = (folder / "checkpoint_best.pt").stat().st_size
+    assert stored < (school / "teacher.safetensors").stat().st_size  # which holds the texts' tower
     tokens = torch.tensor([[49406, 320, 49407]])
     assert student.encode_text(tokens).equal(teacher.encode_text(tokens))   # frozen all along
     assert len(checkpoint(folder)["optimizer"]["state"]) == sum(
