@@ -457,19 +457,6 @@ sys.exit(guard(main, lambda argv: None))
 # -----------------------------------------------------------------------------
 # The command line
 
-def test_the_command_line_takes_other_spellings_and_a_stored_run(whole):
-    assert get_args(["--output_dir=x", "--learning_rate", "2"]).lr == 2
-    args = get_args(["--config", whole / "config.json", "--epochs", 16, "--seed", 3])
-    assert (args.output_dir, args.epochs, args.seed) == (str(whole), 16, 3)
-    again = get_args(["--config", whole / "config.json"])
-    stored = json.loads((whole / "config.json").read_text())
-    assert {**vars(again), "config": None} == {
-        **{key: stored[key] for key in stored if key != "identity"}}
-    several = Parser()
-    device.add_run_flags(several, several_seeds=True)
-    assert several.parse_args(["--seed", "1", "2"]).seed == [1, 2]
-
-
 @pytest.mark.parametrize("words, names", [
     (["--tensorboard"], ["--tensorboard", "pip install"]), (["--outp", "x"], ["--outp"]),
     (["--output-dri", "x"], ["--output-dir"]), (["--optim", "sgd"], ["--optim", "AdamW"]),
