@@ -15,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT)] + [p for p in [os.environ.get("PYTHONPATH")] if p])
 
+import helpers  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -64,6 +65,32 @@ def no_network(monkeypatch):
             raise OSError(f"the test suite is offline; refused a connection to {address}")
         return connect(self, address)
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session")
+def run():
+    """A device.Run on the CPU, in fp32."""
+    import device
+    return device.start("cpu", "fp32")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return helpers.script_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def whole_run(data, tmp_path_factory):
+    """name of a script, its "train_" or not -> the folder of an uninterrupted run of six steps."""
+    parent = tmp_path_factory.mktemp("whole")
+
+    def run(name):
+        name = name.removeprefix("train_")
+        if not (parent / name).exists():
+            helpers.in_child(helpers.script, f"train_{name}", *helpers.script_flags(
+                name, data, "--save-every", 2, "--output-dir", parent / name)).ok()
+        return parent / name
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import importlib
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -288,6 +289,18 @@ def unit_pairs(n, dim=7, seed=0):
     return image, text, torch.stack([torch.arange(n) // 2, torch.arange(n) % 7], dim=1)
 
 
+def defined_info_nce(image, text, ids, scale, positives):
+    """InfoNCE by its definition, one anchor and one candidate at a time -> ()"""
+    total = 0.0
+    for side in (scale * image @ text.T, scale * text @ image.T):
+        for i, z in enumerate(side):
+            itself, partner = torch.arange(len(ids)) == i, (ids == ids[i]).any(dim=1)
+            counted = itself | ~partner if positives == "mask" else itself | True
+            wanted = partner if positives == "multi" else itself
+            total = total + z[counted].logsumexp(0) - z[wanted].mean()
+    return total / (2 * len(ids))
+
+
 def gradients(loss, *tensors):
     """-> loss(*tensors), and its gradient for each of them, zeros where it has none."""
     leaves = [x.clone().requires_grad_() for x in tensors]
@@ -316,7 +329,7 @@ def script_data(folder):
 
 def script_flags(name, data, *more):
     """Flags of such a run; its batches divide unevenly, into pieces and among processes."""
-    start = data / "start.safetensors"
+    name, start = name.removeprefix("train_"), data / "start.safetensors"
     flags = [("--data", data / ("classes" if name == "clipfit" else "pairs")),
              ("--workers", 0), ("--device", "cpu"), ("--log-every", 1), ("--micro-batch", 2)]
     flags += {"clipfit": [("--weights", start), ("--shots", 5), ("--batch-size", 5)],
@@ -435,6 +448,19 @@ def at_step(number, fault):
     """`fault()` in the training step `number`, after its update. For use in a `Child`."""
     import device
     at_call(device.Run, "update", number, fault, after=True)
+
+
+def bad_steps(*numbers):
+    """Those training steps have a gradient that is not a number. For use in a `Child`."""
+    import device
+    real, calls = device.Run.sum_gradients, itertools.count(1)
+
+    def summed(run, parameters):
+        parameters = list(parameters)
+        real(run, parameters)
+        if next(calls) in numbers:
+            next(p for p in parameters if p.grad is not None).grad.view(-1)[0] = math.nan
+    device.Run.sum_gradients = summed
 
 
 def die():

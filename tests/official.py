@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 
-def block(x, b, mask=None):
+def block(x, b, activation, mask=None):
     """One pre-norm residual block: (L, B, W) -> (L, B, W), as in OpenAI's code."""
     a, width = b.attn, x.shape[-1]
     h = F.layer_norm(x, (width,), b.ln_1.weight, b.ln_1.bias, 1e-5)
@@ -18,7 +18,7 @@ def block(x, b, mask=None):
     x = x + h
     h = F.layer_norm(x, (width,), b.ln_2.weight, b.ln_2.bias, 1e-5)
     h = F.linear(h, b.mlp.c_fc.weight, b.mlp.c_fc.bias)
-    h = h * torch.sigmoid(1.702 * h)
+    h = h * torch.sigmoid(1.702 * h) if activation == "quick_gelu" else F.gelu(h)
     return x + F.linear(h, b.mlp.c_proj.weight, b.mlp.c_proj.bias)
 
 
@@ -30,7 +30,7 @@ def image_features(model, images):
     x = torch.cat([first, x], dim=1) + v.positional_embedding
     x = F.layer_norm(x, (width,), v.ln_pre.weight, v.ln_pre.bias, 1e-5).permute(1, 0, 2)
     for b in v.transformer.resblocks:
-        x = block(x, b)
+        x = block(x, b, model.config.activation)
     x = F.layer_norm(x.permute(1, 0, 2)[:, 0], (width,), v.ln_post.weight, v.ln_post.bias, 1e-5)
     return x @ v.proj
 
@@ -42,7 +42,7 @@ def text_features(model, tokens):
     x = F.embedding(tokens, model.token_embedding.weight) + model.positional_embedding
     x = x.permute(1, 0, 2)
     for b in model.transformer.resblocks:
-        x = block(x, b, mask)
+        x = block(x, b, model.config.activation, mask)
     x = F.layer_norm(x.permute(1, 0, 2), (width,), model.ln_final.weight, model.ln_final.bias, 1e-5)
     return x[torch.arange(len(x)), tokens.argmax(dim=-1)] @ model.text_projection
 

@@ -1,5 +1,5 @@
 """Several processes compute what one computes: gradients, weights and printed numbers."""
-import functools
+import itertools
 import json
 import math
 import os
@@ -7,56 +7,30 @@ import signal
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import device
 from device import load_checkpoint, SafeStop, start, UserError
-from helpers import (at_step, checkpoint, cli, die, metrics, numbers, processes, run_folder,
+from helpers import (at_step, bad_steps, checkpoint, cli, die, metrics, numbers, processes, run_folder,
                      same_run, script, script_data, script_flags)
 
 
-def problem(n):
-    """Two towers' inputs (2, n, 3), their weight (3, 4), a scale: float64, the same everywhere."""
-    generator = torch.Generator().manual_seed(n)
-    both = torch.randn(2, n, 3, generator=generator, dtype=torch.float64)
-    weight = torch.randn(3, 4, generator=generator, dtype=torch.float64).requires_grad_()
-    return both, weight, torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-
-
-def of_one_process(n):
-    both, weight, scale = problem(n)
-    a, b = both @ weight
-    labels = torch.arange(n)
-    loss = F.cross_entropy(a @ b.T * scale, labels) + F.cross_entropy(b @ a.T * scale, labels)
-    loss.backward()
-    return weight.grad, loss.item()
-
-
-def gradients(rank):
-    """A contrastive step over the processes, with even and uneven shares, is that of one."""
+def sums(rank):
+    """That a step's gradient is that of one process: test_train_contrastive.py."""
     run = start("cpu")
     assert run.rank == rank
     start("cpu")  # the group is there already
-    for counts in ([2] * run.world_size, [3, 1, 2][:run.world_size]):
-        n = sum(counts)
-        both, weight, scale = problem(n)
-        mine = slice(sum(counts[:rank]), sum(counts[:rank + 1]))
-        local = both[:, mine] @ weight
-        everyone = [run.gather(x, counts) for x in local]
-        labels = torch.arange(n)[mine]
-        loss = sum(F.cross_entropy(a @ b.T * scale, labels, reduction="sum")
-                   for a, b in zip(local, reversed(everyone))) / n
-        loss.backward()
-        unused, once = (torch.nn.Parameter(torch.ones(2).double()) for _ in range(2))
-        if rank == run.world_size - 1:
-            once.grad = torch.full((2,), 3.0).double()
-        run.sum_gradients([weight, unused, once, scale])
-        expected, whole = of_one_process(n)
-        assert (weight.grad - expected).abs().max() < 1e-12
-        assert abs(run.sum(loss.item()) - whole) < 1e-12
-        assert unused.grad is None and once.grad.tolist() == [3, 3]
-        bits = run.gather_objects(weight.grad.tolist())
-        assert all(other == bits[0] for other in bits)
+    shares = [torch.arange(7.0)[r::run.world_size].double() for r in range(run.world_size)]
+    x = shares[rank].clone().requires_grad_()
+    gathered = run.gather(x, [len(share) for share in shares])
+    assert torch.equal(gathered, torch.cat(shares))
+    (gathered ** 2).sum().backward()
+    assert torch.equal(x.grad, 2 * run.world_size * x)
+    unused, once = (torch.nn.Parameter(torch.ones(2).double()) for _ in range(2))
+    if rank == run.world_size - 1:
+        once.grad = torch.full((2,), 3.0).double()
+    run.sum_gradients([unused, once])
+    assert unused.grad is None and once.grad.tolist() == [3, 3]
+    assert run.gather_objects(rank) == list(range(run.world_size))
     total = run.world_size * (run.world_size - 1) // 2
     assert run.sum(rank) == total and type(run.sum(rank)) is int
     assert torch.equal(run.sum(torch.tensor([rank, 1])), torch.tensor([total, run.world_size]))
@@ -65,7 +39,7 @@ def gradients(rank):
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_gathering_and_summing_are_exact_and_agree(count):
-    for result in processes(count, gradients):
+    for result in processes(count, sums):
         result.ok()
 
 
@@ -76,62 +50,44 @@ def raised(call):
         return error
 
 
-def together(rank, folder):
-    """What one process finds wrong, all raise; what one sees, all do."""
-    run, args = start("cpu"), device.Parser()
-    device.add_run_flags(args, log_every=1)
-    args = args.parse_args([])
-    assert run.begin(folder, args, {"method": "toy"}) == (None, None)
-    assert type(raised(lambda: run.on_first(lambda: 1 / 0))) is RuntimeError
-    assert type(raised(lambda: run.save("x_last.pt", {"x": torch.tensor(math.nan)}))) is SafeStop
-    p, other = torch.nn.Parameter(torch.ones(2)), {"method": "toy", "lr": 2}
-    optimizer, scaler, at = torch.optim.SGD([p], 0.1, momentum=0.9), run.scaler(), device.Place()
-    error = raised(lambda: run.enter(1).begin(folder, args, other))
-    assert type(error) is UserError and error.shared
-
-    class Batches(list):
-        batch_sampler = property(lambda self: self)
-
-        def set_epoch(self, epoch, first_batch):
-            pass
-    at.steps = 9
-    for _ in run.batches(Batches([0] * 9), at):
-        # Step 2: a bad loss of one process. Steps 4 to 6: bad gradients of the other.
-        optimizer.zero_grad()
-        loss = torch.tensor(math.nan if at.step == 2 and rank else 1.0)
-        p.grad = torch.full((2,), math.inf if at.step > 3 and not rank else 1.0)
-        before = p.detach().clone()
-        moved = run.update(optimizer, [p], scaler, loss=loss)
-        assert bool(moved) == (at.step in (0, 1, 3)) and torch.equal(before, p) != bool(moved)
-        error = raised(functools.partial(run.tick, at, {"loss": loss}, 4,
-                                         lambda: f"a picture of {rank}"))
-        assert (type(error) is SafeStop) == (at.step == 7)
-        if error:
-            assert "picture of 0; a picture of 1" in str(error)
-            break
-    # A signal to one stops all, after the checkpoint is due in all.
-    at, run = device.Place(steps=9), run.enter(1)
-    for _ in run.batches(Batches([0] * 9), at):
-        p.grad = torch.ones(2)
-        run.update(optimizer, [p], scaler)
-        if at.step == 3 and rank:
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)  # the echo torchrun makes is not a second one
-        due = run.tick(at, {}, 4, str)
-        assert due == (at.step == 4)
-        if due:
-            break
-    assert run.finish({"x": 1})["processes"] == 2
-    torch.distributed.destroy_process_group()
-
-
 def test_what_one_process_finds_all_raise(tmp_path):
-    for result in processes(2, lambda rank: together(rank, tmp_path / "run")):
+    def together(rank):
+        run, args = start("cpu"), device.Parser()
+        device.add_run_flags(args, log_every=1)
+        args = args.parse_args([])
+        assert run.begin(tmp_path / "run", args, {"method": "toy"}) == (None, None)
+        assert type(raised(lambda: run.on_first(lambda: 1 / 0))) is RuntimeError
+        bad = torch.tensor(math.nan)
+        assert type(raised(lambda: run.save("x_last.pt", {"x": bad}))) is SafeStop
+        error = raised(lambda: run.enter(1).begin(tmp_path / "run", args, {"method": "other"}))
+        assert type(error) is UserError and error.shared
+        assert run.finish({"x": 1})["processes"] == 2
+        torch.distributed.destroy_process_group()
+    for result in processes(2, together):
         result.ok()
     said = (tmp_path / "run" / "log.txt").read_text().splitlines()
     assert sum(line.startswith("device cpu") for line in said) == 1
-    assert sum("step skipped" in line for line in said) == 3
-    assert len(metrics(tmp_path / "run")) == 6
+
+
+def test_a_step_that_is_bad_in_one_process_is_skipped_by_all(data, tmp_path):
+    """Step 2 by the loss of one; 4 to 6 by gradients of the other, once they are summed."""
+    def work(rank):
+        real, steps = device.Run.update, itertools.count(1)
+
+        def update(run, *args, loss=None, **options):
+            bad = next(steps) == 2 and rank
+            return real(run, *args, loss=loss * math.nan if bad else loss, **options)
+        device.Run.update = update
+        bad_steps(*[] if rank else (4, 5, 6))
+        return script("train_clipfit", *script_flags("clipfit", data, "--save-every", 3,
+                                                     "--output-dir", tmp_path))
+    first, second = processes(2, work)
+    assert (first.code, second.code) == (3, 3) and "intact" in first.out
+    skipped = [line for line in (tmp_path / "log.txt").read_text().splitlines()
+               if "step skipped" in line]
+    assert len(skipped) == 3 and all(line.count(".png") >= 2 for line in skipped)
+    stored = checkpoint(tmp_path)
+    assert stored["step"] == 3 and all(x.isfinite().all() for x in stored["weights"].values())
 
 
 def test_an_error_of_one_ends_the_others_and_a_busy_port_is_named(tmp_path):
@@ -217,7 +173,10 @@ def test_the_number_of_processes_may_change_within_a_run(run_of, data, tmp_path)
     words = script_flags("clipfit", data, "--output-dir", out)
 
     def stopped(rank):
-        at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        def signals():  # to one; the echo that torchrun makes is not a second one
+            for _ in range(2 * rank):
+                os.kill(os.getpid(), signal.SIGTERM)
+        at_step(4, signals)
         return script("train_clipfit", *words)
     assert [result.code for result in processes(2, stopped)] == [143, 143]
     step = load_checkpoint(out / "checkpoint_last.pt")["step"]

@@ -99,10 +99,6 @@ def test_the_example_of_use_runs(tmp_path, monkeypatch, capsys):
     assert abs(float(first) + float(second) - 1) < 1e-3
 
 
-def test_the_few_shot_list_of_the_docs_is_printed_without_a_network():
-    assert '"train": [[' in attempt("tools.few_shot", "dtd", "--shots", 4).ok().out
-
-
 def table_rows(content):
     """The rows of the tables in a text, without head and line, as lists of cells."""
     lines = [line.strip("| ") for line in content.splitlines() if line.startswith("|")]
@@ -110,17 +106,12 @@ def table_rows(content):
             if not re.fullmatch(r"[-|: ]+", line)]
 
 
-def flags_of(module, words=()):
-    """The flags in --help -> their names."""
-    return set(re.findall(r"^ +(?:-h, )?(--[a-z-]+)", attempt(module, *words, "--help").ok().out, re.M))
-
-
 def test_the_flags_that_are_ours_exist():
     parts = re.split(r"^## (?=train_)", text(ROOT / "docs/flags.md"), flags=re.M)[1:]
     assert {part.partition(".py")[0] for part in parts} == set(SCRIPTS)
     for part in parts:
         script = part.partition(".py")[0]
-        known = flags_of(script)
+        known = set(re.findall(r"^ +(?:-h, )?(--[a-z-]+)", attempt(script, "--help").ok().out, re.M))
         for _, ours, *_ in table_rows(part)[1:]:
             flags = set(re.findall(r"--[a-z-]+", re.sub(r"`python -m [^`]*`", "", ours)))
             assert flags <= known, (script, flags - known)

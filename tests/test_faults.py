@@ -5,7 +5,6 @@ stands for a run started from a shell: the same code and exit codes, without sec
 What device.py answers alone is in test_device.py, what needs several processes in
 test_distributed.py, wrong flags in test_scripts.py.
 """
-import math
 import os
 import pathlib
 import re
@@ -22,28 +21,11 @@ import torch
 import device
 import images
 import train_clipfit  # here: who is not root may not read what it imports
-from helpers import (at_call, at_step, checkpoint, class_folder, die, in_child, metrics,
+from helpers import (at_call, at_step, bad_steps, checkpoint, class_folder, die, in_child, metrics,
                      Payload, results, ROOT, run_folder, same_run, script,
-                     script_data, script_flags, SCRIPTS)
+                     script_flags, SCRIPTS)
 
 NAMES = [name.removeprefix("train_") for name in SCRIPTS]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return script_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
-    """name -> the folder of an uninterrupted run of six steps."""
-    parent = tmp_path_factory.mktemp("whole")
-
-    def run(name):
-        if not (parent / name).exists():
-            in_child(script, f"train_{name}", *flags(name, data, parent / name)).ok()
-        return parent / name
-    return run
 
 
 def flags(name, data, out, *more):
@@ -100,7 +82,7 @@ FAULTS = {  # what happens -> the exit code, and words of the last line
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_run_that_was_ended_goes_on_to_the_same_bits(name, fault, data, whole, tmp_path):
+def test_a_run_that_was_ended_goes_on_to_the_same_bits(name, fault, data, whole_run, tmp_path):
     happens, code, *words = FAULTS[fault]
     result = after(happens, name, data, tmp_path / "run")
     assert result.code == code
@@ -109,7 +91,7 @@ def test_a_run_that_was_ended_goes_on_to_the_same_bits(name, fault, data, whole,
     if code == 3:
         assert checkpoint(run_folder(tmp_path / "run"))["step"] == 4
     in_child(script, f"train_{name}", *flags(name, data, tmp_path / "run")).ok()
-    same_run(run_folder(whole(name)), run_folder(tmp_path / "run"))
+    same_run(run_folder(whole_run(name)), run_folder(tmp_path / "run"))
     assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
@@ -140,23 +122,10 @@ def test_a_stop_of_the_whole_group_is_answered_after_a_checkpoint(data, tmp_path
 # -----------------------------------------------------------------------------
 # Numbers that are not finite
 
-def bad_steps(steps, kind):
-    """From now on those steps (from 1) have such a gradient."""
-    real, calls = device.Run.sum_gradients, []
-
-    def summed(run, parameters):
-        parameters = list(parameters)
-        calls.append(1)
-        real(run, parameters)
-        if len(calls) in steps:
-            next(p for p in parameters if p.grad is not None).grad.view(-1)[0] = kind
-    device.Run.sum_gradients = summed
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_bad_steps_are_skipped_and_their_images_named_until_the_third_in_a_row(name, data, tmp_path):
     """AdamW has counted the good steps only (test_device.py compares bit for bit)."""
-    result = after(lambda: bad_steps((2, 4, 5, 6), math.nan), name, data, tmp_path / "run")
+    result = after(lambda: bad_steps(2, 4, 5, 6), name, data, tmp_path / "run")
     one_line(result, 3, ".png", "intact", "--lr")
     folder = run_folder(tmp_path / "run")
     skipped = [line for line in (folder / "log.txt").read_text().splitlines()
@@ -184,8 +153,8 @@ def test_code_in_a_file_is_refused_by_every_flag_that_reads_one(name, data, tmp_
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_another_method_and_data_that_changed_are_refused(name, data, whole, tmp_path):
-    folder, advice = whole(name), "--from-stage" if name == "staged" else "--output-dir"
+def test_another_method_and_data_that_changed_are_refused(name, data, whole_run, tmp_path):
+    folder, advice = whole_run(name), "--from-stage" if name == "staged" else "--output-dir"
     result = in_child(script, f"train_{name}", *flags(name, data, folder, "--resume", "none"))
     one_line(result, 2, "--overwrite", "--output-dir")
     copy = tmp_path / "data"
@@ -221,13 +190,13 @@ def test_a_hostile_environment_changes_nothing(data, tmp_path):
     assert "红色" in (out / "per_class_test.csv").read_text("utf-8")
 
 
-def test_home_and_variables_are_expanded_in_path_flags(data, whole, tmp_path, monkeypatch):
+def test_home_and_variables_are_expanded_in_path_flags(data, whole_run, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("PICTURES", str(data / "classes"))
     monkeypatch.chdir(tmp_path)
     given = ("--data", "$PICTURES", "--output-dir", "~/runs/a")
     in_child(script, "train_clipfit", *script_flags("clipfit", data, *given)).ok()
-    same_run(whole("clipfit"), tmp_path / "runs" / "a", but=("timed", "identity", "card"))
+    same_run(whole_run("clipfit"), tmp_path / "runs" / "a", but=("timed", "identity", "card"))
     result = in_child(script, "train_clipfit", "--config", "~/runs/a/config.json")
     assert result.code == 0 and "finished" in result.out and not (tmp_path / "~").exists()
 

@@ -1,5 +1,6 @@
-"""tools.report on folders written here: what it shows, leaves out with a note, and refuses."""
+"""tools.report on folders of runs: what it shows, leaves out with a note, and refuses."""
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -9,24 +10,14 @@ from helpers import attempt, refused
 pytest.importorskip("matplotlib")
 
 
-def write_run(folder, data="nowhere", shots=4, seed=1, accuracy=60.0, finished=True):
-    """A few-shot run of three classes, as train_clipfit.py leaves it."""
-    folder.mkdir(parents=True)
-    facts = {"method": "clipfit", "data": str(data), "model": "tiny", "shots": shots, "seed": seed}
-    (folder / "config.json").write_text(json.dumps({**facts, "identity": facts}))
-    records = [{"step": 1, "split": "train", "loss": 2.0, "lr": 0.1, "data_wait": 0.5},
-               {"step": 2, "split": "train", "loss": "nan", "lr": 0.1},
-               {"step": 3, "split": "test", "accuracy": accuracy}]
-    lines = "\n".join(map(json.dumps, records)) + '\n{"step": 4, "spl'
-    (folder / "metrics.jsonl").write_text(lines)
-    if finished:
-        results = {**facts, "accuracy": accuracy, "zero_shot_accuracy": 40.0,
-                   "departures": ["--lr 1 (official 0.002)"]}
-        (folder / "results.json").write_text(json.dumps(results))
-    (folder / "confusion_test.json").write_text(json.dumps(
-        {"classes": ["cat", "dog <b>", "猫", "yak"],
-         "zero_shot": [[4, 6, 0, 0], [6, 4, 0, 0], [3, 3, 4, 0], [0, 0, 0, 0]],
-         "tuned": [[6, 4, 0, 0], [1, 9, 0, 0], [0, 0, 10, 0], [0, 0, 0, 0]]}))
+def copied(source, folder, **facts):
+    """A few-shot run of three classes, with other facts and, in its log, damage."""
+    shutil.copytree(source, folder)
+    for name in ("config", "results"):
+        table = json.loads((folder / f"{name}.json").read_text())
+        (folder / f"{name}.json").write_text(json.dumps(table | facts))
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "split": "train", "loss": "nan", "lr": 0.1}\n{"step": 8, "spl')
     return folder
 
 
@@ -64,11 +55,15 @@ def page_of(result):
         return file.read()
 
 
-def test_a_run_is_drawn_and_what_it_lacks_is_noted(tmp_path):
-    run = write_run(tmp_path / "run")
+def test_a_run_is_drawn_and_what_it_lacks_is_noted(whole_run, tmp_path):
+    run = copied(whole_run("clipfit"), tmp_path / "run")
+    (run / "confusion_test.json").write_text(json.dumps({
+        "classes": ["cat", "dog <b>", "猫", "yak"],
+        "zero_shot": [[4, 6, 0, 0], [6, 4, 0, 0], [3, 3, 4, 0], [0, 0, 0, 0]],
+        "tuned": [[6, 4, 0, 0], [1, 9, 0, 0], [0, 0, 10, 0], [0, 0, 0, 0]]}))
     page = page_of(report(run))
     assert "dog &lt;b&gt;" in page and "<script" not in page and 'src="http' not in page
-    assert "--lr 1 (official 0.002)" in page
+    assert "--lr 0.0005 (official" in page
     assert "<td>cat</td><td>dog &lt;b&gt;</td><td>4</td><td>40</td>" in page  # 4 of 10 cats
     places = [page.index(f"<td>{name}</td><td>10</td><td>40</td><td>{score}</td><td>{gain}</td>")
               for name, score, gain in (("猫", 100, 60), ("dog &lt;b&gt;", 90, 50), ("cat", 60, 20))]
@@ -78,12 +73,13 @@ def test_a_run_is_drawn_and_what_it_lacks_is_noted(tmp_path):
         assert (run / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
 
 
-def test_several_runs_give_one_table_over_shots(tmp_path):
-    for shots, seed, accuracy in ((1, 1, 50.0), (1, 2, 54.0), (4, 1, 60.0)):
-        write_run(tmp_path / "runs" / f"{shots}_{seed}", "nowhere", shots, seed, accuracy)
-    write_run(tmp_path / "runs" / "stopped", finished=False)
+def test_several_runs_give_one_table_over_shots(whole_run, tmp_path):
+    for shots, seed, accuracy in ((1, 1, 50.0), (1, 2, 54.0), (4, 1, 60.0), (4, 2, 0.0)):
+        copied(whole_run("clipfit"), tmp_path / "runs" / f"{shots}_{seed}", shots=shots, seed=seed,
+               accuracy=accuracy)
+    (tmp_path / "runs" / "4_2" / "results.json").unlink()
     page = page_of(report(tmp_path / "runs", "--out", tmp_path / "out"))
-    assert "<td>1</td><td>2</td><td>52</td><td>2.828</td><td></td>" in page  # mean and std of 50 and 54
+    assert "<td>1</td><td>2</td><td>52</td><td>2.828</td>" in page  # mean and std of 50 and 54
     assert "the run is not finished" in page and (tmp_path / "out" / "shots.png").exists()
 
 
@@ -94,8 +90,8 @@ def test_stages_show_their_matrix_maps_and_the_texts_that_moved(tmp_path):
     assert {"matrix.png", "map_pca.png", "curves_english.png"} <= drawn
 
 
-def test_refusals(tmp_path, monkeypatch):
-    run = write_run(tmp_path / "run")
+def test_refusals(whole_run, tmp_path, monkeypatch):
+    run = copied(whole_run("clipfit"), tmp_path / "run")
     (tmp_path / "empty").mkdir()
     refused(report(tmp_path / "absent"), "absent")
     refused(report(tmp_path / "empty"), tmp_path / "empty")

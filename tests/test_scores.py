@@ -1,22 +1,18 @@
 """Scores against their definitions, the official programs' loops and scikit-learn; and encoding a
 set: order, lost images, processes, kept features."""
 import functools
-import types
 
 import helpers
 import numpy as np
 import pytest
 import torch
 
-from data import open_dataset, Preprocess
-from device import start
+from data import Preprocess
 from pairs import open_pairs
-from scores import (bootstrap, classification_scores, classify, embed, encode_images, encode_texts,
-                    frozen_features, linear_probe, recall_at_k, retrieval_ranks, top_k, zero_shot,
+from scores import (bootstrap, classification_scores, embed, encode_images, encode_texts,
+                    frozen_features, linear_probe, recall_at_k, retrieval_ranks, top_k,
                     zero_shot_weights)
 from tokenizer import BPETokenizer
-
-ARGS = types.SimpleNamespace(workers=0)
 
 
 def coarse(stream, *shape):
@@ -166,9 +162,9 @@ def model():
     return helpers.tiny_clip().train()
 
 
-def test_a_set_is_encoded_in_its_order_whatever_is_lost(model, tmp_path):
+def test_a_set_is_encoded_in_its_order_whatever_is_lost(run, model, tmp_path):
     """As the model encodes one image, one text at a time; it is left in the mode it was in."""
-    folder, run = helpers.scenes(tmp_path / "pairs", 12, 4), start("cpu", "fp32")
+    folder = helpers.scenes(tmp_path / "pairs", 12, 4)
     pairs = open_pairs(folder, "train").with_transform(Preprocess(32))
     (folder / pairs.paths[3]).write_bytes(b"no image")
     image, labels = encode_images(run, model, pairs.image_items(), batch_size=5, workers=0)
@@ -193,8 +189,8 @@ def test_a_set_is_encoded_in_its_order_whatever_is_lost(model, tmp_path):
     helpers.refused(lambda: embed(run, model, pairs, tokenizer, workers=0), "4 of 12", "images")
 
 
-def test_kept_features_give_the_same_scores_and_are_found_again(model, tmp_path):
-    run, keep = start("cpu", "fp32"), functools.partial(frozen_features, workers=0)
+def test_kept_features_give_the_same_scores_and_are_found_again(run, model, tmp_path):
+    keep = functools.partial(frozen_features, workers=0)
     pairs = open_pairs(helpers.scenes(tmp_path / "pairs", 12, 4), "val").with_transform(
         Preprocess(32))
     kept = keep(run, model, pairs, tmp_path, "digest")
@@ -206,17 +202,3 @@ def test_kept_features_give_the_same_scores_and_are_found_again(model, tmp_path)
     for changed, tower in ((other, "digest"), (pairs, "other")):
         with pytest.raises(AttributeError):  # not there: it would have to be computed
             keep(run, None, changed, tmp_path, tower)
-
-
-def test_labelled_images_are_classified_by_their_nearest_text(model):
-    run, images = start("cpu", "fp32"), open_dataset("demo", "test").subset(range(0, 1000, 25))
-    images = images.with_transform(Preprocess(32))
-    text = torch.randn(10, model.config.embed_dim)
-    found, (features, labels) = (classify(run, model, images, text, ARGS),
-                                 encode_images(run, model, images, workers=0))
-    right = (features @ text.T).argmax(dim=1) == labels
-    assert found["accuracy"] == pytest.approx(100 * float(right.float().mean()))
-    assert torch.equal(found["predictions"] == found["labels"], right)
-    one, two = (zero_shot(run, model, images, BPETokenizer(), templates, ARGS)
-                for templates in (None, ["a photo of {}.", "{}, seen from above"]))
-    assert one["scored"] == 40 and not torch.equal(one["predictions"], two["predictions"])

@@ -2,10 +2,11 @@
 
 How a run ends and goes on is in test_faults.py, several processes in test_distributed.py.
 """
-import ast
 import importlib
 import json
 import math
+import modulefinder
+import pathlib
 import re
 import shutil
 import signal
@@ -14,24 +15,12 @@ import pytest
 import torch
 
 import weights
-from helpers import (at_step, attempt, checkpoint, class_folder, cli, differences, in_child,
-                     metrics, refused, results, ROOT, run_main, same_run, scenes, script, SCRIPTS)
+from helpers import (at_step, attempt, checkpoint, cli, differences, in_child, metrics, refused,
+                     results, ROOT, run_folder, run_main, same_run, scenes, script, script_flags,
+                     SCRIPTS)
 
-FLAGS = {  # beside --data: 12 steps, 3 to an epoch
-    "train_clipfit": ["--model", "tiny", "--shots", 4, "--epochs", 4, "--batch-size", 4],
-    "train_contrastive": ["--model", "tiny", "--epochs", 4, "--batch-size", 8],
-    "train_distill": ["--teacher", "tiny", "--model", "tiny-vit", "--epochs", 4, "--batch-size", 8],
-    "train_staged": ["--model", "tiny", "--epochs", 4, "--batch-size", 16]}  # both captions
 SCORES = {"train_clipfit": ["accuracy", "zero_shot_accuracy"], "train_staged": []}
 RETRIEVAL = ["i2t_r1", "t2i_r10", "mean_recall"]
-STEPS = 12
-
-
-@pytest.fixture(scope="session")
-def sources(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sources")
-    return {"train_clipfit": class_folder(folder / "classes", train=4, test=6),
-            "pairs": scenes(folder / "scenes", train=24, val=8)}
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -40,31 +29,18 @@ def name(request):
 
 
 @pytest.fixture
-def flags(name, sources):
-    data = sources.get(name, sources["pairs"])
-    return ["--data", data, *FLAGS[name], "--workers", 0, "--log-every", 1, "--save-every", 2]
-
-
-WHOLE = {}  # script -> the folder of a run from start to end
+def flags(name, data):
+    return script_flags(name, data, "--save-every", 2)
 
 
 @pytest.fixture
-def whole(name, flags, tmp_path_factory):
-    if name not in WHOLE:
-        folder = tmp_path_factory.mktemp("whole") / name
-        attempt(name, *flags, "--output-dir", folder).ok()
-        WHOLE[name] = folder
-    return WHOLE[name]
-
-
-def home(folder):
-    """The folder of the checkpoints: the run's own, or that of its stage."""
-    return next(folder.rglob("checkpoint_last.pt")).parent
+def whole(name, whole_run):
+    return whole_run(name)
 
 
 def kept(folder):
     """The names of the checkpoints that a run leaves, without the predecessor of the last."""
-    names = sorted(path.name for path in home(folder).glob("checkpoint_*.pt"))
+    names = sorted(path.name for path in run_folder(folder).glob("checkpoint_*.pt"))
     return [file for file in names if "prev" not in file]
 
 
@@ -75,7 +51,7 @@ def scores(name, folder):
 
 def same(one, other):
     """Two runs left the same weights, moments and logged numbers, bit for bit."""
-    same_run(home(one), home(other), kept(one))
+    same_run(run_folder(one), run_folder(other), kept(one))
     found, theirs = ({key: x for key, x in results(folder).items() if key in (
         "accuracy", "mean_recall", "steps")} for folder in (one, other))
     assert found == theirs
@@ -85,9 +61,9 @@ def test_a_dry_run_walks_the_whole_path_beside_the_run(name, flags, tmp_path):
     attempt(name, *flags, "--dry-run", "--output-dir", tmp_path / "run").ok()
     assert [path.name for path in tmp_path.iterdir()] == ["run_dry_run"]
     assert results(tmp_path / "run_dry_run")["method"]
-    logged = metrics(home(tmp_path / "run_dry_run"), "train")
-    assert 0 < len(logged) < STEPS
-    read = importlib.import_module(name).get_args  # its config.json asks for the whole run
+    logged = metrics(run_folder(tmp_path / "run_dry_run"), "train")
+    assert 0 < len(logged) < 6
+    read = importlib.import_module(name).get_args  # its config.json asks for all
     words = [str(x) for x in (*flags, "--output-dir", tmp_path / "run")]
     asked, stored = (vars(read([*more, "--output-dir", str(tmp_path / "run")])) for more in (
         words, ["--config", str(tmp_path / "run_dry_run" / "config.json")]))
@@ -103,15 +79,15 @@ def test_what_a_run_leaves(name, whole):
     assert {"method", "data", "model", "seconds", "peak_memory_mb", "device", "precision", "git",
             "samples_per_second", "processes", "torch"} <= set(results(whole))
     assert scores(name, whole)
-    rows = metrics(home(whole), "train")
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert [row["epoch"] for row in rows] == [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3
+    rows = metrics(run_folder(whole), "train")
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    assert [row["epoch"] for row in rows] == [1] * 3 + [2] * 3
     assert all(math.isfinite(row["loss"]) for row in rows)
     assert {"lr", "samples_per_second", "data_wait", "memory_mb", "time"} <= set(rows[0])
     first, *said = (whole / "log.txt").read_text("utf-8").splitlines()
     assert first.startswith("device ")
-    said = said if name != "train_staged" else (home(whole) / "log.txt").read_text().splitlines()
-    step = next(line for line in said if line.startswith(" 1/12  "))
+    said = said if name != "train_staged" else (run_folder(whole) / "log.txt").read_text().splitlines()
+    step = next(line for line in said if line.startswith("1/6  "))
     assert all(word in step for word in ("loss ", "lr ", "samples/s", "wait", "MB", "eta"))
     if name != "train_clipfit":
         assert "checkpoint_best.pt" in kept(whole)
@@ -148,7 +124,7 @@ def test_a_checkpoint_goes_on_in_another_folder_with_its_best_weights(name, flag
         pytest.skip("a plan goes on in its own folder; --from-stage takes a stage again")
 
     def doomed():
-        at_step(8, lambda: signal.raise_signal(signal.SIGTERM))
+        at_step(4, lambda: signal.raise_signal(signal.SIGTERM))
         return script(name, *flags, "--output-dir", tmp_path / "first")
     assert in_child(doomed).code == 143
     attempt(name, *flags, "--resume", tmp_path / "first" / "checkpoint_last.pt",
@@ -161,7 +137,7 @@ def test_a_checkpoint_goes_on_in_another_folder_with_its_best_weights(name, flag
 
 def test_weights_that_were_kept_for_their_scores_go_on_exactly_or_are_refused(name, flags, whole,
                                                                              tmp_path):
-    best = home(whole) / "checkpoint_best.pt"
+    best = run_folder(whole) / "checkpoint_best.pt"
     if not best.exists():
         pytest.skip("the last weights are tested")
     ended = attempt(name, *flags, "--resume", best, "--output-dir", tmp_path / "out")
@@ -190,9 +166,8 @@ def test_every_file_that_a_run_leaves_can_be_its_weights(name, flags, whole, tmp
     if name == "train_clipfit":
         stored = checkpoint(copied)["weights"]
         assert all(torch.equal(model.get_parameter(key), x) for key, x in stored.items())
-    taken = ["--model" if name == "train_distill" else "--weights", copied]
-    more = [x for x in flags if x not in ("--model", "tiny")] if name != "train_distill" else flags
-    attempt(name, *more, *taken, "--dry-run", "--output-dir", tmp_path / "next").ok()
+    taken = "--model" if name == "train_distill" else "--weights"
+    attempt(name, *flags, taken, copied, "--dry-run", "--output-dir", tmp_path / "next").ok()
 
 
 REFUSED = [
@@ -205,21 +180,17 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("flag, value", REFUSED, ids=" ".join)
-def test_a_wrong_command_line_is_one_line_before_any_work(name, sources, tmp_path, flag, value):
-    distill = name == "train_distill"
-    if distill and flag == "--weights" or flag == "--device" and torch.cuda.is_available():
+def test_a_wrong_command_line_is_one_line_before_any_work(name, flags, tmp_path, flag, value):
+    if flag == "--weights" and name == "train_distill" or (
+            flag == "--device" and torch.cuda.is_available()):
         pytest.skip("its students are named by --model; or the GPU is there")
-    given = {"--data": sources.get(name, sources["pairs"]), "--output-dir": tmp_path / "out",
-             "--batch-size": 8, "--teacher" if distill else "--model": "tiny", flag: value}
-    if flag == "--weights":
-        given.pop("--model")
-    done = attempt(name, *(x for pair in given.items() for x in pair))
+    done = attempt(name, *flags, flag, value, "--output-dir", tmp_path / "out")
     refused(done, flag if flag.startswith(("--ep", "--lr", "--batch")) else value.split(":")[0])
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "train_clipfit"])
-def test_the_caption_of_an_unreadable_image_goes_with_it(name, tmp_path):
+def test_the_caption_of_an_unreadable_image_goes_with_it(name, flags, tmp_path):
     """One in a hundred is borne. Another pair takes its place, so that what its own caption says
     changes no loss."""
     losses = []
@@ -228,52 +199,41 @@ def test_the_caption_of_an_unreadable_image_goes_with_it(name, tmp_path):
         (folder / "5.png").write_bytes(b"no image")
         table = folder / "pairs.csv"
         table.write_text(re.sub(r'(?m)^(5\.png,"?)', rf"\g<1>{words}", table.read_text("utf-8")))
-        done = attempt(name, "--data", folder, *FLAGS[name], "--epochs", 2, "--batch-size", 50,
-                       "--workers", 0, "--cache-gb", 0, "--log-every", 1, "--output-dir", out).ok()
+        done = attempt(name, *flags, "--data", folder, "--batch-size", 50, "--micro-batch", 0,
+                       "--cache-gb", 0, "--output-dir", out).ok()
         assert len(re.findall("cannot be read: 1, e.g. .*5.png", done.out)) == 1
-        losses.append([row["loss"] for row in metrics(home(out), "train")])
-    assert losses[0] == losses[1] and len(losses[0]) >= 4
+        losses.append([row["loss"] for row in metrics(run_folder(out), "train")])
+    assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "train_clipfit"])
 @pytest.mark.parametrize("broken, cache", [([107, 109], 0), ([107, 109], 8), ([5, 50], 0)])
-def test_unreadable_images_are_named_and_too_many_stop_a_run(name, tmp_path, broken, cache):
+def test_unreadable_images_are_named_and_too_many_stop_a_run(name, flags, tmp_path, broken, cache):
     """Of 6 test images before it trains; of 100 training images that are not decoded beforehand
     at the end of the first epoch."""
     folder, out = scenes(tmp_path / "pairs", 100, 12), tmp_path / "run"
-    table, last = folder / "pairs.csv", range(106, 112)
-    text = table.read_text("utf-8")
-    table.write_text("\n".join(re.sub("val$", "test", line) if line.startswith(
-        tuple(f"{i}.png" for i in last)) else line for line in text.splitlines()))
-    flags = ["--data", folder, *FLAGS[name], "--batch-size", 50, "--workers", 0, "--epochs", 2,
-             "--cache-gb", cache, "--output-dir", out]
+    lines = (folder / "pairs.csv").read_text("utf-8").splitlines()
+    last = tuple(f"{i}.png" for i in range(106, 112))  # of val; they become test images
+    (folder / "pairs.csv").write_text("\n".join(
+        re.sub("val$", "test", line) if line.startswith(last) else line for line in lines))
+    flags = [*flags, "--data", folder, "--batch-size", 50, "--micro-batch", 0, "--cache-gb", cache,
+             "--output-dir", out]
     (folder / "108.png").write_bytes(b"no image")
     done = attempt(name, *flags, "--dry-run").ok()
     assert done.out.count("108.png (they do not decode)") == 1
     for i in broken:
         (folder / f"{i}.png").write_bytes(b"no image")
     refused(attempt(name, *flags), "5.png" if broken[0] == 5 else "test images", ".png")
-    steps = [row["step"] for file in out.rglob("metrics.jsonl") for row in metrics(file.parent)
-             if row["split"] == "train"]
-    assert len(steps) == 0 if broken[0] > 100 else max(steps, default=0) <= 4
-
-
-def needs(path, found):
-    """The project's own files that this one imports, and theirs."""
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        names = [node.module] if isinstance(node, ast.ImportFrom) else [
-            alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        for module in names:
-            leaf = ROOT / f"{(module or '').split('.')[0]}.py"
-            if leaf.exists() and leaf not in found:
-                found.add(leaf)
-                needs(leaf, found)
-    return found
+    trained = [row for log in out.rglob("metrics.jsonl") for row in metrics(log.parent, "train")]
+    assert len(trained) <= 2 * (broken[0] == 5)
 
 
 def test_a_script_and_its_leaves_run_in_an_empty_folder(name, tmp_path):
     """The unit that people copy: the script, the leaves it imports, assets/."""
-    files = needs(ROOT / f"{name}.py", {ROOT / f"{name}.py"})
+    finder = modulefinder.ModuleFinder([str(ROOT)])
+    finder.run_script(str(ROOT / f"{name}.py"))
+    files = [pathlib.Path(module.__file__) for module in finder.modules.values()
+             if module.__file__]
     for file in files:
         shutil.copy(file, tmp_path)
     shutil.copytree(ROOT / "assets", tmp_path / "assets")

@@ -1,5 +1,4 @@
 """tools.search: what is found, kept features, sheets and titles, embeddings, refusals."""
-import dataclasses
 import json
 
 import helpers
@@ -10,7 +9,7 @@ from helpers import attempt, refused, run_main
 from PIL import Image
 
 import weights
-from clip_model import bert_fields, BertConfig, CLIP, CONFIGS
+from clip_model import bert_fields, BertConfig
 from data import Preprocess, read_image
 from pairs import open_pairs
 from tokenizer import for_model, WordPieceTokenizer
@@ -30,8 +29,7 @@ def world(tmp_path_factory):
         ",", 1)[0], "红圆在左"), "utf-8")
     (data / "vocab.txt").write_text("\n".join(WORDS), "utf-8")
     text = BertConfig("bert", len(WORDS), 32, 2, 2, 64, 64)
-    torch.manual_seed(0)
-    model = CLIP(dataclasses.replace(CONFIGS["tiny-vit"], embed_dim=16, **bert_fields(text)))
+    model = helpers.tiny_clip(embed_dim=16, **bert_fields(text))
     model.vocabulary = WordPieceTokenizer(data / "vocab.txt").facts()
     weights.save(model, folder / "start.safetensors")
     run_main("train_staged", "--data", "pairs", "--data-dir", folder, "--epochs", 1, "--lr", 1e-3,
@@ -101,40 +99,36 @@ def test_precision_is_of_as_many_as_could_be_right(world, tmp_path):
             {"p1": 100 * right[0], "p5": 100 * sum(right[:5]) / 3})
 
 
-def test_kept_features_are_found_by_every_pixel_word_and_weight(world, tmp_path, monkeypatch):
-    folder, calls = helpers.scenes(tmp_path / "pairs", 2, 6), []
+def test_kept_features_are_found_by_every_pixel_word_and_weight(world, tmp_path):
+    """Each change writes them anew, once."""
+    folder = helpers.scenes(tmp_path / "pairs", 2, 6)
     (folder / "vocab.txt").write_text("\n".join(WORDS), "utf-8")
-    start = tmp_path / "start.safetensors"
+    start, words = tmp_path / "start.safetensors", tmp_path / "other.txt"
     start.write_bytes((world.parent / "start.safetensors").read_bytes())
-    encode = search.encode_images
-    monkeypatch.setattr(search, "encode_images", lambda *a, **o: calls.append(1) or encode(*a, **o))
+    words.write_text("\n".join([*WORDS[:4], *reversed(WORDS[4:])]), "utf-8")
+    kept = tmp_path / "embeddings" / "start.safetensors" / "pairs"
+    file, table = kept / "img_emb.npy", folder / "pairs.csv"
 
-    def computed(*more):
-        calls.clear()
+    def written(*more):
+        before = file.stat().st_mtime_ns if file.exists() else 0
         run_main(TOOL, start, "--data", folder, "--split", "val", "--embeddings", "--out", tmp_path,
                  *more)
-        return len(calls)
-    assert [computed(), computed()] == [1, 0]
-    images = np.load(tmp_path / "embeddings" / "start.safetensors" / "pairs" / "img_emb.npy")
-    about = json.loads((tmp_path / "embeddings/start.safetensors/pairs/metadata.json").read_text())
-    assert len(images) == len(about["paths"]) == 6 and len(about["relevant"]) == 12
-    with Image.open(folder / "5.png") as shown:
-        changed = shown.convert("RGB")
-    changed.putpixel((5, 5), tuple(255 - v for v in changed.getpixel((5, 5))))
-    changed.save(folder / "5.png")
-    assert [computed(), computed()] == [1, 0]
-    table = (folder / "pairs.csv").read_text()
-    (folder / "pairs.csv").write_text(table.replace("5.png,a ", "5.png,one "))
-    assert [computed(), computed()] == [1, 0]
-    weights.save(helpers.perturb(weights.load(start), by=1e-6), start)
-    assert [computed(), computed()] == [1, 0]
-    words = tmp_path / "other.txt"
-    words.write_text("\n".join([*WORDS[:4], *reversed(WORDS[4:])]), "utf-8")
-    assert [computed("--tokenizer", words), computed("--tokenizer", words)] == [1, 0]
-    assert computed() == 1
-    file = tmp_path / "embeddings" / "start.safetensors" / "pairs" / "img_emb.npy"
-    file.write_bytes(file.read_bytes()[:-9])
-    assert [computed(), computed()] == [1, 0]
+        return file.stat().st_mtime_ns != before
+
+    def pixel():
+        with Image.open(folder / "5.png") as shown:
+            changed = shown.convert("RGB")
+        changed.putpixel((5, 5), tuple(255 - v for v in changed.getpixel((5, 5))))
+        changed.save(folder / "5.png")
+    for change in (lambda: None, pixel,
+                   lambda: table.write_text(table.read_text().replace("5.png,a ", "5.png,one ")),
+                   lambda: weights.save(helpers.perturb(weights.load(start), by=1e-6), start),
+                   lambda: file.write_bytes(file.read_bytes()[:-9])):
+        change()
+        assert (written(), written()) == (True, False)
+    assert written("--tokenizer", words) and not written("--tokenizer", words)
+    about = json.loads((kept / "metadata.json").read_text())
+    assert len(np.load(file)) == len(about["paths"]) == 6 and len(about["relevant"]) == 12
 
 
 def test_features_are_laid_out_as_clip_retrieval_has_them(world, tmp_path):

@@ -1,5 +1,4 @@
 """The distillation script: its losses, the exact step, maps, averages, stored teachers, students."""
-import copy
 import json
 import math
 import re
@@ -9,13 +8,13 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (attempt, checkpoint, differences, metrics, perturb, processes, refused, results,
-                     run_main, same_run, scenes, tiny_clip, with_defaults)
+from helpers import (at_step, attempt, bad_steps, checkpoint, die, differences, in_child, metrics,
+                     perturb, processes, refused, results, run_main, same_run, scenes, tiny_clip,
+                     with_defaults)
 
 import device
 import large_batch
 import teachers
-import train_distill
 import weights
 from clip_model import CLIP, unit
 from pairs import make_pair_loader, open_pairs
@@ -39,10 +38,6 @@ def mixing(n, share):
     """The matrix of what image i shows of image j."""
     return share * torch.eye(n, dtype=DOUBLE) + (1 - share) * torch.eye(n, dtype=DOUBLE)[
         Mix().partners(n)]
-
-
-def soft(targets, logits):
-    return -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
 
 
 # -----------------------------------------------------------------------------
@@ -223,7 +218,7 @@ class Scene:
             return batch.q[0] if self.frozen else unit(model.encode_text(batch.tokens))
 
         def crossed(rows, columns, z):
-            return (soft(rows, z) + soft(columns, z.T)) / 2
+            return (F.cross_entropy(z, rows) + F.cross_entropy(z.T, columns)) / 2
 
         def targets(t, p, q):
             return (t * p @ q.T).softmax(dim=1), (t * q @ p.T).softmax(dim=1)
@@ -242,8 +237,9 @@ class Scene:
             total = total + w["fd"] / 2 * (1 - F.cosine_similarity(image, told[k])).mean()
             if not self.frozen:
                 total = total + w["fd"] / 2 * (1 - F.cosine_similarity(text, batch.q[k])).mean()
-                total = total + w["icl"] / 4 * (soft(T, own * unit(image) @ batch.q[k].T)
-                                                + soft(T.T, own * unit(text) @ told[k].T))
+                total = total + w["icl"] / 4 * (
+                    F.cross_entropy(own * unit(image) @ batch.q[k].T, T)
+                    + F.cross_entropy(own * unit(text) @ told[k].T, T.T))
         total.backward()
         return total.detach(), self.gradients()
 
@@ -407,6 +403,8 @@ def test_a_student_has_its_teachers_text_tower_and_the_terms_add_up(plain, schoo
     for row in metrics(folder, "train"):
         assert row["loss"] == pytest.approx(0.25 * row["task"] + row["crd"] + 8 * row["fd"], rel=1e-5)
     student, teacher = weights.load(folder), weights.load(school / "teacher.safetensors")
+    stored = (folder / "checkpoint_best.pt").stat().st_size
+    assert stored < (school / "teacher.safetensors").stat().st_size  # which holds the texts' tower
     tokens = torch.tensor([[49406, 320, 49407]])
     assert student.encode_text(tokens).equal(teacher.encode_text(tokens))   # frozen all along
     assert len(checkpoint(folder)["optimizer"]["state"]) == sum(
@@ -448,40 +446,27 @@ def test_resuming_is_exact_with_everything_on(school, tmp_path):
             "--teacher", school / "teacher.safetensors", school / "second.safetensors",
             "--save-every", 2)
     distill(school, tmp_path / "whole", *more)
-    real, calls = train_distill.step, []
 
-    def dies(*args):
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return real(*args)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_distill, "step", dies)
+    def dying():
+        at_step(5, die)
         distill(school, tmp_path / "cut", *more)
+    assert in_child(dying).code == 137
     distill(school, tmp_path / "cut", *more)
     same_run(tmp_path / "whole", tmp_path / "cut", ("checkpoint_last.pt", "checkpoint_best.pt"))
 
 
 def test_a_bad_step_moves_neither_average_nor_batchnorm(school, tmp_path):
-    """The last step's loss is not a number: the checkpoint is what there was before it."""
-    real, before = train_distill.step, []
-
-    def spoiled(run, learner, batch, *rest):
-        before.append(copy.deepcopy({"weights": learner.kept, "buffers": learner.buffers,
-                                     "optimizer": learner.optimizer.state_dict(), "ema": {
-            name: mine for name, (mine, _) in learner.average.pairs.items()}}))
-        if len(before) == 3:
-            batch.q[0][0, 0] = math.nan
-        return real(run, learner, batch, *rest)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_distill, "step", spoiled)
+    """The last checkpoint, after a bad step, is the one before."""
+    def work():
+        bad_steps(3)
         distill(school, tmp_path, "--model", "resnet18", "--image-size", 32, "--ema", 0.9,
-                "--max-steps", 3)
-    after = checkpoint(tmp_path)
-    before[2]["optimizer"]["param_groups"] = after["optimizer"]["param_groups"]  # with the lr
-    assert differences(before[2], {key: after[key] for key in before[2]}) == []
-    assert differences(before[1]["buffers"], before[2]["buffers"]) and len(before) == 3
-    assert "step skipped" in (tmp_path / "log.txt").read_text()
+                "--max-steps", 3, "--save-every", 1)
+    assert "step skipped" in in_child(work).ok().out
+    before, after = (checkpoint(tmp_path, f"checkpoint_{name}.pt") for name in ("prev", "last"))
+    assert (before["step"], after["step"]) == (2, 3)
+    for part in ("weights", "buffers", "ema", "heads"):
+        assert differences(before[part], after[part]) == [] and before[part]
+    assert differences(*(x["optimizer"]["state"] for x in (before, after))) == []
 
 
 def test_the_average_is_what_is_scored_and_loaded_and_scales_stay_in_bounds(school, tmp_path):

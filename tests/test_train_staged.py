@@ -1,5 +1,5 @@
-"""train_staged: its step against the definition, plans and what is refused, chains of stages,
-resuming, forgetting and what holds it, frozen towers."""
+"""train_staged: the recipe, plans and what is refused, chains of stages, resuming, forgetting and
+what holds it, frozen towers. Its step is in test_train_contrastive.py."""
 import colorsys
 import dataclasses
 import json
@@ -15,15 +15,13 @@ import torch
 from helpers import attempt, checkpoint, metrics, refused, results, run_main
 from PIL import Image
 
-import device
 import plans
 import tokenizer
 import train_staged
 import weights
 from clip_model import bert_fields, BertConfig, CLIP, CONFIGS
-from data import normalise
 from plans import Stage
-from train_staged import add_gradient, freeze, optimizer_groups
+from train_staged import freeze, optimizer_groups
 
 SCRIPT, ROOT = "train_staged", pathlib.Path(__file__).resolve().parent.parent
 
@@ -87,51 +85,6 @@ def same_stages(one, other, names=("warm", "cold")):
         row["weights"] = pathlib.Path(row["weights"]).name
     for key in ("rows", "forgetting", "backward_transfer"):
         assert ours[key] == theirs[key], key
-
-
-# -----------------------------------------------------------------------------
-# The step
-
-def defined_loss(image, text, ids, scale, positives):
-    """The formula of the docstring, pair by pair."""
-    z, n, total = scale * image @ text.T, len(image), 0.0
-    alike = [[i == j or bool((ids[i] == ids[j]).any()) for j in range(n)] for i in range(n)]
-    for side in (z, z.T):
-        for i in range(n):
-            kept = [j for j in range(n) if positives != "mask" or j == i or not alike[i][j]]
-            near = [j for j in kept if j == i or positives == "multi" and alike[i][j]]
-            log_p = side[i, kept].log_softmax(dim=0)
-            total -= sum(log_p[kept.index(j)] for j in near) / len(near)
-    return total / (2 * n)
-
-
-@pytest.mark.parametrize("positives", ["multi", "mask", "diag"])
-def test_the_step_is_the_gradient_of_the_definition(tmp_path, monkeypatch, positives):
-    """In float64, on 11 images, texts of 4 to 9 words, and ids with partners in either column."""
-    def pixels(model, images):
-        return normalise(images, model.image_mean, model.image_std).double()
-    monkeypatch.setattr(train_staged, "image_features", lambda run, model, images:
-                        model.encode_image(pixels(model, images), normalize=True))
-    run, generator = device.start("cpu", "fp32"), torch.Generator().manual_seed(7)
-    model = helpers.perturb(weights.load(weights_file(tmp_path, 0.0)).double()).train()
-    images = torch.randint(0, 256, (11, 3, 32, 32), generator=generator)
-    tokens = torch.zeros(11, 12, dtype=torch.long)
-    for i in range(11):
-        tokens[i, :4 + i % 6] = torch.randint(4, 20, (4 + i % 6,), generator=generator)
-    ids = torch.stack([torch.arange(11) // 2, torch.arange(11) % 7], dim=1)
-    loss = defined_loss(*model(pixels(model, images), tokens)[:2], ids, model.logit_scale.exp(),
-                        positives)
-    parameters = dict(model.named_parameters())
-    theirs = torch.autograd.grad(loss, parameters.values(), allow_unused=True)
-    for micro in (0, 1, 4):
-        model.zero_grad(set_to_none=True)
-        found = add_gradient(run, model, images, tokens, ids, [11], Stage(
-            micro_batch=micro, positives=positives), run.scaler(), 5)
-        assert found["loss"].item() == pytest.approx(loss.item(), abs=1e-12)
-        for (name, p), wanted in zip(parameters.items(), theirs):
-            assert (p.grad is None) == (wanted is None), name
-            if wanted is not None:
-                assert (p.grad - wanted).norm() < 1e-10 * (1 + wanted.norm()), name
 
 
 # -----------------------------------------------------------------------------
@@ -608,9 +561,7 @@ def test_what_a_frozen_tower_gives_is_kept_and_trains_as_computing_it_does(
 
 def test_batch_norm_keeps_its_statistics_and_only_what_trains_is_saved(tmp_path):
     folder = helpers.scenes(tmp_path / "pairs", 24, 12)
-    torch.manual_seed(0)
-    model = CLIP(dataclasses.replace(CONFIGS["tiny-rn"], image_size=32))
-    start = weights.save(model, tmp_path / "rn.safetensors")
+    start = weights.save(helpers.tiny_clip(config="tiny-rn"), tmp_path / "rn.safetensors")
     plan = plan_file(tmp_path / "plan.json", {"name": "a", "freeze": ["text"], "epochs": 1},
                      {"name": "b", "freeze": ["visual"], "epochs": 1})
     out = tmp_path / "run"
