@@ -23,13 +23,13 @@ class TwoPass:
     encode(piece) -> (m, D). The last piece keeps its graph: k pieces cost k - 1 more forward
     passes, a frozen tower none. torch's generator is seeded before each piece, by (seed, process,
     piece), so that both passes drop the same: give each step and tower another seed. The buffers of
-    `model` move once: its BatchNorm counts a piece once, but normalises by it, so that the gradient
+    `tower` move once: its BatchNorm counts a piece once, but normalises by it, so that the gradient
     is that of the whole batch only where its statistics are frozen."""
 
-    def __init__(self, run, encode, pieces, seed, model=None):
+    def __init__(self, run, encode, pieces, seed, tower=None):
         self.run, self.encode, self.pieces = run, encode, pieces
         self.seed = seed * run.world_size + run.rank
-        buffers = list(model.buffers()) if model is not None and len(pieces) > 1 else []
+        buffers = list(tower.buffers()) if tower is not None and len(pieces) > 1 else []
         with torch.no_grad():
             kept = [buffer.clone() for buffer in buffers]
             first = [self._encode(number) for number in range(len(pieces) - 1)]

@@ -138,8 +138,8 @@ def add_gradient(run, model, images, tokens, ids, counts, args, scaler, seed):
         return model.encode_text(tokens, normalize=True, ends=ends)
 
     image = TwoPass(run, functools.partial(image_features, run, model), images.split(micro),
-                    2 * seed, model)
-    text = TwoPass(run, encode_text, texts, 2 * seed + 1, model)
+                    2 * seed, model.visual)
+    text = TwoPass(run, encode_text, texts, 2 * seed + 1)
     losses = batch_loss(run, model, image.features, text.features[run.move(places)], run.move(ids),
                         counts, args)
     scaler.scale(losses["loss"]).backward()  # to the features, and to scale and bias

@@ -216,7 +216,7 @@ def step(run, learner, batch, mix, weight, seed):
     if batch.tokens is not None:
         some, places = text_pieces(batch.tokens, learner.micro, student.text_pad)
         some, places = [run.move(*piece) for piece in some], run.move(places)
-        text = TwoPass(run, functools.partial(encode_text, student), some, 2 * seed + 1, student)
+        text = TwoPass(run, functools.partial(encode_text, student), some, 2 * seed + 1)
         v = text.features[places]
 
     # ---- the loss, in fp32 over all processes -------------------------------------
