@@ -579,8 +579,8 @@ class Loader(DataLoader):
                     worker.kill()
                     worker.join()
             raise LostWorker(f"{one_line(error).split('. ')[0]}: look at the memory that is free, "
-                             f"or read with --workers 0, which shows the image that does it; the "
-                             f"last checkpoint is intact") from error
+                             f"or read with --workers 0, which shows the image that does it; "
+                             f"what was saved before is intact") from error
 
 
 def ignore_stop(worker):
