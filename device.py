@@ -254,7 +254,7 @@ class Run:
         self._signal, self._stopping = 0, 0  # seen by this process; agreed on by all
         self._loss_scale, self._buffers = None, []
         self._replaced, self._lost = [], set()  # images not read: since the last look, and ever
-        self._start = 0                         # samples at that look
+        self._start, self._refusal = 0, None    # samples at that look, and what came of it
 
     def enter(self, seed):
         """A Run on the same device and processes with another seed and clock, without a folder."""
@@ -387,6 +387,8 @@ class Run:
                 for batch in loader:
                     self._spent[2] += time.monotonic() - self._asked
                     yield batch
+                    if self._refusal:
+                        raise self._refusal
                     if at.step >= at.steps:  # a signal may have come since the last `tick`
                         self._stopping = max(self.gather_objects(self._signal))
                     if self._stopping:
@@ -444,8 +446,8 @@ class Run:
         they are, floats or 0-dim tensors. samples: of the whole batch. describe: () -> str, the
         batch in words; called for a bad step only and perhaps later, so bind its arguments
         (functools.partial). replaced: the names of images of this process's share that could not
-        be read; at an epoch's end, UserError if they are more than one and more than 1 % of what
-        was asked for. SafeStop after three bad steps in a row.
+        be read; at an epoch's end, if they are more than one and more than 1 % of what was asked
+        for, the run ends. SafeStop after three bad steps in a row.
         """
         epoch = at.epoch + 1  # as people count
         at.step, at.batch = at.step + 1, at.batch + 1
@@ -484,8 +486,8 @@ class Run:
         self._stopping = max(self.gather_objects(self._signal))
 
     def _look_at_images(self, epoch):
-        """Say which images could not be read since the last look; UserError if they are too many
-        of a whole epoch, so many samples."""
+        """Say which images could not be read since the last look. If they are too many of a whole
+        epoch, so many samples, `batches` raises UserError, once the epoch is saved."""
         names = sum(self.gather_objects(self._replaced), [])
         complete = self._spent[0] - self._start >= epoch
         self._replaced, self._start = [], self._spent[0]
@@ -495,8 +497,8 @@ class Run:
         said = (f"images that cannot be read: {len(self._lost)}, e.g. {min(names)}; other pairs "
                 f"took their places")
         if complete and len(set(names)) > 1 and len(names) > epoch // 100:
-            raise shared(UserError(f"{said}. They are more than 1 %: restore them, or list the "
-                                   f"rest"))
+            self._refusal = shared(UserError(f"{said}. They are more than 1 %: restore them, or "
+                                             f"list the rest"))
         self.say(said)
 
     @contextlib.contextmanager

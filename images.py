@@ -465,6 +465,7 @@ class Images(Dataset):
         sizes = " / ".join(f"{count:,} {key}" for key, count in self.counts.items())
         self.notes = [*source.notes, f"{self.name}: {sizes} images {what} under {self.store}, "
                                      f"split {self.fingerprint[:12]}"]
+        self.lost = set()  # names of images that cannot be read, but few enough
 
     def __len__(self):
         return len(self.paths)
@@ -500,6 +501,7 @@ class Images(Dataset):
         if also or len(lost) > max(1, len(self.paths) // 100) or len(lost) == len(self.paths):
             raise DataError(f"{said}, more than 1 %{also}, under {self.store}: put them there, "
                             f"name the right folder, or list the rest")
+        self.lost.update(self.paths[i] for i in lost)
         note = f"{said}: they are left out"
         if note in self.notes:
             return ""

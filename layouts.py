@@ -481,7 +481,9 @@ def build(sd, known):
         head = sd["text_projection.layer_norm.weight" if mlp else "text_projection"]
         config = CLIPConfig(embed_dim=head.shape[-1], proj="mlp" if mlp else "linear",
                             **image_fields(sd, known) | text_fields(sd, known))
-    with about("these sizes make no CLIP"), skeleton():
+    # A classifier's trunk can have buffers that no file holds: it is made for real.
+    bare = torch.random.fork_rng(devices=[]) if config.backbone else skeleton()
+    with about("these sizes make no CLIP"), bare:
         model = CLIP(config)
         if "logit_bias" in sd:  # SigLIP's
             model.logit_bias = nn.Parameter(torch.zeros(()))
@@ -494,7 +496,12 @@ def build(sd, known):
             state[name] = tensor.to(like.dtype).contiguous()
     state._metadata = own._metadata
     with about(f"not a {describe(config)}"):
-        model.load_state_dict(state, assign=True)
+        missing, odd = model.load_state_dict(state, strict=False, assign=True)
+        for name in missing:
+            raise WeightsError(f"{name!r} is missing" if name not in sd else
+                               f"{name!r} is of {sd[name].dtype}")
+        for name in odd:
+            raise WeightsError(f"{name!r} belongs to another model")
     return model
 
 

@@ -109,8 +109,13 @@ class PairSet(Images):
         return [self.captions[c] for c in self.captions_of[image]]
 
     def replaced(self, used, asked):
-        """The names of the images for which others stand in a batch, as they cannot be read."""
-        return [self.paths[self.owner[c]] for c in asked[used != asked].tolist()]
+        """The names of images for which others stand in a batch, as they cannot be read; without
+        those that `refuse_losses` has allowed."""
+        names = (self.paths[self.owner[c]] for c in asked[used != asked].tolist())
+        return [name for name in names if name not in self.allowed()]
+
+    def allowed(self):
+        return self.lost
 
     def describe(self, captions):
         """A batch of these captions, by the names of its first images."""
@@ -146,7 +151,8 @@ class PairSet(Images):
         fill = functools.partial(fill_pixels, self, file, limit, workers)
         reason, lost = run.on_first(fill) if run else fill()
         if reason or not file.is_file():
-            self.notes.append(f"{self.split} images are decoded at every use: {reason or file}")
+            note = f"{self.split} images are decoded at every use: {reason or file}"
+            self.notes += [note] * (limit > 0)  # else it was asked for
         else:
             spans = json.loads(file.with_suffix(".json").read_text())
             lost = [i for i, span in enumerate(spans) if not span]
@@ -292,6 +298,9 @@ class Mixture(PairSet):
         self.name, self.notes, self.store = " + ".join(part.name for part in parts), [], self
         self.take([(f"{k}:{path}", text, query) for k, part in enumerate(parts)
                    for path, text, query in part.rows if path])
+
+    def allowed(self):
+        return {f"{k}:{path}" for k, part in enumerate(self.parts) for path in part.lost}
 
     def image(self, path):
         part, _, path = path.partition(":")

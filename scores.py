@@ -102,8 +102,8 @@ def frozen_features(run, model, pairs, folder, tower, workers=-1):
         features, positions = encode_images(run, model, pairs.image_items(), workers=workers,
                                             pooled=True, what=f"{pairs.split} images once")
         stored = {"features": features.nan_to_num(), "lost": positions < 0}
-        leave_out(run, pairs, stored["lost"])
         run.save(path, stored)
+    leave_out(run, pairs, stored["lost"])
     return stored["features"].masked_fill(stored["lost"][:, None], math.nan)
 
 

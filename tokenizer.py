@@ -399,10 +399,13 @@ def read_files(path):
     if path.name == "tokenizer.json":
         ids, pairs = model["vocab"], model.get("merges", [])
     else:
-        ids, pairs = content, lines(folder / "merges.txt")
-        pairs = [pair for pair in pairs if pair[:8] not in ("", "#version")]
+        merges, ids = folder / "merges.txt", content
+        pairs = lines(merges) if merges.is_file() or "<|startoftext|>" not in ids else []
+        pairs = pairs["#version" in pairs[0]:] if pairs else []  # that line can say more
+        pairs = [pair for pair in pairs if pair]
     if "<|startoftext|>" in ids:
-        return "bpe", ids, pairs, {key: config.get(key) for key in ("added", "truncation_side")}
+        kept = {key: config.get(key) for key in ("added", "truncation_side")}
+        return "bpe", ids, pairs[:MERGE_COUNT], kept
     if ids is content:
         return "bytebpe", ids, pairs, config
     kind = FAST[tuple(part.get("type") for part in (model, normalizer, cut))]
@@ -433,7 +436,7 @@ def open_tokenizer(path):
         chinese = config.get("model_type") == "chinese_clip"
         return ChineseTokenizer(path) if chinese else WordPieceTokenizer(path)
     tokenizer = BPETokenizer() if kind == "bpe" else ByteBPETokenizer(path)
-    if tokenizer.ids != ids or list(tokenizer.ranks) != merges:
+    if tokenizer.ids != ids or merges and list(tokenizer.ranks) != merges:
         raise TokenizerError(f"{path} looks like CLIP's vocabulary and differs from it")
     return tokenizer
 

@@ -54,10 +54,9 @@ RELEASED = {  # name -> sha256, which is also the folder in the URL
     "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"}
 UNREAD = {"path": "", "sha256": "", "notes": []}  # the origin of a tower that has no file
 TINY = pathlib.Path(__file__).resolve().parent / "assets" / "tiny_clip.safetensors"
-WEIGHTS = (  # what a folder is asked for, in this order: files of other libraries (beside those of
-    # OpenCLIP, model.safetensors can be of the image tower alone, in timm's names), then our own
-    "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors",
-    "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json",
+WEIGHTS = (  # what a folder is asked for, see `weights_in`: files of other libraries, then our own
+    "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json",
     "clip.safetensors", "clip.pt", "chinese_clip.pt", "checkpoint_best.pt", "checkpoint_last.pt")
 HUB_SETTINGS = (  # what can stand beside the weights: how to compute, and the tokenizer
     "config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json",
@@ -253,13 +252,16 @@ def read(name_or_path, activation=None):
             if card and kind == "safetensors" and layout == "chinese_clip":
                 layout = "safetensors"  # our own file of a CLIP with another BERT: same names
 
+        released = kind == "TorchScript" and any(  # OpenAI's; others are scripted as well
+            name.endswith("input_resolution") for name in content)
+
         def beside(name, kind=dict):
             return read_json(path.parent / name, kind)
         with about("its settings, or those in config.json, preprocessor_config.json and other JSON "
                    "beside it (move away what is not of this model)"):
             known = (known_from_card(card) if card else
                      dict(CHINESE_CLIP) if layout == "chinese_clip" else
-                     known_from_open_clip(beside) if kind == "TorchScript" else  # OpenAI's
+                     known_from_open_clip(beside) if released else
                      known_from_hugging_face(beside) or known_from_open_clip(beside)
                      if layout == "hf" else
                      known_from_open_clip(beside) or known_from_hugging_face(beside))
@@ -267,7 +269,7 @@ def read(name_or_path, activation=None):
             state = {name: t for name, t in state.items() if not name.startswith("bert.pooler.")}
         state, notes = spread_embedding(state, known.get("vocab_size", 49_408)), []
         if "logit_scale" in state and not (activation or "activation" in known or
-                                           kind == "TorchScript" or layout == "chinese_clip"):
+                                           released or layout == "chinese_clip"):
             notes.append("the file does not say its activation and heads: OpenAI's were taken, "
                          "QuickGELU and 64 wide; models trained by LAION need --activation gelu")
         if layout == "hf" and "bert.embeddings.LayerNorm.weight" in state and "text" not in known:
@@ -461,6 +463,14 @@ def is_hub_name(text):
     return bool(re.fullmatch(r"\w[\w.-]*/[A-Za-z][\w.-]*", text)) and not file
 
 
+def weights_in(folder):
+    """WEIGHTS, in the order in which those of a folder are looked for: beside OpenCLIP's settings,
+    and none of transformers, model.safetensors can be of the image tower alone, in timm's names."""
+    openclip = (folder / "open_clip_config.json").is_file() and not read_json(
+        folder / "config.json").get("model_type")
+    return sorted(WEIGHTS, key=lambda name: openclip and not name.startswith("open_clip"))
+
+
 def locate(name_or_path):
     """The path of a weight file; fetches what is not here. A released name wins over a folder of
     the same name, which "./NAME" means."""
@@ -483,7 +493,7 @@ def locate(name_or_path):
     if (folder / "adapter_config.json").is_file():
         raise WeightsError(f"{folder} has an adapter_config.json, of a LoRA: merge that into its "
                            f"model with peft's merge_and_unload() and save the result")
-    for name in (*WEIGHTS, best if isinstance(best, str) else ""):
+    for name in (*weights_in(folder), best if isinstance(best, str) else ""):
         if (folder / name).is_file():
             return folder / name
     inside = sorted({path.parent.name for path in folder.glob("*/*") if path.name in WEIGHTS})
@@ -555,7 +565,7 @@ def from_hub(name):
         if not folder.is_dir():
             for file in HUB_SETTINGS:
                 get(file)
-            weights = next(filter(get, WEIGHTS), None)
+            weights = next(filter(get, weights_in(partial)), None)
             if not weights:
                 raise WeightsError(f"it has none of {', '.join(WEIGHTS)}")
             for shard in shards_of(partial / weights):

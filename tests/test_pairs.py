@@ -622,6 +622,14 @@ def test_an_unreadable_image_is_replaced_by_the_same_pair_in_every_worker(tmp_pa
     assert rows[:, 0].tolist() == [pairs.owner[c] for c in one[1]]
 
 
+def test_a_lost_image_that_was_allowed_is_not_counted_again(tmp_path):
+    pairs = open_pairs(table(tmp_path, 9, 2), "train").with_transform(Preprocess(8))
+    both, batch = Mixture([pairs, pairs]), (torch.tensor([7, 2, 4]), torch.tensor([3, 2, 4]))
+    assert pairs.replaced(*batch) == ["1.png"] and both.replaced(*batch) == ["0:1.png"]
+    assert "1.png" in pairs.refuse_losses([1], "lost") and not pairs.refuse_losses([1], "lost")
+    assert pairs.replaced(*batch) == both.replaced(*batch) == []
+
+
 def test_a_subset_keeps_the_captions_of_its_images_and_the_fingerprint_sees_all(tmp_path):
     pairs = uneven(tmp_path, [1, 3, 2, 4])
     some = pairs.subset([3, 0])

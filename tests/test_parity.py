@@ -478,6 +478,17 @@ def test_pixels_are_those_of_the_published_weights_named(models, monkeypatch):
     assert ours.image_resize == "squash"
 
 
+def test_buffers_that_no_file_holds_are_there_before_and_after_a_file(tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    ours = load(image_tower="timm:levit_128s", text_tower="tiny")
+    theirs = timm.create_model("levit_128s", num_classes=0).eval()
+    theirs.load_state_dict(ours.visual.trunk.state_dict())
+    images = torch.randn(1, 3, 224, 224)
+    save(ours, tmp_path / "a.safetensors")
+    for model in (ours, load(tmp_path / "a.safetensors")):
+        torch.testing.assert_close(model.visual.trunk(images), theirs(images), rtol=0, atol=0)
+
+
 def test_names_of_torchvision_and_of_timm_are_both_read(tmp_path, models):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     theirs = timm.create_model("mobilenetv3_small_100", num_classes=10).eval()

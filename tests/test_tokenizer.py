@@ -410,6 +410,11 @@ def test_a_model_gets_the_tokenizer_of_its_own_text_tower(tmp_path):
     beside = clip("clip", 49_408, layout="hf", path=str(tmp_path / "model.safetensors"))
     BPETokenizer().save(tmp_path, 77)
     assert type(for_model(beside)) is BPETokenizer
+    merges = tmp_path / "merges.txt"
+    words = merges.read_text("utf-8").split("\n", 1)[1]
+    for head in ('"bpe_simple_vocab_16e6.txt#version: 0.2\n', "\ufeff#version: 0.2\n", ""):
+        merges.write_text(head + words + "not used\n", "utf-8")  # OpenAI's own list is longer
+        assert type(for_model(beside)) is BPETokenizer
     (tmp_path / "added_tokens.json").write_text('{"<my-cat>": 49408}')
     refused(lambda: for_model(beside), "<my-cat>")
     bert, roberta = clip("bert", 300), clip("roberta", 500)

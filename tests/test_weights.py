@@ -132,6 +132,14 @@ def test_a_torchscript_archive_is_read_bit_for_bit_without_running_it(archive):
         assert torch.equal(tensor, reference[key].to(tensor.dtype))
 
 
+def test_an_archive_of_another_library_does_not_say_its_activation(tmp_path):
+    model, path = make(), tmp_path / "other.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(model, (images_for(model, 2), texts(model)), check_trace=False).save(path)
+    assert "--activation" in load(path).origin["notes"][0]
+
+
 @pytest.mark.parametrize("name", ["tiny-vit", "tiny-rn"])
 def test_load_gives_contiguous_fp32_masters_whatever_is_stored(tmp_path, name):
     model = make(name)
@@ -297,6 +305,11 @@ def test_openclips_weights_come_before_those_of_a_tower_beside_them(tmp_path):
     folder = bare_folder(tmp_path, "open_clip")
     (folder / "model.safetensors").write_bytes(b"the image tower in timm's names")
     assert same(load(folder), make())
+    tuned = make(seed=3)  # saved by transformers into the same folder, later
+    export(tuned, tmp_path / "hf", "hf")
+    for name in ("model.safetensors", "config.json"):
+        shutil.copy(tmp_path / "hf" / "hf" / name, folder)
+    assert same(load(folder), tuned)
     clip = make(vocab_size=49_409)  # one word was added; it comes after the end of text
     text = hugging_face_tables(clip)["config.json"]["text_config"]
     assert text["eos_token_id"] == 49_407
