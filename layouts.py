@@ -497,11 +497,11 @@ def build(sd, known):
     state._metadata = own._metadata
     with about(f"not a {describe(config)}"):
         missing, odd = model.load_state_dict(state, strict=False, assign=True)
-        for name in missing:
-            raise WeightsError(f"{name!r} is missing" if name not in sd else
-                               f"{name!r} is of {sd[name].dtype}")
-        for name in odd:
-            raise WeightsError(f"{name!r} belongs to another model")
+        if missing:
+            name = missing[0]
+            raise WeightsError(f"{name!r} is {sd[name].dtype if name in sd else 'missing'}")
+        if odd:
+            raise WeightsError(f"{odd[0]!r} belongs to another model")
     return model
 
 

@@ -151,8 +151,8 @@ class PairSet(Images):
         fill = functools.partial(fill_pixels, self, file, limit, workers)
         reason, lost = run.on_first(fill) if run else fill()
         if reason or not file.is_file():
-            note = f"{self.split} images are decoded at every use: {reason or file}"
-            self.notes += [note] * (limit > 0)  # else it was asked for
+            if limit > 0:  # else it was asked for
+                self.notes.append(f"{self.split} images are decoded at every use: {reason or file}")
         else:
             spans = json.loads(file.with_suffix(".json").read_text())
             lost = [i for i, span in enumerate(spans) if not span]

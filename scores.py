@@ -81,8 +81,7 @@ def encode_texts(run, model, tokenizer, texts, max_text=None):
 
 
 def leave_out(run, images, lost):
-    """Say, once, which images of a set cannot be read; DataError if they are too many. lost: (n,)
-    bool."""
+    """Say, once, which images cannot be read; DataError if they are too many. lost: (n,) bool."""
     if said := images.refuse_losses(lost.nonzero()[:, 0].tolist(), "they do not decode"):
         run.say(f"note: {said}")
 

@@ -399,10 +399,11 @@ def read_files(path):
     if path.name == "tokenizer.json":
         ids, pairs = model["vocab"], model.get("merges", [])
     else:
-        merges, ids = folder / "merges.txt", content
-        pairs = lines(merges) if merges.is_file() or "<|startoftext|>" not in ids else []
-        pairs = pairs["#version" in pairs[0]:] if pairs else []  # that line can say more
-        pairs = [pair for pair in pairs if pair]
+        merges, ids, pairs = folder / "merges.txt", content, []
+        if merges.is_file() or "<|startoftext|>" not in ids:
+            pairs = [pair for pair in lines(merges) if pair]
+        if pairs and "#version" in pairs[0]:  # that line can say more
+            pairs = pairs[1:]
     if "<|startoftext|>" in ids:
         kept = {key: config.get(key) for key in ("added", "truncation_side")}
         return "bpe", ids, pairs[:MERGE_COUNT], kept
