@@ -54,7 +54,6 @@ from torch import nn
 from clip_model import text_pieces, unit
 from data import (add_data_flags, class_prompts, DataError, dataset_name, few_shot, find_classes,
                   halves, KNOWN, make_loader, normalise, open_dataset, Preprocess, require_words)
-from large_batch import TwoPass
 from scores import classification_scores, encode_images, linear_probe, zero_shot
 from tokenizer import for_model
 from weights import (add_model_flags, card, check_layout, export, open_clip,
@@ -84,19 +83,19 @@ def add_gradients(run, model, images, labels, batch_size, prompts, pretrained, a
 
     images (b, 3, R, R); labels (b,), -1 for an image that cannot be read, which then has no ce;
     batch_size: of all processes; prompts: as in Task; pretrained (C, D): the classes' features
-    before training. Each piece of images adds its gradient to `texts.features`, a leaf, and from
-    there all of it goes into the text tower. The prompts pass that tower once, or with
-    --micro-batch in pieces, all but the last twice. Exact: no layer mixes images, or prompts.
+    before training. The prompts pass the text tower once. Each piece of images adds its gradient
+    to `texts`, a leaf, and from there all of it goes into that tower. Exact: no layer mixes images.
     """
     pieces, places = prompts
-    groups = [[piece] for piece in pieces] if args.micro_batch else [pieces]
-    texts = TwoPass(run, functools.partial(encode_pieces, model), groups, seed=0)  # no dropout
+    with run.autocast():
+        encoded = encode_pieces(model, pieces)                                # (P, D)
+    texts = encoded.detach().requires_grad_()
     size = args.micro_batch or max(1, len(images))
     sums = torch.zeros(4, device=run.device)
     for some, truth in zip(images.split(size), labels.split(size)):
         with run.autocast():
             features = model.encode_image(some, normalize=True)               # (b, D)
-        classes = class_features(texts.features, places)                      # (C, D)
+        classes = class_features(texts, places)                               # (C, D)
         logits = model.logit_scale.exp() * features @ classes.T               # (b, C), in fp32
         share = len(truth) / batch_size  # all shares of all processes add up to 1
         ce = F.cross_entropy(logits, truth, reduction="sum", ignore_index=-1) / batch_size
@@ -105,7 +104,7 @@ def add_gradients(run, model, images, labels, batch_size, prompts, pretrained, a
         scaler.scale(loss).backward()
         right = 100 * (logits.argmax(dim=-1) == truth).sum() / batch_size
         sums += torch.stack([loss, ce, drift, right]).detach()
-    texts.backward()
+    encoded.backward(texts.grad)
     return dict(zip(("loss", "ce", "drift", "batch_accuracy"), sums))  # the last on augmented crops
 
 
@@ -157,7 +156,7 @@ def train(run, task, few, stored, args):
                                args, scaler)
         run.sum_gradients(trainable.values())
         # Changes nothing at all if the loss or a gradient is not finite.
-        run.update(optimizer, trainable.values(), scaler, args.grad_clip, loss=losses["loss"])
+        run.update(optimizer, trainable.values(), scaler, loss=losses["loss"])
         # ---------------------------------------------------------------------
 
         # `tick` moves `at` on and logs sums over processes; True: save.
@@ -302,32 +301,30 @@ def csv_text(head, rows):
 
 
 def tabulate(run, results, args):
-    """table.md, table.csv and results.json of several runs, from unrounded numbers -> results."""
+    """Print the table of several runs, write table.csv and results.json -> results. Means and
+    deviations are those of unrounded numbers."""
     parts = [] if args.setting == "fewshot" else [f"{name}_" for name in results[0]["images"]]
     rows = []
-    for place, shots in enumerate(args.shots):  # results come shots by shots, seed by seed
-        begin, means = place * len(args.seed), []
-        runs = results[begin:begin + len(args.seed)]
+    for shots in args.shots:
+        runs, means = [result for result in results if result["shots"] == shots], []
         for part in (*parts, ""):  # the last is the run's one number
             values = [result[f"{part}accuracy"] for result in runs]
-            probed = [result.get(f"linear_probe_{part}accuracy", math.nan) for result in runs]
             before, name = runs[0][f"zero_shot_{part}accuracy"], part.strip("_") or "accuracy"
+            probe_key = f"linear_probe_{part}accuracy"
+            probed = [result[probe_key] for result in runs if probe_key in result]
             means.append(statistics.fmean(values))
             if name == "accuracy" and args.setting == "base2new":
                 # H of the means, as published; its std is of the seeds' own H.
                 name, means[-1] = "H", statistics.harmonic_mean(means[:-1])
             rows.append({"shots": shots, "score": name, "zero-shot": before,
-                         "linear probe": statistics.fmean(probed),
+                         "linear probe": statistics.fmean(probed) if probed else "",
                          **{f"seed {seed}": x for seed, x in zip(args.seed, values)},
                          "mean": means[-1],
-                         "std": statistics.stdev(values) if len(values) > 1 else math.nan,
+                         "std": statistics.stdev(values) if len(values) > 1 else "",
                          "gain": means[-1] - before})
-    rows = [{key: "" if isinstance(x, float) and math.isnan(x) else x for key, x in row.items()}
-            for row in rows]
     lines = [rows[0], ["---:"] * len(rows[0]), *(row.values() for row in rows)]
     table = "\n".join("| " + " | ".join(
         f"{x:.2f}" if isinstance(x, float) else str(x) for x in line) + " |" for line in lines)
-    run.write("table.md", table + "\n")
     run.write("table.csv", csv_text(rows[0], (row.values() for row in rows)))
     run.say(table)
     same = ("method", "data", "model", "setting", "trainable_parameters", "trainable_tensors",
@@ -358,15 +355,11 @@ def fill_recipe(args, data, model):
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    official = {**recipe, "grad_clip": 0.0, "classes": None, "template": None}
-    if args.setting == "base2new":
-        official["shots"] = [16]
+    official = {**recipe, "classes": None, "template": None}
     notes = [f"--{name.replace('_', '-')} {getattr(args, name)} (official: {value or 'none'})"
              for name, value in official.items() if getattr(args, name) != value]
     if model != "ViT-B/16":
         notes.append(f"model {model} (official: ViT-B/16)")
-    if args.epochs <= args.warmup:
-        notes.append(f"--epochs {args.epochs}: all of them are warm-up, at a rate of 1e-5")
     if args.setting == "dg" or data not in KNOWN:
         notes.append(f"--data {data} --setting {args.setting} has no official recipe")
     return notes
@@ -474,13 +467,9 @@ def main(args):
 # -----------------------------------------------------------------------------
 # The command line
 
-ALIASES = {
-    "--dataset": "--data", "--root": "--data-dir", "--data-root": "--data-dir",
-    "--backbone": "--model", "--arch": "--model", "--pretrained": "--weights",
-    "--checkpoint": "--weights", "--lambda": "--reg-weight", "--seeds": "--seed",
-    "--max-epochs": "--epochs", "--learning-rate": "--lr", "--weight-decay": "--wd",
-    "--num-workers": "--workers", "--output": "--output-dir", "--max-grad-norm": "--grad-clip"}
-REFUSED = {"--accum-steps": "--micro-batch says how many images are in memory at a time",
+ALIASES = {"--root": "--data-dir", "--backbone": "--model", "--seeds": "--seed"}
+REFUSED = {"--grad-clip": "the recipe clips nothing; a smaller --lr helps where steps are skipped",
+           "--accum-steps": "--micro-batch says how many images are in memory at a time",
            "--trainer": "CLIPFit is all that this script trains",
            "--dataset-config-file": "--data dtd names a data set, and brings its recipe",
            "DATASET.NUM_SHOTS": "--shots 4 says it"}
@@ -504,7 +493,6 @@ def get_args(argv=None):
     add("--lr", type=number(0, 1e3, above=True), help="default: 0.002; the demo's is larger")
     add("--wd", type=number(), help="weight decay (default: 5e-4)")
     add("--warmup", type=whole(), help="first epochs, at a rate of 1e-5 (default: 1)")
-    add("--grad-clip", type=number(), default=0.0, help="largest norm (default: 0, off)")
     add_run_flags(parser, log_every=5, several_seeds=True)
     args = parser.parse_args(argv)
     args.shots = list(dict.fromkeys(args.shots or [4 if args.setting == "fewshot" else 16]))

@@ -22,7 +22,7 @@ from helpers import (checkpoint, metrics, results, run_folder, run_main, same_ru
 HERE = pathlib.Path(__file__).resolve()
 ROOT = HERE.parent.parent
 RUNS = {  # name -> more flags; the name begins with the script's
-    "clipfit": ["--grad-clip", "0.5"],
+    "clipfit": [],
     "clipfit micro": ["--micro-batch", "1"],
     "clipfit bf16": ["--precision", "bf16"],
     "clipfit fp16": ["--precision", "fp16"],

@@ -140,17 +140,15 @@ def test_an_unreadable_image_adds_nothing_to_the_gradient(twin):
 
 
 def test_twenty_steps_equal_a_plain_loop(tmp_path):
-    """The script's weights against a plain loop: same images, same order, decay on every tensor,
-    gradients longer than 2 made 2 long."""
-    clipfit(tmp_path, "--epochs", 5, "--batch-size", 10, "--reg-weight", 8, "--lr", 0.01,
-            "--grad-clip", 2)
+    """The script's weights against a plain loop: same images, same order, decay on every tensor."""
+    clipfit(tmp_path, "--epochs", 5, "--batch-size", 10, "--reg-weight", 8, "--lr", 0.01)
     ours, model = checkpoint(tmp_path)["weights"], weights.load("tiny").eval()
     trainable = choose_trainable(model)
     few = few_shot(open_dataset("demo", "train"), 4, 1)
     loader = make_loader(few.with_transform(Preprocess(64, True, 1)), 10, seed=1)
     tokens = BPETokenizer()([few.template.format(name) for name in few.classnames])
     before = unit(official.text_features(model, tokens)).detach()
-    sgd, norms = torch.optim.SGD(trainable.values(), momentum=0.9, weight_decay=5e-4), []
+    sgd = torch.optim.SGD(trainable.values(), momentum=0.9, weight_decay=5e-4)
     for epoch in range(5):
         loader.batch_sampler.set_epoch(epoch)
         sgd.param_groups[0]["lr"] = 1e-5 if epoch == 0 else 0.005 * (
@@ -158,9 +156,7 @@ def test_twenty_steps_equal_a_plain_loop(tmp_path):
         for images, labels, _ in loader:
             model.zero_grad(set_to_none=True)
             official.loss(model, normalise(images), labels, tokens, before, 8.0)[0].backward()
-            norms.append(float(torch.nn.utils.clip_grad_norm_(trainable.values(), 2)))
             sgd.step()
-    assert min(norms) < 2 < max(norms), norms
     for name, p in trainable.items():
         assert torch.allclose(p, ours[name], atol=2e-5), name
 
@@ -190,7 +186,7 @@ def test_every_data_set_has_the_published_recipe_and_what_is_changed_is_said():
             assert args.reg_weight == (8 if setting == "base2new" else reg_weight)
             assert (args.lr, args.wd, args.batch_size, args.warmup) == (0.002, 5e-4, 32, 1)
     flags = {"--lr": 0.01, "--reg-weight": 2, "--epochs": 50, "--batch-size": 8, "--wd": 0,
-             "--grad-clip": 1, "--warmup": 0, "--template": "{}"}
+             "--warmup": 0, "--template": "{}"}
     args = get_args([str(x) for pair in flags.items() for x in ("--data", "dtd", *pair)])
     notes = " ".join(train_clipfit.fill_recipe(args, "dtd", "RN50"))
     assert all(f"{flag} " in notes for flag in (*flags, "RN50"))
@@ -213,7 +209,8 @@ def test_several_shots_and_seeds_give_a_table_from_unrounded_numbers(tmp_path):
                            ("gain", mean - found["zero_shot_accuracy"])):
             assert float(row[key]) == pytest.approx(value, abs=1e-9), key
     assert found["accuracy"] == pytest.approx(mean) and found["accuracy_at_shots"] == 2
-    assert len((tmp_path / "table" / "table.md").read_text().splitlines()) == 4
+    said = (tmp_path / "table" / "log.txt").read_text("utf-8").splitlines()
+    assert sum(line.startswith("| ") for line in said) >= 4
     alone = clipfit(tmp_path / "alone", *flags, "--shots", 1, "--seed", 2)  # seeds do not leak
     ours, theirs = (checkpoint(tmp_path / folder)["weights"]
                     for folder in ("alone", "table/shots1_seed2"))
@@ -384,7 +381,8 @@ def test_unreadable_images_are_counted_and_named_and_too_many_are_refused(tmp_pa
 
 
 @pytest.mark.parametrize("words", [["--trainer", "CLIPFit"], ["DATASET.NUM_SHOTS", "4"],
-                                   ["--dataset-config-file", "dtd.yaml"], ["--local_rank", "0"]])
+                                   ["--dataset-config-file", "dtd.yaml"], ["--local_rank", "0"],
+                                   ["--grad-clip", "1"]])
 def test_flags_of_other_programs_are_named(words, tmp_path):
     refusal(tmp_path, "--seed", 1, *words, names=(words[0][2:7],))
 
