@@ -80,8 +80,8 @@ class Stage:
 
 
 KEYS = {field.name.rstrip("_"): field for field in dataclasses.fields(Stage)}
-FLAGS = ("data", "caption_file", "val", "freeze", "wise", "epochs", "batch_size", "micro_batch",
-         "lr", "wd", "warmup", "grad_clip", "early_stop", "augment")
+FLAGS = ("data", "caption_file", "val", "freeze", "epochs", "batch_size", "micro_batch", "lr", "wd",
+         "warmup", "augment")
 OF_THE_RUN = ("model", "weights", "tokenizer", "activation", "max_text", "seed", "data_dir")
 DROPPED = {
     "scale": 'freeze ["logit_scale"] holds it', "steps": "give epochs", "init": "give weights",

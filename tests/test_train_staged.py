@@ -198,6 +198,7 @@ def test_a_dropped_key_is_refused_with_what_to_use(world, tmp_path, monkeypatch)
 @pytest.mark.parametrize("more, name", [
     (["--from-stage", "hot"], "--from-stage"), (["--batch-size", 1], "--batch-size"),
     (["--text-data", "x"], "--caption-file"), (["--replay", "x"], "--plan"),
+    (["--early-stop", 2], "--plan"),
     (["--tokenizer", "no.txt"], "no.txt"), (["--weights", "tiny"], "vocab.txt"),
     (["--export", "openai"], "openai"), (["--plan", "no.json"], "no.json"),
     (["--plan", ""], "--plan"), (["--model", "ViT-B/32"], "--model")])
