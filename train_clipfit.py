@@ -441,7 +441,8 @@ def main(args):
     task = open_task(run, args, train_set, tests)
     name = task.model.origin["name"]
     facts = {"method": "clipfit", "data": train_set.fingerprint, "data_name": train_set.name,
-             "model": name, "weights": task.model.origin["sha256"]}
+             "model": name, "weights": task.model.origin["sha256"],
+             "grad_clip": 0.0}  # was a flag once
     folder = run_folder(args, "train_clipfit", f"{train_set.name}_{name}_{args.setting}")
     single, jobs = len(args.shots) * len(args.seed) == 1, []
     for shots, seed in itertools.product(args.shots, args.seed):
