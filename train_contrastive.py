@@ -512,13 +512,10 @@ PRESETS = {
                     "squash": True, "embed_dim": 256, "proj": "mlp"}}
 DEMO = {"epochs": 6, "batch_size": 128, "lr": 3e-4, "crop": 0.9, "weights": "auto",
         "zero_shot": "demo", "freeze": ["token_embedding"]}  # frozen, so that checkpoints are small
-ALIASES = {  # of run_clip.py, its port to Ascend, and open_clip
-    "--data-path": "--data", "--pretrained": "--weights", "--model-name-or-path": "--weights",
-    "--model-path": "--weights", "--num-train-epochs": "--epochs", "--learning-rate": "--lr",
-    "--weight-decay": "--wd", "--warmup-steps": "--warmup", "--max-grad-norm": "--grad-clip",
-    "--max-seq-length": "--max-text", "--dataloader-num-workers": "--workers",
-    "--overwrite-output-dir": "--overwrite", "--logging-steps": "--log-every",
-    "--save-steps": "--save-every"}
+ALIASES = {  # of run_clip.py and its port to Ascend
+    "--data-path": "--data", "--model-name-or-path": "--weights", "--model-path": "--weights",
+    "--num-train-epochs": "--epochs", "--learning-rate": "--lr", "--weight-decay": "--wd",
+    "--warmup-steps": "--warmup", "--overwrite-output-dir": "--overwrite"}
 PIECES = "the batch is always exact; --micro-batch says how many pairs are encoded at a time"
 REFUSED = {
     "--do-train": "a run trains without --eval-only", "--do-eval": "each epoch is scored",

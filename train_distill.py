@@ -71,6 +71,7 @@ from tokenizer import for_model
 
 OF_TEACHERS = ("crd", "fd", "icl", "hint", "attention")  # the terms that ask them about images
 TERMS = ("task", *OF_TEACHERS, "ema")
+TEXT_TEACHER = 0.2  # its share of the task's targets
 
 
 # -----------------------------------------------------------------------------
@@ -435,7 +436,7 @@ def term_weights(args, done):
     icl = (1.0 if args.icl is None else args.icl) if args.train_text else 0.0
     return {"task": args.task, "crd": args.crd, "fd": args.fd, "icl": icl, "hint": args.hint,
             "attention": args.attention, "ema": args.ema_teacher * min(1.0, 10 * done),
-            "text_teacher": args.text_teacher_weight}
+            "text_teacher": TEXT_TEACHER}
 
 
 # -----------------------------------------------------------------------------
@@ -672,6 +673,7 @@ def main(args):
         teachers=[(teacher.sha256, teacher.scale) for teacher in setup.teachers],
         train_text=bool(args.train_text),  # the weights say which
         text_teacher=setup.text_teacher and setup.text_teacher[0].origin["sha256"],
+        text_teacher_weight=TEXT_TEACHER,  # was a flag once
         vocabulary=hashlib.sha256(words).hexdigest(), stored=stored and stored.facts,
         pieces=[args.micro_batch, run.world_size] if norms else None)  # of BatchNorm's statistics
     name = f"{setup.pairs.name}_{pathlib.Path(setup.name).name}_{'stored' if stored else 'live'}"
@@ -708,19 +710,16 @@ DEFAULTS = {"model": "mobilenet_v3_small", "epochs": 30, "batch_size": 256, "lr"
 DEMO = {"teacher": [str(pathlib.Path(__file__).resolve().parent / "assets" / "demo_teacher.pt")],
         "model": "tiny-vit", "image_size": 64, "epochs": 30, "batch_size": 64, "lr": 2e-3,
         "crop": 0.6, "zero_shot": ["demo"]}
-ALIASES = {
-    "--dataset": "--data", "--train-data": "--data", "--student": "--model", "--arch": "--model",
-    "--pretrained": "--weights", "--distill-model": "--teacher", "--text-tower": "--train-text",
-    "--learning-rate": "--lr", "--weight-decay": "--wd", "--zeroshot": "--zero-shot"}
 EXACT = "the batch is exact whatever fits; --micro-batch says how many pairs are encoded at a time"
 REFUSED = {"--accum-freq": EXACT, "--accum-steps": EXACT, "--gradient-accumulation-steps": EXACT,
            "--max-text": "every text tower reads as many tokens as it takes",
+           "--text-teacher-weight": "its share of the task's targets is 0.2; see --text-teacher",
            "--views": "it is a flag of python -m tools.reinforce"}
 
 
 def get_args(argv=None):
     """The command line as a namespace. Exits with code 2 and one line on a wrong one."""
-    parser = Parser(description="Distillation of CLIP.", aliases=ALIASES, refused=REFUSED)
+    parser = Parser(description="Distillation of CLIP.", refused=REFUSED)
     add_pair_flags(parser)
     add = parser.add_argument_group("student").add_argument
     add("--model", help="image tower: [timm:]NAME[:WEIGHTS] of torchvision or timm, or a CLIP's")
@@ -735,7 +734,6 @@ def get_args(argv=None):
     add("--teacher-activation", choices=("quick_gelu", "gelu"), help="where its file does not say")
     add("--reinforced", metavar="FOLDER", help="a stored teacher, see python -m tools.reinforce")
     add("--text-teacher", metavar="FOLDER", help="a BERT; what it finds alike is no plain negative")
-    add("--text-teacher-weight", type=number(0, 1), default=0.2, help="in the task (default: 0.2)")
     add("--ema-teacher", type=number(0, 0.5), default=0.0, help="weight of the student's average")
     add = parser.add_argument_group("method").add_argument
     add("--task", type=number(), default=0.25, help="weight of InfoNCE on the pairs")

@@ -285,8 +285,8 @@ PRESETS = [
           proj="mlp", embed_dim=256, squash=True, positives="diag")),
     (["--preset", "clip-scratch"], dict(weights="none", lr=5e-4, zero_shot=None, freeze=[])),
     (["--loss", "triplet"], dict(triplet_weight=1.0)),
-    (["--model_name_or_path", "w", "--num-train-epochs=3", "--max_seq_length", "32"],
-     dict(weights="w", epochs=3, max_text=32))]
+    (["--model_name_or_path", "w", "--num-train-epochs=3", "--warmup_steps", "32"],
+     dict(weights="w", epochs=3, warmup=32))]
 
 
 @pytest.mark.parametrize("words, wanted", PRESETS)

@@ -652,6 +652,7 @@ def test_wrong_command_lines_are_refused_in_one_line(school):
             "--reinforced x --hint 1": "--hint", "--reinforced x --crop 0.5": "--crop",
             "--weights x --model y": "--model", "--crdd 1": "--crd", "--teacher-scale 0":
             "--teacher-scale", "--views 3": "tools.reinforce", "--max-text 9": "--max-text",
+            "--text-teacher-weight 0.5": "--text-teacher",
             "--icl 1": "--train-text", "--accum-steps 2": "--micro-batch",
             "--batch-size 1": "--batch-size"}.items():
         refused(attempt("train_distill", *line.split()), flag)
