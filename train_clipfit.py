@@ -84,18 +84,17 @@ def add_gradients(run, model, images, labels, batch_size, prompts, pretrained, a
     images (b, 3, R, R); labels (b,), -1 for an image that cannot be read, which then has no ce;
     batch_size: of all processes; prompts: as in Task; pretrained (C, D): the classes' features
     before training. The prompts pass the text tower once. Each piece of images adds its gradient
-    to `texts`, a leaf, and from there all of it goes into that tower. Exact: no layer mixes images.
+    to `classes`, a leaf, and from there all of it goes into that tower. Exact: no layer mixes
+    images.
     """
-    pieces, places = prompts
     with run.autocast():
-        encoded = encode_pieces(model, pieces)                                # (P, D)
-    texts = encoded.detach().requires_grad_()
+        encoded = class_features(model, prompts)
+    classes = encoded.detach().requires_grad_()                               # (C, D)
     size = args.micro_batch or max(1, len(images))
     sums = torch.zeros(4, device=run.device)
     for some, truth in zip(images.split(size), labels.split(size)):
         with run.autocast():
             features = model.encode_image(some, normalize=True)               # (b, D)
-        classes = class_features(texts, places)                               # (C, D)
         logits = model.logit_scale.exp() * features @ classes.T               # (b, C), in fp32
         share = len(truth) / batch_size  # all shares of all processes add up to 1
         ce = F.cross_entropy(logits, truth, reduction="sum", ignore_index=-1) / batch_size
@@ -104,19 +103,16 @@ def add_gradients(run, model, images, labels, batch_size, prompts, pretrained, a
         scaler.scale(loss).backward()
         right = 100 * (logits.argmax(dim=-1) == truth).sum() / batch_size
         sums += torch.stack([loss, ce, drift, right]).detach()
-    encoded.backward(texts.grad)
+    encoded.backward(classes.grad)
     return dict(zip(("loss", "ce", "drift", "batch_accuracy"), sums))  # the last on augmented crops
 
 
-def encode_pieces(model, pieces):
-    """Unit features (P, D) of prompts in pieces as `text_pieces` cuts them, in their order."""
-    return torch.cat([model.encode_text(tokens, normalize=True, ends=ends)
-                      for tokens, ends in pieces])
-
-
-def class_features(features, places):
-    """Prompts (P, D) -> classes (C, D). places (T, C): where the prompts of a class are, one of
-    each template; its feature is their mean, made a unit vector (Radford et al. 2021, 3.1.4)."""
+def class_features(model, prompts):
+    """Unit features (C, D) of the classes: the mean of the unit vectors of a class's prompts, made
+    a unit vector (Radford et al. 2021, section 3.1.4). prompts: see Task."""
+    pieces, places = prompts
+    features = torch.cat([model.encode_text(tokens, normalize=True, ends=ends)
+                          for tokens, ends in pieces])
     return unit(features[places].mean(dim=0))
 
 
@@ -130,12 +126,12 @@ def learning_rate(epoch, epochs, lr, warmup):
 
 def train(run, task, few, stored, args):
     """Train task.model in place, from the checkpoint `stored` on if there is one -> steps done."""
-    model, trainable, (pieces, places) = task.model, task.trainable, task.prompts
+    model, trainable, prompts = task.model, task.trainable, task.prompts
     few = few.with_transform(Preprocess.of(model, train=True, seed=run.seed))
     loader = make_loader(few, args.batch_size, run.seed, rank=run.rank, world_size=run.world_size,
                          **run.loader_options(0 if few.images else args.workers))
     with torch.no_grad(), run.autocast():
-        pretrained = class_features(encode_pieces(model, pieces), places)     # (C, D)
+        pretrained = class_features(model, prompts)
     optimizer = torch.optim.SGD(trainable.values(), lr=args.lr, momentum=0.9, weight_decay=args.wd,
                                 fused=run.fused_optimizer)
     scaler = run.scaler()
@@ -152,8 +148,8 @@ def train(run, task, few, stored, args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
-        losses = add_gradients(run, model, images, labels, batch_size, task.prompts, pretrained,
-                               args, scaler)
+        losses = add_gradients(run, model, images, labels, batch_size, prompts, pretrained, args,
+                               scaler)
         run.sum_gradients(trainable.values())
         # Changes nothing at all if the loss or a gradient is not finite.
         run.update(optimizer, trainable.values(), scaler, loss=losses["loss"])
@@ -175,7 +171,7 @@ class Task:
     model: nn.Module
     tokenizer: object
     tests: dict         # {name: test images}; the classes of the first are the ones to train on
-    prompts: tuple      # their prompts in pieces, and places (T, C) in them: see class_features
+    prompts: tuple      # as text_pieces cuts them; places (T, C) of T templates' prompts in these
     trainable: dict     # {name: Parameter}
     pretrained: dict    # {name: tensor}: their values before training
     departures: list    # from the official recipe, in words
@@ -194,12 +190,11 @@ def probe(run, task, few, val, args):
     def encode(images):
         return encode_images(run, task.model, images.with_transform(Preprocess.of(task.model)),
                              workers=0 if images.images else args.workers, what="the shots")
-    names, shots = few.classnames, encode(few)
-    held_out = encode(val) if len(val) else [x[:0] for x in shots]
-    count = int((held_out[1] >= 0).sum())
-    weight, bias, C = linear_probe(*shots, len(names), held_out if count else None)
-    run.say(f"linear probe: C {C:.4g}, " + (f"chosen on {count} validation images" if count else
-                                            "the default: there are no validation images"))
+    names, held_out = few.classnames, encode(val) if len(val) else None
+    weight, bias, C = linear_probe(*encode(few), len(names), held_out)
+    run.say(f"linear probe: C {C:.4g}, " + (
+        f"chosen on {len(val)} validation images" if held_out else
+        "the default: there are no validation images"))
     return {name: classification_scores((score["features"] @ weight.T + bias).argmax(dim=1),
                                         score["labels"], len(names))
             for name, score in task.zero_shot.items() if task.tests[name].classnames == names}

@@ -18,8 +18,7 @@ from data import (class_prompts, few_shot, find_classes, make_loader, normalise,
 from device import start
 from scores import linear_probe, zero_shot
 from tokenizer import BPETokenizer
-from train_clipfit import (add_gradients, choose_trainable, class_features, encode_pieces, get_args,
-                           learning_rate)
+from train_clipfit import (add_gradients, choose_trainable, class_features, get_args, learning_rate)
 
 FEW = ["--classes", "Forest", "River", "Pasture Land"]  # of the demo: 300 test images, not 1,000
 CLASSES = ["banded", "polka-dotted", "a rather long class name", "grid", "lacelike"]
@@ -131,7 +130,7 @@ def test_several_templates_give_the_gradient_of_their_mean_feature(twin, micro_b
 
 def test_an_unreadable_image_adds_nothing_to_the_gradient(twin):
     model, images, labels, _, prompts, _ = twin
-    own = class_features(encode_pieces(model, prompts[0]), prompts[1]).detach()
+    own = class_features(model, prompts).detach()
     _, clean = gradient(model, images[:3], labels[:3], prompts, own)
     labels[3] = -1
     _, marked = gradient(model, images[:4], labels[:4], prompts, own)
