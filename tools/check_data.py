@@ -1,6 +1,6 @@
 """Is this data fit to train on? Copies across splits, unreadable files, classes without images.
 
-    python -m tools.check_data DATA [--data-dir DIR] [--json] [--limit N]
+    python -m tools.check_data DATA [--data-dir DIR] [--json]
 
 DATA is what --data of the training scripts takes: labelled images, captioned ones, or both. Every
 image is decoded, and compared with all others by its bytes. The verdict comes last. Exit code 2 if
@@ -10,20 +10,19 @@ import collections
 import hashlib
 import io
 import json
-import random
 import sys
 
-from device import guard, Parser, whole  # before torch
+from device import guard, Parser  # before torch
 from data import DataError, dataset_name, ImageSet, list_dataset, read_image, UnreadableImage
 from pairs import open_pairs
 
 FINDINGS = {  # in the order of the report: what it is; what to do
     "leakage": "images are byte for byte in another split; keep one, the score counts known images",
     "refused": "reasons for which training would refuse this data; mend them first",
-    "two_labels": "images have a copy under another class; decide which label is right",
-    "missing": "listed files are not there; restore them or take them off the list",
-    "unreadable": "files are empty, damaged or no images; fetch them again, or delete them",
-    "duplicates": "images are byte for byte in their split already; keep one of each",
+    "unreadable": "files are missing, empty, damaged or no images; fetch them again, or delete or "
+                  "unlist them",
+    "duplicates": "images are byte for byte in their split already; keep one of each, in the right "
+                  "class",
     "no_train": "classes have no train image; nothing can be learned about them",
     "no_test": "classes have no test image; they are never scored",
     "same_caption": "captions repeat another; as negatives they contradict each other, so train "
@@ -59,31 +58,28 @@ def open_parts(data, data_dir):
     return source.classnames if source else [], parts, list(captions)
 
 
-def check_images(parts, chosen, findings):
-    """Decode the (store, path) in `chosen` and compare their bytes -> how many were decoded."""
-    first, decoded = {}, 0  # sha256 -> {split: (label, example) of its first image with it}
+def check_images(parts, findings):
+    """Decode every image and compare its bytes with those before -> how many were decoded."""
+    first, decoded = {}, 0  # sha256 -> {split: its first image there}
     for split, part in parts.items():
-        labels, lost = getattr(part, "labels", [0] * len(part.paths)), []
+        lost = []
         for i, path in enumerate(part.paths):
-            example, there = f"{split}:{path}", part.store.has(path)
-            if there and (str(part.store), path) not in chosen:
-                continue
+            example = f"{split}:{path}"
             try:
                 content = part.store.read(path)
                 read_image(io.BytesIO(content), path)
             except UnreadableImage:
-                findings["unreadable" if there else "missing"].append(example)
+                findings["unreadable"].append(example)
                 lost.append(i)
                 continue
             decoded += 1
             same = first.setdefault(hashlib.sha256(content).digest(), {})
-            other = next((same[key] for key in same if key != split), same.get(split))
-            if other:
-                found = f"{example} = {other[1]}"
-                findings["leakage" if set(same) - {split} else "duplicates"].append(found)
-                if other[0] != labels[i]:
-                    findings["two_labels"].append(found)
-            same.setdefault(split, (labels[i], example))
+            elsewhere = [other for its_split, other in same.items() if its_split != split]
+            if elsewhere:
+                findings["leakage"].append(f"{example} = {elsewhere[0]}")
+            elif same:
+                findings["duplicates"].append(f"{example} = {same[split]}")
+            same.setdefault(split, example)
         try:  # in the words of training itself
             part.refuse_losses(lost, "see below")
         except DataError as error:
@@ -91,10 +87,9 @@ def check_images(parts, chosen, findings):
     return decoded
 
 
-def check_data(data, data_dir="data", limit=None):
+def check_data(data, data_dir="data"):
     """All that is worth knowing before training, as a dict for JSON; "usable" is False if training
-    would refuse the data. `limit` decodes that many images, drawn by a fixed permutation. Raises
-    DataError if nothing can be listed."""
+    would refuse the data. Raises DataError if nothing can be listed."""
     findings, first = collections.defaultdict(list), {}
     classnames, parts, captions = open_parts(data, data_dir)
     for split in {"train", "test"} & set(parts) if classnames else ():
@@ -102,20 +97,18 @@ def check_data(data, data_dir="data", limit=None):
         findings[f"no_{split}"] = [name for name in classnames if name not in held]
     findings["same_caption"] = [path for i, (path, text) in enumerate(captions)
                                 if first.setdefault(text, i) != i]
-    paths = sorted({(str(part.store), path) for part in parts.values() for path in part.paths})
-    chosen = paths if limit is None else random.Random(0).sample(paths, min(limit, len(paths)))
-    examined = check_images(parts, set(chosen), findings)
+    decoded = check_images(parts, findings)
     kinds = [kind for kind in FINDINGS if findings[kind]]
     verdict = ("training would be refused; mend what is said above" if "refused" in kinds else
                f"usable, but the score flatters (copies across splits: "
                f"{len(findings['leakage']):,})" if "leakage" in kinds else
                "usable; read the findings first" if kinds else "usable, nothing to report")
     some = next(iter(parts.values()))
+    counts = {split: len(part.paths) for split, part in parts.items()}
     return {"name": some.name, "root": some.root,
             "notes": list(dict.fromkeys(note for part in parts.values() for note in part.notes)),
-            "counts": {split: len(part.paths) for split, part in parts.items()},
-            "classes": len(classnames), "captions": len(captions),
-            "images": len(paths), "examined": examined,
+            "counts": counts, "classes": len(classnames), "captions": len(captions),
+            "images": sum(counts.values()), "examined": decoded,
             "findings": [{"finding": kind, "count": len(findings[kind]), "about": FINDINGS[kind],
                           "examples": findings[kind][:5]} for kind in kinds],
             "usable": "refused" not in kinds, "verdict": verdict}
@@ -134,12 +127,7 @@ def print_report(report):
 
 
 def main(args):
-    try:
-        report = check_data(args.data, args.data_dir, args.limit)
-    except DataError as error:
-        if not args.json:
-            raise
-        report = {"name": args.data, "findings": [], "usable": False, "verdict": str(error)}
+    report = check_data(args.data, args.data_dir)
     print(json.dumps(report)) if args.json else print_report(report)
     if not report["usable"]:
         sys.exit(2)
@@ -151,7 +139,6 @@ def get_args(argv=None):
     add("data", metavar="DATA", help="as --data of the training scripts")
     add("--data-dir", default="data", help="where named data lies (default: data)")
     add("--json", action="store_true", help="print the report as JSON")
-    add("--limit", type=whole(1), metavar="N", help="decode only N, a fixed sample (default: all)")
     return parser.parse_args(argv)
 
 
