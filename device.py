@@ -254,7 +254,7 @@ class Run:
         self._signal, self._stopping = 0, 0  # seen by this process; agreed on by all
         self._loss_scale, self._buffers = None, []
         self._replaced, self._lost = [], set()  # images not read: since the last look, and ever
-        self._start, self._refusal = 0, None    # samples at that look, and what came of it
+        self._refusal = None                    # what came of that look
 
     def enter(self, seed):
         """A Run on the same device and processes with another seed and clock, without a folder."""
@@ -486,17 +486,16 @@ class Run:
         self._stopping = max(self.gather_objects(self._signal))
 
     def _look_at_images(self, epoch):
-        """Say which images could not be read since the last look. If they are too many of a whole
-        epoch, so many samples, `batches` raises UserError, once the epoch is saved."""
+        """Say which images could not be read since the last look. If they are too many of an
+        epoch, so many samples, `batches` raises UserError, once a checkpoint is saved."""
         names = sum(self.gather_objects(self._replaced), [])
-        complete = self._spent[0] - self._start >= epoch
-        self._replaced, self._start = [], self._spent[0]
-        if not set(names) - self._lost:
+        self._replaced = []
+        if self._lost.issuperset(names):
             return
-        self._lost |= set(names)
+        self._lost.update(names)
         said = (f"images that cannot be read: {len(self._lost)}, e.g. {min(names)}; other pairs "
                 f"took their places")
-        if complete and len(set(names)) > 1 and len(names) > epoch // 100:
+        if len(set(names)) > 1 and len(names) > epoch // 100:
             self._refusal = shared(UserError(f"{said}. They are more than 1 %: restore them, or "
                                              f"list the rest"))
         self.say(said)
@@ -693,7 +692,6 @@ class Run:
             scaler.load_state_dict(stored["scaler"])
             self._set_random_state(stored["rng"])
             self._spent[:2] = self._told[:2] = stored["timed"]
-            self._start = self._spent[0]
             at = Place(stored["epoch"], stored["batch"], stored["step"])
         self._buffers = [(b, b.detach().clone()) for b in dict(buffers).values()]
         return at
