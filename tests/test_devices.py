@@ -245,7 +245,7 @@ def drive(kind):
     """Everything that is to happen on the simulated device; writes happened.json."""
     from tools.doctor import examine
     folder, happened = pathlib.Path.cwd(), {"facts": attempt(lambda: facts(kind))}
-    happened["doctor"] = attempt(lambda: examine(kind, seconds=0))
+    happened["doctor"] = attempt(lambda: examine(kind))
 
     def train(name, *more, **options):
         return attempt(lambda: run_script(f"train_{name.split()[0]}", *flags_of(

@@ -1,6 +1,6 @@
 """Which devices are here, and do they compute a CLIP right?
 
-    python -m tools.doctor [--device mps] [--seconds 0.3] [--json]
+    python -m tools.doctor [--device mps] [--json]
 
 A small CLIP trains a step and encodes in eval mode (a ResNet too), in every precision and as the
 scripts do it there, and is compared with float64 on the CPU. Exit code 3 where something is wrong.
@@ -11,7 +11,7 @@ import math
 import sys
 import time
 
-from device import (as_json, guard, KINDS, number, one_line, Parser, pick_device,  # before torch
+from device import (as_json, guard, KINDS, one_line, Parser, pick_device,  # before torch
                     pick_precision, Run, SafeStop, UserError)
 
 import torch
@@ -22,6 +22,7 @@ from clip_model import CLIP, CONFIGS, evaluating
 # The largest relative error that rounding explains, with room for TF32 (newer NVIDIA GPUs round the
 # inputs of fp32 convolutions to 10 bits). A wrong kernel is off by much more.
 LIMITS = {"fp32": 5e-3, "fp16": 5e-2, "bf16": 2e-1}
+TIMED = 5  # steps, for the speed
 
 
 def patient():
@@ -35,9 +36,9 @@ def patient():
     return models, torch.randn(32, 3, 64, 64), tokens
 
 
-def outcome(run, models, images, tokens, seconds=0.0):
+def outcome(run, models, images, tokens):
     """What a step of training, and then the towers in eval mode, give -> {part: {name: tensor}} in
-    float64 on the CPU, and steps/s over `seconds` and at least one step."""
+    float64 on the CPU, and steps/s."""
     vit, resnet = (model.fuse_attention(run.fused_attention) for model in models)
     optimizer, scaler = torch.optim.SGD(vit.parameters(), lr=1.0), run.scaler()
     labels = torch.arange(len(images), device=images.device)
@@ -63,11 +64,10 @@ def outcome(run, models, images, tokens, seconds=0.0):
         found["features"] = host([
             ("image", vit.encode_image(images)), ("text", vit.encode_text(tokens)),
             ("one image", vit.encode_image(images[:1])), ("resnet", resnet.encode_image(images))])
-    count, since = 0, time.perf_counter()
-    while count == 0 or time.perf_counter() - since < seconds:
+    since = time.perf_counter()
+    for _ in range(TIMED):
         step()
-        count += 1
-    return found, count / (time.perf_counter() - since)
+    return found, TIMED / (time.perf_counter() - since)
 
 
 def largest_error(ours, truth):
@@ -81,21 +81,18 @@ def largest_error(ours, truth):
     return max(errors, key=lambda error: (math.isnan(error[0]), error))
 
 
-def examine(name, seconds=0.3):
+def examine(name):
     """What the scripts would compute with there -> {"device", "rows", "verdict" (flags to use)}. A
-    row: precision, attention (fused or plain), error, speed (steps/s), wrong (what no rounding
-    explains, or "")."""
+    row: precision, error, speed (steps/s), wrong (what no rounding explains, or "")."""
     device, (models, *data), rows = pick_device(name), patient(), []
     truth, _ = outcome(Run(torch.device("cpu")), [copy.deepcopy(m).double() for m in models],
                        data[0].double(), data[1])
     for precision in KINDS[device.type].precisions(device):
         run = Run(device, precision)
-        row = {"precision": precision, "attention": "fused" if run.fused_attention else "plain",
-               "error": 0.0, "speed": 0.0, "wrong": ""}
+        row = {"precision": precision, "error": 0.0, "speed": 0.0, "wrong": ""}
         rows.append(row)
         try:
-            ours, row["speed"] = outcome(run, run.move(*copy.deepcopy(models)), *run.move(*data),
-                                         seconds)
+            ours, row["speed"] = outcome(run, run.move(*copy.deepcopy(models)), *run.move(*data))
             row["error"], worst = largest_error(ours, truth)
             if not row["error"] <= LIMITS[precision]:  # nan too
                 row["wrong"] = f"wrong: {worst} is off by {row['error']:.1g}"
@@ -133,7 +130,6 @@ def as_text(found):
 def get_args(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="all", help="examine one only (default: all)")
-    parser.add_argument("--seconds", type=number(), default=0.3, help="for each speed")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(argv)
 
@@ -143,7 +139,7 @@ def main(args):
     found = {"torch": torch.__version__, "absent": {}, "devices": []}
     for name in KINDS if args.device == "all" else [args.device]:
         try:
-            found["devices"].append(examine(name, args.seconds))
+            found["devices"].append(examine(name))
         except UserError as error:
             if args.device != "all":
                 raise
