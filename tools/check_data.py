@@ -13,8 +13,9 @@ import json
 import sys
 
 from device import guard, Parser  # before torch
+from captions import list_pairs
 from data import DataError, dataset_name, ImageSet, list_dataset, read_image, UnreadableImage
-from pairs import open_pairs
+from pairs import PairSet
 
 FINDINGS = {  # in the order of the report: what it is; what to do
     "leakage": "images are byte for byte in another split; keep one, the score counts known images",
@@ -33,28 +34,24 @@ FINDINGS = {  # in the order of the report: what it is; what to do
 def open_parts(data, data_dir):
     """-> class names, the parts {split: ImageSet or PairSet} and [(path, caption)]. What is both
     is examined as classes, with its captions. DataError if it is neither."""
-    source, parts, captions, reasons = None, {}, {}, []
+    source = pairs = None
+    reasons, captions = [], {}
     try:
         source = list_dataset(data, data_dir)
     except DataError as error:
         reasons.append(error)
-    for split in () if dataset_name(data) else ("train", "val", "test"):
-        try:
-            pairs = open_pairs(data, split, data_dir)
-        except DataError as error:
-            reasons.append(error)
-            continue
-        if all((str(pairs.store), pairs.paths) != (str(other.store), other.paths)
-               for other in parts.values()):  # or val stands for test
-            parts[split] = pairs
-            captions.update(dict.fromkeys(
-                (pairs.paths[i], text) for i, text in zip(pairs.owner, pairs.captions)))
-    if source:
-        parts = {split: ImageSet(source, split) for split, rows in source.rows.items()
-                 if rows and (split != "val" or rows is not source.rows["test"])}
-    elif not parts:
+    try:
+        pairs = None if dataset_name(data) else list_pairs(data, data_dir)
+    except DataError as error:
+        reasons.append(error)
+    if not source and not pairs:
         raise reasons[0] if len({str(reason) for reason in reasons}) == 1 else DataError(
             f"neither classes ({reasons[0]}) nor captions ({reasons[1]})")
+    for rows in pairs.rows.values() if pairs else ():
+        captions.update(dict.fromkeys((path, text) for path, text, _ in rows if path and text))
+    kind, listed, twin = (ImageSet, source, "val") if source else (PairSet, pairs, "test")
+    parts = {split: kind(listed, split) for split, rows in listed.rows.items()
+             if rows and (split != twin or listed.rows["val"] is not listed.rows["test"])}
     return source.classnames if source else [], parts, list(captions)
 
 
