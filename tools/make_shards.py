@@ -17,21 +17,22 @@ import sys
 import tarfile
 
 from device import guard, Parser, UserError, whole  # before torch
+from captions import list_pairs
 from images import UnreadableImage
-from pairs import open_pairs
+from pairs import PairSet
 
 KEPT = (".jpg", ".jpeg", ".png", ".webp")  # other kinds of file are written as PNG
 
 
 def main(args):
-    out, before = pathlib.Path(args.out), None
+    out = pathlib.Path(args.out)
     if any(out.glob("*.tar")):
         raise UserError(f"--out {out} holds shards already; name another folder")
-    counts = open_pairs(args.data, "train", args.data_dir, args.layout).counts
-    for split in filter(counts.get, ("train", "val", "test")):
-        pairs = open_pairs(args.data, split, args.data_dir, args.layout)
-        if before and (pairs.rows, str(pairs.store)) == (before.rows, str(before.store)):
-            continue  # val, which stands in for a missing test
+    source = list_pairs(args.data, args.data_dir, args.layout)
+    for split, rows in source.rows.items():
+        if not rows or split == "test" and rows is source.rows["val"]:
+            continue  # there is none, or val stands in for it
+        pairs = PairSet(source, split)
         pairs.check_files()
         images = [i for i, captions in enumerate(pairs.captions_of) if captions]
         parts = [images[i:i + args.per_shard] for i in range(0, len(images), args.per_shard)]
@@ -39,7 +40,6 @@ def main(args):
             write_shard(pairs, part, out / f"{split}-{number:06d}.tar")
         print(f"{split}: {len(images):,} images in {out}/{split}-{{000000..{len(parts) - 1:06d}}}"
               f".tar")
-        before = pairs
     print(f"train with --data {out}")
 
 
