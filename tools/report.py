@@ -69,14 +69,13 @@ def open_matplotlib(font=None):
 # What a run left in its folder
 
 class Run:
-    """The readable part of a run's folder; `notes` says what could not be read."""
+    """What a run left in its folder; `notes` says what is missing."""
 
     def __init__(self, folder):
         self.folder, self.name, self.notes = folder, folder.resolve().name, []
-        self.results = self.read("results.json") or {}
-        self.config = self.read("config.json") or {}
-        self.records = []
-        for line in self.read("metrics.jsonl", str.splitlines) or []:
+        self.results, self.config = self.read("results.json"), self.read("config.json")
+        self.records, log = [], folder / "metrics.jsonl"
+        for line in log.read_text("utf-8", "replace").splitlines() if log.is_file() else ():
             try:
                 record = json.loads(line)
                 self.records.append((record["step"], record))
@@ -85,14 +84,13 @@ class Run:
         if not self.results:
             self.notes.append("the run is not finished (no results.json)")
 
-    def read(self, name, parse=json.loads):
-        """parse(text of a file); None where there is no such file, or a broken one (noted)."""
+    def read(self, name):
+        """The content of a JSON file, {} where there is none. UserError for a broken one."""
+        path = self.folder / name
         try:
-            return parse((self.folder / name).read_text("utf-8"))
-        except FileNotFoundError:
-            return None
+            return json.loads(path.read_text("utf-8")) if path.is_file() else {}
         except (OSError, ValueError) as error:
-            self.notes.append(f"{name} cannot be read ({error}) and is left out")
+            raise UserError(f"{path} cannot be read ({error})") from None
 
     def curves(self):
         """{(scalar, split): (steps, values)}. A value that is not finite leaves a gap."""
@@ -313,8 +311,7 @@ def add_matrix(page, run):
     page.add("Learned and forgotten", page.figure("matrix", figure, "R@1 of weights on sets"),
              "<p class='soft'>R@1, mean of both directions (%), with its 95 % interval. Bold: the "
              "set that the row's stage was trained on.</p>")
-    plan = run.read("plan.json") or {}
-    for stage in plan.get("stages", []):
+    for stage in run.read("plan.json").get("stages", []):
         add_curves(page, [Run(run.folder / stage["name"])], f"Stage {stage['name']}",
                    f"curves_{stage['name']}")
 
