@@ -109,9 +109,7 @@ def advice(device, rows):
     best, fastest = pick_precision(device, "auto"), max(right, key=right.get)
     if best not in right or right[fastest] > 1.2 * right[best]:
         best = fastest
-    others = [f"{name} has {speed / right[best]:.2g} times its speed"
-              for name, speed in right.items() if name != best]
-    return "; ".join([f"use --device {str(device).removesuffix(':0')} --precision {best}", *others])
+    return f"use --device {str(device).removesuffix(':0')} --precision {best}"
 
 
 def as_text(found):
