@@ -137,13 +137,9 @@ CONFIGS = {
 
 
 def canonical_name(name):
-    """The key of CONFIGS that `name` spells, in anybody's way ("vit_b16"), or None."""
+    """The key of CONFIGS with the same letters and digits ("vit_b16", "ViT-L-14-336"), or None."""
     def squeeze(text):
-        text = re.sub(r"(.*)@.*chinese$", r"cn\1", text.lower().removesuffix(".pt"))
-        text = re.sub(r"[^a-z0-9]", "", text).removesuffix("px")
-        text = re.sub(r"^(ofasys)?(chineseclip|clipcn)|^openaiclip", lambda m: m[2] and "cn" or "",
-                      text)
-        return re.sub(r"base|large|huge", lambda m: m[0][0], text.replace("patch", ""))
+        return re.sub(r"[^a-z0-9]", "", text.lower()).removesuffix("px")
     return {squeeze(key): key for key in CONFIGS}.get(squeeze(str(name)))
 
 
