@@ -332,12 +332,10 @@ FAST = {("WordPiece", "BertNormalizer", "BertPreTokenizer"): "wordpiece",  # of 
 SETTINGS = {  # those that change ids, as they are here; what lies beside may say otherwise
     "clean_text": "True", "do_basic_tokenize": "True", "add_prefix_space": "False",
     "use_regex": "True", "ignore_merges": "False", "max_input_chars_per_word": "100",
-    "post_processor": ".+Processing|Sequence",  # none: no [CLS] and [SEP]
     "continuing_subword_prefix": "(##)?", "end_of_word_suffix": "", "truncation_side": "right",
     "extra_special_tokens": r"\[\]|{}", "additional_special_tokens": r"\[\]",
     "cls_token": r"\[CLS\]|<s>|{.*", "sep_token": r"\[SEP\]|</s>|{.*",  # {: of older files
-    "tokenizer_class": "(Bert|DistilBert|Electra|Roberta|Bart|PreTrained)Tokenizer(Fast)?"
-                       "|TokenizersBackend"}
+    "tokenizer_class": "(Bert|DistilBert|Electra|Roberta|Bart)Tokenizer(Fast)?"}
 CHINESE = SETTINGS | dict.fromkeys(("do_lower_case", "strip_accents"), "True")
 
 
@@ -375,7 +373,7 @@ def read_vocabulary(vocab, wanted=None, merges=()):
 
 
 def read_files(path):
-    """`read_vocabulary` without checks; a generic class reads tokenizer.json. Raises anything."""
+    """`read_vocabulary` without checks. Raises anything."""
     folder = path if path.is_dir() else path.parent
 
     def lines(file):  # not splitlines(): the Chinese vocabulary has a row that is U+2028
@@ -384,9 +382,8 @@ def read_files(path):
     def table(name):
         return json.loads((folder / name).read_text("utf-8")) if (folder / name).is_file() else {}
     config = table("config.json") | table("tokenizer_config.json")
-    generic = regex.match("PreTrained|TokenizersB", config.get("tokenizer_class") or "")
     if path.is_dir():
-        names = ("vocab.txt", "vocab.json", "tokenizer.json")[::-1 if generic else 1]
+        names = "vocab.txt", "vocab.json", "tokenizer.json"
         path = next((path / name for name in names if (path / name).is_file()), path / names[0])
     added = [*table("tokenizer.json").get("added_tokens", []),
              *config.get("added_tokens_decoder", {}).values()]
@@ -394,28 +391,22 @@ def read_files(path):
     if path.suffix != ".json":
         return "wordpiece", {line: i for i, line in enumerate(lines(path))}, [], config
     content = json.loads(path.read_text("utf-8"))
-    model, normalizer, cut = (content.get(key) or {}
-                              for key in ("model", "normalizer", "pre_tokenizer"))
     if path.name == "tokenizer.json":
+        parts = [content.get(key) or {} for key in ("model", "normalizer", "pre_tokenizer")]
+        model, normalizer, cut = parts
         ids, pairs = model["vocab"], model.get("merges", [])
     else:
-        merges, ids, pairs = folder / "merges.txt", content, []
-        if merges.is_file() or "<|startoftext|>" not in ids:
-            pairs = [pair for pair in lines(merges) if pair]
+        parts, ids, pairs = [], content, [pair for pair in lines(folder / "merges.txt") if pair]
         if pairs and "#version" in pairs[0]:  # that line can say more
             pairs = pairs[1:]
     if "<|startoftext|>" in ids:
         kept = {key: config.get(key) for key in ("added", "truncation_side")}
         return "bpe", ids, pairs[:MERGE_COUNT], kept
-    if ids is content:
+    if not parts:
         return "bytebpe", ids, pairs, config
-    kind = FAST[tuple(part.get("type") for part in (model, normalizer, cut))]
     fast = {**model, **normalizer, **cut, "do_lower_case": normalizer.get("lowercase"),
             "tokenize_chinese_chars": normalizer.get("handle_chinese_chars")}
-    if not generic:
-        return kind, ids, pairs, fast | config
-    ends = (content.get("post_processor") or {"type": "none"})["type"]
-    return kind, ids, pairs, config | fast | {"post_processor": ends}
+    return FAST[tuple(part.get("type") for part in parts)], ids, pairs, fast | config
 
 
 def open_tokenizer(path):
