@@ -84,9 +84,6 @@ class Pixels:
 FAMILIES = {"bert": "wordpiece", "distilbert": "wordpiece", "roberta": "bytebpe"}  # their tokens
 BERTS = {
     "roberta-base": BertConfig("roberta", 50_265, positions=514, type_vocab=1, pad_id=1, eps=1e-5),
-    "bert-base-uncased": BertConfig("bert", 30_522),
-    "distilbert-base-uncased": BertConfig("distilbert", 30_522, layers=6, type_vocab=0,
-                                          pool="first"),
     "chinese-roberta-wwm-ext": BertConfig("bert", 21_128),  # a BERT in spite of its name
     "chinese-roberta-wwm-ext-large": BertConfig("bert", 21_128, 1024, 24, 16, 4096),
     "rbt3": BertConfig("bert", 21_128, layers=3),
