@@ -498,16 +498,16 @@ def timm_backbone(name, size=None):
         import timm
     except ImportError:
         raise ImportError(f"timm:{name} needs the package timm; pip install timm") from None
-    if not timm.is_model(name) or timm.get_pretrained_cfg(name).crop_mode == "border":
+    known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if known is None or known.crop_mode == "border":
         raise ValueError(f"timm has no model {name!r} whose images get no border")
-    known = timm.get_pretrained_cfg(name)
     size = size or known.input_size[-1]
     trunk = timm.create_model(name, pretrained=False, num_classes=0,
                               **({"img_size": size} if known.fixed_input_size else {}))
-    removed = known.classifier if isinstance(known.classifier, str) else "head"
-    return (trunk, removed, getattr(trunk, "head_hidden_size", None) or trunk.num_features, size,
-            Pixels(tuple(known.mean), tuple(known.std), "squash" if known.crop_mode == "squash"
-                   else "shortest", known.interpolation))
+    width = getattr(trunk, "head_hidden_size", None) or trunk.num_features
+    resize = "squash" if known.crop_mode == "squash" else "shortest"
+    return trunk, known.classifier, width, size, Pixels(
+        tuple(known.mean), tuple(known.std), resize, known.interpolation)
 
 
 class BackboneTower(nn.Module):

@@ -432,7 +432,7 @@ def classifier(text, size):
         kept = {key: t for key, t in state.items() if not key.startswith(f"{removed}.")}
         found, own = ({(key, t.shape) for key, t in table.items() if not key.endswith("_tracked")}
                       for table in (kept, trunk.state_dict()))
-        if not kept or found == own:
+        if not state or found == own:
             return Source({f"visual.trunk.{key}": t for key, t in kept.items()},
                           {"pixels": pixels, **known}, origin, fields={
                               "backbone": backbone, "image_size": side, "vision_layers": 0,

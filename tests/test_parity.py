@@ -507,3 +507,6 @@ def test_names_of_torchvision_and_of_timm_are_both_read(tmp_path, models):
                          text_tower="tiny-vit:none"), "other.pth", "efficientnet_b0")
     refused(lambda: load(image_tower=tmp_path / "other.pth", text_tower="tiny-vit:none"),
             "other.pth", "NAME:FILE")
+    torch.save({"fc.weight": torch.ones(10, 512)}, tmp_path / "head.pth")  # the removed layer alone
+    refused(lambda: load(image_tower=f"resnet18:{tmp_path / 'head.pth'}",
+                         text_tower="tiny-vit:none"), "head.pth", "resnet18")
