@@ -85,6 +85,12 @@ class Parser(argparse.ArgumentParser):
             values = dict(json.loads(expanded(path).read_text("utf-8")))
         except (OSError, ValueError, TypeError) as error:
             self.error(f"--config {path} is not a run's config.json: {one_line(error)}")
+        known = {action.dest for action in self._actions} | {"script"}
+        unknown = min(values.keys() - known, default=None)
+        if unknown and "identity" not in values:  # written by hand; a run stores more than flags
+            near = difflib.get_close_matches(unknown, known, n=1)
+            self.error(f"--config {path}: {unknown!r} is no flag of this script" +
+                       "".join(f"; is it {name}?" for name in near))
         for action in self._actions:
             value = values.get(action.dest)
             if value is not None and named.isdisjoint(action.option_strings) and (

@@ -189,6 +189,11 @@ def test_a_wrong_command_line_is_one_line_before_any_work(name, flags, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_config_with_an_unknown_flag_is_refused(name, tmp_path):
+    (tmp_path / "mine.json").write_text('{"lr": 0.001, "bacth_size": 8}')
+    refused(attempt(name, "--config", tmp_path / "mine.json"), "bacth_size")
+
+
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "train_clipfit"])
 def test_the_caption_of_an_unreadable_image_goes_with_it(name, flags, tmp_path):
     """One in a hundred is borne. Another pair takes its place, so that what its own caption says
