@@ -508,6 +508,12 @@ def test_every_tower_reads_captions_its_own_way(school, tmp_path):
                                             school / "bert", "--output-dir", tmp_path / "c")))
 
 
+def test_what_a_teachers_file_leaves_open_is_said(tmp_path, capsys):
+    torch.save(tiny_clip().state_dict(), tmp_path / "plain.pt")
+    teachers.open_teachers(device.start("cpu", "fp32"), [tmp_path / "plain.pt"])
+    assert "plain.pt: the file does not say its activation" in capsys.readouterr().out
+
+
 # -----------------------------------------------------------------------------
 # A stored teacher
 
