@@ -10,7 +10,7 @@ from PIL import Image
 
 import weights
 from clip_model import bert_fields, BertConfig
-from data import Preprocess, read_image
+from data import normalise, Preprocess, read_image
 from pairs import open_pairs
 from tokenizer import for_model, WordPieceTokenizer
 from tools import search
@@ -43,11 +43,10 @@ def found_by_hand(run, queries):
     model = weights.load(run / "tuned" / "checkpoint_best.pt")
     pairs, view = open_pairs(run.parent / "pairs", "test"), Preprocess.of(model)
     tokenize, found = for_model(model), {}
-    mean, std = (torch.tensor(x)[:, None, None] for x in (model.image_mean, model.image_std))
     with torch.no_grad():
         def encode(picture):
-            pixels = (view(picture) / 255 - mean) / std
-            return model.encode_image(pixels[None], normalize=True)[0]
+            pixels = normalise(view(picture)[None], model.image_mean, model.image_std)
+            return model.encode_image(pixels, normalize=True)[0]
         images = {path: encode(pairs.store.image(path)) for path in pairs.paths}
         for query in queries:
             asking = encode(read_image(query)) if str(query).endswith(".png") else (
