@@ -346,9 +346,6 @@ def test_seed_zero_is_a_seed_and_templates_change_the_prompts(tmp_path):
                            types.SimpleNamespace(workers=0))["accuracy"]
                  for each in (templates, None))
     assert found["zero_shot_accuracy"] == ours != own
-    config = ["--config", str(tmp_path / "config.json")]
-    assert get_args(config).template == templates
-    assert get_args([*config, "--template", "a {}"]).template == ["a {}"]
 
 
 def test_unreadable_images_are_counted_and_named_and_too_many_are_refused(tmp_path):
