@@ -15,11 +15,10 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from helpers import attempt, cli, Payload, processes, refused
+from helpers import attempt, cli, Payload, refused
 from PIL import Image
 
 from data import open_dataset, Preprocess, sample_seed
-from device import start
 from pairs import (FeatureLoader, identities, make_pair_loader, Mixture, open_pairs,
                    PairBatches)
 
@@ -622,14 +621,6 @@ def test_an_unreadable_image_is_replaced_by_the_same_pair_in_every_worker(tmp_pa
     assert rows[:, 0].tolist() == [pairs.owner[c] for c in one[1]]
 
 
-def test_a_lost_image_that_was_allowed_is_not_counted_again(tmp_path):
-    pairs = open_pairs(table(tmp_path, 9, 2), "train").with_transform(Preprocess(8))
-    both, batch = Mixture([pairs, pairs]), (torch.tensor([7, 2, 4]), torch.tensor([3, 2, 4]))
-    assert pairs.replaced(*batch) == ["1.png"] and both.replaced(*batch) == ["0:1.png"]
-    assert "1.png" in pairs.refuse_losses([1], "lost") and not pairs.refuse_losses([1], "lost")
-    assert pairs.replaced(*batch) == both.replaced(*batch) == []
-
-
 def test_a_subset_keeps_the_captions_of_its_images_and_the_fingerprint_sees_all(tmp_path):
     pairs = uneven(tmp_path, [1, 3, 2, 4])
     some = pairs.subset([3, 0])
@@ -760,13 +751,3 @@ def test_a_cache_that_broke_off_is_made_again_and_without_a_folder_there_is_none
     assert pairs.pixels.read_bytes() == held and views(again) == views(pairs)
     other = open_pairs(tmp_path, "train").cache(None, tmp_path / "pairs.csv")
     assert other.pixels is None and views(other) == views(pairs)
-
-
-def test_the_first_process_fills_the_cache_for_all(tmp_path):
-    table(tmp_path, 9, 2)
-
-    def work(rank):
-        pairs = open_pairs(tmp_path, "train").cache(start("cpu"), tmp_path / "c")
-        print("found", pairs.pixels, np.sum(views(pairs)[3][0]))
-    one, two = (result.ok().out.partition("found")[2] for result in processes(2, work))
-    assert one == two != "" and len(list((tmp_path / "c").iterdir())) == 2
