@@ -14,7 +14,6 @@ import random
 import shutil
 import tarfile
 import threading
-import time
 import zipfile
 import zlib
 
@@ -25,7 +24,7 @@ from PIL import Image
 
 import data
 from data import (Batches, class_prompts, few_shot, find_classes, halves, ImageSet,
-                  ImageStore, LostWorker, make_loader, normalise, open_dataset, Preprocess, read_image,
+                  ImageStore, make_loader, normalise, open_dataset, Preprocess, read_image,
                   require_words, sample_seed, UnreadableImage)
 from helpers import attempt, class_folder, noise, refused, save_picture
 
@@ -670,18 +669,3 @@ def test_batches_do_not_depend_on_workers_nor_on_how_they_start(tmp_path):
     last = list(make_loader(train.subset(range(4)), 4, rank=2, world_size=5, shuffle=False))[-1]
     none = list(make_loader(train.subset(range(4)), 4, rank=4, world_size=5))[-1]
     assert last[2].tolist() == [2] and [tuple(x.shape) for x in none] == [(0, 3, 8, 8), (0,), (0,)]
-
-
-class Stuck(ImageSet):
-    """A data set whose worker hangs at one image. (One that dies is in test_faults.py.)"""
-
-    def __getitem__(self, key):
-        return time.sleep(60) if key[1] == 7 else super().__getitem__(key)
-
-
-def test_a_worker_that_hangs_ends_the_run_with_advice(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
-    images = Stuck(data.list_dataset(class_folder(tmp_path)), "train").with_transform(Preprocess(8))
-    with pytest.raises(LostWorker) as caught:
-        list(make_loader(images, 6, workers=2, timeout=1, multiprocessing_context="fork"))
-    assert caught.value.exit_code == 3 and "--workers 0" in str(caught.value)
