@@ -15,10 +15,11 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from helpers import attempt, cli, Payload, refused
+from helpers import attempt, cli, Payload, processes, refused
 from PIL import Image
 
 from data import open_dataset, Preprocess, sample_seed
+from device import start
 from pairs import (FeatureLoader, identities, make_pair_loader, Mixture, open_pairs,
                    PairBatches)
 
@@ -751,3 +752,13 @@ def test_a_cache_that_broke_off_is_made_again_and_without_a_folder_there_is_none
     assert pairs.pixels.read_bytes() == held and views(again) == views(pairs)
     other = open_pairs(tmp_path, "train").cache(None, tmp_path / "pairs.csv")
     assert other.pixels is None and views(other) == views(pairs)
+
+
+def test_the_first_process_fills_the_cache_for_all(tmp_path):
+    table(tmp_path, 9, 2)
+
+    def work(rank):
+        pairs = open_pairs(tmp_path, "train").cache(start("cpu"), tmp_path / "c")
+        print("found", pairs.pixels, np.sum(views(pairs)[3][0]))
+    one, two = (result.ok().out.partition("found")[2] for result in processes(2, work))
+    assert one == two != "" and len(list((tmp_path / "c").iterdir())) == 2
