@@ -289,18 +289,6 @@ def unit_pairs(n, dim=7, seed=0):
     return image, text, torch.stack([torch.arange(n) // 2, torch.arange(n) % 7], dim=1)
 
 
-def defined_info_nce(image, text, ids, scale, positives):
-    """InfoNCE by its definition, one anchor and one candidate at a time -> ()"""
-    total = 0.0
-    for side in (scale * image @ text.T, scale * text @ image.T):
-        for i, z in enumerate(side):
-            itself, partner = torch.arange(len(ids)) == i, (ids == ids[i]).any(dim=1)
-            counted = itself | ~partner if positives == "mask" else itself | True
-            wanted = partner if positives == "multi" else itself
-            total = total + z[counted].logsumexp(0) - z[wanted].mean()
-    return total / (2 * len(ids))
-
-
 def gradients(loss, *tensors):
     """-> loss(*tensors), and its gradient for each of them, zeros where it has none."""
     leaves = [x.clone().requires_grad_() for x in tensors]

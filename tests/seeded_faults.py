@@ -116,7 +116,7 @@ FAULTS = [
           "test_pairs.py -k comes_twice"),
     Fault(8, "equal-captions", "large_batch.py", "equal captions are negatives",
           "(ids[at][:, None] == ids).any(dim=2)", "(ids[at][:, None] == ids).all(dim=2)",
-          "test_large_batch.py -k definition"),
+          f"{CONTRASTIVE} -k definition"),
     Fault(8, "wise", "train_staged.py", "weights mixed the wrong way round",
           "run.move(end[name]), share)", "run.move(end[name]), 1 - share)",
           "test_train_staged.py -k mean_with_the_start"),

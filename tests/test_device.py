@@ -275,9 +275,6 @@ def test_a_folder_that_cannot_be_used_is_refused(whole, tmp_path):
     (tmp_path / "file").write_text("x")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         refused(lambda out=out: get_args(["--output-dir", out]), "--output-dir")
-    refused(lambda: toy(whole, "--lr", 0.5), "lr was 0.1, now 0.5", "--output-dir")
-    line = refused(lambda: toy(whole, "--epochs", 30), f"--weights {whole}", "--output-dir")
-    assert "lr" not in line
     assert toy(whole, "--log-every", 7, "--device", "cpu")["seconds"] == results(whole)["seconds"]
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"hidden_size": 4}')  # a downloaded model's
@@ -319,9 +316,8 @@ def test_tensorboard_gets_what_is_logged_and_a_resumed_run_appends(whole, tmp_pa
 
 
 def test_eval_only_scores_the_best_and_claims_nothing(whole, tmp_path):
-    best = load_checkpoint(whole / "checkpoint_best.pt")
+    best, path = load_checkpoint(whole / "checkpoint_best.pt"), whole / "checkpoint_last.pt"
     assert toy(whole, "--eval-only", "--lr", 0.7)["step"] == best["step"]  # a fair question
-    path = whole / "checkpoint_last.pt"
     assert toy(tmp_path / "none", "--eval-only", "--resume", path)["step"] == 12
     assert not (tmp_path / "none").exists()
     run = start("cpu")
@@ -374,19 +370,16 @@ def test_each_kind_of_damage_is_named_and_the_previous_one_steps_in(tmp_path, ca
 
 
 def test_what_would_not_load_again_or_is_not_finite_is_not_saved(tmp_path):
-    run = start("cpu")
-    path = tmp_path / "a_last.pt"
-    run.save(path, {"good": 1})
-    for bad in (numpy.float64(1), numpy.ones(2), path, types.SimpleNamespace(), torch.float32,
-                lambda: 0):
-        with pytest.raises(TypeError, match="cannot hold"):
-            run.save(path, {"deep": [bad]})
-    for bad in (math.nan, math.inf):
-        with pytest.raises(SafeStop, match="a_last.pt"):
-            run.save(path, {"model": {"w": torch.tensor([1.0, bad])}})
-    assert load_checkpoint(path) == {"good": 1}
-    run.save(path, {"view": torch.ones(10 ** 6)[:2], "empty": torch.ones(0), "best": -math.inf})
-    assert path.stat().st_size < 10_000 and load_checkpoint(path)["best"] == -math.inf
+    run, path = start("cpu"), tmp_path / "a_last.pt"
+    run.save(path, {"good": 1, "best": -math.inf})
+    for bad, error in ((numpy.float64(1), TypeError), (path, TypeError),
+                       (torch.tensor([1.0, math.nan]), SafeStop),
+                       (torch.tensor(math.inf), SafeStop)):
+        with pytest.raises(error):
+            run.save(path, {"deep": [bad]} if error is TypeError else {"model": {"w": bad}})
+    assert load_checkpoint(path) == {"good": 1, "best": -math.inf}
+    run.save(path, {"view": torch.ones(10 ** 6)[:2]})
+    assert path.stat().st_size < 10_000
 
 
 # -----------------------------------------------------------------------------
@@ -403,16 +396,6 @@ def test_a_second_signal_exits_at_once(tmp_path, number):
         toy(tmp_path)
     assert in_child(work).code == 128 + number
     assert load_checkpoint(tmp_path / "checkpoint_last.pt")["step"] == 4
-
-
-def test_handlers_go_back_even_when_the_loop_is_left_early():
-    def handlers():
-        return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    run, before = start("cpu"), handlers()
-    for _ in run.batches(Loader(), device.Place(steps=9)):
-        assert handlers() != before
-        break
-    assert handlers() == before
 
 
 @pytest.mark.parametrize("error, code, said", [
@@ -462,8 +445,7 @@ sys.exit(guard(main, lambda argv: None))
 @pytest.mark.parametrize("words, names", [
     (["--tensorboard"], ["--tensorboard", "pip install"]), (["--outp", "x"], ["--outp"]),
     (["--output-dri", "x"], ["--output-dir"]), (["--optim", "sgd"], ["--optim", "AdamW"]),
-    (["--lr", "0"], ["--lr"]), (["--lr", "x"], ["--lr"]), (["--epochs", "1.5"], ["--epochs"]),
-    (["--epochs", "1" + 400 * "0"], ["--epochs"]), (["--resume", "true"], ["--resume"])])
+    (["--epochs", "1.5"], ["--epochs"]), (["--resume", "true"], ["--resume"])])
 def test_a_wrong_command_line_gets_one_line(words, names, monkeypatch):
     """test_scripts.py has more, for each script."""
     monkeypatch.setitem(sys.modules, "tensorboard", None)  # it is not installed

@@ -1,5 +1,5 @@
-"""The exact batch: losses and gradients against their definitions in float64, in pieces of rows, in
-pieces of the batch, over processes; and the memory that they take."""
+"""The exact batch: rows in chunks, a tower in two passes, and the memory that they take. The losses
+and their gradients, in pieces and over processes: test_train_contrastive.py."""
 import itertools
 import sys
 
@@ -7,27 +7,10 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import defined_info_nce, gradients, largest, unit_pairs
+from helpers import gradients, largest, unit_pairs
 from torch import nn
 
-from large_batch import by_rows, info_nce, TwoPass
-
-
-@pytest.mark.parametrize("positives", ["diag", "mask", "multi"])
-def test_info_nce_is_its_definition(run, positives):
-    """N = 13 in chunks of 1, of 5, which does not divide it, and of all."""
-    image, text, ids = unit_pairs(13)
-    scale, at = torch.tensor(9.0, dtype=torch.float64), torch.arange(13)
-    truth = gradients(lambda i, t, s: defined_info_nce(i, t, ids, s, positives), image, text, scale)
-    for chunk in (1, 5, 64):
-        ours = gradients(lambda i, t, s, c=chunk: info_nce(run, i, t, s, at, ids, positives, c),
-                         image, text, scale)
-        assert largest(ours, truth) < 1e-12, chunk
-    plain = gradients(lambda *x: info_nce(run, *x, at), image, text, scale)
-    assert (largest(plain, truth) < 1e-12) == (positives == "diag")
-    if positives == "diag":
-        theirs = pytest.importorskip("open_clip.loss").ClipLoss()
-        assert largest(gradients(theirs, image, text, scale), truth) < 1e-12
+from large_batch import by_rows, TwoPass
 
 
 def hinges(rows, at, others, bias):
@@ -110,19 +93,6 @@ def test_a_frozen_tower_is_encoded_once_and_takes_no_gradient(run, batch):
     assert tower.calls == 3
 
 
-def test_another_loss_may_ride_on_the_last_piece(run, batch):
-    tower, caught = Tower().double(), []
-    tower.first.register_forward_hook(lambda module, inputs, output: caught.append(output))
-    passes = TwoPass(run, tower, [batch[0]], 0)
-    (passes.features * batch[1]).sum().backward()
-    passes.backward(also=caught[0].square().sum())
-    assert tower.calls == 1
-    ours = [p.grad for p in tower.parameters()]
-    truth = Tower().double()
-    ((truth(batch[0]) * batch[1]).sum() + truth.first(batch[0]).square().sum()).backward()
-    assert largest(ours, [p.grad for p in truth.parameters()]) < 1e-12
-
-
 def test_batch_norm_counts_each_piece_once(run, batch):
     tower = Tower(norm=True).double()
     two_pass_gradient(run, tower, batch[0], 4, batch[1])
@@ -134,7 +104,7 @@ def test_batch_norm_counts_each_piece_once(run, batch):
 
 
 # -----------------------------------------------------------------------------
-# Memory. That any number of processes gives the gradient of one: test_train_contrastive.
+# Memory
 
 MEMORY = """
 import resource, device, torch

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import Preprocess
+from data import normalise, Preprocess
 from pairs import open_pairs
 from scores import (bootstrap, classification_scores, embed, encode_images, encode_texts,
                     frozen_features, linear_probe, recall_at_k, retrieval_ranks, top_k,
@@ -171,9 +171,9 @@ def test_a_set_is_encoded_in_its_order_whatever_is_lost(run, model, tmp_path):
     assert model.training and labels.tolist() == [0, 1, 2, -1, *range(4, 12)]
     assert image[3].isnan().all() and torch.allclose(image[labels >= 0].norm(dim=1), torch.ones(11))
     tokenizer, one = BPETokenizer(), pairs.image_items()[7][0][None]
-    mean, std = (torch.tensor(x)[:, None, None] for x in (model.image_mean, model.image_std))
     with torch.no_grad():
-        alone = model.eval().encode_image((one / 255 - mean) / std, normalize=True)
+        pixels = normalise(one, model.image_mean, model.image_std)
+        alone = model.eval().encode_image(pixels, normalize=True)
         text = model.encode_text(tokenizer(pairs.captions), normalize=True)
     assert torch.allclose(image[7], alone[0], atol=1e-5)
     assert torch.allclose(encode_texts(run, model, tokenizer, pairs.captions), text, atol=1e-5)

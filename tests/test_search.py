@@ -10,7 +10,7 @@ from PIL import Image
 
 import weights
 from clip_model import bert_fields, BertConfig
-from data import Preprocess, read_image
+from data import normalise, Preprocess, read_image
 from pairs import open_pairs
 from tokenizer import for_model, WordPieceTokenizer
 from tools import search
@@ -43,11 +43,10 @@ def found_by_hand(run, queries):
     model = weights.load(run / "tuned" / "checkpoint_best.pt")
     pairs, view = open_pairs(run.parent / "pairs", "test"), Preprocess.of(model)
     tokenize, found = for_model(model), {}
-    mean, std = (torch.tensor(x)[:, None, None] for x in (model.image_mean, model.image_std))
     with torch.no_grad():
         def encode(picture):
-            pixels = (view(picture) / 255 - mean) / std
-            return model.encode_image(pixels[None], normalize=True)[0]
+            pixels = normalise(view(picture)[None], model.image_mean, model.image_std)
+            return model.encode_image(pixels, normalize=True)[0]
         images = {path: encode(pairs.store.image(path)) for path in pairs.paths}
         for query in queries:
             asking = encode(read_image(query)) if str(query).endswith(".png") else (
@@ -78,10 +77,6 @@ def test_a_search_finds_what_sorting_finds_and_counts_the_right_ones(world, tmp_
         f"p{k}": 100.0 * (right in ordered[:k]) for k in (1, 5)}
     marks = [one["right"] for one in found["queries"][1]["rows"][1]["results"]]
     assert marks == [path == right for path in ordered[:4]]
-    with Image.open(world / "search" / "search_2.png") as sheet:  # green frames and red ones
-        for j, good in enumerate(marks):
-            assert sheet.getpixel((131 + j * search.TILE, 35 + search.TILE + 20)) == (
-                (26, 152, 80) if good else (215, 48, 39))
 
 
 def test_precision_is_of_as_many_as_could_be_right(world, tmp_path):
@@ -106,8 +101,8 @@ def test_kept_features_are_found_by_every_pixel_word_and_weight(world, tmp_path)
     start, words = tmp_path / "start.safetensors", tmp_path / "other.txt"
     start.write_bytes((world.parent / "start.safetensors").read_bytes())
     words.write_text("\n".join([*WORDS[:4], *reversed(WORDS[4:])]), "utf-8")
-    kept = tmp_path / "embeddings" / "start.safetensors" / "pairs"
-    file, table = kept / "img_emb.npy", folder / "pairs.csv"
+    file = tmp_path / "embeddings" / "start.safetensors" / "pairs" / "img_emb.npy"
+    table = folder / "pairs.csv"
 
     def written(*more):
         before = file.stat().st_mtime_ns if file.exists() else 0
@@ -127,8 +122,7 @@ def test_kept_features_are_found_by_every_pixel_word_and_weight(world, tmp_path)
         change()
         assert (written(), written()) == (True, False)
     assert written("--tokenizer", words) and not written("--tokenizer", words)
-    about = json.loads((kept / "metadata.json").read_text())
-    assert len(np.load(file)) == len(about["paths"]) == 6 and len(about["relevant"]) == 12
+    assert len(np.load(file)) == 6
 
 
 def test_features_are_laid_out_as_clip_retrieval_has_them(world, tmp_path):
@@ -163,21 +157,11 @@ def test_a_title_that_no_font_writes_is_said_and_stands_in_the_page(world, tmp_p
                                                                    capsys):
     monkeypatch.setattr(search, "FONTS", ())
     search.font_for.cache_clear()
-    query, files = "черный кот", {}
-    for name, font in (("none", []), ("font", ["--font", _dejavu()])):
-        run_main(TOOL, world, "--query", query, "a red circle", "--out", tmp_path / name, *font)
-        said = capsys.readouterr().out
-        assert ("--font" in said and said.count("no font here") == 1) == (name == "none")
-        assert query in (tmp_path / name / "search" / "search.html").read_text("utf-8")
-        files[name] = [(tmp_path / name / "search" / f"search_{i}.png").read_bytes()
-                       for i in (1, 2)]
-    assert files["none"][0] != files["font"][0] and files["none"][1] == files["font"][1]
+    run_main(TOOL, world, "--query", "черный кот", "a red circle", "--out", tmp_path)
     search.font_for.cache_clear()
-
-
-def _dejavu():
-    matplotlib = pytest.importorskip("matplotlib", reason="its fonts are used")
-    return f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    said = capsys.readouterr().out
+    assert "--font" in said and said.count("no font here") == 1
+    assert "черный кот" in (tmp_path / "search" / "search.html").read_text("utf-8")
 
 
 @pytest.mark.parametrize("more, name", [

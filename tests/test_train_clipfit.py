@@ -18,7 +18,7 @@ from data import (class_prompts, few_shot, find_classes, make_loader, normalise,
 from device import start
 from scores import linear_probe, zero_shot
 from tokenizer import BPETokenizer
-from train_clipfit import (add_gradients, choose_trainable, class_features, get_args, learning_rate)
+from train_clipfit import add_gradients, choose_trainable, class_features, get_args
 
 FEW = ["--classes", "Forest", "River", "Pasture Land"]  # of the demo: 300 test images, not 1,000
 CLASSES = ["banded", "polka-dotted", "a rather long class name", "grid", "lacelike"]
@@ -80,15 +80,6 @@ def test_the_trainable_set_is_the_official_one(name, tensors, numbers):
               or (not n.startswith("visual.") and "c_proj.bias" in n)}
     assert set(trainable) == wanted == {n for n, p in model.named_parameters() if p.requires_grad}
     assert (len(trainable), sum(p.numel() for p in trainable.values())) == (tensors, numbers)
-
-
-def test_training_changes_every_trainable_tensor_and_nothing_else(tmp_path):
-    clipfit(tmp_path, *FEW, "--epochs", 3, "--export", "safetensors")
-    before, after = weights.load("tiny"), weights.load(tmp_path / "export" / "clip.safetensors")
-    trainable = choose_trainable(before)
-    for name, tensor in before.state_dict().items():
-        assert torch.equal(tensor, after.state_dict()[name]) != (name in trainable), name
-    assert set(checkpoint(tmp_path)["weights"]) == set(trainable)  # and no more is kept
 
 
 # -----------------------------------------------------------------------------
@@ -162,13 +153,6 @@ def test_twenty_steps_equal_a_plain_loop(tmp_path):
 
 # -----------------------------------------------------------------------------
 # Recipe
-
-def test_learning_rates_are_the_published_ones():
-    table = [1e-5, 2.0e-3, 1.951057e-3, 1.809017e-3, 1.587785e-3, 1.309017e-3, 1.0e-3,
-             6.909830e-4, 4.122147e-4, 1.909830e-4]
-    assert [learning_rate(e, 10, 0.002, 1) for e in range(10)] == pytest.approx(table, rel=1e-6)
-    assert learning_rate(99, 100, 0.002, 1) == pytest.approx(1.973272e-6, rel=1e-6)
-
 
 RECIPE = {  # the official README, by hand
     "caltech101": (100, 2), "oxford_pets": (100, 2), "stanford_cars": (100, 2),
@@ -359,9 +343,6 @@ def test_seed_zero_is_a_seed_and_templates_change_the_prompts(tmp_path):
                            types.SimpleNamespace(workers=0))["accuracy"]
                  for each in (templates, None))
     assert found["zero_shot_accuracy"] == ours != own
-    config = ["--config", str(tmp_path / "config.json")]
-    assert get_args(config).template == templates
-    assert get_args([*config, "--template", "a {}"]).template == ["a {}"]
 
 
 def test_unreadable_images_are_counted_and_named_and_too_many_are_refused(tmp_path):

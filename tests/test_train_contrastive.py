@@ -52,6 +52,18 @@ def options(**changes):
 # -----------------------------------------------------------------------------
 # The losses against their definitions, in float64
 
+def defined_info_nce(image, text, ids, scale, positives):
+    """InfoNCE by its definition, one anchor and one candidate at a time -> ()"""
+    total = 0.0
+    for side in (scale * image @ text.T, scale * text @ image.T):
+        for i, z in enumerate(side):
+            itself, partner = torch.arange(len(ids)) == i, (ids == ids[i]).any(dim=1)
+            counted = itself | ~partner if positives == "mask" else itself | True
+            wanted = partner if positives == "multi" else itself
+            total = total + z[counted].logsumexp(0) - z[wanted].mean()
+    return total / (2 * len(ids))
+
+
 def defined(image, text, ids, scale, bias, args):
     """The loss on the whole N x N matrix, as the papers write it."""
     n = len(image)
@@ -59,7 +71,7 @@ def defined(image, text, ids, scale, bias, args):
     same = eye if args.positives == "diag" else eye | (ids[:, None] == ids).any(dim=2)
     total = 0.0
     if "infonce" in args.loss:
-        total = helpers.defined_info_nce(image, text, ids, scale, args.positives)
+        total = defined_info_nce(image, text, ids, scale, args.positives)
     if "triplet" in args.loss:
         for cosine in (image @ text.T, text @ image.T):
             for i in range(n):
@@ -103,13 +115,15 @@ def test_losses_and_gradients_are_those_of_the_definition(run, monkeypatch, loss
             assert (values["mask"] != values["multi"]) == (loss != "triplet")
 
 
-def test_siglip_is_open_clips(run):
-    theirs = pytest.importorskip("open_clip.loss").SigLipLoss()
+@pytest.mark.parametrize("loss, kind", [("infonce", "ClipLoss"), ("siglip", "SigLipLoss")])
+def test_plain_losses_are_open_clips(run, loss, kind):
+    theirs = getattr(pytest.importorskip("open_clip.loss"), kind)()
     image, text, ids = unit_pairs(150)
     inputs = image, text, *(torch.tensor(x, dtype=torch.float64) for x in (14.0, -10.0))
-    args = options(loss="siglip", positives="diag")
+    args = options(loss=loss, positives="diag")
     ours = gradients(lambda i, t, s, b: script_loss(run, i, t, ids, s, b, args), *inputs)
-    assert largest(ours, gradients(theirs, *inputs)) < 1e-12
+    expected = gradients(lambda i, t, s, b: theirs(i, t, s, *[b] * (loss == "siglip")), *inputs)
+    assert largest(ours, expected) < 1e-12
 
 
 # -----------------------------------------------------------------------------
@@ -301,8 +315,7 @@ def test_what_a_command_line_means(words, wanted):
     (["--per_device_train_batch_size", "8"], "--batch-size"),
     (["--accum-freq", "2"], "--micro-batch"),
     (["--batch-size", "1"], "--batch-size"), (["--crop", "2"], "--crop"),
-    (["--loss", "moein"], "--loss"), (["--cache-gb", "nan"], "--cache-gb"),
-    (["--cache-gb=-inf"], "--cache-gb"), (["--embed-dim", "-5"], "--embed-dim")])
+    (["--loss", "moein"], "--loss"), (["--cache-gb", "nan"], "--cache-gb")])
 def test_flags_that_are_refused(words, name):
     refused(attempt(SCRIPT, *words), name)
 
@@ -381,15 +394,7 @@ def test_the_best_weights_are_what_is_tested_and_exported(pairs, finished):
         assert again[key] == pytest.approx(results[key]), key
         assert loaded["mean_recall"] == results["mean_recall"]
     assert again["steps"] == results["tested_step"] == best["step"] and results["steps"] == 6
-
-
-def test_a_finished_run_does_not_pass_for_scored_on_another_data_set(finished, tmp_path, capsys):
-    words, folder, results = finished
-    words = *words, "--output-dir", folder, "--zero-shot", helpers.class_folder(tmp_path / "shot")
-    refused(attempt(SCRIPT, *words), "zero_shot")
-    scores = run_main(SCRIPT, *words, "--eval-only")
-    assert "zero_shot_accuracy" in scores and scores["mean_recall"] == results["mean_recall"]
-    assert "pairs/s" not in capsys.readouterr().out  # nothing was trained
+    refused(attempt(SCRIPT, *words, "--zero-shot", "demo", "--output-dir", folder), "zero_shot")
 
 
 def test_kept_features_train_and_score_as_images_do(pairs, tmp_path):

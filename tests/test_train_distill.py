@@ -58,15 +58,8 @@ def test_mixing_is_exact_about_its_shares():
         kept = (cut == plain).all(dim=1).float().mean(dim=(1, 2))
         assert kept.allclose(torch.full((6,), mix.share))  # random pixels: no two are equal
         assert ((cut == plain) | (cut == plain[other])).all() and images.equal(before)
-
-
-def test_draws_repeat_and_take_both_kinds():
-    def draws(*more):
-        args = get_args(["--mixup", "0.4", "--cutmix", "1", *more])
-        return [draw_mix(args, number, 32) for number in range(400)]
-    assert draws() == draws() != draws("--seed", "2")
-    assert 150 < sum(mix.box is None for mix in draws()) < 250
-    assert draw_mix(get_args([]), 3, 32) == Mix()
+    both = get_args(["--mixup", "0.4", "--cutmix", "1"])
+    assert {draw_mix(both, number, 32).box is None for number in range(20)} == {True, False}
 
 
 # -----------------------------------------------------------------------------
@@ -470,15 +463,14 @@ def test_a_bad_step_moves_neither_average_nor_batchnorm(school, tmp_path):
 
 
 def test_the_average_is_what_is_scored_and_loaded_and_scales_stay_in_bounds(school, tmp_path):
-    found = distill(school, tmp_path, "--ema", 0.9, "--lr", 0.01, "--teacher",
-                    school / "teacher.safetensors", school / "second.safetensors", "--train-text")
+    more = ("--ema", 0.9, "--lr", 0.01, "--train-text", "--teacher",
+            school / "teacher.safetensors", school / "second.safetensors")
+    found = distill(school, tmp_path, *more)
     stored, student = checkpoint(tmp_path, "checkpoint_best.pt"), weights.load(tmp_path)
     assert student.visual.conv1.weight.equal(stored["ema"]["visual.conv1.weight"])
     assert not student.visual.conv1.weight.allclose(stored["weights"]["visual.conv1.weight"], atol=1e-4)
     assert found["scale"] == pytest.approx(float(stored["ema"]["logit_scale"].exp()), rel=1e-6)
-    again = run_main("train_distill", *flags(
-        school, "--ema", 0.9, "--lr", 0.01, "--teacher", school / "teacher.safetensors", school /
-        "second.safetensors", "--train-text", "--eval-only", "--output-dir", tmp_path))
+    again = distill(school, tmp_path, *more, "--eval-only")
     for key in [key for key in found if re.search("_r\\d|scale|top1", key)]:
         assert again[key] == found[key]
     assert again["steps"] == stored["step"]
@@ -588,8 +580,7 @@ def test_another_teacher_other_data_and_damage_are_refused(school, stored, tmp_p
     def flipped(content):  # the sign of a number
         return content[:-9] + bytes([content[-9] ^ 128]) + content[-8:]
     for case, name, change in (
-            ("cut", "images.npy", lambda content: content[:-500]), ("a", "images.npy", flipped),
-            ("b", "texts.npy", flipped), ("text", "teacher.json", lambda content: content[:-500]),
+            ("cut", "images.npy", lambda content: content[:-500]), ("sign", "texts.npy", flipped),
             ("scale", "teacher.json", lambda x: re.sub(rb'("scale": )\d', rb"\g<1>9", x)),
             ("views", "teacher.json", lambda content: views)):
         shutil.copytree(stored, tmp_path / case)

@@ -160,11 +160,10 @@ def refused_unread(world, tmp_path, monkeypatch, plan, names, *more):
     ({"replay": {"warm": 0.95}}, ["replay"]), ({"replay": {"warm": 0.01}}, ["cold", "0 of the"]),
     ({"replay": 0.1}, ["replay"]), ({"wise": [2]}, ["wise"]), ({"matching": "purple"}, ["purple"]),
     ({"matching": "("}, ["matching"]), ({"positives": "all"}, ["positives", "multi"]),
-    ({"lr": "fast"}, ["lr"]), ({"lr": None}, ["lr"]), ({"lr": [1]}, ["lr"]),
-    ({"lr": math.nan}, ["lr"]), ({"epochs": 2.5}, ["epochs"]), ({"epoch": 2}, ["epochs"]),
-    ({"augment": ["crop", "spin"]}, ["augment", "spin"]), ({"val": "no/val.csv"}, ["no/val.csv"]),
-    ({"data": "no/such"}, ["no/such"]), ({"name": "Warm"}, ["Warm"]), ({"name": "a/b"}, ["a/b"]),
-    ({"name": "Cache"}, ["Cache"])])
+    ({"lr": "fast"}, ["lr"]), ({"lr": math.nan}, ["lr"]), ({"epochs": 2.5}, ["epochs"]),
+    ({"epoch": 2}, ["epochs"]), ({"augment": ["crop", "spin"]}, ["augment", "spin"]),
+    ({"val": "no/val.csv"}, ["no/val.csv"]), ({"data": "no/such"}, ["no/such"]),
+    ({"name": "Warm"}, ["Warm"]), ({"name": "a/b"}, ["a/b"]), ({"name": "Cache"}, ["Cache"])])
 def test_a_stage_that_cannot_be_meant_is_refused(world, tmp_path, monkeypatch, change, names):
     plan = plan_file(tmp_path / "plan.json", WARM, {**COLD, **change})
     refused_unread(world, tmp_path, monkeypatch, plan, names)
@@ -172,18 +171,14 @@ def test_a_stage_that_cannot_be_meant_is_refused(world, tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("content, name", [
     ('{"stages": [\n {"name": "a",, "epochs": 1}]}', "line 2"), ('{"stages": []}', "stages"),
-    ("[1]", "stages"), ("", "plan.json"), ('{"stage": [{"name": "a"}]}', "stages"),
-    ("[" * 100_000, "plan.json"), ('{"stages": [{"name": "a", "lr": 0.1, "lr": 0.2}]}', "lr"),
-    ('{"stages": [{"name": "a"}], "stages": [{"name": "b"}]}', "stages"),
+    ("[1]", "stages"), ("", "plan.json"), ("[" * 100_000, "plan.json"),
+    ('{"stages": [{"name": "a", "lr": 0.1, "lr": 0.2}]}', "lr"),
     ('{"stages": [{"name": "a"}], "weigths": "x"}', "weights"), ('{"stages": [{}]}', "stage 1"),
-    ('{"stages": ["a"]}', "stage 1"), ('{"stages": [{"name": "a"}], "name": ["x"]}', "name"),
+    ('{"stages": ["a"]}', "stage 1"), ('{"stages": "a"}', "stages"),
     ('{"stages": [{"name": "a"}], "defaults": {"wdd": 1}}', "defaults"),
-    ('{"stages": [{"name": "a"}], "defaults": {"name": "b"}}', "defaults"),
-    ('{"stages": [{"name": "a"}], "eval_sets": ["b"]}', "eval_sets"),
     ('{"stages": [{"name": "a"}], "eval_sets": {"a": "b"}}', "eval_sets"),
     ('{"stages": [{"name": "a"}], "eval_sets": {"../b": "b"}}', "../b"),
-    ('{"stages": [{"name": "a"}], "eval_sets": {"b": ""}}', "eval_sets"),
-    ('{"stages": [{"name": "a"}], "seed": -1}', "--seed"), ('{"stages": "a"}', "stages")])
+    ('{"stages": [{"name": "a"}], "seed": -1}', "--seed")])
 def test_a_wrong_plan_file_is_refused(world, tmp_path, monkeypatch, content, name):
     (tmp_path / "plan.json").write_text(content, "utf-8")
     refused_unread(world, tmp_path, monkeypatch, tmp_path / "plan.json", [name])
