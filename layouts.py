@@ -210,8 +210,9 @@ BERT_SETTINGS = {  # field of BertConfig: Hugging Face's name
     "positions": "max_position_embeddings", "type_vocab": "type_vocab_size",
     "pad_id": "pad_token_id", "eps": "layer_norm_eps", "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob"}
-DISTILBERT_SETTINGS = {"n_heads": "num_attention_heads", "dropout": "hidden_dropout_prob",
-                       "attention_dropout": "attention_probs_dropout_prob"}
+DISTILBERT_SETTINGS = {
+    "n_heads": "num_attention_heads", "n_layers": "num_hidden_layers",
+    "dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob"}
 HARMLESS = {*BERT_SETTINGS.values(), *DISTILBERT_SETTINGS, *(  # read, or told by shapes, or idle
     "_attn_implementation_autoset _name_or_path _valid_processor_keys architectures "
     "attn_pooler_heads attn_pooler_queries bos_token_id cast_dtype classifier_dropout cls_token_id "
@@ -220,7 +221,7 @@ HARMLESS = {*BERT_SETTINGS.values(), *DISTILBERT_SETTINGS, *(  # read, or told b
     "hf_model_pretrained hf_pooler_type hf_proj_type hidden_act hidden_dim id2label image_mean "
     "image_size image_std init_logit_bias init_logit_scale initializer_factor initializer_range "
     "label2id label_descriptions label_names layers length_penalty logit_scale_init_value "
-    "mask_token_id max_length mlp_ratio model_args model_type n_layers num_beam_groups num_beams "
+    "mask_token_id max_length mlp_ratio model_args model_type num_beam_groups num_beams "
     "num_channels num_classes num_features num_return_sequences output_dict output_past "
     "output_tokens pad_id patch_dropout patch_size pooler_fc_size pooler_num_attention_heads "
     "pooler_num_fc_layers pooler_size_per_head pooler_type pretrained_cfg problem_type "
@@ -280,7 +281,7 @@ def clip_settings(side, config, activations):
     if side == "text":  # 2: an old word for the largest id
         allow({"eos_token_id": config.get("eos_token_id", 2)},
               eos_token_id=(2, last_token(config.get("vocab_size", 49_408))))
-    return {"activation": config["hidden_act"],
+    return {"activation": config["hidden_act"], f"{side}_layers": config.get("num_hidden_layers"),
             f"{side}_head": config["hidden_size"] // config["num_attention_heads"]}
 
 
@@ -289,8 +290,8 @@ def bert_settings(config):
           activation=("gelu",), position_embedding_type=("absolute",))
     family = config["model_type"]
     given = {DISTILBERT_SETTINGS.get(key, key): value for key, value in config.items()}
-    silent = BertConfig(family, 0, pad_id=int(family == "roberta"),
-                        pool="first" if family == "distilbert" else "pooler")
+    silent = (BertConfig(family, 0, layers=6, pool="first") if family == "distilbert" else
+              BertConfig(family, 0, pad_id=int(family == "roberta"), pool="pooler"))
     return dataclasses.asdict(silent) | {
         ours: given[theirs] for ours, theirs in BERT_SETTINGS.items() if theirs in given}
 
@@ -407,9 +408,12 @@ def known_from_card(card):
 # -----------------------------------------------------------------------------
 # Sizes from shapes
 
-def count(state, pattern):
-    """How many different numbers `pattern`'s group takes in the names of `state`."""
-    return len({match.group(1) for match in map(re.compile(pattern).match, state) if match})
+def count(state, pattern, said=None):
+    """How many different numbers `pattern`'s group takes in the names of `state`. WeightsError if
+    the settings said another number of layers: some of them would not be theirs."""
+    found = len({match.group(1) for match in map(re.compile(pattern).match, state) if match})
+    allow({"num_hidden_layers": found if said is None else said}, num_hidden_layers=(found,))
+    return found
 
 
 def image_fields(sd, known):
@@ -425,7 +429,8 @@ def image_fields(sd, known):
     if "visual.class_embedding" in sd:
         width, _, _, patch = sd["visual.conv1.weight"].shape
         size = patch * math.isqrt(sd["visual.positional_embedding"].shape[0] - 1)
-        layers = count(sd, r"visual\.transformer\.resblocks\.(\d+)\.")
+        layers = count(sd, r"visual\.transformer\.resblocks\.(\d+)\.",
+                       known.get("vision_layers"))
     else:
         width, patch = sd["visual.layer1.0.conv1.weight"].shape[0], None
         size = 32 * math.isqrt(sd["visual.attnpool.positional_embedding"].shape[0] - 1)
@@ -441,7 +446,8 @@ def text_fields(sd, known):
     bert = {name[5:]: tensor for name, tensor in sd.items() if name.startswith("bert.")}
     if not bert:
         return {"text_width": sd["ln_final.weight"].shape[0],
-                "text_layers": count(sd, r"transformer\.resblocks\.(\d+)\."),
+                "text_layers": count(sd, r"transformer\.resblocks\.(\d+)\.",
+                                     known.get("text_layers")),
                 "context_length": sd["positional_embedding"].shape[0],
                 "vocab_size": sd["token_embedding.weight"].shape[0],
                 "text_head": known.get("text_head", 64),
@@ -455,7 +461,7 @@ def text_fields(sd, known):
         "eps": 1e-5 if family == "roberta" else 1e-12,
         "pool": "pooler" if "pooler.dense.weight" in bert else "first"} | known | {
         "vocab_size": vocab, "width": width, "type_vocab": segments,
-        "layers": count(bert, r"encoder\.layer\.(\d+)\."),
+        "layers": count(bert, r"encoder\.layer\.(\d+)\.", known.get("layers")),
         "intermediate": bert["encoder.layer.0.intermediate.dense.weight"].shape[0],
         "positions": bert["embeddings.position_embeddings.weight"].shape[0]}))
 

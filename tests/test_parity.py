@@ -174,6 +174,16 @@ def test_the_older_second_table_of_a_config_counts_whole(tmp_path, transformers)
     same_as_hugging_face(load(tmp_path), transformers.CLIPModel.from_pretrained(tmp_path).eval())
 
 
+@pytest.mark.parametrize("tower", ["text_config", "vision_config"])
+def test_layers_that_the_settings_leave_out_are_not_computed(tmp_path, transformers, tower):
+    """transformers would build fewer and pass over the others' tensors."""
+    hugging_face_clip(transformers).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config[tower]["num_hidden_layers"] -= 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused(lambda: load(tmp_path), "num_hidden_layers")
+
+
 def test_shards_are_read_together_each_verified_and_a_shard_alone_is_named(tmp_path, transformers):
     theirs = hugging_face_clip(transformers)
     theirs.save_pretrained(tmp_path, max_shard_size="200KB")
@@ -319,7 +329,8 @@ def test_other_families_and_settings_of_a_bert_are_refused_by_name(tmp_path, tra
     for key, value in (("model_type", "ernie"), ("model_type", "xlm-roberta"),
                        ("model_type", "camembert"), ("model_type", "electra"),
                        ("hidden_act", "relu"), ("hidden_act", "gelu_new"), ("is_decoder", True),
-                       ("position_embedding_type", "relative_key"), ("num_attention_heads", 5)):
+                       ("position_embedding_type", "relative_key"), ("num_hidden_layers", 2),
+                       ("num_attention_heads", 5)):
         (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
         refused(lambda: load(image_tower="tiny-vit:none", text_tower=tmp_path),
                 "heads" if value == 5 else f"{key} {value!r}")  # noqa: B023
