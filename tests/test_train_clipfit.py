@@ -114,7 +114,7 @@ def test_several_templates_give_the_gradient_of_their_mean_feature(twin, micro_b
     drift = 1 - (text * pretrained).sum(dim=1).mean()
     loss = torch.nn.functional.cross_entropy(logits, labels) + 8 * drift
     loss.backward()
-    assert float(losses["loss"]) == pytest.approx(float(loss), rel=1e-6)
+    assert losses["loss"].item() == pytest.approx(loss.item(), rel=1e-6)
     for name, p in choose_trainable(model).items():
         assert torch.allclose(ours[name], p.grad, rtol=1e-9, atol=1e-11), name
 
