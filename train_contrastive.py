@@ -165,7 +165,7 @@ def check_grad(run, model, batch, counts, args):
     floor = 1e-3 * max(size.values())  # a gradient that nearly vanishes holds rounding alone
     errors = {name: float((found[0][name] - gradient).abs().max()) / max(size[name], floor)
               for name, gradient in found[1].items()}
-    worst = max(errors, key=errors.get)
+    worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
     run.say(f"gradient of {sum(counts)} pairs in pieces of {piece} against one piece: loss "
             f"{float(run.sum(losses['loss'])):.7g}, largest error of {len(errors)} tensors "
             f"{errors[worst]:.1e} in {worst}")
@@ -193,7 +193,8 @@ def freeze(model, names):
         hit = [p for name, p in parameters.items() if side_of(name) != "head" and (
             side_of(name) == wanted or name.startswith(wanted))]
         if not hit:
-            known = ", ".join(sorted({name.partition(".")[0] for name in parameters}))
+            known = ", ".join(sorted({name.partition(".")[0] for name in parameters
+                                      if side_of(name) != "head"}))
             raise UserError(f"--freeze {wanted} matches no parameter; expected image, text, or how "
                             f"a name begins: {known}")
         for p in hit:
@@ -384,7 +385,8 @@ def prepare(run, model, data, folder, args):
     elif training:
         options = decode_once(run, splits, cache, args)
         if frozen:
-            run.say("note: with --crop 0 the frozen image tower would see an image only once")
+            run.say("note: with --crop 0 the features of the frozen image tower would be computed "
+                    "only once")
     if args.eval_only:
         return
     data.loader = make_pair_loader(train, args.batch_size, args.seed, args.captions, run.rank,

@@ -469,9 +469,10 @@ def measure(run, model):
 
 def train(run, setup, checkpoint, args):
     """Train the student in place, from a checkpoint if one is given -> Place."""
-    student, pairs, val, first = setup.student, setup.pairs, setup.val, setup.teachers[0]
+    student, pairs, val = setup.student, setup.pairs, setup.val
     if not (args.train_text or args.weights):  # checkpoints only name the frozen text tower's file
-        student.origin |= {"path": first.path, "sha256": first.sha256, "side": "text"}
+        text = student.origin["text"]
+        student.origin |= {"path": text["path"], "sha256": text["sha256"], "side": "text"}
     learner = Learner(run, setup, args)
     for note in (*student.origin["notes"], *pairs.notes):
         run.say(note)
@@ -528,8 +529,9 @@ def open_setup(run, args):
     pairs, val, test = open_splits(args)
     if val and test and test.paths == val.paths:
         test = None
-    labelled = [open_dataset(name, "test", args.data_dir, download=False, whole=True)
-                for name in args.zero_shot]
+    named = functools.partial(open_dataset, split="test", data_dir=args.data_dir, whole=True)
+    run.on_first(lambda: [len(named(name)) for name in args.zero_shot])  # fetches what is needed
+    labelled = [named(name, download=False) for name in args.zero_shot]
     for images in labelled:
         images.check_files()
         require_words(images)
@@ -772,8 +774,8 @@ def get_args(argv=None):
              "--hint and --attention need a teacher that runs"),
             (args.reinforced and (args.crop is not None or args.randaugment),
              "--reinforced brings its views; leave --crop and --randaugment out"),
-            (not any(term_weights(args, 1)[name] for name in TERMS),
-             "--task, --crd and --fd are 0: nothing to learn")):
+            (not any(term_weights(args, 0)[name] for name in TERMS),
+             "the weight of every term is 0, --ema-teacher's at first: nothing to learn")):
         if wrong:
             parser.error(line)
     for name, value in {**DEFAULTS, **(DEMO if demo else {})}.items():

@@ -332,7 +332,7 @@ def average(run, model, stage, start_weights, judges, tokenizer, args):
             kept = {name: x for name, x in model.state_dict().items() if name in stage.kept}
             run.save(FILES["wise"], {"weights": kept, "card": card(model)})
         means[f"{share:g}"] = mean
-    run.say(f"{stage.name}: averaged with its start (wise), mean recall by the share of it: "
+    run.say(f"{stage.name}: wise, mean recall by the share of the trained weights: "
             + ", ".join(f"{share}: {mean:.1f} %" for share, mean in means.items()))
     return means
 

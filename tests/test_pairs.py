@@ -622,6 +622,15 @@ def test_an_unreadable_image_is_replaced_by_the_same_pair_in_every_worker(tmp_pa
     assert rows[:, 0].tolist() == [pairs.owner[c] for c in one[1]]
 
 
+def test_a_listing_may_be_larger_than_an_image(tmp_path, monkeypatch):
+    path = table(tmp_path, 9, 2)
+    monkeypatch.setattr("images.MAX_FILE_BYTES", 60)
+    pairs = open_pairs(path, "train")
+    assert len(pairs.captions) == 18
+    with pytest.raises(ValueError, match="bytes are too many"):
+        pairs.store.image(pairs.paths[0])
+
+
 def test_a_lost_image_that_was_allowed_is_not_counted_again(tmp_path):
     pairs = open_pairs(table(tmp_path, 9, 2), "train").with_transform(Preprocess(8))
     both, batch = Mixture([pairs, pairs]), (torch.tensor([7, 2, 4]), torch.tensor([3, 2, 4]))

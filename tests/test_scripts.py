@@ -168,6 +168,9 @@ def test_every_file_that_a_run_leaves_can_be_its_weights(name, flags, whole, tmp
         assert all(torch.equal(model.get_parameter(key), x) for key, x in stored.items())
     taken = "--model" if name == "train_distill" else "--weights"
     attempt(name, *flags, taken, copied, "--dry-run", "--output-dir", tmp_path / "next").ok()
+    for file in files:
+        file.unlink()
+    refused(attempt(name, *flags, "--export", "safetensors", "--output-dir", copied))
 
 
 REFUSED = [

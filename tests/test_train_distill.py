@@ -546,6 +546,19 @@ def test_training_from_it_asks_no_teacher(school, stored, tmp_path):
     refused(attempt("train_distill", *config, "--crop", 0.5), "--crop")
 
 
+def test_a_stored_teacher_that_has_moved_is_named_by_where_it_lies_now(school, stored, tmp_path):
+    """Its checkpoints name the file of the frozen text tower."""
+    away = shutil.copytree(school, tmp_path / "school")
+    held = json.loads((away / "stored" / "teacher.json").read_text())
+    held["teachers"][0]["path"] = str(tmp_path / "gone.safetensors")
+    facts = {key: x for key, x in held.items() if key != "sha256"}
+    held["sha256"] = teachers.digest(away / "stored", facts)
+    (away / "stored" / "teacher.json").write_text(json.dumps(held))
+    run_main("train_distill", *taught(away, away / "stored", "--output-dir", tmp_path / "run"),
+             "--teacher", away / "teacher.safetensors", "--max-steps", 2)
+    assert weights.load(tmp_path / "run").origin["name"]
+
+
 def test_what_is_stored_is_what_each_teacher_says_of_the_view_that_is_shown(school, stored):
     held, pairs, seen = Stored(stored), open_pairs(school / "pairs", "train"), set()
     assert held.images.shape == (3, 24, 56) and held.texts.shape == (48, 56)
