@@ -5,7 +5,7 @@ of the image tower; in ViT-B/16 64 tensors, 46,080 of 149.6 M numbers. All else 
 scale too, and nothing is added. Per step, over a batch of images and one prompt per class:
 
     loss  = ce + reg_weight * drift
-    ce    = cross-entropy(exp(logit_scale) cos(image, prompts), label); that factor is 100
+    ce    = cross-entropy(exp(logit_scale) cos(image, prompts), label); 100 in OpenAI's CLIP
     drift = 1 - mean over classes of cos(prompt feature now, prompt feature before training)
 
     python train_clipfit.py                                       the bundled demo, under a minute
@@ -15,8 +15,8 @@ scale too, and nothing is added. Per step, over a batch of images and one prompt
     python train_clipfit.py --data imagenet --setting dg          test on ImageNet-V2/-Sketch/-A/-R
     torchrun --nproc-per-node 2 train_clipfit.py --data dtd       two processes, the same batch
 
-Beside the result stand two baselines: zero-shot, and a linear probe of the pretrained image tower
-on the same shots, its penalty chosen on CoOp's few validation images (scores.linear_probe).
+Two baselines are reported too: zero-shot, and a linear probe of the pretrained image tower on the
+same shots, its penalty chosen on CoOp's few validation images (scores.linear_probe).
 
 Recipe (the official README): SGD with momentum 0.9, batch 32, lr 0.002 with one epoch at 1e-5 and
 then a cosine, weight decay 5e-4 on all trainable tensors, 100 epochs (Food101 and ImageNet 10),
@@ -32,7 +32,8 @@ the result: no validation or test image selects a model. Different from the offi
 - a ResNet has no LayerNorm: only the text biases train, and BatchNorm keeps its statistics (the
   official code lets them drift). Of a BERT text tower the same biases train.
 
-A run resumes exact to the bit; its folder can be another's --weights, frozen tensors included.
+An interrupted run resumes to the bit. Its checkpoint holds the trainable tensors and the optimizer
+state. As --weights of another run, the frozen tensors come from the file that it started from.
 """
 import argparse
 import csv
@@ -83,9 +84,9 @@ def add_gradients(run, model, images, labels, batch_size, prompts, pretrained, a
 
     images (b, 3, R, R); labels (b,), -1 for an image that cannot be read, which then has no ce;
     batch_size: of all processes; prompts: as in Task; pretrained (C, D): the classes' features
-    before training. The prompts pass the text tower once. Each piece of images adds its gradient
-    to `classes`, a leaf, and from there all of it goes into that tower. Exact: no layer mixes
-    images.
+    before training. The prompts are encoded once. `classes` is a detached copy of their features:
+    every piece of images adds to its gradient, which then passes the text tower in one go. That is
+    the gradient of the whole batch, since no layer mixes images (BatchNorm is in eval mode).
     """
     with run.autocast():
         encoded = class_features(model, prompts)
@@ -101,10 +102,11 @@ def add_gradients(run, model, images, labels, batch_size, prompts, pretrained, a
         drift = share * (1 - (classes * pretrained).sum(dim=-1).mean())       # 0 at the first step
         loss = ce + args.reg_weight * drift
         scaler.scale(loss).backward()
+        # In %, on the augmented crops: for the log alone.
         right = 100 * (logits.argmax(dim=-1) == truth).sum() / batch_size
         sums += torch.stack([loss, ce, drift, right]).detach()
     encoded.backward(classes.grad)
-    return dict(zip(("loss", "ce", "drift", "batch_accuracy"), sums))  # the last on augmented crops
+    return dict(zip(("loss", "ce", "drift", "batch_accuracy"), sums))
 
 
 def class_features(model, prompts):
@@ -190,7 +192,8 @@ def probe(run, task, few, val, args):
     def encode(images):
         return encode_images(run, task.model, images.with_transform(Preprocess.of(task.model)),
                              workers=0 if images.images else args.workers, what="the shots")
-    names, held_out = few.classnames, encode(val) if len(val) else None
+    names = few.classnames
+    held_out = encode(val) if len(val) else None
     weight, bias, C = linear_probe(*encode(few), len(names), held_out)
     run.say(f"linear probe: C {C:.4g}, " + (
         f"chosen on {len(val)} validation images" if held_out else

@@ -21,9 +21,9 @@ gradients once a step. How many there are changes only rounding, dropout masks a
         --image-tower resnet50:IMAGENET1K_V2 --text-tower FOLDER
     torchrun --nproc-per-node 8 train_contrastive.py --data coco        on eight GPUs
 
-Losses (`--loss`) of N pairs, cos = image @ text.T of unit rows, z = scale * cos. The formulas hold
-for `--positives diag`. With mask, the default, pairs that share an image or caption are no
-negatives of each other; with multi they are positives (for triplet: the same as mask).
+Losses (`--loss`) of N pairs, cos = image @ text.T of unit rows, z = scale * cos. The formulas are
+those of `--positives diag`. With mask, the default, their sums and maxima leave out every j that
+shares an image or caption with i; with multi such j are positives (for triplet: the same as mask).
     infonce          half the sum of two cross-entropies: mean_i (logsumexp_j z_ij - z_ii), and the
                      same with z transposed (Radford et al. 2021)
     siglip           -1/N sum_ij log sigmoid(y_ij (z_ij + bias)), y = 1 if i = j else -1 (Zhai 2023)
@@ -33,10 +33,10 @@ negatives of each other; with multi they are positives (for triplet: the same as
 
 AdamW, weight decay on all but gains and biases, warm-up, then cosine (clip-roberta: linear,
 simple-clip: constant); the scale is learned and stays in [1, 100]. After each epoch the held-out
-pairs are scored; checkpoint_best.pt has the weights of the best mean recall, which are tested, and
-checkpoint_last.pt everything to go on from. Both, and what --export writes, can be the --weights of
-another run. `--eval-only` scores checkpoint_best.pt, else checkpoint_last.pt, else --weights;
-`--resume FILE` names another.
+pairs are scored. checkpoint_best.pt has the weights of the best mean recall, which are tested (the
+last ones, where there are no held-out pairs); checkpoint_last.pt has everything to go on from.
+Both, and what --export writes, can be the --weights of another run. `--eval-only` scores
+checkpoint_best.pt, else checkpoint_last.pt, else --weights; `--resume FILE` names another.
 
 Different from common practice:
 - an epoch takes every image once, with one of its captions (`--captions all`: every caption), and
@@ -101,8 +101,8 @@ def batch_loss(run, model, image, text, ids, counts, args):
     return {"loss": sum(terms.values()), **terms}
 
 
-# Of m rows of the N x N matrix; `own` (m,) are their numbers among the N pairs. Pairs that are
-# equal in a column of ids (N, k) belong together.
+# siglip and triplet see m rows of the N x N matrix. own (m,): the indices of those rows in the
+# batch. ids (N, k): two pairs belong together if they agree in any column.
 
 def siglip(image, own, texts, scale, bias, ids, positives):
     """image (m, D), texts (N, D) -> the sum over these rows, ()."""
@@ -149,8 +149,9 @@ def add_gradient(run, model, images, tokens, ids, counts, args, scaler, seed):
 
 
 def check_grad(run, model, batch, counts, args):
-    """One step in two pieces or more against the same step in one, without dropout -> the largest
-    relative error of a parameter's gradient. SafeStop above 1e-4 in fp32, or 5e-2 in less."""
+    """Compare the gradient of one step in two pieces or more with that in one piece, without
+    dropout -> the largest relative error of a parameter's gradient. Raises SafeStop if it is above
+    1e-4 in fp32, or 5e-2 in a lower precision."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     piece = min(args.micro_batch or counts[0], max(1, counts[0] // 2))
     model.eval()
@@ -170,8 +171,8 @@ def check_grad(run, model, batch, counts, args):
             f"{float(run.sum(losses['loss'])):.7g}, largest error of {len(errors)} tensors "
             f"{errors[worst]:.1e} in {worst}")
     if not errors[worst] <= (1e-4 if run.precision == "fp32" else 5e-2):
-        raise SafeStop("the gradients differ; where all features are alike, as of an untrained "
-                       "ResNet, rounding does that")
+        raise SafeStop("the gradients differ; where all features are nearly equal, as of an "
+                       "untrained ResNet, rounding alone can do that")
     return {"check_grad_error": errors[worst], "check_grad_worst": worst}
 
 

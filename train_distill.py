@@ -35,7 +35,13 @@ Different from the released codes, with the reason:
   averaged softmax unless --local-loss, and its rows then do not sum to 1;
 - FD is 1 - cos. CLIP-KD's 2000 * MSE is 4000/D of that: 8 at D = 512, but 63 at D = 64;
 - with frozen text, ICL repeats half of the task, and its rest and FD of texts are constant: off;
+- the hint is 1 - cos where FitNets squares differences, and attention is the KL divergence of the
+  class token's maps, not the distance of two energy maps (Zagoruyko and Komodakis 2017);
 - under Mixup and CutMix the teacher sees the mixed images; a stored one's embeddings are mixed.
+
+AdamW, weight decay on all but gains and biases, warm-up, then a cosine to 0. After each epoch the
+held-out pairs are scored: checkpoint_best.pt has the student of the best mean recall, which is
+tested, and checkpoint_last.pt everything to go on from, a frozen text tower by its file's name.
 
 Logged: loss, its terms without their weights, scale, lr. Results: retrieval of the student and of
 a live teacher on held-out pairs (%), zero_shot_..., parameters and latency (ms) of image towers.
@@ -98,9 +104,10 @@ def both_ways(one_way, *features):
 
 
 def info_nce(ours, theirs, labels):
-    """Images of `ours` against texts of `theirs`, texts against images: the task with itself, ICL
-    with a teacher. labels = (own, partner, share): the target of row i is `share` on column
-    own[i] and 1 - share on column partner[i]; without mixing share is 1."""
+    """Cross-entropy of ours' images against theirs' texts, and of ours' texts against theirs'
+    images. With theirs = ours that is the task, with a teacher ICL. labels = (own, partner, share):
+    the target of row i is `share` on column own[i] and 1 - share on column partner[i]; without
+    mixing share is 1."""
     own, partner, share = labels
 
     def some_rows(rows, first, second, columns, scale):
@@ -114,7 +121,7 @@ def info_nce(ours, theirs, labels):
 
 
 def crd(ours, teachers):
-    """Cross-entropy to the softmaxes of K teachers, averaged afterwards: KL plus a constant."""
+    """Cross-entropy to the mean of K teachers' softmaxes: the KL divergence plus a constant."""
     def one_way(a, *others):
         def some_rows(rows, *rest):  # as by_rows gives them: the teachers' rows, then a's columns
             p, columns, scale = rest[:-2], rest[-2], rest[-1]
@@ -127,7 +134,7 @@ def crd(ours, teachers):
 
 
 def fd(ours, theirs, with_text):
-    """1 - cos is half the squared distance of unit vectors, whatever their number D of numbers."""
+    """1 - cos, half the squared distance of unit vectors, at any width D."""
     far = (1 - (ours.image * theirs.image).sum(dim=1)).sum()
     if with_text:
         far = far + (1 - (ours.text * theirs.text).sum(dim=1)).sum()
@@ -159,8 +166,9 @@ def objective(ours, labels, teachers, heads, weight, text_teacher=None, average=
         terms["crd"] = crd(ours, teachers)
     if weight["ema"]:
         terms["ema"] = crd(ours, [average])
+    # As wide as each teacher's. `images` and `texts` stay as they are: FD and ICL read neither.
     wide = [ours._replace(scale=heads.icl_scale.exp(), image=unit(to_image(ours.image)),
-                          text=unit(to_text(ours.text)))  # as wide as each teacher's
+                          text=unit(to_text(ours.text)))
             for to_image, to_text in zip(heads.image, heads.text)]
     if weight["fd"]:
         terms["fd"] = sum(fd(x, teacher, text_trains)
@@ -183,7 +191,7 @@ class Batch(typing.NamedTuple):
     similar: torch.Tensor | None  # (n, D') of the text teacher
 
 
-def step(run, learner, batch, mix, weight, seed):
+def add_gradient(run, learner, batch, mix, weight, seed):
     """Add this process's part of the batch's gradient to `.grad` -> its part of {"loss", terms}.
     weight: of the terms; seed: of dropout, another one for every step."""
     student, teachers, counts = learner.student, learner.teachers, learner.counts
@@ -207,7 +215,7 @@ def step(run, learner, batch, mix, weight, seed):
 
     # ---- encode -------------------------------------------------------------------
     pieces = [slice(i, min(n, i + learner.micro)) for i in range(0, n, learner.micro)]
-    p = []  # stays so if no term asks the teachers about images
+    p = []  # empty where no term needs the teachers' image features
     if batch.p is not None:
         p = [mix.blend(rows) for rows in batch.p]
     elif any(weight[name] for name in OF_TEACHERS):
@@ -492,9 +500,10 @@ def train(run, setup, checkpoint, args):
         for group in learner.optimizer.param_groups:
             group["lr"] = lr
         learner.optimizer.zero_grad(set_to_none=True)
-        losses = step(run, learner, look_up(images, used, at.epoch),
-                      draw_mix(args, at.step, student.config.image_size),
-                      term_weights(args, at.step / at.steps), args.seed * 1_000_003 + at.step)
+        losses = add_gradient(run, learner, look_up(images, used, at.epoch),
+                              draw_mix(args, at.step, student.config.image_size),
+                              term_weights(args, at.step / at.steps),
+                              args.seed * 1_000_003 + at.step)
         run.sum_gradients(learner.parameters)
         fine = run.update(learner.optimizer, learner.parameters, learner.scaler, args.grad_clip,
                           losses["loss"])
@@ -635,8 +644,10 @@ def prepare(run, setup, args):
 # A run
 
 def report(run, student, setup, at, tested, teacher, args):
-    """Score the student of step `tested`, write and return what was found; teacher: its scores."""
-    scores, held = score(run, student, setup.tokenizer, setup, args), setup.test or setup.val
+    """Score the student of step `tested`, write and return what was found. teacher: the scores of
+    a live one, or {}."""
+    scores = score(run, student, setup.tokenizer, setup, args)
+    held = setup.test or setup.val
     run.log(tested, held.split if held else "test", **scores)
     if held and not setup.test:
         run.say("NOTE: no test pairs: val chose the best epoch and is scored, which flatters")
@@ -736,7 +747,8 @@ def get_args(argv=None):
     add("--teacher-activation", choices=("quick_gelu", "gelu"), help="where its file does not say")
     add("--reinforced", metavar="FOLDER", help="a stored teacher, see python -m tools.reinforce")
     add("--text-teacher", metavar="FOLDER", help="a BERT; what it finds alike is no plain negative")
-    add("--ema-teacher", type=number(0, 0.5), default=0.0, help="weight of the student's average")
+    add("--ema-teacher", type=number(0, 0.5), default=0.0,
+        help="weight of CRD against the averaged student")
     add = parser.add_argument_group("method").add_argument
     add("--task", type=number(), default=0.25, help="weight of InfoNCE on the pairs")
     add("--crd", type=number(), default=1.0, help="weight of the teachers' similarities")
@@ -775,7 +787,7 @@ def get_args(argv=None):
             (args.reinforced and (args.crop is not None or args.randaugment),
              "--reinforced brings its views; leave --crop and --randaugment out"),
             (not any(term_weights(args, 0)[name] for name in TERMS),
-             "the weight of every term is 0, --ema-teacher's at first: nothing to learn")):
+             "--task, --crd, --fd and all other weights are 0 (--ema-teacher's at first)")):
         if wrong:
             parser.error(line)
     for name, value in {**DEFAULTS, **(DEMO if demo else {})}.items():

@@ -1,9 +1,10 @@
 """Fine-tune a CLIP in stages, one data set after another, and see what each stage forgets.
 
-A stage starts from the best weights of the stage before it (or of `from`), with its own optimiser
-and schedule. It keeps the weights, its start included, with the best mean recall on its held-out
-pairs; without such pairs, the last ones. Then the model is scored on the test set of every stage
-(its held-out pairs, if it has none): a matrix, stages x test sets. A falling column is forgetting.
+A stage starts from the best weights of the stage before it, or of the one that its key `from`
+names, with its own AdamW, warm-up and cosine to 0. Its held-out pairs are scored once before the
+first step and after each epoch, and the weights with the best mean recall are kept: so a stage can
+end where it began. (Without held-out pairs the last ones are kept.) Then the model is scored on the
+test set of every stage: a matrix, stages x test sets. A falling column is forgetting.
 
 For a batch of N pairs, unit vectors v_i of images and t_i of texts, and z_ij = exp(s) v_i . t_j
 (s: logit_scale):
@@ -11,9 +12,10 @@ For a batch of N pairs, unit vectors v_i of images and t_i of texts, and z_ij = 
     loss = 1/(2N) sum_i [ L_i(row i of z) + L_i(column i of z) ]
     L_i(x) = - mean over j in P(i) of log softmax(x)_j
 
-P(i): i and every pair with the same image or caption (Khosla et al. 2020, eq. 2, leave i out); if
-none repeats, this is CLIP's loss (Radford et al. 2021). So it is with the default `positives`,
-multi; mask drops those other pairs from the sums; diag treats them as negatives, as CLIP does.
+With `positives` multi, the default, P(i) is i and every pair with the same image or caption (Khosla
+et al. 2020, eq. 2, leave i out). With mask, P(i) is i alone, and those other pairs leave the sums;
+with diag, P(i) is i alone, and they stay as negatives, as in CLIP (Radford et al. 2021). Where no
+image or caption repeats, the three are the same.
 
     python train_staged.py                               three themes of the demo, under a minute
     python train_staged.py --plan docs/recipes/chinese_clip.json --check-plan     reads no image
@@ -29,7 +31,8 @@ not say otherwise. Without a plan the flags are one stage.
 Against forgetting, all off by default: `replay` mixes pairs of earlier stages into every batch;
 `freeze` and `layer_decay` hold what need not change; `wise` averages the stage's best weights with
 those it started from (Wortsman et al. 2022, WiSE-FT). The average is one more row of the matrix,
-the file RUN/NAME/wise_best.pt, and the start of a later stage that says "from": "NAME:wise".
+the file RUN/NAME/wise_best.pt, and the start of a later stage that says "from": "NAME:wise";
+--export writes the last stage's best weights, not their average.
 
 Different from Chinese-CLIP's trainer: recall is measured on the whole held-out set, not inside
 batches; a missing parent, a batch larger than the data and a warm-up as long as the stage are
@@ -118,7 +121,8 @@ def text_features(run, model, piece):
 # What trains, and how fast
 
 def blocks_below(name):
-    """How many blocks lie below a parameter: 0 embeddings, i + 1 in block i, inf what follows."""
+    """The depth of a parameter in its tower: 0 for embeddings, i + 1 in block i, inf for what comes
+    after the blocks."""
     if name.startswith(HEADS) or re.search(r"ln_post|ln_final|pooler|attnpool|logit_", name):
         return math.inf
     block = re.search(r"(?:resblocks|layers?|blocks|stages|features)\.?(\d+)\.", name)
@@ -358,7 +362,7 @@ def run_stage(run, model, stage, stages, tokenizer, args, about):
         judges = [other.held_out for other in so_far if other.held_out]
         found["wise"] = average(run, model, stage, start_weights, judges, tokenizer, args)
     run.finish(found)
-    # A finished stage needs no optimiser state, two thirds of its last checkpoint.
+    # Adam's state is two thirds of the file, and a finished stage does not need it.
     run.save(FILES["last"], {**run.load(FILES["last"]), "optimizer": {}, "scaler": {}})
     run.on_first(lambda: (run.out / "checkpoint_prev.pt").unlink(missing_ok=True))
 
@@ -406,6 +410,9 @@ def preflight(run, stages, tests, model, args):
     """Work out each stage's steps and say what it will do. UserError for what cannot work."""
     judged = [*tests.values(), *(stage.held_out for stage in stages if stage.held_out)]
     notes = [note for pairs in judged for note in (*pairs.notes, *pairs.retrieval().notes)]
+    notes += [f"NOTE: {stage.name} has no test pairs: its held-out pairs choose its weights and "
+              f"are scored, which flatters" for stage in stages
+              if tests[stage.name] is stage.held_out]
     for note in dict.fromkeys([note for stage in stages for note in stage.train.notes] + notes):
         run.say(note)
     for stage in stages:

@@ -20,7 +20,7 @@ from clip_model import CLIP, unit
 from pairs import make_pair_loader, open_pairs
 from teachers import ShownPairs, Stored, Teacher
 from tokenizer import for_model, open_tokenizer
-from train_distill import as_map, Average, Batch, draw_mix, get_args, Heads, Maps, Mix, step
+from train_distill import add_gradient, as_map, Average, Batch, draw_mix, get_args, Heads, Maps, Mix
 
 DOUBLE = torch.float64
 LOOK = (32, "shortest", "bicubic")
@@ -194,7 +194,7 @@ class Scene:
 
     def step(self, micro, mix, given):
         self.learner.micro = micro
-        found = step(device.start("cpu", "fp32"), self.learner, self.batch, mix, given, 5)
+        found = add_gradient(device.start("cpu", "fp32"), self.learner, self.batch, mix, given, 5)
         return {name: x.detach() for name, x in found.items()}, self.gradients()
 
     def defined(self, mix, w):
@@ -322,7 +322,7 @@ def test_a_student_learns_more_from_a_good_teacher_than_from_pairs_alone():
             rows = torch.randint(256, (128,), generator=torch.Generator().manual_seed(number))
             batch = Batch({look: images[rows]}, None, [texts[labels[rows]]], None, None)
             optimizer.zero_grad()
-            step(run, learner, batch, Mix(), {**dict.fromkeys(ALL, 0), **given}, number)
+            add_gradient(run, learner, batch, Mix(), {**dict.fromkeys(ALL, 0), **given}, number)
             optimizer.step()
         found[name] = accuracy(model)
     assert accuracy(teacher.model) > found["all"] > found["task"] + 10
