@@ -101,9 +101,9 @@ def table_rows(path, content, known, own=(None, None), captions=False):
     found[1], splits = different(words or found[1]), different(splits)
     if not all(found) or len(found[1]) > 1 or len(splits) > 1:
         flags = "; choose with --image-column, --caption-column or --caption-file" * captions
-        raise DataError(f"{path} is not understood: among its columns {columns[:9]}, one of "
-                        f"{list(wanted[0])} and one of {list(wanted[1])} was expected, not "
-                        f"{found[1] + splits}{flags}")
+        several = f", not several, {found[1] + splits}" * all(found)
+        raise DataError(f"{path} is not understood: its first line, {columns[:9]}, should name one "
+                        f"column of {list(wanted[0])} and one of {list(wanted[1])}{several}{flags}")
     rows, keys = [], (found[0][0], found[1][0], *splits)
     for line, record in records:
         image, cell, word = [*map(record.get, keys), None][:3]

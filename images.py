@@ -497,10 +497,10 @@ class Images(Dataset):
         if not lost:
             return ""
         said = (f"{self.name}: {len(lost):,} of {len(self.paths):,} {self.split} images cannot be "
-                f"read, e.g. {self.paths[lost[0]]} ({reason})")
+                f"read, e.g. {os.path.join(str(self.store), self.paths[lost[0]])} ({reason})")
         if also or len(lost) > max(1, len(self.paths) // 100) or len(lost) == len(self.paths):
-            raise DataError(f"{said}, more than 1 %{also}, under {self.store}: put them there, "
-                            f"name the right folder, or list the rest")
+            raise DataError(f"{said}, more than 1 %{also}: put them there, or correct their paths "
+                            f"in the list, or take them off it")
         self.lost.update(self.paths[i] for i in lost)
         note = f"{said}: they are left out"
         if note in self.notes:

@@ -219,8 +219,8 @@ def read_file(path):
                 tensors, metadata = read_safetensors(path)
             return tensors, "safetensors", metadata
         if not header.startswith((b"PK", b"\x80")):
-            raise WeightsError("neither PyTorch's nor safetensors, but as .h5, .msgpack, .gguf, "
-                               ".onnx, .tar or .json; give model.safetensors or pytorch_model.bin")
+            raise WeightsError("neither PyTorch's nor safetensors; give model.safetensors or "
+                               "pytorch_model.bin (.h5, .msgpack, .gguf, .onnx ... are not read)")
         content, kind = read_pytorch(path)
     return content, kind, getattr(content, "_metadata", {})  # see `save`
 

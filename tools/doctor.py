@@ -118,9 +118,10 @@ def as_text(found):
              "more speed from bf16 and fp16 than the small step measured here"]
     lines += [f"no {name}: {why}" for name, why in found["absent"].items()]
     for device in found["devices"]:
-        lines += ["", f"{device['device']:<7}  error  steps/s"]
-        lines += [f"{row['precision']:<7}  {row['wrong'] or format(row['error'], '.0e')}  "
-                  f"{row['speed']:.1f}" for row in device["rows"]]
+        lines += ["", f"{device['device']:<7}  against fp64        training steps/s"]
+        for row in device["rows"]:
+            answer = row["wrong"] or f"right, error {row['error']:.0e}"
+            lines.append(f"{row['precision']:<7}  {answer:<18}  {row['speed']:.1f}")
         lines.append(device["verdict"])
     return "\n".join(lines)
 

@@ -76,7 +76,8 @@ def main(args):
     if lost:
         run.say(f"{len(lost)} of {len(paths)} images cannot be read: {', '.join(lost[:20])}")
     if not found:
-        raise UserError(f"none of {len(paths)} images can be read, e.g. {paths[0]}")
+        missing = " (there is no such file)" * (not expanded(paths[0]).exists())
+        raise UserError(f"none of {len(paths)} images can be read, e.g. {paths[0]}{missing}")
     if args.csv:
         out = io.StringIO()
         csv.writer(out).writerows([("image", "rank", "class", "percent"), *(

@@ -279,7 +279,8 @@ def main(args):
     if args.font and not expanded(args.font).is_file():
         raise UserError(f"--font {args.font}: there is no such file")
     if not staged and not args.data:
-        raise UserError(f"{first} is no finished run of stages; name what to search with --data")
+        raise UserError(f"{first} is no finished run of stages; for other weights name what to "
+                        f"search with --data")
     out = expanded(args.out or (first if staged else "runs/search"))
     for folder in (out, expanded(args.clip_retrieval or out)):
         refuse_unusable(folder)
