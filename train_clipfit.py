@@ -175,7 +175,7 @@ class Task:
     tests: dict         # {name: test images}; the classes of the first are the ones to train on
     prompts: tuple      # as text_pieces cuts them; places (T, C) of T templates' prompts in these
     trainable: dict     # {name: Parameter}
-    pretrained: dict    # {name: tensor}: their values before training
+    start_values: dict  # {name: tensor}: their values before training
     departures: list    # from the official recipe, in words
     zero_shot: dict     # {name: scores} before training, of the first run that needs them
 
@@ -207,7 +207,7 @@ def run_once(run, task, few, val, folder, args, identity):
     """Train on the images `few` and test -> the results."""
     # stored: the checkpoint to go on from, or to score; results: of a run that is finished.
     stored, results = run.begin(folder, args, identity)
-    run.restore({"weights": task.pretrained, "buffers": {}}, task.trainable)
+    run.restore({"weights": task.start_values, "buffers": {}}, task.trainable)
     if results is None:
         task.zero_shot = task.zero_shot or evaluate(run, task, args)
         step, probed, after = 0, {}, task.zero_shot
@@ -460,11 +460,11 @@ def main(args):
     untrained = [str(job[3]) for job in jobs if len(job[1]) and not [*job[3].glob("*.pt")]]
     if untrained and args.eval_only and not single:
         raise UserError(f"--eval-only: {', '.join(untrained)} not trained; leave out their --seed")
-    table = run.enter(args.seed[0])
+    whole_table = run.enter(args.seed[0])
     if not single and not args.eval_only:
-        table.begin(folder, args, run_identity(args, ("shots", "seed"), **facts, table=True))
+        whole_table.begin(folder, args, run_identity(args, ("shots", "seed"), **facts, table=True))
     results = [run_once(run.enter(seed), task, *job) for seed, *job in jobs]
-    return results[0] if single else tabulate(table, results, args)
+    return results[0] if single else tabulate(whole_table, results, args)
 
 
 # -----------------------------------------------------------------------------

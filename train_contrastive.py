@@ -324,9 +324,10 @@ def open_model(args):
     model = weights.open_clip(args)
     if args.squash:
         model.image_resize = "squash"
-    if args.loss == "siglip" and model.logit_bias is None:  # where Zhai et al. begin
+    if args.loss == "siglip" and model.logit_bias is None:
         model.logit_bias = nn.Parameter(torch.tensor(-10.0))
         nn.init.constant_(model.logit_scale, math.log(10))
+        model.origin["notes"].append("siglip starts with scale 10 and bias -10 (Zhai et al.)")
     freeze(model, args.freeze)
     if args.export:
         weights.check_layout(model, args.export)
@@ -370,7 +371,7 @@ def open_data(run, model, tokenizer, splits, args):
 
 
 def prepare(run, model, data, folder, args):
-    """Decode, encode and tokenize once what does not change, and say what was noticed."""
+    """Set data.loader, .tokens and .ids; keep a frozen image tower's features, or decoded images."""
     training = not args.eval_only and not args.check_grad
     cache = (folder if args.output_dir else folder.parent) / "cache"  # runs share the latter
     options, train = run.loader_options(args.workers), data.train
@@ -480,8 +481,8 @@ def main(args):
         return check_grad(run, model, (images, data.tokens[used], data.ids[used]),
                           data.loader.batch_sampler.counts, args)
     if args.eval_only:
-        tested = restore_best(run, model, stored)
-        at = Place(tested["epoch"], tested["batch"], tested["step"]) if tested else Place()
+        best = restore_best(run, model, stored)
+        at = Place(best["epoch"], best["batch"], best["step"]) if best else Place()
         return report(run, model, data, folder, at, at.step, args)
     at = train(run, model, data, stored, args)
     step = at.step

@@ -322,7 +322,7 @@ def keep_frozen(run, model, stage, loader, tokens, args):
     return loader, tokens, held_out
 
 
-def average(run, model, stage, start_weights, judges, tokenizer, args):
+def wise_average(run, model, stage, start_weights, judges, tokenizer, args):
     """WiSE-FT: (1 - a) start + a best for every a of `wise`. The weights with the highest mean
     recall over the held-out pairs of all stages so far are kept -> {a: that mean}."""
     end, means = load(run.out / FILES["best"]).state_dict(), {}
@@ -360,7 +360,7 @@ def run_stage(run, model, stage, stages, tokenizer, args, about):
     if stage.wise:
         so_far = stages[:stages.index(stage) + 1]
         judges = [other.held_out for other in so_far if other.held_out]
-        found["wise"] = average(run, model, stage, start_weights, judges, tokenizer, args)
+        found["wise"] = wise_average(run, model, stage, start_weights, judges, tokenizer, args)
     run.finish(found)
     # Adam's state is two thirds of the file, and a finished stage does not need it.
     run.save(FILES["last"], {**run.load(FILES["last"]), "optimizer": {}, "scaler": {}})
@@ -461,8 +461,8 @@ def identity_of(stage, about):
 
 
 def settle(run, stages, out, args, about):
-    """Find each stage's folder and whether it is done. UserError where the plan has changed since,
-    or a file is gone."""
+    """Give each stage its folder, the file it starts from, its flags (`args`) and whether it is
+    `done`. UserError where the plan has changed since, or a file is gone."""
     names = [stage.name for stage in stages]
     for i, stage in enumerate(stages):
         stage.folder = out / stage.name
@@ -524,9 +524,10 @@ def main(args):
 
 def run_plan(run, model, plan, stages, tests, tokenizer, out, args, about):
     """Train the stages that are not done, and score every row of the matrix -> the results."""
-    judged_on = {name: [pairs.fingerprint, len(pairs)] for name, pairs in tests.items()}  # in order
+    judged_on = {name: [pairs.fingerprint, len(pairs)] for name, pairs in tests.items()}
     if not args.eval_only:
         _, finished = run.begin(out, args, about)
+        # As text, since the order of the test sets counts too.
         if finished and all(s.done for s in stages) and str(finished["tests"]) == str(judged_on):
             return finished
         run.write("plan.json", plan)
