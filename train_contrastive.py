@@ -371,7 +371,7 @@ def open_data(run, model, tokenizer, splits, args):
 
 
 def prepare(run, model, data, folder, args):
-    """Set data.loader, .tokens and .ids; keep a frozen image tower's features, or decoded images."""
+    """Set data.loader, tokens and ids; keep a frozen image tower's features, or decoded images."""
     training = not args.eval_only and not args.check_grad
     cache = (folder if args.output_dir else folder.parent) / "cache"  # runs share the latter
     options, train = run.loader_options(args.workers), data.train
