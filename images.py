@@ -438,7 +438,7 @@ class Source:
         if not self.rows.get(split):
             having = [key for key, rows in self.rows.items() if rows]
             raise DataError("; ".join([f"{self.root or self.name}: no {split} images, only the "
-                                       f"splits {having}", *self.notes]))
+                                       f"splits {having}: add some", *self.notes]))
         return self.rows[split]
 
 
