@@ -255,7 +255,7 @@ class PairBatches(Batches):
             count = np.bincount(owner)
             if not 1 <= size <= (count > 0).sum() or sum(self.sizes) < 2:
                 raise DataError(f"--batch-size {size}: a batch has no image twice, and there are "
-                                f"{(count > 0).sum()} to train on; give 2 up to that")
+                                f"{(count > 0).sum()} images to train on; give 2 up to that")
             self.owners.append(owner)
             self.rounds.append(int(np.sort(count)[-size]) if captions == "all" else 1)
             self.lengths.append(int(np.minimum(count, self.rounds[-1]).sum()) // size)

@@ -150,7 +150,7 @@ def distill(side="ours", teacher="live", batch=32):
 
     def call():
         student.zero_grad(set_to_none=True)
-        train_distill.step(run, learner, given, train_distill.Mix(), weight, 0)
+        train_distill.add_gradient(run, learner, given, train_distill.Mix(), weight, 0)
     return call
 
 
