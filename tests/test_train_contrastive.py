@@ -352,6 +352,18 @@ def test_check_grad_finds_a_wrong_gradient(pairs, monkeypatch):
     assert attempt(SCRIPT, *flags(pairs, "--check-grad")).code == 3
 
 
+def test_check_grad_finds_a_gradient_that_is_no_number(pairs, monkeypatch):
+    """Wherever it stands: the largest of [0, nan] is 0 to Python."""
+    real = train_contrastive.add_gradient
+
+    def spoilt(run, model, *rest):
+        losses = real(run, model, *rest)
+        [p for p in model.parameters() if p.grad is not None][-1].grad.fill_(math.nan)
+        return losses
+    monkeypatch.setattr(train_contrastive, "add_gradient", spoilt)
+    assert attempt(SCRIPT, *flags(pairs, "--check-grad")).code == 3
+
+
 def test_the_simple_clip_preset_from_end_to_end(pairs, tmp_path):
     """A torchvision backbone, squashed pixels, MLP heads: all of it comes back from the file."""
     result = run_main(SCRIPT, *flags(
