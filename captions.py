@@ -78,7 +78,7 @@ def read_caption_file(name, content, columns):
     if LINES.match(content[:4096].decode("utf-8-sig", "replace")):
         return read_lines(name, read_text(name, content))
     whole = None
-    with contextlib.suppress(json.JSONDecodeError, RecursionError):  # JSON lines, perhaps
+    with contextlib.suppress(ValueError, RecursionError):  # JSON lines, perhaps
         if name.endswith(".json"):  # pandas writes an id as 391895.0
             whole = json.loads(read_text(name, content), parse_float=lambda x: x.removesuffix(".0"))
     if isinstance(whole, dict) and "images" in whole:
@@ -127,7 +127,7 @@ def read_pair_table(name, content, columns):
     folder, slash, base = name.rpartition("/")
     folder = folder + slash if base.startswith("metadata.") else ""
     for line, image, cell, split in table_rows(name, content, CAPTION_COLUMNS, columns, True):
-        if isinstance(cell, str) and cell.startswith(('["', '{"')):
+        if isinstance(cell, str) and re.match(r'\s*[\[{]\s*["{}\[\]]', cell):
             with contextlib.suppress(ValueError, RecursionError):
                 cell = json.loads(cell)
         for text in cell if isinstance(cell, list) else [cell]:
@@ -388,8 +388,8 @@ def find_captions(path, layout, caption_file):
 
 
 # A caption without words: numbers (a label, a box), an address, the name of a file, a list as text
-NO_WORDS = re.compile(r"[\W\d_]*|\S+://\S+|\S+\.(jpe?g|png|webp|gif)|\[['\"].*['\"]\]",
-                      re.IGNORECASE)
+NO_WORDS = re.compile(r"[\W\d_]*|\S+://\S+|\S+\.(jpe?g|png|webp|gif)"
+                      r"|\w*[\[({]+\s*b?(['\"]).*\2.*[\])}]|b(['\"]).*\3", re.IGNORECASE)
 
 
 def clean(root, source):
@@ -459,7 +459,7 @@ def choose_splits(source, layout, whole):
 
 
 def hashed_split(path):
-    digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).digest()
+    digest = hashlib.sha256(path.encode("utf-8", "surrogatepass")).digest()
     share = int.from_bytes(digest[:6], "big") / 2 ** 48
     return "train" if share < 0.8 else "val" if share < 0.9 else "test"
 

@@ -80,7 +80,7 @@ def table_rows(path, content, known, own=(None, None), captions=False):
     """A table of images and their classes or captions -> [(line, image, cell, split or "all")].
 
     `known`: what the second column may be called; own: the names of both columns, if the user gave
-    them. Words count before codes; which of two columns of words is meant is not guessed. Splits
+    them. Words count before codes for them; which of two columns is meant is not guessed. Splits
     stand in the column of that name, else in one of SPLIT_COLUMNS or of a few words that names two
     of them. Surplus delimiters belong to captions, as read_table says. Raises DataError."""
     wanted = [(name.lower(),) if name else names
@@ -98,6 +98,10 @@ def table_rows(path, content, known, own=(None, None), captions=False):
     words = [key for key in found[1] if not all(map(CODE.fullmatch, texts[key]))]
     def different(keys):  # columns of equal cells are one
         return [*{texts[key]: key for key in keys}.values()]
+    def kinds(*keys):
+        return len({*zip(*map(texts.get, keys))})
+    words += [key for key in found[1] if words and not captions and key not in words  # codes that
+              and kinds(key, words[0]) > kinds(words[0]) and kinds(key) > 1]  # say something else
     found[1], splits = different(words or found[1]), different(splits)
     if not all(found) or len(found[1]) > 1 or len(splits) > 1:
         flags = "; choose with --image-column, --caption-column or --caption-file" * captions
@@ -154,6 +158,7 @@ def json_rows(text):
                 if not isinstance(row, tuple):
                     raise ValueError(f"a {type(row).__name__}")
                 for key, value in row:
+                    value = None if value != value else value  # pandas' NaN
                     if found.setdefault(key.strip().lower(), value) != value:
                         raise ValueError(f"two values of one name, {key}")
                 yield number, found

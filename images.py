@@ -237,6 +237,7 @@ def open_zip(path, pid, changed):
         for info in archive.infolist():  # most programs write UTF-8 even where no flag says so
             if not info.flag_bits & 0x800 and info.filename == info.orig_filename:
                 info.filename = info.filename.encode("cp437").decode("utf-8")
+            info.filename = info.filename.replace("\\", "/")  # of older Windows zippers
         archive.NameToInfo = {info.filename: info for info in archive.infolist()}
         if bad := list(filter(leaves_folder, archive.namelist())):
             raise zipfile.BadZipFile(f"its member {bad[0]!r} lies outside of it")
@@ -386,11 +387,13 @@ def locate(root, paths, *first, split="all"):
             base = os.path.basename(inside)
             plain = bool(PLAIN_FOLDER.fullmatch(base)) - bool(NO_PHOTO.search(base))
             named = split != "all" and {split: 1, "all": 0}.get(split_of(inside), -1)
-            merit = sum(map(store.has, sample)), named, plain, -level
+            having = sum(map(store.has, sample))  # `refuse_losses` bears one lost, or 1 %
+            whole = min(len(sample), having + max(1, len(sample) // 100)) if having else 0
+            merit = whole, named, plain, having, -level
             if merit >= best:
                 found = {**(found if merit == best else {}), store: inside}
             best = max(best, merit)
-        if best[0] == len(sample) and best[1] >= 0:
+        if best[3:] and best[3] == len(sample) and best[1] >= 0:
             break
     shortest = min(found, key=lambda store: len(found[store]))
     clear = all(grown_from(inside, found[shortest]) for inside in found.values())

@@ -526,7 +526,8 @@ def test_tables_of_labels_are_read_with_their_images_wherever_they_lie(tmp_path)
     train = open_dataset(write(tmp_path / "w.csv", windows.replace("\n", "\r\n")), "train")
     assert train.classnames == ["cat", "dog"] and len(train.preload()) == 2
     named = ("filename,class,label,\n0.png,0,cat,\n,,,\n1.png,,dog,\n",  # words before codes
-             "path,label,class,source\n0.png,cat,cat,train\n1.png,dog,dog,train\n")
+             "path,label,class,source\n0.png,cat,cat,train\n1.png,dog,dog,train\n",
+             '{"path": "0.png", "label": "cat", "by": NaN}\n{"path": "1.png", "label": "dog"}\n')
     for text in (f"path,label\n{tmp_path}/a/0.png,cat\n./a//1.png,dog\n", *named):
         train = open_dataset(write(tmp_path / "n.csv", text), "train")
         assert len(train.preload()) == 2 and train.classnames == ["cat", "dog"]
@@ -539,6 +540,7 @@ def test_tables_of_labels_are_read_with_their_images_wherever_they_lie(tmp_path)
     "path,label\na.png,x\nb.png,\n", "path,label\na.png,x\nb.png,nan\nc.png,y\n",
     "path,label,split\na.png,x,train\nb.png,y,train\na.png,x,test\n",
     "path,label\na.png,x\nb.png,y\n./a.png,y\n", '{"path": "a", "label": ["x"]}\n',
+    "path,label,class\na.png,0,x\nb.png,1,x\nc.png,0,y\n",
     "path,category,label\na.png,x,y\nb.png,z,y\n", "path,label\na.png,<NA>\nb.png,y\n",
     "path,label,set,phase\na.png,x,train,test\nb.png,y,test,train\n",
     "path,label,set\na.png,x,train\nb.png,y,test\nc.png,y,best\n",
@@ -566,6 +568,8 @@ def test_zips_are_read_in_place_and_hostile_ones_refused(tmp_path):
     named = write(tmp_path / "e.zip", path.read_bytes().replace(b"/cat", "/é-".encode()))
     assert open_dataset(named, "train").classnames == ["dog", "é-"]  # no flag says that it is UTF-8
     assert len(open_dataset(named, "train").preload()) == 10
+    write(named, path.read_bytes().replace(b"outer/", b"outer\\"))  # of older Windows zippers
+    assert open_dataset(named, "train").paths == train.paths
     write(named, path.read_bytes().replace(b"/cat", b"/\xa8\xa6-"))  # of GBK
     refused(partial(open_dataset, named, "train"), "e.zip", "UTF-8")
     content = bytearray(path.read_bytes())

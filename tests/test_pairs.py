@@ -18,6 +18,7 @@ import torch
 from helpers import attempt, cli, Payload, processes, refused
 from PIL import Image
 
+from captions import list_pairs
 from data import open_dataset, Preprocess, sample_seed
 from device import start
 from pairs import (FeatureLoader, identities, make_pair_loader, Mixture, open_pairs,
@@ -216,6 +217,8 @@ def test_images_without_splits_are_where_they_are_found_first(tmp_path):
                                ("y", "train_images/", "train_masks/"), ("z", "F8k/", "F8k_256/")):
         for i in range(40):
             write(tmp_path / root, {f"{first}{i}.png": 0, f"{other}{i}.png": 1, "a.csv": rows})
+        if root != "z":  # one lost image does not make a folder of masks the better one
+            (tmp_path / root / f"{first}7.png").unlink()
         for split in SPLITS:
             assert open_pairs(tmp_path / root, split).store.read("1.png") == picture(0)
 
@@ -333,6 +336,8 @@ def test_a_row_that_does_not_fit_its_header(tmp_path, text, names):
     ({"a.csv": "image,caption\na.png,b.png\nb.png,c.png\n"}, ["b.png"]),        # columns mixed up
     ({"a.csv": "image,text\na.png,3\nb.png,17\n"}, ["3"]),                       # labels
     ({"a.csv": "image,text\na.png,\"['a dog', 'a cat']\"\n"}, ["a dog"]),        # Python's lists
+    ({"a.csv": "image,text\na.png,b'a dog'\nb.png,\"('a dog', 'x')\"\n"}, ["a dog"]),
+    ({"a.json": f"[{'1' * 5000}]"}, ["a.json"]),                                 # too long an integer
     ({"a.tsv": "image\tcaption\na\thttp://x/a.jpg\nb\thttps://y.z\n"}, ["http"]),
     ({"a.png": 1, "a.txt": "0 0.5 0.5 0.1 0.1\n1 0.2 0.2 0.3 0.3"}, ["0.5"]),    # boxes
     ({"a.csv": 'image,caption\na.png,"{""en"": ""b c""}"\n'}, ["a.csv", "line 2"]),
@@ -359,13 +364,15 @@ def test_what_is_not_read_inside_a_zip(tmp_path, name):
 
 
 def test_cells_with_lists_and_rows_without_a_partner(tmp_path):
-    source = write(tmp_path / "lists", {"a.csv": 'image,captions\n1.png,"[""one"", ""two""]"\n'
+    source = write(tmp_path / "lists", {"a.csv": 'image,captions\n1.png,"[ ""one"", ""two""]"\n'
                                                  '2.png,"[sic] one, two"\n3.png,nan\n./4.png,17\n'
                                                  'x/..//4.png,<NA>\n'})
     found = open_pairs(source, "train", whole=True)
     assert rows_of(found) == [("1.png", "one"), ("1.png", "two"), ("2.png", "[sic] one, two"),
                               ("4.png", "17")]
     assert said(found, "2 rows without", "1 hold no words")
+    half = write(tmp_path / "half", {"h.jsonl": '{"image": "\\ud83d.png", "caption": "half"}\n'})
+    assert sum(map(len, list_pairs(half).rows.values())) == 1
     coco = {"images": [{"id": i, "file_name": f"{i}.png"} for i in range(2)],
             "annotations": [{"image_id": i, "caption": f"number {i}"} for i in (1, 2, 2)]}
     write(tmp_path / "coco", {"annotations/captions_train2017.json": json.dumps(coco)})
