@@ -109,7 +109,7 @@ def read_json(name, whole):
             raise DataError(f"{name}: images of different names have one id; number them through")
         for image in whole["images"]:
             if "annotations" in whole:
-                path, split = image["file_name"] + "", name
+                path, split = image["file_name"].replace("\\", "/"), name
                 texts = captions.pop(str(image["id"]), [])
             else:
                 path = "/".join(filter(None, (image.get("filepath"), image["filename"])))

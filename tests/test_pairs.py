@@ -373,11 +373,11 @@ def test_cells_with_lists_and_rows_without_a_partner(tmp_path):
     assert said(found, "2 rows without", "1 hold no words")
     half = write(tmp_path / "half", {"h.jsonl": '{"image": "\\ud83d.png", "caption": "half"}\n'})
     assert sum(map(len, list_pairs(half).rows.values())) == 1
-    coco = {"images": [{"id": i, "file_name": f"{i}.png"} for i in range(2)],
+    coco = {"images": [{"id": i, "file_name": f"a\\{i}.png"} for i in range(2)],
             "annotations": [{"image_id": i, "caption": f"number {i}"} for i in (1, 2, 2)]}
     write(tmp_path / "coco", {"annotations/captions_train2017.json": json.dumps(coco)})
     found = open_pairs(tmp_path / "coco", "train")
-    assert rows_of(found) == [("1.png", "number 1")] and said(found, "3 rows without")
+    assert rows_of(found) == [("a/1.png", "number 1")] and said(found, "3 rows without")
 
 
 def test_class_folders_are_captions_only_when_asked_for(tmp_path):
