@@ -605,6 +605,7 @@ class Run:
         if named and not stored["optimizer"]:
             raise UserError(f"--resume {named}: it was kept for its scores, without what training "
                             f"needs to go on; give {LAST}, or start from it with --weights")
+        best = self.load(named.parent / BEST) if named else None  # before it is cleared away
         self.on_first(lambda: self._claim(folder, args, fresh))
         self.out = folder
         if (folder / "results.json").exists():
@@ -612,7 +613,7 @@ class Run:
             return stored, json.loads((folder / "results.json").read_text("utf-8"))
         self._logged = stored["logged"] if stored and not named else 0
         self.on_first(lambda: cut_lines(folder / "metrics.jsonl", self._logged))
-        if named and (best := self.load(named.parent / BEST)) and best["step"] <= stored["step"]:
+        if best and best["step"] <= stored["step"]:
             self.save(BEST, best)  # what lies beside a checkpoint of another folder comes along
         if args.tensorboard and not self.rank:
             from torch.utils.tensorboard import SummaryWriter

@@ -163,7 +163,7 @@ def check_grad(run, model, batch, counts, args):
         run.sum_gradients(trainable.values())
         found.append({name: p.grad for name, p in trainable.items() if p.grad is not None})
     size = {name: float(gradient.abs().max()) for name, gradient in found[1].items()}
-    floor = 1e-3 * max(size.values())  # a gradient that nearly vanishes holds rounding alone
+    floor = 1e-3 * max(size.values()) or 1.0  # a gradient that nearly vanishes holds rounding alone
     errors = {name: float((found[0][name] - gradient).abs().max()) / max(size[name], floor)
               for name, gradient in found[1].items()}
     worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))

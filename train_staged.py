@@ -282,7 +282,7 @@ def train(run, model, stage, loader, tokens, judge, checkpoint):
         if due:
             save(FILES["last"], optimizer, scaler)
         if best["stale"] >= patience:
-            break
+            at.steps = at.step  # the last; a `break` would pass over a signal
     return best, at
 
 

@@ -55,8 +55,8 @@ RELEASED = {  # name -> sha256, which is also the folder in the URL
 UNREAD = {"path": "", "sha256": "", "notes": []}  # the origin of a tower that has no file
 TINY = pathlib.Path(__file__).resolve().parent / "assets" / "tiny_clip.safetensors"
 WEIGHTS = (  # what a folder is asked for, see `weights_in`: files of other libraries, then our own
-    "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors",
-    "open_clip_pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json",
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+    "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin.index.json",
     "clip.safetensors", "clip.pt", "chinese_clip.pt", "checkpoint_best.pt", "checkpoint_last.pt")
 HUB_SETTINGS = (  # what can stand beside the weights: how to compute, and the tokenizer
     "config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json",
