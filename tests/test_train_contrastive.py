@@ -335,6 +335,7 @@ def test_what_is_refused_before_any_work(pairs, tmp_path):
 @pytest.mark.parametrize("more", [
     ["--loss", "siglip", "--positives", "multi", "--micro-batch", 0],
     ["--loss", "triplet", "--triplet", "semi-hard", "--precision", "bf16"],
+    ["--loss", "triplet", "--triplet-weight", 0],  # no gradient at all
     ["--loss", "infonce+triplet", "--captions", "all"]])
 def test_check_grad_holds(pairs, tmp_path, more):
     result = attempt(SCRIPT, *flags(pairs, "--check-grad", *more, "--output-dir", tmp_path / "no"))
