@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -313,6 +314,14 @@ def test_tensorboard_gets_what_is_logged_and_a_resumed_run_appends(whole, tmp_pa
         assert found == [(row["step"], pytest.approx(row[name])) for row in metrics(tmp_path, split)]
     toy(tmp_path, "--overwrite")
     assert not list(tmp_path.glob("tensorboard/*"))
+
+
+def test_a_run_begun_again_from_a_checkpoint_of_its_own_keeps_the_best(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    toy(tmp_path / "run", "--resume", tmp_path / "run" / "checkpoint_last.pt", "--overwrite")
+    best, kept = (load_checkpoint(x / "checkpoint_best.pt") for x in (whole, tmp_path / "run"))
+    assert kept["step"] == best["step"]
 
 
 def test_eval_only_scores_the_best_and_claims_nothing(whole, tmp_path):
