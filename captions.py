@@ -130,7 +130,7 @@ def read_pair_table(name, content, columns):
         if isinstance(cell, str) and re.match(r'\s*[\[{]\s*["{}\[\]]', cell):
             with contextlib.suppress(ValueError, RecursionError):
                 cell = json.loads(cell)
-        for text in cell if isinstance(cell, list) else [cell]:
+        for text in (cell or [""]) if isinstance(cell, list) else [cell]:
             if not isinstance(text or "", str):
                 raise DataError(f"{name}, line {line}: expected text as caption, not "
                                 f"{str(cell)[:80]}")

@@ -58,8 +58,8 @@ class Parser(argparse.ArgumentParser):
             own = expanded(parsed.output_dir) / "config.json"  # a run is scored as it was trained
             parsed.config = str(own) if own.is_file() else None
         if parsed.config:
-            self.take_defaults(parsed.config, words)
-            parsed, odd = super().parse_known_args(words, namespace)
+            told = self.words_of(parsed.config, words)
+            parsed, odd = super().parse_known_args(words + told, namespace)
         if odd:
             flag = odd[0].partition("=")[0]
             near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
@@ -77,26 +77,40 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{flag} is not a flag here: {self.refused[flag]}")
         return flag + equals + value
 
-    def take_defaults(self, path, words):
-        """Take the flags of a config.json that `words` do not name: one that may be repeated would
-        be added to them. As text, argparse checks them like typed ones."""
+    def words_of(self, path, words):
+        """The flags of a config.json that `words` do not name, as words of a command line, so that
+        argparse checks them like typed ones."""
         named = {word.partition("=")[0] for word in words}
         try:
-            values = dict(json.loads(expanded(path).read_text("utf-8")))
+            values = {**json.loads(expanded(path).read_text("utf-8"))}
         except (OSError, ValueError, TypeError) as error:
             self.error(f"--config {path} is not a run's config.json: {one_line(error)}")
-        known = {action.dest for action in self._actions} | {"script"}
-        unknown = min(values.keys() - known, default=None)
-        if unknown and "identity" not in values:  # written by hand; a run stores more than flags
+        known, ran = {action.dest for action in self._actions} | {"script"}, "identity" in values
+        if ran:  # what a preset fills in is no flag
+            known |= {"identity", *self._defaults}
+        unknown = min((name for name in values.keys() - known  # one that is gone since may be off
+                       if values[name] or not ran), default=None)
+        if unknown:
             near = difflib.get_close_matches(unknown, known, n=1)
             self.error(f"--config {path}: {unknown!r} is no flag of this script" +
                        "".join(f"; is it {name}?" for name in near))
+        told, not_taken = [], ("config", "resume", "overwrite", "debug", "dry_run", "export")
         for action in self._actions:
-            value = values.get(action.dest)
-            if value is not None and named.isdisjoint(action.option_strings) and (
-                    action.dest not in ("resume", "overwrite", "debug", "dry_run", "export")):
-                typed = not isinstance(value, (bool, list))
-                self.set_defaults(**{action.dest: str(value) if typed else value})
+            value, flags = values.get(action.dest), action.option_strings
+            if value is None or not flags or flags[-1] in named or action.dest in not_taken or (
+                    value == [] and action.nargs == "+"):
+                continue
+            flag, several = flags[-1], action.nargs in ("+", "*")
+            items = value if several and isinstance(value, list) else [value]
+            kinds = [bool] if action.nargs == 0 else [str, int, float]
+            if any(type(item) not in kinds for item in items):
+                self.error(f"--config {path}: {action.dest} is {value!r}; expected " + (
+                    "true or false" if kinds == [bool] else "a text or a number"))
+            if kinds == [bool]:
+                told += [flag] * value
+            else:
+                told += [flag, *map(str, items)] if several else [f"{flag}={value}"]
+        return told
 
 
 def add_device_flags(add):

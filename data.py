@@ -49,6 +49,8 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 IMAGE_COLUMNS = ("image", "filepath", "file_name", "filename", "path", "image_path", "image_name",
                  "file")
 SPLIT_COLUMNS = ("subset", "partition", "phase", "set")
+OWN_SPLITS = ("split", "is_valid", "is_train", "is_test")  # there, they are what counts
+FOLDER_COLUMNS = ("folder", "folder_name", "subfolder", "dir", "directory")
 QUOTED_CELL = re.compile(r'(?:^|(?<=\t))"(?:[^"]|"")*"(?=\t|\r?$)', re.MULTILINE)
 # In a cell of several lines, what looks like the row of another image: a quote never closed.
 NAME = r"[^\n{0}]+(%s)\s*" % "|".join(map(re.escape, IMAGE_SUFFIXES))
@@ -94,7 +96,7 @@ def table_rows(path, content, known, own=(None, None), captions=False):
     named = [key for key in columns if key not in sum(found, []) and len({*texts[key]}) < 10
              and (len({*map(split_word, texts[key])} - {None}) > (key not in SPLIT_COLUMNS)
                   or key in SPLIT_COLUMNS and {*texts[key]} <= {"0", "1", "2"})]
-    splits = [key for key in ("split", "is_valid") if key in columns][:1] or named
+    splits = [key for key in OWN_SPLITS if key in columns][:1] or named
     words = [key for key in found[1] if not all(map(CODE.fullmatch, texts[key]))]
     def different(keys):  # columns of equal cells are one
         return [*{texts[key]: key for key in keys}.values()]
@@ -108,6 +110,10 @@ def table_rows(path, content, known, own=(None, None), captions=False):
         several = f", not several, {found[1] + splits}" * all(found)
         raise DataError(f"{path} is not understood: its first line, {columns[:9]}, should name one "
                         f"column of {list(wanted[0])} and one of {list(wanted[1])}{several}{flags}")
+    for key in filter(columns.__contains__, FOLDER_COLUMNS):
+        if kinds(found[0][0], key) > kinds(found[0][0]):
+            raise DataError(f"{path}: images of one name in different folders, by the column {key}"
+                            f"; write folder/name into the column {found[0][0]}")
     rows, keys = [], (found[0][0], found[1][0], *splits)
     for line, record in records:
         image, cell, word = [*map(record.get, keys), None][:3]
@@ -427,8 +433,9 @@ LABEL_COLUMNS = ("classname", "class_name", "label_name", "category_name", "clas
                  "label")
 NO_CLASS = re.compile(
     r"(?!(with|without|no)[ _-])(.+[ _-])?(train|val|valid|test|pred|image|img|photo|picture|jpe?g|"
-    r"caption|annotation|label|mask|segmentation|depth)(s|ing|idation|images|class|object)?"
-    r"([ _-].+|\d+)?", re.IGNORECASE)
+    r"batch|fold|caption|annotation|label|mask|segmentation|depth)(e?s|ing|idation|images|class|"
+    r"object)?([ _-].+|\d+)?", re.IGNORECASE)
+MASK = re.compile(r"(.+)[ _-](mask|seg|segmentation|label|gt|depth)s?([ _-]?\d+)?", re.IGNORECASE)
 
 
 def read_coop_split(path):
@@ -498,6 +505,11 @@ def read_class_folders(store):
     odd = [name for name in full if NO_CLASS.fullmatch(name) and name not in taught]
     below = set().union(*inner.values())
     shared = "" not in below and len(below) < sum(map(len, inner.values()))  # by several classes
+    files = {os.path.splitext(path)[0] for path in paths_of(rows)}
+    beside = [name for name in files if (own := MASK.fullmatch(name)) and own[1] in files]
+    if beside:
+        raise DataError(f"{store}: {len(beside):,} images are named as the masks of others, e.g. "
+                        f"{min(beside)}; move them out of the folders of classes")
     several = len(odd) >= (1 if taught else len(full)) or len({*map(split_word, odd)} - {None}) > 1
     if len(full) < len(inner) or several or shared or masks:
         raise DataError(f"{store}: expected <class>/<image> or train/<class>/<image>, each class "
@@ -580,8 +592,8 @@ def list_path(path, whole=None):
         home, folder = lists[0].parent, KNOWN.get(name, {}).get("images", "")
         store = locate(home, paths_of(rows), home / folder)
         return Source(name, str(home), store, rows, classnames, note_leaks(rows))
-    inner = [name for name in store.names() if name.endswith(TABLE_SUFFIXES) and "/" not in name
-             ] if suffix == ".zip" else []
+    inner = [name for name in (store.names() if suffix == ".zip" else ())
+             if name.lower().endswith(TABLE_SUFFIXES) and "/" not in name]
     if len(inner) > 1:  # others may lie beside that of the images and their classes
         columns = {name: {*read_table(name, store.read(name))[0]} for name in inner}
         inner = [name for name in inner if all(map(columns[name].intersection,

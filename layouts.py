@@ -193,6 +193,9 @@ def openai_names(state):
                                    for name, tensor in state.items()})
     elif "text.token_embedding.weight" in state:  # OpenCLIP's CustomTextCLIP
         state = {name.removeprefix("text."): tensor for name, tensor in state.items()}
+    elif any_begins("text.transformer.embeddings."):
+        raise WeightsError("an OpenCLIP model with a Hugging Face text tower, whose pooling no "
+                           "tensor tells")
     elif any_begins("bert.encoder.") and any_begins("visual."):
         layout = "chinese_clip"
     if any(name.endswith("embeddings.word_embeddings.weight") for name in state):
@@ -221,7 +224,7 @@ HARMLESS = {*BERT_SETTINGS.values(), *DISTILBERT_SETTINGS, *(  # read, or told b
     "hf_model_pretrained hf_pooler_type hf_proj_type hidden_act hidden_dim id2label image_mean "
     "image_size image_std init_logit_bias init_logit_scale initializer_factor initializer_range "
     "label2id label_descriptions label_names layers length_penalty logit_scale_init_value "
-    "mask_token_id max_length mlp_ratio model_args model_type num_beam_groups num_beams "
+    "mask_token_id max_length model_args model_type num_beam_groups num_beams "
     "num_channels num_classes num_features num_return_sequences output_dict output_past "
     "output_tokens pad_id patch_dropout patch_size pooler_fc_size pooler_num_attention_heads "
     "pooler_num_fc_layers pooler_size_per_head pooler_type pretrained_cfg problem_type "
@@ -374,8 +377,8 @@ def known_from_open_clip(read):
         return {}
     image, text, pixels = model["vision_cfg"], model["text_cfg"], config.get("preprocess_cfg") or {}
     allow(model, HARMLESS)
-    allow(image, HARMLESS, pool_type=("tok",), pos_embed_type=("learnable",))
-    allow(text, HARMLESS, pool_type=("argmax",), proj_type=("linear",))
+    allow(image, HARMLESS, pool_type=("tok",), pos_embed_type=("learnable",), mlp_ratio=(4,))
+    allow(text, HARMLESS, pool_type=("argmax",), proj_type=("linear",), mlp_ratio=(4,))
     allow(pixels, mode=("RGB",))
     return {"activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
             "vision_head": image.get("head_width", 64),

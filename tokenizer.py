@@ -381,7 +381,11 @@ def read_files(path):
 
     def table(name):
         return json.loads((folder / name).read_text("utf-8")) if (folder / name).is_file() else {}
-    config = table("config.json") | table("tokenizer_config.json")
+    normal = table("tokenizer.json").get("normalizer") or {}
+    config = {"do_lower_case": normal.get("lowercase"),
+              "strip_accents": normal.get("strip_accents"),
+              "tokenize_chinese_chars": normal.get("handle_chinese_chars"),
+              **table("config.json"), **table("tokenizer_config.json")}
     if path.is_dir():
         names = "vocab.txt", "vocab.json", "tokenizer.json"
         path = next((path / name for name in names if (path / name).is_file()), path / names[0])
@@ -404,9 +408,8 @@ def read_files(path):
         return "bpe", ids, pairs[:MERGE_COUNT], kept
     if not parts:
         return "bytebpe", ids, pairs, config
-    fast = {**model, **normalizer, **cut, "do_lower_case": normalizer.get("lowercase"),
-            "tokenize_chinese_chars": normalizer.get("handle_chinese_chars")}
-    return FAST[tuple(part.get("type") for part in parts)], ids, pairs, fast | config
+    fast = {**model, **normalizer, **cut, **config}
+    return FAST[tuple(part.get("type") for part in parts)], ids, pairs, fast
 
 
 def open_tokenizer(path):

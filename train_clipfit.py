@@ -57,8 +57,7 @@ from data import (add_data_flags, class_prompts, DataError, dataset_name, few_sh
                   halves, KNOWN, make_loader, normalise, open_dataset, Preprocess, require_words)
 from scores import classification_scores, encode_images, linear_probe, zero_shot
 from tokenizer import for_model
-from weights import (add_model_flags, card, check_layout, export, open_clip,
-                     still_to_fetch)
+from weights import add_model_flags, card, check_layout, export, open_clip, still_to_fetch
 
 # -----------------------------------------------------------------------------
 # The method
@@ -363,6 +362,8 @@ def fill_recipe(args, data, model):
         notes.append(f"model {model} (official: ViT-B/16)")
     if args.setting == "dg" or data not in KNOWN:
         notes.append(f"--data {data} --setting {args.setting} has no official recipe")
+    if args.warmup >= args.epochs:
+        notes.append(f"all epochs are warm-up, at 1e-5: --epochs above {args.warmup} trains more")
     return notes
 
 
@@ -378,7 +379,7 @@ def open_data(run, args):
     names = train_set.classnames
     labels = find_classes(names, args.classes) if args.classes else list(range(len(names)))
     if len(labels) < (4 if args.setting == "base2new" else 2):
-        raise UserError(f"--classes: {len(labels)} are too few for --setting {args.setting}")
+        raise UserError(f"--setting {args.setting}: {len(labels)} are too few --classes")
     tests = {"test": test.select(labels)}
     if args.setting == "base2new":
         labels, new = halves(labels)
@@ -443,8 +444,7 @@ def main(args):
     task = open_task(run, args, train_set, tests)
     name = task.model.origin["name"]
     facts = {"method": "clipfit", "data": train_set.fingerprint, "data_name": train_set.name,
-             "model": name, "weights": task.model.origin["sha256"],
-             "grad_clip": 0.0}  # was a flag once
+             "model": name, "weights": task.model.origin["sha256"]}
     folder = run_folder(args, "train_clipfit", f"{train_set.name}_{name}_{args.setting}")
     single, jobs = len(args.shots) * len(args.seed) == 1, []
     for shots, seed in itertools.product(args.shots, args.seed):

@@ -578,8 +578,10 @@ def get_args(argv=None):
     add("--check-grad", action="store_true", help="compare the gradient of a step in pieces with "
         "that in one piece, and stop")
     add_run_flags(parser)
-    parser.set_defaults(seed=None, captions=None, embed_dim=None, proj=None, weights=None)
+    parser.set_defaults(**dict.fromkeys(DEFAULTS))
     args = parser.parse_args(argv)
+    if args.check_grad and args.eval_only:
+        parser.error("--check-grad takes a training step, and --eval-only takes none")
     demo = args.data == "demo" and args.model in (None, "tiny") and not (
         args.preset or args.weights or args.image_tower or args.text_tower)
     args.preset = args.preset or (

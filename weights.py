@@ -32,7 +32,7 @@ import zipfile
 import torch
 
 from clip_model import (
-    BERTS, CLIP, CONFIGS, HEADS, CLIPConfig, bert_fields, canonical_name, make_backbone)
+    BERTS, CLIP, CONFIGS, FAMILIES, HEADS, CLIPConfig, bert_fields, canonical_name, make_backbone)
 from fetch import fetch, hash_files, only_one
 from files import expanded, mistaken, write_atomic, write_whole
 from layouts import (
@@ -61,8 +61,8 @@ WEIGHTS = (  # what a folder is asked for, see `weights_in`: files of other libr
 HUB_SETTINGS = (  # what can stand beside the weights: how to compute, and the tokenizer
     "config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json",
     "modules.json", "1_Pooling/config.json", "tokenizer_config.json", "added_tokens.json",
-    "vocab.txt", "vocab.json", "merges.txt", "tokenizer.json", "sentence_bert_config.json",
-    "config_sentence_transformers.json", "adapter_config.json")
+    "vocab.txt", "vocab.json", "merges.txt", "tokenizer.json", "adapter_config.json",
+    "config_sentence_transformers.json", *(f"sentence_{kind}_config.json" for kind in FAMILIES))
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.bool}

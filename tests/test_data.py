@@ -465,6 +465,10 @@ def test_a_folder_that_holds_something_else(tmp_path):
     class_folder(tmp_path / "office", ("amazon/images/bike", "dslr/images/bike"), all=2)
     class_folder(tmp_path / "more", ("train", "test", "unlabeled"), all=2)
     class_folder(tmp_path / "covid", ("ill/images", "ill/masks", "well/images"), all=2)
+    class_folder(tmp_path / "parts", ("batch_1", "batch_2"), all=2)
+    write(tmp_path / "parts/labels.csv", "image,label\n0.png,a\n")
+    class_folder(tmp_path / "busi", ("ill", "well"), all=2)
+    save_picture(tmp_path / "busi/ill/1_mask_1.png")
     (tmp_path / "hole/nothing").mkdir()
     write(tmp_path / "set.xyz", "")
     write(tmp_path / "bad.zip", "<html>")
@@ -473,7 +477,8 @@ def test_a_folder_that_holds_something_else(tmp_path):
                         "coco": ["train2017"], "kaggle": ["seg_pred"], "nested": ["one"],
                         "twice": ["'Sea_Lion'", "'sea lion'"], "hole": ["nothing"], "set.xyz": [],
                         "pixels": ["masks"], "office": ["amazon"], "more": ["unlabeled"],
-                        "covid": ["ill/masks"],
+                        "covid": ["ill/masks"], "busi": ["ill/1_mask_1"],
+                        "parts": ["batch_1", "labels.csv"],
                         "tiny_imagenet": ["images"], "bad.zip": [], "gone": []}.items():
         refused(partial(open_dataset, tmp_path / name, "train"), name, *words)
     shutil.rmtree(tmp_path / "tiny_imagenet/val")
@@ -546,6 +551,8 @@ def test_tables_of_labels_are_read_with_their_images_wherever_they_lie(tmp_path)
     "path,label,set\na.png,x,train\nb.png,y,test\nc.png,y,best\n",
     'path,label\na.png, "x"\nb.png,y\n', "path,label,partition\na.png,x,0\nb.png,y,2\n",
     "path,label,is_valid\na.png,x,True\nb.png,y,False\n",
+    "path,label,is_test\na.png,x,0\nb.png,y,1\n",
+    "path,label,folder\na.png,x,1\nb.png,y,1\na.png,x,2\n",  # two images of one name
     'path,label\na.png,"[""x"", ""y""]"\nb.png,y\n', '{"path": 3, "label": "x"}\n',
     '{"path": "a", "label": true}\n{"path": "b", "label": false}\n'])
 def test_a_cell_that_is_not_what_its_column_promises(tmp_path, text):

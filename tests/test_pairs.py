@@ -366,11 +366,11 @@ def test_what_is_not_read_inside_a_zip(tmp_path, name):
 def test_cells_with_lists_and_rows_without_a_partner(tmp_path):
     source = write(tmp_path / "lists", {"a.csv": 'image,captions\n1.png,"[ ""one"", ""two""]"\n'
                                                  '2.png,"[sic] one, two"\n3.png,nan\n./4.png,17\n'
-                                                 'x/..//4.png,<NA>\n'})
+                                                 'x/..//4.png,<NA>\n5.png,[]\n'})
     found = open_pairs(source, "train", whole=True)
     assert rows_of(found) == [("1.png", "one"), ("1.png", "two"), ("2.png", "[sic] one, two"),
                               ("4.png", "17")]
-    assert said(found, "2 rows without", "1 hold no words")
+    assert said(found, "3 rows without", "1 hold no words")
     half = write(tmp_path / "half", {"h.jsonl": '{"image": "\\ud83d.png", "caption": "half"}\n'})
     assert sum(map(len, list_pairs(half).rows.values())) == 1
     coco = {"images": [{"id": i, "file_name": f"a\\{i}.png"} for i in range(2)],
@@ -483,6 +483,7 @@ def test_shards_made_by_the_tool_are_the_pairs_they_were_made_of(tmp_path):
         assert all(np.array_equal(found[c][0], source[c][0]) for c in range(50))
     assert found.store.read(found.paths[0]) == picture(0) and len(open_pairs(made, "test")) == 10
     refused(attempt(*command), "--out")
+    refused(attempt("tools.make_shards", tmp_path, "--out", tmp_path / "t.jsonl"), "--out")
 
 
 def test_a_hostile_tar_gives_its_sound_samples_and_writes_nothing(tmp_path):

@@ -81,6 +81,9 @@ def test_several_runs_give_one_table_over_shots(whole_run, tmp_path):
     page = page_of(report(tmp_path / "runs", "--out", tmp_path / "out"))
     assert "<td>1</td><td>2</td><td>52</td><td>2.828</td>" in page  # mean and std of 50 and 54
     assert "the run is not finished" in page and (tmp_path / "out" / "shots.png").exists()
+    copied(whole_run("clipfit"), tmp_path / "runs" / "other", shots=8, identity={"lr": 9})
+    page = page_of(report(tmp_path / "runs", "--out", tmp_path / "other"))
+    assert "differ in more than shots" in page and not (tmp_path / "other" / "shots.png").exists()
 
 
 def test_stages_show_their_matrix_maps_and_the_texts_that_moved(tmp_path):

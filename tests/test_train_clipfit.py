@@ -259,7 +259,9 @@ def test_a_resnet_trains_the_text_biases_and_keeps_its_statistics(tmp_path):
     path = weights.save(model, tmp_path / "rn.safetensors")
     done = attempt("train_clipfit", *FEW, "--weights", path, "--epochs", 2, "--workers", 0,
                    "--export", "openai", "--output-dir", tmp_path / "run").ok()
-    assert "no LayerNorm" in done.out
+    assert "no LayerNorm" in done.out and "warm-up" not in done.out
+    done = attempt("train_clipfit", *FEW, "--epochs", 1, "--dry-run", "--output-dir", tmp_path).ok()
+    assert "all epochs are warm-up" in done.out
     after = weights.load(tmp_path / "run" / "export" / "clip.pt").state_dict()
     for name, tensor in model.state_dict().items():
         trained = "c_proj.bias" in name and "attnpool" not in name

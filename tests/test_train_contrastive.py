@@ -341,6 +341,7 @@ def test_check_grad_holds(pairs, tmp_path, more):
     result = attempt(SCRIPT, *flags(pairs, "--check-grad", *more, "--output-dir", tmp_path / "no"))
     assert "8 pairs in pieces of" in result.ok().out and "pieces of 8" not in result.out
     assert not (tmp_path / "no").exists()
+    refused(attempt(SCRIPT, *flags(pairs, "--check-grad", "--eval-only")), "--eval-only")
 
 
 def test_check_grad_finds_a_wrong_gradient(pairs, monkeypatch):

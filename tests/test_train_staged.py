@@ -501,14 +501,26 @@ def test_the_mean_with_the_start_is_the_best_on_held_out_pairs_so_far(forgetting
         assert (x.double() - wanted).abs().max() < 1e-6, name
 
 
-def test_a_stage_that_only_harms_ends_with_what_it_began_with(world, tmp_path):
+def test_a_stage_that_only_harms_ends_with_what_it_began_with(world, tmp_path, monkeypatch):
     plan = plan_file(tmp_path / "plan.json", {**WARM, "epochs": 9, "early_stop": 2, "warmup": 0})
+    judged, real = [], train_staged.evaluate
+    monkeypatch.setattr(train_staged, "evaluate", lambda *of, **how: (
+        judged.append(1) or real(*of, **how)))
     found = run_main(SCRIPT, *flags(world, tmp_path / "run", "--lr", 0.9, plan=plan))
     held = metrics(tmp_path / "run" / "warm", "warm val")
     best = max(held, key=lambda row: row["mean_recall"])  # the first of them
     stage = found["stages"]["warm"]
     assert stage["best_step"] == best["step"] and stage["start_score"] == held[0]["mean_recall"]
     assert len(held) == 3 + held.index(best) < 10
+    command = flags(world, tmp_path / "again", "--lr", 0.9, plan=plan)
+
+    def stopped():  # in the evaluation that ends the stage
+        number = len(judged) - 1  # the last is that of the test set
+        helpers.at_call(train_staged, "evaluate", number, lambda: signal.raise_signal(
+            signal.SIGTERM))
+        return helpers.script(SCRIPT, *command)
+    assert helpers.in_child(stopped).code == 143
+    assert run_main(SCRIPT, *command)["stages"]["warm"]["best_step"] == stage["best_step"]
     if best["step"] == 0:
         start, kept = (state_of(path) for path in (
             world / "start.safetensors", tmp_path / "run" / "warm" / "checkpoint_best.pt"))

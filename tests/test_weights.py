@@ -438,6 +438,7 @@ def bad_files():
         "another shape": changed(visual__ln_post__bias=torch.zeros(65)),
         "a missing tensor": (without("resblocks.1.ln_2.weight"), "resblocks.1.ln_2.weight"),
         "SigLIP": (saved(hf | {"vision_model.head.probe": torch.zeros(1)}), "SigLIP"),
+        "OpenCLIP's text tower": (saved({"text.transformer.embeddings.x": torch.zeros(1)}), "pooling"),
         "hf without k": (without("0.self_attn.k_proj.bias", hf), "k_proj.bias"),
         "runs, zip": (lambda canary: saved({"w": Payload(canary)}), ""),
         "runs, TorchScript": (lambda canary: script(pickle.dumps({"w": Payload(canary)}, 2)), ""),
@@ -668,6 +669,9 @@ def test_convert_inspects_exports_and_shrinks(tmp_path):
     refused(attempt(convert, "shrink", path, "--like", "ViT-Z", "--out", tmp_path), "--like")
     refused(attempt(convert, "shrink", path, "--like", "ViT-8M/16", "--out", tmp_path / "b.pt"))
     refused(attempt(convert, "onnx", tmp_path / "none.pt", "--out", tmp_path), "none.pt")
+    (tmp_path / "file").write_text("")
+    for command in ("export", "onnx"):
+        refused(attempt(convert, command, path, "--out", tmp_path / "file"), "--out", "file")
     out = tmp_path / "small.safetensors"
     model = make(vision_layers=4, vision_width=128)
     attempt(convert, "shrink", save(model, path), "--like", "tiny-vit", "--out", out).ok()

@@ -250,8 +250,8 @@ SIDES = ("side=open_clip", "side=transformers", "side=ours")
 MODES = ("precision=fp32", "precision=bf16")
 SCRIPTS = ("train_clipfit", "train_contrastive", "train_distill", "train_staged")
 TABLES = {
-    "clipfit": [[f"clipfit batch={n} {side} {mode}" for side in (
-        "side=official", "side=ours", "micro_batch=8") for mode in MODES] for n in (8, 32)],
+    "clipfit": [[f"clipfit batch={n} {mode} {side}" for side in (
+        "side=official", "side=ours", "micro_batch=8")] for n in (8, 32) for mode in MODES],
     "contrastive": [[f"contrastive {mode} {side}" for side in (*SIDES, "micro_batch=8")]
                     for mode in MODES],
     "distill": [["distill side=open_clip", "distill", "distill teacher=stored"]],

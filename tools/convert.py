@@ -19,7 +19,7 @@ import pathlib
 import re
 import sys
 
-from device import guard, Parser, UserError  # before torch
+from device import guard, Parser, refuse_unusable, UserError  # before torch
 import torch
 from torch import nn
 
@@ -28,9 +28,10 @@ from layouts import LAYOUTS, WeightsError, about, describe, image_fields, name_o
 from tokenizer import TokenizerError, for_model
 from weights import RELEASED, config_from_state_dict, export, load, read, save
 
+FILES = (".pt", ".bin", ".safetensors")  # what --out can be; else it is a folder
+
 # -----------------------------------------------------------------------------
 # inspect
-
 
 def inspect(name_or_path):
     """What a weight file is, as a dict of plain values. WeightsError for a bad file."""
@@ -78,7 +79,7 @@ def inputs_for(model, count=3):
 @torch.no_grad()
 def exported(model, out, layout, tokenizer=None):
     """Write `model` in a layout of `weights.save`, read it back -> (path, largest difference)."""
-    if pathlib.Path(out).suffix in (".pt", ".bin", ".safetensors"):
+    if pathlib.Path(out).suffix in FILES:
         path = save(model, out, layout)
     else:
         path = export(model, out, layout, tokenizer)
@@ -182,6 +183,8 @@ def main(args):
         lines = [f"{key:<19} {f'{x:,}' if type(x) is int else x}" for key, x in report.items()]
         print(json.dumps(report, indent=2) if args.json else "\n".join(lines))
         return report
+    out = pathlib.Path(args.out)
+    refuse_unusable(out.parent if args.command != "onnx" and out.suffix in FILES else out, "--out")
     model = load(args.file, activation=args.activation)
     for note in model.origin["notes"]:
         print(f"note: {note}")

@@ -16,7 +16,7 @@ import pathlib
 import sys
 import tarfile
 
-from device import guard, Parser, UserError, whole  # before torch
+from device import guard, Parser, refuse_unusable, UserError, whole  # before torch
 from captions import list_pairs
 from images import UnreadableImage
 from pairs import PairSet
@@ -26,6 +26,7 @@ KEPT = (".jpg", ".jpeg", ".png", ".webp")  # other kinds of file are written as 
 
 def main(args):
     out = pathlib.Path(args.out)
+    refuse_unusable(out, "--out")
     if any(out.glob("*.tar")):
         raise UserError(f"--out {out} holds shards already; name another folder")
     source = list_pairs(args.data, args.data_dir, args.layout)

@@ -233,6 +233,11 @@ def add_shots(page, runs):
     shots = sorted({run["shots"] for run in runs})
     if len(shots) < 2:
         return
+    alike = [{name: value for name, value in run.get("identity", {}).items()
+              if name not in ("shots", "seed", "shots_sha256")} for run in runs]
+    if any(other != alike[0] for other in alike):
+        page.notes.append("no accuracy over shots: the runs differ in more than shots and seed")
+        return
     rows = [[count, sum(run["shots"] == count for run in runs)] for count in shots]
     figure, axis = page.plot.subplots(figsize=(6, 3.6))
     for key, label, colour in (("accuracy", "tuned", BLUE),
