@@ -45,8 +45,9 @@ def encode_images(run, model, images, batch_size=BATCH, workers=-1, pooled=False
     """Encode an ImageSet, or `pairs.image_items()` -> unit features (n, D), labels (n,), in the
     order of the set. pooled: what the head would get instead, (n, F). epoch: of random views. An
     image that cannot be read has label -1 and features of nan."""
+    few = len(images) < 200  # workers take longer to start
     loader = make_loader(images, batch_size * run.world_size, shuffle=False, rank=run.rank,
-                         world_size=run.world_size, **run.loader_options(workers))
+                         world_size=run.world_size, **run.loader_options(0 if few else workers))
     loader.batch_sampler.set_epoch(epoch)
     rows = []
     with evaluating(model):

@@ -281,10 +281,12 @@ class Child:
             env={**os.environ, "PYTHONPATH": str(folder)})
 
     def __call__(self):
-        print(torch.get_num_threads(), file=self.process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(torch.get_num_threads(), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
-            raise device.UserError(f"{self.step!r} cannot be timed: its process said why")
+            raise device.UserError(f"{self.step!r} cannot be timed: its process has ended; it said "
+                                   "why, or memory ran out")
         return float(answer)
 
 

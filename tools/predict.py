@@ -64,8 +64,7 @@ def main(args):
     model = run.move(model).fuse_attention(run.fused_attention)
     classes = text_classifier(run, model, tokenizer, names, templates)
     images = Images(ImageStore("."), paths, range(len(paths)), Preprocess.of(model))
-    features, labels = encode_images(run, model, images,
-                                     workers=0 if len(images) < 200 else args.workers)
+    features, labels = encode_images(run, model, images, workers=args.workers)
     scale = float(model.logit_scale.detach().exp())
     values, places = (scale * features @ classes.T).softmax(dim=1).topk(min(5, len(names)))
     for path, label, shares, best in zip(paths, labels, values.tolist(), places.tolist()):
