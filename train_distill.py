@@ -721,7 +721,7 @@ def main(args):
 DEFAULTS = {"model": "mobilenet_v3_small", "epochs": 30, "batch_size": 256, "lr": 1e-3,
             "crop": 0.4, "zero_shot": []}
 DEMO = {"teacher": [str(pathlib.Path(__file__).resolve().parent / "assets" / "demo_teacher.pt")],
-        "model": "tiny-vit", "image_size": 64, "epochs": 30, "batch_size": 64, "lr": 2e-3,
+        "model": "tiny-vit", "image_size": 64, "epochs": 24, "batch_size": 64, "lr": 2e-3,
         "crop": 0.6, "zero_shot": ["demo"]}
 EXACT = "the batch is exact whatever fits; --micro-batch says how many pairs are encoded at a time"
 REFUSED = {"--accum-freq": EXACT, "--accum-steps": EXACT, "--gradient-accumulation-steps": EXACT,
