@@ -37,8 +37,7 @@ def whole(least=0, most=2 ** 31 - 1):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that exits with code 2 and one line. --flag_name and the spellings in
     `aliases` ({"--theirs": "--ours"}) are understood, those in `refused` ({"--theirs": "what to use
-    instead"}) are not. `--config FILE` takes the flags of a run's config.json, which the command
-    line overrides. No flag may be abbreviated."""
+    instead"}) are not. No flag may be abbreviated."""
 
     def __init__(self, *args, aliases=None, refused=None, **options):
         super().__init__(*args, allow_abbrev=False, **options)
@@ -46,7 +45,6 @@ class Parser(argparse.ArgumentParser):
         self.refused = {"--local-rank": "torchrun sets it", **(refused or {})}
         self.register("type", float, number())  # what a flag reads that asks for no narrower type
         self.register("type", int, whole())
-        self.add_argument("--config", metavar="FILE", help="take the flags of a run's config.json")
 
     def error(self, message):
         self.exit(2, f"error: {one_line(message)} (--help lists the flags)\n")
@@ -54,11 +52,12 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         words = [self.spelled(word) for word in (sys.argv[1:] if args is None else args)]
         parsed, odd = super().parse_known_args(words, namespace)
-        if getattr(parsed, "eval_only", False) and parsed.output_dir and not parsed.config:
+        config = getattr(parsed, "config", None)
+        if getattr(parsed, "eval_only", False) and parsed.output_dir and not config:
             own = expanded(parsed.output_dir) / "config.json"  # a run is scored as it was trained
-            parsed.config = str(own) if own.is_file() else None
-        if parsed.config:
-            told = self.words_of(parsed.config, words)
+            config = str(own) if own.is_file() else None
+        if config:
+            told = self.words_of(config, words)
             parsed, odd = super().parse_known_args(words + told, namespace)
         if odd:
             flag = odd[0].partition("=")[0]
@@ -88,28 +87,29 @@ class Parser(argparse.ArgumentParser):
         known, ran = {action.dest for action in self._actions} | {"script"}, "identity" in values
         if ran:  # what a preset fills in is no flag
             known |= {"identity", *self._defaults}
-        unknown = min((name for name in values.keys() - known  # one that is gone since may be off
-                       if values[name] or not ran), default=None)
+        unknown = min(values.keys() - known, default=None)
         if unknown:
             near = difflib.get_close_matches(unknown, known, n=1)
             self.error(f"--config {path}: {unknown!r} is no flag of this script" +
                        "".join(f"; is it {name}?" for name in near))
-        told, not_taken = [], ("config", "resume", "overwrite", "debug", "dry_run", "export")
+        once = ("config", "resume", "overwrite", "debug", "dry_run", "export")  # of that run alone
+        told = []
         for action in self._actions:
             value, flags = values.get(action.dest), action.option_strings
-            if value is None or not flags or flags[-1] in named or action.dest in not_taken or (
-                    value == [] and action.nargs == "+"):
+            if value is None or not flags or flags[-1] in named or ran and (
+                    action.dest in once or value == [] and action.nargs == "+"):
                 continue
             flag, several = flags[-1], action.nargs in ("+", "*")
             items = value if several and isinstance(value, list) else [value]
             kinds = [bool] if action.nargs == 0 else [str, int, float]
-            if any(type(item) not in kinds for item in items):
+            if any(type(item) not in kinds or len(items) > 1 and str(item)[:1] == "-"
+                   for item in items):  # a list's item with a dash would be taken for a flag
                 self.error(f"--config {path}: {action.dest} is {value!r}; expected " + (
                     "true or false" if kinds == [bool] else "a text or a number"))
             if kinds == [bool]:
                 told += [flag] * value
             else:
-                told += [flag, *map(str, items)] if several else [f"{flag}={value}"]
+                told += [f"{flag}={items[0]}"] if len(items) == 1 else [flag, *map(str, items)]
         return told
 
 
@@ -128,6 +128,8 @@ def add_run_flags(parser, log_every=20, several_seeds=False):
     add_device_flags(add)
     several = {"nargs": "+", "default": [1]} if several_seeds else {"default": 1}
     add("--seed", type=whole(0, 2 ** 32 - 1), **several, help="(default: 1)")
+    add("--config", metavar="FILE", help="take the flags of a run's config.json; those given here "
+        "override them")
     add("--output-dir", default="", help="the run's folder (default: one under runs/)")
     add("--resume", default="auto", metavar="auto|none|PATH",
         help="go on from the folder's last checkpoint, or from the one at PATH")

@@ -18,6 +18,7 @@ import pathlib
 import platform
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -632,7 +633,10 @@ class Run:
                                 "--overwrite starts again, or choose another --output-dir")
             self.check(folder, self._identity)
         ours = ["env.json", "command.txt", "log.txt", "metrics.jsonl", "results.json", "*_last.pt",
-                "*_prev.pt", "*_best.pt", "tensorboard/events.*"]
+                "*_prev.pt", "*_best.pt", "tensorboard/events.*", "shots.json", "confusion_*.json",
+                "per_class_*.csv", "predictions_*.csv", "table.csv", "matrix.md"]
+        if fresh:
+            shutil.rmtree(folder / "export", ignore_errors=True)
         for name in ["*.tmp", *(ours if fresh else [])]:  # .tmp: left by a write that was killed
             for path in folder.glob(name):
                 path.unlink()

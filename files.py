@@ -121,7 +121,7 @@ def write_whole(path, write):
         if str(error).startswith("DataLoader worker"):  # its death interrupts whatever goes on
             raise
         raise SafeStop(f"{path} could not be written ({one_line(error)[:200]}); what was saved "
-                       "before is intact, --resume auto continues") from error
+                       "before is intact") from error
 
 
 def append(path, *lines):

@@ -93,7 +93,8 @@ def read_image(source, name=None):
                     ImageOps.exif_transpose(image, in_place=True)
                 return to_rgb(image)
     except Exception as error:  # Pillow's readers raise ten kinds of exception on damaged files
-        raise UnreadableImage(f"{name or source}: no readable image ({one_line(error)})") from error
+        why = re.sub(r" <_io\S+ object at \S+>", "", one_line(error))
+        raise UnreadableImage(f"{name or source}: no readable image ({why})") from error
 
 
 def sample_seed(seed, epoch, index):

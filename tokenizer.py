@@ -142,8 +142,11 @@ class Tokenizer:
             files["merges.txt"] = "\n".join(["#version: 0.2", *map(" ".join, self.ranks), ""])
         else:
             files["vocab.txt"] = "\n".join([*(token or "" for token in self.tokens), ""])
+        folder = pathlib.Path(folder)
+        for name in ("tokenizer.json", "vocab.txt", "vocab.json", "added_tokens.json"):
+            (folder / name).unlink(missing_ok=True)  # another's would count before, or beside
         for name, text in files.items():
-            (pathlib.Path(folder) / name).write_text(text, "utf-8", newline="\n")
+            (folder / name).write_text(text, "utf-8", newline="\n")
 
 
 def from_characters(text):
@@ -334,7 +337,8 @@ SETTINGS = {  # those that change ids, as they are here; what lies beside may sa
     "use_regex": "True", "ignore_merges": "False", "max_input_chars_per_word": "100",
     "continuing_subword_prefix": "(##)?", "end_of_word_suffix": "", "truncation_side": "right",
     "extra_special_tokens": r"\[\]|{}", "additional_special_tokens": r"\[\]",
-    "cls_token": r"\[CLS\]|<s>|{.*", "sep_token": r"\[SEP\]|</s>|{.*",  # {: of older files
+    "cls_token": r"\[CLS\]|<s>", "sep_token": r"\[SEP\]|</s>", "unk_token": r"\[UNK\]|<unk>",
+    "ends": r"(\[CLS\] \[SEP\]|<s> </s>)?",
     "tokenizer_class": "(Bert|DistilBert|Electra|Roberta|Bart)Tokenizer(Fast)?"}
 CHINESE = SETTINGS | dict.fromkeys(("do_lower_case", "strip_accents"), "True")
 
@@ -356,8 +360,10 @@ def read_vocabulary(vocab, wanted=None, merges=()):
         needed = [*NEEDED[wanted or kind], *(t for a, b in pairs for t in (a, b, a + b))]
         odd = [f"no {token}" for token in needed if token not in ids]
         settings = CHINESE if config.get("model_type") == "chinese_clip" else SETTINGS
-        odd += [f"{name} {config[name]}" for name, known in settings.items()
-                if config.get(name) is not None and not regex.fullmatch(known, str(config[name]))]
+        plain = {name: x.get("content", x) if isinstance(x, dict) else x  # of older files
+                 for name, x in config.items()}
+        odd += [f"{name} {plain[name]}" for name, known in settings.items()
+                if plain.get(name) is not None and not regex.fullmatch(known, str(plain[name]))]
         odd += [f"an added token {token}" for token in config.get("added", [])  # cut out of words
                 if not regex.fullmatch(SPECIAL[wanted or kind], token)]
         numbers = {operator.index(i) for i in ids.values()}
@@ -381,15 +387,23 @@ def read_files(path):
 
     def table(name):
         return json.loads((folder / name).read_text("utf-8")) if (folder / name).is_file() else {}
-    normal = table("tokenizer.json").get("normalizer") or {}
-    config = {"do_lower_case": normal.get("lowercase"),
-              "strip_accents": normal.get("strip_accents"),
-              "tokenize_chinese_chars": normal.get("handle_chinese_chars"),
-              **table("config.json"), **table("tokenizer_config.json")}
+    fast, said = table("tokenizer.json"), table("tokenizer_config.json")
+    normal, last = fast.get("normalizer") or {}, fast.get("post_processor") or {}
+    rules = {"do_lower_case": normal.get("lowercase"),
+             "strip_accents": normal.get("strip_accents"),
+             "tokenize_chinese_chars": normal.get("handle_chinese_chars")}
+    odd = [name for name, x in rules.items() if x is False and said and said.get(name) is None]
+    if odd:  # transformers takes True then
+        raise ValueError(f"tokenizer.json has {odd[0]} off and tokenizer_config.json does not say "
+                         f"it; write it there")
+    ends = [token for part in last.get("processors", [last]) for token in (
+        [piece["SpecialToken"]["id"] for piece in part["single"] if "SpecialToken" in piece]
+        if "single" in part else [part[end][0] for end in ("cls", "sep") if end in part])]
+    config = {**rules, **table("config.json"), **said, "ends": " ".join(ends)}
     if path.is_dir():
         names = "vocab.txt", "vocab.json", "tokenizer.json"
         path = next((path / name for name in names if (path / name).is_file()), path / names[0])
-    added = [*table("tokenizer.json").get("added_tokens", []),
+    added = [*fast.get("added_tokens", []),
              *config.get("added_tokens_decoder", {}).values()]
     config["added"] = [*table("added_tokens.json"), *(token["content"] for token in added)]
     if path.suffix != ".json":
@@ -408,8 +422,8 @@ def read_files(path):
         return "bpe", ids, pairs[:MERGE_COUNT], kept
     if not parts:
         return "bytebpe", ids, pairs, config
-    fast = {**model, **normalizer, **cut, **config}
-    return FAST[tuple(part.get("type") for part in parts)], ids, pairs, fast
+    config = {**model, **normalizer, **cut, **config}
+    return FAST[tuple(part.get("type") for part in parts)], ids, pairs, config
 
 
 def open_tokenizer(path):

@@ -274,7 +274,10 @@ def read(name_or_path, activation=None):
                          "QuickGELU and 64 wide; models trained by LAION need --activation gelu")
         if layout == "hf" and "bert.embeddings.LayerNorm.weight" in state and "text" not in known:
             notes.append("no config.json beside it: heads of 64 were taken")
-        known["activation"] = activation or known.get("activation", "quick_gelu")
+        said = known.get("activation", "quick_gelu")
+        known["activation"] = activation or said
+        if card and said != known["activation"]:
+            notes.append(f"it was trained with {said}; --activation {activation} is taken instead")
         if not card and any("ema" in key for key in wrapped_in(content)[1:]):
             notes.append("it holds averaged weights (EMA) too; the plain ones were taken")
         name = (card.get("origin", {}).get("name") or canonical_name(name_or_path)
@@ -613,6 +616,7 @@ def save(model, path, layout="safetensors", dtype=torch.float32, token_rows=None
                      for name, tensor in state.items()}
     if layout in ("hf", "open_clip") and path.suffix not in (".pt", ".bin", ".safetensors"):
         tables = hugging_face_tables(model) if layout == "hf" else open_clip_tables(model)
+        (path / "processor_config.json").unlink(missing_ok=True)  # of transformers: it would count
         for name, table in tables.items():
             write_atomic(path / name, table)
         path /= "model.safetensors" if layout == "hf" else "open_clip_model.safetensors"

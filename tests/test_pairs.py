@@ -484,6 +484,8 @@ def test_shards_made_by_the_tool_are_the_pairs_they_were_made_of(tmp_path):
     assert found.store.read(found.paths[0]) == picture(0) and len(open_pairs(made, "test")) == 10
     refused(attempt(*command), "--out")
     refused(attempt("tools.make_shards", tmp_path, "--out", tmp_path / "t.jsonl"), "--out")
+    broken = table(tmp_path / "broken", broken=(3,))
+    assert "train: 9 images" in attempt("tools.make_shards", broken, "--out", tmp_path / "x").ok().out
 
 
 def test_a_hostile_tar_gives_its_sound_samples_and_writes_nothing(tmp_path):

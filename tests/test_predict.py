@@ -20,6 +20,13 @@ def test_a_runs_own_classes_are_those_that_its_test_gave(tmp_path):
         assert {path: best[0][0] for path, best in found.items()} == {
             str(data / row["path"]): row["tuned"] for row in rows}
         assert all(sum(x for _, x in best) == pytest.approx(100) for best in found.values())
+    run_main("train_clipfit", "--data", data, "--model", "tiny", "--epochs", 2, "--workers", 0,
+             "--output-dir", run, "--setting", "fewshot", "--classes", "red", "blue", "--overwrite")
+    found = run_main(predict, "--weights", run, data / "test")
+    assert {name for best in found.values() for name, _ in best} == {"red", "blue"}
+    assert not (run / "export").exists()  # of the run before
+    (run / "confusion_test.json").write_text("{")
+    refused(attempt(predict, "--weights", run, data / "test"), "confusion_test.json")
 
 
 def test_what_cannot_be_read_is_counted_and_a_table_written(tmp_path):
@@ -38,7 +45,7 @@ def test_what_cannot_be_read_is_counted_and_a_table_written(tmp_path):
 
 @pytest.mark.parametrize("flags, name", [
     (["absent.png", "--classes", *COLOURS], "absent.png"), (["x.png"], "--classes"),
-    (["x.png", "--classes", "red"], "--classes"), (["x.png", "--classes", "red", "Red"], "--classes"),
+    (["x.png", "--classes", "red", ""], "--classes"), (["x.png", "--classes", "red", "Red"], "--classes"),
     (["x.png", "--classes", *COLOURS, "--data", "demo"], "--data"),
     (["x.png", "--data", "dtdd"], "dtdd"),
     (["x.png", "--classes", *COLOURS, "--template", "no place"], "no place"),

@@ -194,12 +194,20 @@ def test_a_wrong_command_line_is_one_line_before_any_work(name, flags, tmp_path,
 
 @pytest.mark.parametrize("content, said", [
     ('{"lr": 0.001, "bacth_size": 8}', "bacth_size"), ('{"tensorboard": "no"}', "tensorboard"),
-    ('{"export": "pickle", "precision": "fp8"}', "fp8"), ('{"lr": [0.1]}', "lr"),
+    ('{"export": "pickle"}', "pickle"), ('{"dry_run": 1}', "dry_run"), ('{"lr": [0.1]}', "lr"),
+    ('{"classes": ["a", "--overwrite"], "freeze": ["b", "--debug"]}', "--"),
     ('{"seed": ["x"]}', "seed"), ('{"workers": true}', "workers"), ('{"data": {}}', "data"),
     ('{"from": "init", "lr": 0.1}', "from"), ('{"zzz": 1, "identity": {}}', "zzz"), ("[]", "mine.json")])
 def test_a_config_is_checked_like_the_flags_it_stands_for(name, tmp_path, content, said):
     (tmp_path / "mine.json").write_text(content)
     refused(attempt(name, "--config", tmp_path / "mine.json"), said)
+
+
+def test_a_config_of_another_script_is_refused(name, tmp_path):
+    for other in set(SCRIPTS) - {name}:
+        asked = vars(importlib.import_module(other).get_args([]))
+        (tmp_path / "a.json").write_text(json.dumps({**asked, "identity": {}}))
+        refused(attempt(name, "--config", tmp_path / "a.json"), "a.json")
 
 
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "train_clipfit"])

@@ -248,6 +248,7 @@ def test_case_is_what_is_given_or_the_folder_says_or_the_vocabulary_shows(tmp_pa
 def test_a_tokenizer_comes_back_from_facts_files_and_pickle(ours, transformers, tmp_path):
     torch.save({"vocabulary": ours.facts()}, tmp_path / "checkpoint.pt")
     stored = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["vocabulary"]
+    (tmp_path / "added_tokens.json").write_text('{"weave": 4}')  # another's
     ours.save(tmp_path, 40)
     if ours.kind == "chinese":
         (tmp_path / "config.json").write_text('{"model_type": "chinese_clip"}')
@@ -287,6 +288,12 @@ BAD = {
     "another class": {"vocab.txt": BERT, "tokenizer_config.json": {
         "tokenizer_class": "BertJapaneseTokenizer"}},
     "another start": {"vocab.txt": BERT, "tokenizer_config.json": {"cls_token": "[MASK]"}},
+    "another end": {"tokenizer.json": FAST | {"post_processor": {
+        "type": "RobertaProcessing", "sep": ["<s>", 0], "cls": ["<s>", 0]}}},
+    "an old table": {"vocab.txt": BERT, "tokenizer_config.json": {"cls_token": {"content": "[SEP]"}}},
+    "another unknown": {"vocab.txt": BERT, "tokenizer_config.json": {"unk_token": "[MASK]"}},
+    "two rules": {"vocab.txt": BERT, "tokenizer_config.json": {"model_max_length": 9},
+                  "tokenizer.json": {"normalizer": {"lowercase": False}}},
     "cut on the left": {"vocab.txt": BERT, "tokenizer_config.json": {"truncation_side": "left"}},
     "Chinese accents": {"vocab.txt": BERT, "config.json": {"model_type": "chinese_clip"},
                         "tokenizer_config.json": {"strip_accents": False}},

@@ -173,6 +173,8 @@ def test_weights_are_found_inside_training_checkpoints_of_others(tmp_path, prefi
     assert "EMA" in load(tmp_path / "a.pt").origin["notes"][1]
     assert "--activation" in back.origin["notes"][0]
     assert load(tmp_path / "a.pt", activation="gelu").config.activation == "gelu"
+    own = load(save(make(), tmp_path / "own.safetensors"), activation="gelu")
+    assert "trained with quick_gelu" in own.origin["notes"][0]
 
 
 def test_the_bundled_model_stores_only_the_words_in_use(tmp_path):
@@ -665,6 +667,10 @@ def test_convert_inspects_exports_and_shrinks(tmp_path):
     assert report["config"] == json.loads(json.dumps(dataclasses.asdict(make().config)))
     attempt(convert, "export", path, "--layout", "hf", "--out", tmp_path / "out").ok()
     assert same(load(tmp_path / "out" / "hf"), make())
+    other = tmp_path / "out" / "hf" / "processor_config.json"
+    other.write_text("{}")  # another model's, which would count
+    attempt(convert, "export", path, "--layout", "hf", "--out", tmp_path / "out").ok()
+    assert not other.exists()
     refused(attempt(convert, "export", path, "--layout", "chinese_clip", "--out", tmp_path), "clip")
     refused(attempt(convert, "shrink", path, "--like", "ViT-Z", "--out", tmp_path), "--like")
     refused(attempt(convert, "shrink", path, "--like", "ViT-8M/16", "--out", tmp_path / "b.pt"))

@@ -18,6 +18,7 @@ import tarfile
 
 from device import guard, Parser, refuse_unusable, UserError, whole  # before torch
 from captions import list_pairs
+from files import write_whole
 from images import UnreadableImage
 from pairs import PairSet
 
@@ -37,28 +38,31 @@ def main(args):
         pairs.check_files()
         images = [i for i, captions in enumerate(pairs.captions_of) if captions]
         parts = [images[i:i + args.per_shard] for i in range(0, len(images), args.per_shard)]
-        for number, part in enumerate(parts):
-            write_shard(pairs, part, out / f"{split}-{number:06d}.tar")
-        print(f"{split}: {len(images):,} images in {out}/{split}-{{000000..{len(parts) - 1:06d}}}"
-              f".tar")
+        count = sum(write_shard(pairs, part, out / f"{split}-{number:06d}.tar")
+                    for number, part in enumerate(parts))
+        print(f"{split}: {count:,} images in {out}/{split}-{{000000..{len(parts) - 1:06d}}}.tar")
     print(f"train with --data {out}")
 
 
-def write_shard(pairs, images, file):
-    """The images at these positions, with their captions, into one tar."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(file.with_suffix(".part"), "w") as tar:
-        for i in images:
-            try:
-                sample = files_of(pairs, i)
-            except UnreadableImage as error:
-                print(f"note: left out: {error}", file=sys.stderr)
-                continue
-            for suffix, content in sample.items():
-                info = tarfile.TarInfo(f"{i:08d}{suffix}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    os.replace(file.with_suffix(".part"), file)
+def write_shard(pairs, images, path):
+    """The images at these positions, with their captions, into one tar -> how many can be read."""
+    kept = []
+
+    def write(file):
+        with tarfile.open(fileobj=file, mode="w") as tar:
+            for i in images:
+                try:
+                    sample = files_of(pairs, i)
+                except UnreadableImage as error:
+                    print(f"note: left out: {error}", file=sys.stderr)
+                    continue
+                kept.append(i)
+                for suffix, content in sample.items():
+                    info = tarfile.TarInfo(f"{i:08d}{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    write_whole(path, write)
+    return len(kept)
 
 
 def files_of(pairs, i):

@@ -9,7 +9,6 @@ ones too.
 """
 import csv
 import io
-import json
 import sys
 
 from device import (add_device_flags, expanded, guard, Parser, start, UserError,  # before torch
@@ -20,7 +19,7 @@ from data import (ANY_TEMPLATE, cleaned, is_image, list_dataset, Preprocess, req
 from images import Images, ImageStore
 from scores import encode_images, text_classifier
 from tokenizer import for_model
-from weights import load
+from weights import load, read_json
 
 
 def choose_classes(args):
@@ -32,11 +31,11 @@ def choose_classes(args):
         names, templates = source.classnames, [TEMPLATES.get(source.name, ANY_TEMPLATE)]
     elif not names and path.exists():
         places = [path, *path.parents][:3]  # as a file of a run, or in its export/
-        tables = [json.loads(file.read_text("utf-8")) for place in places
+        tables = [read_json(file) for place in places
                   for file in sorted(place.glob("confusion_*.json"))]
-        names = [name for table in tables for name in table["classes"]]
+        names = [name for table in tables for name in table.get("classes", ())]
         templates = tables[0].get("templates", templates) if tables else templates
-    names = [*{cleaned(name): name for name in names or ()}.values()]
+    names = [*{cleaned(name): name for name in names or () if name.strip()}.values()]
     if len(names) < 2:
         raise UserError(f"{len(names)} classes: give two or more as --classes, a data set of them "
                         f"as --data, or as --weights the folder of one run of train_clipfit.py, "

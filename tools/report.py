@@ -27,6 +27,7 @@ import torch
 
 from files import refuse_unusable
 from scores import retrieval_ranks
+from weights import read_json
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")
@@ -73,7 +74,7 @@ class Run:
 
     def __init__(self, folder):
         self.folder, self.name, self.notes = folder, folder.resolve().name, []
-        self.results, self.config = self.read("results.json"), self.read("config.json")
+        self.results, self.config = (read_json(folder / f"{x}.json") for x in ("results", "config"))
         self.records, log = [], folder / "metrics.jsonl"
         for line in log.read_text("utf-8", "replace").splitlines() if log.is_file() else ():
             try:
@@ -83,14 +84,6 @@ class Run:
                 self.notes.append("metrics.jsonl has a broken line, which is left out")
         if not self.results:
             self.notes.append("the run is not finished (no results.json)")
-
-    def read(self, name):
-        """The content of a JSON file, {} where there is none. UserError for a broken one."""
-        path = self.folder / name
-        try:
-            return json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error})") from None
 
     def curves(self):
         """{(scalar, split): (steps, values)}. A value that is not finite leaves a gap."""
@@ -260,7 +253,7 @@ def add_shots(page, runs):
 
 def add_classes(page, run, name):
     """Of one test set: accuracy per class by what it gained, confusion matrix and worst pairs."""
-    confusion = run.read(f"confusion_{name}.json")
+    confusion = read_json(run.folder / f"confusion_{name}.json")
     if not confusion:
         return
     classes, (before, counts) = confusion["classes"], (
@@ -316,7 +309,7 @@ def add_matrix(page, run):
     page.add("Learned and forgotten", page.figure("matrix", figure, "R@1 of weights on sets"),
              "<p class='soft'>R@1, mean of both directions (%), with its 95 % interval. Bold: the "
              "set that the row's stage was trained on.</p>")
-    for stage in run.read("plan.json").get("stages", []):
+    for stage in read_json(run.folder / "plan.json").get("stages", []):
         add_curves(page, [Run(run.folder / stage["name"])], f"Stage {stage['name']}",
                    f"curves_{stage['name']}")
 

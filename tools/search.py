@@ -39,7 +39,7 @@ from pairs import open_pairs
 from scores import encode_images, encode_texts, image_features, top_k
 from tokenizer import for_model
 from tools.report import table, write_html
-from weights import digest, load
+from weights import digest, load, read_json
 
 TILE, LABEL = 112, 130  # pixels of a picture's side on a sheet, and of the space for a row's name
 FRAMES = {None: "white", True: "#1a9850", False: "#d73027"}  # by whether an answer is right
@@ -74,7 +74,7 @@ def rows_of_run(folder, args):
     plan = plans.read_plan(theirs)
     args.tokenizer, args.max_text = args.tokenizer or theirs.tokenizer, theirs.max_text
     rows = []
-    for row in json.loads((folder / "results.json").read_text("utf-8"))["rows"]:
+    for row in read_json(folder / "results.json")["rows"]:
         path = pathlib.Path(row["weights"])
         inside = folder / path.parent.name / path.name  # wherever the run was moved to
         rows.append((row["row"], inside if inside.is_file() else row["weights"]))
@@ -273,7 +273,7 @@ def write_page(out, found):
 def main(args):
     """Search, write what was found -> it."""
     queries, first = read_queries(args.query) if args.query else [], expanded(args.weights[0])
-    staged = (first / "plan.json").is_file() and (first / "results.json").is_file()
+    staged = (first / "plan.json").is_file() and "rows" in read_json(first / "results.json")
     if not (queries or args.embeddings or args.clip_retrieval):
         raise UserError("nothing to do: expected --query, --embeddings or --clip-retrieval")
     if args.font and not expanded(args.font).is_file():
