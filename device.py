@@ -627,15 +627,17 @@ class Run:
     def _claim(self, folder, args, fresh):
         """Check, clear and make the folder."""
         refuse_unusable(folder)
-        if stored_identity(folder) is not None and not fresh:
+        held = stored_identity(folder) is not None
+        if held and not fresh:
             if args.resume != "auto":
                 raise UserError(f"{folder} already holds a run: --resume auto continues it, "
                                 "--overwrite starts again, or choose another --output-dir")
             self.check(folder, self._identity)
         ours = ["env.json", "command.txt", "log.txt", "metrics.jsonl", "results.json", "*_last.pt",
-                "*_prev.pt", "*_best.pt", "tensorboard/events.*", "shots.json", "confusion_*.json",
-                "per_class_*.csv", "predictions_*.csv", "table.csv", "matrix.md"]
-        if fresh:
+                "*_prev.pt", "*_best.pt", "tensorboard/events.*"]
+        if fresh and held:  # what the run before found would be taken for this one's
+            ours += ["confusion_*.json", "per_class_*.csv", "predictions_*.csv", "table.csv",
+                     "shots.json", "matrix.md"]
             shutil.rmtree(folder / "export", ignore_errors=True)
         for name in ["*.tmp", *(ours if fresh else [])]:  # .tmp: left by a write that was killed
             for path in folder.glob(name):

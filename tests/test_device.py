@@ -297,6 +297,10 @@ def test_overwrite_starts_again_and_keeps_what_is_not_the_runs(tmp_path):
     (tmp_path / "mine.npy").write_text("kept")
     toy(tmp_path, "--epochs", 2, "--overwrite")
     assert len(metrics(tmp_path, "train")) == 8 and (tmp_path / "mine.npy").exists()
+    for name in ("export", "table.csv"):  # of a folder that held no run
+        (tmp_path / "new" / name).mkdir(parents=True)
+    toy(tmp_path / "new", "--overwrite")
+    assert {"export", "table.csv"} <= {path.name for path in (tmp_path / "new").iterdir()}
 
 
 def test_tensorboard_gets_what_is_logged_and_a_resumed_run_appends(whole, tmp_path):
