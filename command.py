@@ -105,7 +105,7 @@ class Parser(argparse.ArgumentParser):
             if any(type(item) not in kinds or len(items) > 1 and str(item)[:1] == "-"
                    for item in items):  # a list's item with a dash would be taken for a flag
                 self.error(f"--config {path}: {action.dest} is {value!r}; expected " + (
-                    "true or false" if kinds == [bool] else "a text or a number"))
+                    "true or false" if kinds == [bool] else "text or a number, without a dash"))
             if kinds == [bool]:
                 told += [flag] * value
             else:

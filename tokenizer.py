@@ -378,6 +378,27 @@ def read_vocabulary(vocab, wanted=None, merges=()):
     return kind, ids, pairs, config
 
 
+def rules_of(fast, said):
+    """What a tokenizer.json says beside its vocabulary, by the names of tokenizer_config.json,
+    whose table is `said`. ValueError where transformers would take another rule than it says."""
+    normal, last = fast.get("normalizer") or {}, fast.get("post_processor") or {}
+    rules = {"do_lower_case": normal.get("lowercase"),
+             "strip_accents": normal.get("strip_accents"),
+             "tokenize_chinese_chars": normal.get("handle_chinese_chars")}
+    odd = [name for name, x in rules.items() if x is False and said and said.get(name) is None]
+    if odd:  # transformers takes True then
+        raise ValueError(f"tokenizer.json has {odd[0]} off and tokenizer_config.json does not say "
+                         f"it; write it there")
+    ends = []  # the start and end that are put around a text
+    for part in last.get("processors", [last]):
+        if "single" in part:  # a template of one text
+            tokens = [piece.get("SpecialToken") for piece in part["single"]]
+            ends += [token["id"] for token in tokens if token]
+        else:
+            ends += [part[end][0] for end in ("cls", "sep") if end in part]
+    return rules | {"ends": " ".join(ends)}
+
+
 def read_files(path):
     """`read_vocabulary` without checks. Raises anything."""
     folder = path if path.is_dir() else path.parent
@@ -388,18 +409,7 @@ def read_files(path):
     def table(name):
         return json.loads((folder / name).read_text("utf-8")) if (folder / name).is_file() else {}
     fast, said = table("tokenizer.json"), table("tokenizer_config.json")
-    normal, last = fast.get("normalizer") or {}, fast.get("post_processor") or {}
-    rules = {"do_lower_case": normal.get("lowercase"),
-             "strip_accents": normal.get("strip_accents"),
-             "tokenize_chinese_chars": normal.get("handle_chinese_chars")}
-    odd = [name for name, x in rules.items() if x is False and said and said.get(name) is None]
-    if odd:  # transformers takes True then
-        raise ValueError(f"tokenizer.json has {odd[0]} off and tokenizer_config.json does not say "
-                         f"it; write it there")
-    ends = [token for part in last.get("processors", [last]) for token in (
-        [piece["SpecialToken"]["id"] for piece in part["single"] if "SpecialToken" in piece]
-        if "single" in part else [part[end][0] for end in ("cls", "sep") if end in part])]
-    config = {**rules, **table("config.json"), **said, "ends": " ".join(ends)}
+    config = {**rules_of(fast, said), **table("config.json"), **said}
     if path.is_dir():
         names = "vocab.txt", "vocab.json", "tokenizer.json"
         path = next((path / name for name in names if (path / name).is_file()), path / names[0])
