@@ -22,9 +22,10 @@ import tarfile
 import numpy as np
 
 import data
-from data import expanded, read_table, read_text, table_rows
-from images import (DataError, folder_splits, ImageStore, is_image, leaves_folder, locate, one_line,
-                    Source, SpanStore, split_of, split_word, SPLITS)
+from data import read_table, read_text, table_rows
+from files import expanded, one_line
+from images import (DataError, folder_splits, ImageStore, is_image, leaves_folder, locate, Source,
+                    SpanStore, split_of, split_word, SPLITS)
 
 
 # -----------------------------------------------------------------------------
@@ -469,8 +470,7 @@ def list_pairs(name_or_path, data_dir="data", layout="auto", caption_file=None, 
     """As pairs.open_pairs takes it, but `whole` is the split that takes all -> Source, in three
     splits."""
     text, path = os.fspath(name_or_path), expanded(data_dir)
-    known = ("auto", "simple-clip", *LAYOUTS)
-    if layout not in known:
+    if layout not in (known := ("auto", "simple-clip", *LAYOUTS)):
         raise DataError(f"layout {layout!r}: expected one of {', '.join(known)}")
     if "::" in text or SHARDS.search(text):
         kind, (home, names) = "webdataset", find_shards(text)

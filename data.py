@@ -28,10 +28,11 @@ import sys
 import unicodedata
 
 from fetch import fetch, only_one
+from files import expanded, one_line
 from images import (Batches, CLIP_MEAN, CLIP_STD, DataError, EXTRAS, folder_splits,  # noqa: F401
                     IMAGE_SUFFIXES, Images, ImageStore, import_torchvision, is_image, leaves_folder,
-                    Loader, locate, LostWorker, NO_PHOTO, normalise, one_line, Preprocess,
-                    read_image, sample_seed, Source, split_of, split_word, SPLITS, UnreadableImage)
+                    Loader, locate, LostWorker, NO_PHOTO, normalise, Preprocess, read_image,
+                    sample_seed, Source, split_of, split_word, SPLITS, UnreadableImage)
 
 ASSETS = pathlib.Path(__file__).resolve().parent / "assets"
 
@@ -734,10 +735,6 @@ def fetch_part(what, known, new):
 
 # -----------------------------------------------------------------------------
 # Opening any of them
-
-def expanded(path):
-    return pathlib.Path(os.path.expandvars(os.path.expanduser(os.fspath(path))))
-
 
 def find_path(text, data_dir, known=KNOWN):
     """A path as typed, or one under `data_dir`, or "demo" -> Path. Raises DataError."""

@@ -734,7 +734,7 @@ class Run:
             except UserError as error:
                 if not there:
                     raise UserError(f"{error}; --overwrite starts the run again") from error
-                self.say(f"{error}; continuing from {there[0].name} instead")
+                self.say(f"{error}; {there[0].name} is taken instead")
 
     def _inside(self, path):
         return path if isinstance(path, pathlib.Path) else self.out and self.out / path

@@ -30,6 +30,8 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, default_collate, Sampler
 
+from files import one_line
+
 
 class DataError(ValueError):
     """Something the user can fix, said in one line; scripts leave with `exit_code`."""
@@ -43,10 +45,6 @@ class UnreadableImage(DataError):
 class LostWorker(DataError):
     """A process that reads images died or hangs."""
     exit_code = 3
-
-
-def one_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # -----------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from unittest import mock
 import torch
 from torch import nn
 
-from clip_model import (
-    ACTIVATIONS, CLIP, CONFIGS, FAMILIES, HEAD_OF_WIDTH, BertConfig, CLIPConfig, Pixels,
-    bert_fields)
+from clip_model import (ACTIVATIONS, CLIP, CONFIGS, FAMILIES, HEAD_OF_WIDTH, BertConfig, CLIPConfig,
+                        Pixels, bert_fields)
+from files import one_line
 
 LAYOUTS = {  # and the usual name of the file or folder
     "safetensors": "clip.safetensors", "openai": "clip.pt", "open_clip": "open_clip", "hf": "hf",
@@ -38,12 +38,12 @@ def about(what):
         raise WeightsError(f"{what}: there is no {error}") from None
     except (ValueError, TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError,
             ImportError, OSError) as error:
-        raise WeightsError(f"{what}: {one_line(error)}") from None
+        raise WeightsError(f"{what}: {reason(error)}") from None
 
 
-def one_line(error):
+def reason(error):
     """The telling line of an exception; of torch's, what a pickle asked for."""
-    text = re.sub(r"\s+", " ", str(error)) or type(error).__name__
+    text = one_line(error)
     wish = re.search(r"Unsupported (global|class|operand)[^.]*\.\S*|GLOBAL \S+", text)
     return text if isinstance(error, WeightsError) else (wish[0] if wish else text)[:300]
 

@@ -20,8 +20,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from captions import LAYOUTS, list_pairs
-from images import (Batches, DataError, ignore_stop, Images, Loader, locate, one_line,
-                    sample_seed, SpanStore, SPLITS, UnreadableImage)
+from images import (Batches, DataError, ignore_stop, Images, Loader, locate, sample_seed, SpanStore,
+                    SPLITS, UnreadableImage)
 
 
 class Retrieval(NamedTuple):
@@ -200,7 +200,7 @@ def fill_pixels(pairs, file, limit, workers):
     except OSError as error:
         if file.is_file():
             file.unlink()
-        reason = one_line(error)
+        reason = str(error)
     return reason, [i for i, span in enumerate(spans) if not span]
 
 

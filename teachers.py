@@ -14,14 +14,14 @@ its number, the image), so that nothing of it need be kept. The folder of a stor
 import dataclasses
 import hashlib
 import json
-import pathlib
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 import weights
-from images import DataError, one_line, Preprocess, sample_seed
+from files import expanded, one_line
+from images import DataError, Preprocess, sample_seed
 from tokenizer import for_model
 
 
@@ -116,7 +116,7 @@ class Stored:
     asked for; teachers; facts, what teacher.json holds. DataError where that is not there."""
 
     def __init__(self, folder):
-        self.folder = folder = pathlib.Path(folder).expanduser()
+        self.folder = folder = expanded(folder)
         try:
             self.facts = json.loads((folder / "teacher.json").read_text("utf-8"))
             self.images, self.texts = (torch.from_numpy(np.load(folder / f"{name}.npy", "c"))
@@ -124,9 +124,8 @@ class Stored:
             self.teachers = [Teacher(**{**facts, "look": tuple(facts["look"])})
                              for facts in self.facts["teachers"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{folder} holds no stored teacher, or a damaged one "
-                            f"({one_line(error)}); write it with python -m tools.reinforce"
-                            ) from None
+            raise DataError(f"{folder} holds no stored teacher, or a damaged one ({one_line(error)}"
+                            f"); write it with python -m tools.reinforce") from None
         self.dims = [teacher.dim for teacher in self.teachers]
         for teacher, texts in zip(self.teachers, self.texts.split(self.dims, dim=1)):
             teacher.texts = texts

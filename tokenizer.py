@@ -135,14 +135,13 @@ class Tokenizer:
         return {"kind": self.kind, "vocab": self.tokens, **merges, **self.rules}
 
     def save(self, folder, longest):
-        """Write the files that transformers reads; `theirs`: the class and settings it takes."""
+        """Write what transformers reads into a Path; `theirs`: the class and settings it takes."""
         files = {"tokenizer_config.json": json.dumps(self.theirs | {"model_max_length": longest})}
         if self.ranks:
             files["vocab.json"] = json.dumps(self.ids, ensure_ascii=False)
             files["merges.txt"] = "\n".join(["#version: 0.2", *map(" ".join, self.ranks), ""])
         else:
             files["vocab.txt"] = "\n".join([*(token or "" for token in self.tokens), ""])
-        folder = pathlib.Path(folder)
         for name in ("tokenizer.json", "vocab.txt", "vocab.json", "added_tokens.json"):
             (folder / name).unlink(missing_ok=True)  # another's would count before, or beside
         for name, text in files.items():
@@ -392,8 +391,7 @@ def rules_of(fast, said):
     ends = []  # the start and end that are put around a text
     for part in last.get("processors", [last]):
         if "single" in part:  # a template of one text
-            tokens = [piece.get("SpecialToken") for piece in part["single"]]
-            ends += [token["id"] for token in tokens if token]
+            ends += [x["SpecialToken"]["id"] for x in part["single"] if "SpecialToken" in x]
         else:
             ends += [part[end][0] for end in ("cls", "sep") if end in part]
     return rules | {"ends": " ".join(ends)}
@@ -413,18 +411,20 @@ def read_files(path):
     if path.is_dir():
         names = "vocab.txt", "vocab.json", "tokenizer.json"
         path = next((path / name for name in names if (path / name).is_file()), path / names[0])
-    added = [*fast.get("added_tokens", []),
-             *config.get("added_tokens_decoder", {}).values()]
-    config["added"] = [*table("added_tokens.json"), *(token["content"] for token in added)]
-    if path.suffix != ".json":
-        return "wordpiece", {line: i for i, line in enumerate(lines(path))}, [], config
-    content = json.loads(path.read_text("utf-8"))
+    listed = [*fast.get("added_tokens", []), *config.get("added_tokens_decoder", {}).values()]
+    config["added"] = [*table("added_tokens.json"), *(token["content"] for token in listed)]
+    ids = table(path.name) if path.suffix == ".json" else {x: i for i, x in enumerate(lines(path))}
+    named = {token["content"]: token["id"] for token in fast.get("added_tokens", [])}
     if path.name == "tokenizer.json":
-        parts = [content.get(key) or {} for key in ("model", "normalizer", "pre_tokenizer")]
-        model, normalizer, cut = parts
+        model, normalizer, cut = parts = [
+            ids.get(key) or {} for key in ("model", "normalizer", "pre_tokenizer")]
         ids, pairs = model["vocab"], model.get("merges", [])
+    elif fast and fast["model"]["vocab"] | named != ids | named:
+        raise ValueError(f"{path.name} and tokenizer.json have other ids; remove the wrong one")
+    elif path.suffix != ".json":
+        return "wordpiece", ids, [], config
     else:
-        parts, ids, pairs = [], content, [pair for pair in lines(folder / "merges.txt") if pair]
+        parts, pairs = [], [pair for pair in lines(folder / "merges.txt") if pair]
         if pairs and "#version" in pairs[0]:  # that line can say more
             pairs = pairs[1:]
     if "<|startoftext|>" in ids:

@@ -38,7 +38,7 @@ from files import expanded, mistaken, write_atomic, write_whole
 from layouts import (
     CARD, CHINESE_CLIP, LAYOUTS, WeightsError, about, build, card, check_layout, describe,
     hugging_face_tables, image_fields, is_chinese_clip, known_from_card, known_from_hugging_face,
-    known_from_open_clip, known_from_timm, name_of, one_line, open_clip_tables, openai_names,
+    known_from_open_clip, known_from_timm, name_of, open_clip_tables, openai_names, reason,
     skeleton, state_in, text_fields, to_hugging_face, wrapped_in)
 
 OPENAI_URL = "https://openaipublic.azureedge.net/clip/models"
@@ -150,7 +150,7 @@ def read_pytorch(path):
         advice = "" if not isinstance(error, pickle.UnpicklingError) else (
             ", or save the state_dict of torch.load(FILE, weights_only=False) if you trust it")
         raise WeightsError(f"not a whole PyTorch file of tensors and plain values; fetch it again"
-                           f"{advice}. Nothing in it was run ({one_line(error)})") from None
+                           f"{advice}. Nothing in it was run ({reason(error)})") from None
 
 
 def read_safetensors(path):
@@ -430,7 +430,7 @@ def classifier(text, size):
             with skeleton():
                 trunk, removed, width, side, pixels = make_backbone(backbone, size, preset)
         except (ImportError, ValueError, RuntimeError) as error:
-            problems.append(one_line(error))
+            problems.append(reason(error))
             continue
         kept = {key: t for key, t in state.items() if not key.startswith(f"{removed}.")}
         found, own = ({(key, t.shape) for key, t in table.items() if not key.endswith("_tracked")}

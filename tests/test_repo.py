@@ -9,10 +9,9 @@ import pytest
 import seeded_faults
 from helpers import ROOT, SCRIPTS
 
-MAY_IMPORT = {  # leaf -> the leaves that it builds on
-    "files": (), "command": ("files",), "device": ("files", "command"), "clip_model": (),
-    "layouts": ("clip_model",), "weights": ("clip_model", "layouts", "files", "fetch"),
-    "fetch": (), "tokenizer": (),
+MAY_IMPORT = {  # leaf -> the leaves that it builds on, beside files.py
+    "files": (), "command": (), "device": ("command",), "clip_model": (), "fetch": (),
+    "layouts": ("clip_model",), "weights": ("clip_model", "layouts", "fetch"), "tokenizer": (),
     "images": (), "data": ("images", "fetch"), "captions": ("images", "data"),
     "pairs": ("images", "data", "captions"), "scores": ("images", "data", "clip_model"),
     "large_batch": (), "plans": ("device", "data"),
@@ -43,7 +42,7 @@ def imported(path, top_only=False):
 def test_leaves_know_no_script_and_imports_make_no_circle():
     for leaf, allowed in MAY_IMPORT.items():
         project = set(imported(ROOT / f"{leaf}.py")) & {*MAY_IMPORT, *SCRIPTS, "tools"}
-        assert project <= set(allowed), leaf
+        assert project <= {"files", *allowed}, leaf
     for script in SCRIPTS:
         found = imported(ROOT / f"{script}.py")
         assert not set(found) & {*SCRIPTS, "tools"}, script
@@ -81,7 +80,7 @@ def test_the_table_of_faults_fits_the_product():
 def test_the_whole_is_within_its_budget():
     def count(paths):
         return sum(len(path.read_text("utf-8").splitlines()) for path in paths)
-    assert count(FILES) <= 11_920  # the aim is 8,400, and 8,000 of tests: may shrink, not grow
+    assert count(FILES) <= 11_914  # the aim is 8,400, and 8,000 of tests: may shrink, not grow
     assert count((ROOT / "tests").glob("*.py")) <= 9_427
 
 

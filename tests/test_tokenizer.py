@@ -294,6 +294,7 @@ BAD = {
     "another unknown": {"vocab.txt": BERT, "tokenizer_config.json": {"unk_token": "[MASK]"}},
     "two rules": {"vocab.txt": BERT, "tokenizer_config.json": {"model_max_length": 9},
                   "tokenizer.json": {"normalizer": {"lowercase": False}}},
+    "two tables": {"vocab.txt": BERT, "tokenizer.json": {"model": {"vocab": {"[PAD]": 9}}}},
     "cut on the left": {"vocab.txt": BERT, "tokenizer_config.json": {"truncation_side": "left"}},
     "Chinese accents": {"vocab.txt": BERT, "config.json": {"model_type": "chinese_clip"},
                         "tokenizer_config.json": {"strip_accents": False}},
