@@ -76,7 +76,6 @@ from teachers import look_of, open_teachers, open_text_teacher, ShownPairs, Stor
 from tokenizer import for_model
 
 OF_TEACHERS = ("crd", "fd", "icl", "hint", "attention")  # the terms that ask them about images
-TERMS = ("task", *OF_TEACHERS, "ema")
 TEXT_TEACHER = 0.2  # its share of the task's targets
 
 
@@ -214,12 +213,13 @@ def add_gradient(run, learner, batch, mix, weight, seed):
         return Features(scale, image, text, run.gather(image, counts), run.gather(text, counts))
 
     # ---- encode -------------------------------------------------------------------
-    pieces = [slice(i, min(n, i + learner.micro)) for i in range(0, n, learner.micro)]
+    pieces, asked = ([slice(i, min(n, i + size)) for i in range(0, n, size)]
+                     for size in (learner.micro, learner.asked))
     p = []  # empty where no term needs the teachers' image features
     if batch.p is not None:
         p = [mix.blend(rows) for rows in batch.p]
     elif any(weight[name] for name in OF_TEACHERS):
-        p = [ask(teacher.model, encode_image, pieces) for teacher in teachers]
+        p = [ask(teacher.model, encode_image, asked) for teacher in teachers]
     image = TwoPass(run, functools.partial(encode_image, student), pieces, 2 * seed, student.visual)
     text, v = None, batch.q[0]  # (n, D): a frozen text tower is that of the first teacher
     if batch.tokens is not None:
@@ -237,7 +237,7 @@ def add_gradient(run, learner, batch, mix, weight, seed):
         text_teacher = features(10.0, mix.blend(batch.similar), batch.similar)
     if weight["ema"]:
         model = learner.average.model
-        average = features(model.logit_scale.exp(), ask(model, encode_image, pieces),
+        average = features(model.logit_scale.exp(), ask(model, encode_image, asked),
                            ask(model, encode_text, some)[places] if text else v)
     terms = objective(ours, labels, theirs, learner.heads, weight, text_teacher, average)
     inside = learner.maps.losses(learner.heads.hint, sum(counts)) if learner.maps else {}
@@ -400,6 +400,7 @@ class Learner:
         self.tested = self.average.model if args.ema else self.student
         self.maps = (Maps(self.student, self.teachers[0].model) if args.hint + args.attention
                      else None)
+        self.asked = self.micro if self.maps else min(64, self.micro)  # for a teacher at once
         self.heads = run.move(Heads(self.student.config.embed_dim, [t.dim for t in self.teachers],
                                     self.maps and self.maps.channels))
         self.parameters = [p for module in (self.student, self.heads)
@@ -488,9 +489,8 @@ def train(run, setup, checkpoint, args):
     run.say(f"{setup.name}: {sum(p.numel() for p in learner.parameters):,} weights train, "
             f"{len(loader)} steps an epoch of {args.batch_size} pairs; teachers: "
             + ", ".join(f"{some.name} (scale {some.scale:.4g})" for some in setup.teachers))
-    texts = None  # of val, by a frozen text tower
-    if val and not args.train_text:
-        texts = encode_texts(run, student, setup.tokenizer, val.retrieval().texts)
+    texts = None if args.train_text or not val else encode_texts(  # by a frozen text tower
+        run, student, setup.tokenizer, val.retrieval().texts)
     at = learner.load(checkpoint)
     at.steps = setup.steps
     best = checkpoint["best"] if checkpoint else -1.0
@@ -786,7 +786,7 @@ def get_args(argv=None):
              "--hint and --attention need a teacher that runs"),
             (args.reinforced and (args.crop is not None or args.randaugment),
              "--reinforced brings its views; leave --crop and --randaugment out"),
-            (not any(term_weights(args, 0)[name] for name in TERMS),
+            (not any(x for name, x in term_weights(args, 0).items() if name != "text_teacher"),
              "--task, --crd, --fd and all other weights are 0 (--ema-teacher's at first)")):
         if wrong:
             parser.error(line)

@@ -433,14 +433,12 @@ def test_exit_codes_are_real(error, code, said, capsys):
 
 def test_a_closed_pipe_ends_a_tool_as_it_ends_others():
     """test_faults.py has the same for a run, which goes on."""
-    talker = """
-import sys
+    talker = """import sys
 from device import guard
 def main(args):
     for n in range(9000):
         print(chr(0x732b), n, flush=n == 0)
-sys.exit(guard(main, lambda argv: None))
-"""
+sys.exit(guard(main, lambda argv: None))"""
     child = subprocess.Popen([sys.executable, "-c", talker], stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE)
     child.stdout.readline()

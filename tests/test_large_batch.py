@@ -106,8 +106,7 @@ def test_batch_norm_counts_each_piece_once(run, batch):
 # -----------------------------------------------------------------------------
 # Memory
 
-MEMORY = """
-import resource, device, torch
+MEMORY = """import resource, device, torch
 from large_batch import info_nce
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -118,8 +117,7 @@ run = device.start("cpu", "fp32")
 loss(512)
 before = peak()
 loss(8192)
-print(peak() - before)
-"""
+print(peak() - before)"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts in kilobytes as Linux does")
