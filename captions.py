@@ -235,7 +235,7 @@ def find_shards(text):
             numbers = range(int(group[1]), int(group[2]) + 1)[:1 << 20]
             names += [name.replace(group[0], f"{n:0{len(group[1])}}", 1) for n in numbers]
         else:
-            files += sorted(path.rglob("*.tar")) if path.is_dir() else [path]
+            files += sorted(path.rglob("[!.]*.tar")) if path.is_dir() else [path]
     missing = [str(file) for file in files if not file.is_file()]
     if missing or not files:
         raise DataError(f"{text}: {len(missing)} of {len(files)} shards are missing {missing[:1]}")

@@ -35,6 +35,7 @@ from images import (Batches, CLIP_MEAN, CLIP_STD, DataError, EXTRAS, folder_spli
                     sample_seed, Source, split_of, split_word, SPLITS, UnreadableImage)
 
 ASSETS = pathlib.Path(__file__).resolve().parent / "assets"
+DEMO = ASSETS / "demo.zip"
 
 
 # -----------------------------------------------------------------------------
@@ -511,12 +512,13 @@ def read_class_folders(store):
     if beside:
         raise DataError(f"{store}: {len(beside):,} images are named as the masks of others, e.g. "
                         f"{min(beside)}; move them out of the folders of classes")
+    tables = [name for name in unread if name.lower().endswith(TABLE_SUFFIXES)][:2]
     several = len(odd) >= (1 if taught else len(full)) or len({*map(split_word, odd)} - {None}) > 1
     if len(full) < len(inner) or several or shared or masks:
         raise DataError(f"{store}: expected <class>/<image> or train/<class>/<image>, each class "
                         f"with images; found {sorted(set(inner) - set(full))[:3]} without, "
                         f"{[*sorted(masks), *full][:3]} with images or with folders of them" +
-                        f", and {unread[:2]}, which could be read by its path" * bool(unread))
+                        f", and {tables}, which could be read by its path" * bool(tables))
     notes = [f"{len(unread):,} files are not read for their suffix or place, e.g. {unread[0]}"
              ] if unread else []
     notes += [f"folders inside a class, such as {max(below)}, are no classes"] if any(below) else []
@@ -616,7 +618,8 @@ def list_path(path, whole=None):
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     classnames, said = readable_names(classnames, path)
-    return Source(path.stem, str(path), store, rows, classnames, notes + said + more)
+    name = "own_demo" if path.stem == "demo" and path != DEMO else path.stem  # has no recipe
+    return Source(name, str(path), store, rows, classnames, notes + said + more)
 
 
 # -----------------------------------------------------------------------------
@@ -738,7 +741,7 @@ def fetch_part(what, known, new):
 
 def find_path(text, data_dir, known=KNOWN):
     """A path as typed, or one under `data_dir`, or "demo" -> Path. Raises DataError."""
-    path = ASSETS / "demo.zip" if text == "demo" else expanded(text)
+    path = DEMO if text == "demo" else expanded(text)
     tried = dict.fromkeys((path, expanded(data_dir) / path))
     found = next(filter(pathlib.Path.exists, tried), None)
     if not found:

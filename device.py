@@ -41,6 +41,7 @@ from files import (append, as_json, cut_lines, expanded, git_commit, load_checkp
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PATIENCE = datetime.timedelta(minutes=30)  # for other processes: the first may be downloading
 LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"
+STOPPING = b"stopping after this step, to save; a second signal ends it at once, unsaved\n"
 
 
 # -----------------------------------------------------------------------------
@@ -463,7 +464,10 @@ class Run:
             self._look_at_steps()
         if log:
             losses = {name: float(self.sum(torch.as_tensor(x))) for name, x in losses.items()}
-        self._spent += samples, time.monotonic() - self._asked, 0, 1
+        took = time.monotonic() - self._asked
+        self._spent += samples, took, 0, 1
+        if took > 10 and self._spent[3] == 1:
+            self.say(f"the first step took {took:.0f} s; there are {at.steps - at.step:,} more")
         self._replaced += replaced
         if last or at.batch == 0:
             self._look_at_images(at.batches * samples)
@@ -511,6 +515,8 @@ class Run:
             nonlocal since
             if not self._signal:
                 self._signal, since = number, time.monotonic()
+                with contextlib.suppress(OSError):  # print could be in the middle of a line
+                    os.write(2, STOPPING * (not self.rank))
             # Ctrl-C under torchrun comes twice at once: from the terminal and from torchrun.
             elif self.world_size == 1 or time.monotonic() - since > 2:
                 os._exit(128 + number)

@@ -363,7 +363,7 @@ def places(root, *first):
     yield from ([ImageStore(place)] for place in (*first, root))
     yield [ImageStore(root, folder) for folder in folders_in(root, 1)]
     yield [store for archive in sorted(pathlib.Path(root).glob("*.zip"))
-           for stores in places(archive) for store in stores]
+           if not is_litter(archive.name) for stores in places(archive) for store in stores]
     yield [ImageStore(root, folder) for folder in folders_in(root, 2)]
 
 

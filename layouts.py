@@ -432,8 +432,7 @@ def image_fields(sd, known):
     if "visual.class_embedding" in sd:
         width, _, _, patch = sd["visual.conv1.weight"].shape
         size = patch * math.isqrt(sd["visual.positional_embedding"].shape[0] - 1)
-        layers = count(sd, r"visual\.transformer\.resblocks\.(\d+)\.",
-                       known.get("vision_layers"))
+        layers = count(sd, r"visual\.transformer\.resblocks\.(\d+)\.", known.get("vision_layers"))
     else:
         width, patch = sd["visual.layer1.0.conv1.weight"].shape[0], None
         size = 32 * math.isqrt(sd["visual.attnpool.positional_embedding"].shape[0] - 1)

@@ -112,10 +112,7 @@ class PairSet(Images):
         """The names of images for which others stand in a batch, as they cannot be read; without
         those that `refuse_losses` has allowed."""
         names = (self.paths[self.owner[c]] for c in asked[used != asked].tolist())
-        return [name for name in names if name not in self.allowed()]
-
-    def allowed(self):
-        return self.lost
+        return [name for name in names if name not in self.lost]
 
     def describe(self, captions):
         """A batch of these captions, by the names of its first images."""
@@ -148,6 +145,8 @@ class PairSet(Images):
             return self
         identity = json.dumps(self.stamps())
         file = pathlib.Path(folder, hashlib.sha256(identity.encode()).hexdigest()[:24] + ".pixels")
+        if run and len(self.paths) > 2000 and not file.with_suffix(".json").is_file():
+            run.say(f"decoding {len(self.paths):,} {self.split} images once, into {folder}")
         fill = functools.partial(fill_pixels, self, file, limit, workers)
         reason, lost = run.on_first(fill) if run else fill()
         if reason or not file.is_file():
@@ -299,7 +298,8 @@ class Mixture(PairSet):
         self.take([(f"{k}:{path}", text, query) for k, part in enumerate(parts)
                    for path, text, query in part.rows if path])
 
-    def allowed(self):
+    @property
+    def lost(self):
         return {f"{k}:{path}" for k, part in enumerate(self.parts) for path in part.lost}
 
     def image(self, path):

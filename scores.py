@@ -140,9 +140,8 @@ def embed(run, model, pairs, tokenizer, workers=-1, max_text=None, pooled=None, 
             image = torch.cat([image_features(run, model, rows).float().cpu()
                                for rows in pooled.split(BATCH * 8)])
         readable = ~pooled.isnan().any(dim=1)
-    text, relevant = texts, task.relevant
-    if texts is None:
-        text = encode_texts(run, model, tokenizer, task.texts, max_text)
+    relevant = task.relevant
+    text = texts if texts is not None else encode_texts(run, model, tokenizer, task.texts, max_text)
     if not readable.all():
         leave_out(run, pairs, ~readable)
         left = relevant[readable[relevant[:, 1]]]
@@ -279,6 +278,11 @@ def text_classifier(run, model, tokenizer, classnames, templates, max_text=None)
         lambda some: encode_texts(run, model, tokenizer, some, max_text), prompts)
     if tokenizer.truncated > cut:
         run.say(f"note: {tokenizer.truncated - cut} class prompts are too long and were cut")
+    scores, places = top_k(weights, weights, 2)
+    if len(alike := places[(scores[:, 1:] > 0.999999).any(dim=1)]):
+        one, other = (classnames[i] for i in alike[0].tolist())
+        run.say(f"NOTE: the text tower reads {one!r} and {other!r} alike, and nothing tells them "
+                f"apart: give other names, or other --weights")
     return weights
 
 

@@ -58,7 +58,7 @@ def open_teachers(run, names, activation=None, tokenizer=None):
     for name in names:
         model = run.move(weights.load(name, activation=activation).requires_grad_(False))
         for note in model.origin["notes"]:
-            run.say(f"teacher {name}: {note}")
+            run.say(f"teacher {name}: {note.replace('--activation', '--teacher-activation')}")
         model.fuse_attention(run.fused_attention)
         found.append(Teacher(
             model.origin["name"], model.origin["path"], model.origin["sha256"],

@@ -127,8 +127,7 @@ def crd(ours, teachers):
             targets = sum((other.scale * p_k @ other.texts.T).softmax(dim=1)
                           for other, p_k in zip(others, p)) / len(others)      # (m, N)
             return F.cross_entropy((scale * rows) @ columns.T, targets, reduction="sum")
-        return by_rows(some_rows, (a.image, *(other.image for other in others)),
-                       (a.texts, a.scale))
+        return by_rows(some_rows, (a.image, *(other.image for other in others)), (a.texts, a.scale))
     return both_ways(one_way, ours, *teachers)
 
 
@@ -544,6 +543,8 @@ def open_setup(run, args):
     for images in labelled:
         images.check_files()
         require_words(images)
+        if [other.name for other in labelled].count(images.name) > 1:
+            raise UserError(f"--zero-shot: two sets are called {images.name}; rename one")
     batches = PairBatches(pairs, args.batch_size, 0, run.rank, run.world_size, args.captions)
     steps = min(args.epochs * len(batches), args.max_steps or math.inf)
     warmup = round(args.warmup if args.warmup >= 1 else args.warmup * steps)

@@ -47,6 +47,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 
@@ -55,12 +56,11 @@ import numpy as np  # device before torch, which reads what it sets
 import torch
 
 from clip_model import evaluating, HEADS, project, text_pieces, training_mode, unit
-from data import EXTRAS, nearest, Preprocess
+from data import EXTRAS, nearest, note_leaks, Preprocess
 from large_batch import info_nce, TwoPass
 from pairs import (add_pair_flags, decode_once, FeatureLoader, identities, make_pair_loader,
                    Mixture, open_pairs, PairBatches)
-from plans import (add_stage_flags, FILES, FLAGS, KEYS, OF_THE_RUN, read_plan, read_stages,
-                   refuse)
+from plans import (add_stage_flags, FILES, FLAGS, KEYS, OF_THE_RUN, read_plan, read_stages, refuse)
 from scores import (bootstrap, embed, frozen_features, image_features, milliseconds, recalls,
                     retrieval_ranks)
 from tokenizer import for_model
@@ -398,8 +398,8 @@ def open_data(stages, eval_sets, args):
             source = getattr(stage, split) or stage.data
             if source != stage.data or stage.train.counts.get(split):
                 found[split] = open_split(source, split, args, stage, source != stage.data)
-        refuse(stage, f"{stage.data} has neither val nor test pairs; name some in test",
-               when=not found)
+        refuse(stage, f"{stage.data} has no val or test pairs beside train; name other data in val "
+               f"or test", when=not found)
         stage.held_out = found.get("val")
         tests[stage.name] = found.get("test", stage.held_out)
     return tests | {name: open_split(str(source), "test", args, whole=True)
@@ -409,10 +409,16 @@ def open_data(stages, eval_sets, args):
 def preflight(run, stages, tests, model, args):
     """Work out each stage's steps and say what it will do. UserError for what cannot work."""
     judged = [*tests.values(), *(stage.held_out for stage in stages if stage.held_out)]
+
+    def files(sets):  # whichever source lists them
+        return [(os.path.join(os.path.abspath(str(pairs.store)), path),)
+                for pairs in sets for path in pairs.paths]
     notes = [note for pairs in judged for note in (*pairs.notes, *pairs.retrieval().notes)]
     notes += [f"NOTE: {stage.name} has no test pairs: its held-out pairs choose its weights and "
               f"are scored, which flatters" for stage in stages
               if tests[stage.name] is stage.held_out]
+    notes += note_leaks({"train": files(stage.train for stage in stages), "val": files(judged),
+                         "test": []})
     for note in dict.fromkeys([note for stage in stages for note in stage.train.notes] + notes):
         run.say(note)
     for stage in stages:

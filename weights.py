@@ -301,9 +301,9 @@ def checkpoint_state(content, card):
                 if sha256 not in (*RELEASED.values(), sha256_of(TINY)):
                     raise WeightsError(f"{base}, with the sha256 {sha256}")
                 base = origin["name"]
-            source = read(base)
-            if source.origin["sha256"] != sha256:
+            elif sha256_of(expanded(base)) != sha256:
                 raise WeightsError(f"{base} holds others now than those of sha256 {sha256}")
+            source = read(base)
         state = {name: t for name, t in source.state.items() if origin.get("side") != "text"
                  or not name.startswith("visual.")} | state  # a student with its teacher's texts
     return state

@@ -585,6 +585,8 @@ def test_zips_are_read_in_place_and_hostile_ones_refused(tmp_path):
     refused(lambda: ImageStore(path).read("outer/cat/3.png"), "cat/3.png", "CRC")
     demo = open_dataset("demo", "test").subset(range(0, 1000, 60)).with_transform(Preprocess(32))
     assert demo.template == "a centered satellite photo of {}."
+    own = open_dataset(class_folder(tmp_path / "demo", all=4), "test")  # no prompt for satellites
+    assert own.template == data.ANY_TEMPLATE and own.name != "demo"
     loader = make_loader(demo, 5, shuffle=False, workers=2, multiprocessing_context="fork")
     assert torch.equal(torch.cat([images for images, _, _ in loader]),
                        torch.stack([demo[i][0] for i in range(len(demo))]))

@@ -407,7 +407,8 @@ def test_a_second_signal_exits_at_once(tmp_path, number):
     def work():
         at_step(5, twice)
         toy(tmp_path)
-    assert in_child(work).code == 128 + number
+    ended = in_child(work)
+    assert ended.code == 128 + number and "second signal" in ended.out
     assert load_checkpoint(tmp_path / "checkpoint_last.pt")["step"] == 4
 
 

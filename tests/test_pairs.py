@@ -21,8 +21,7 @@ from PIL import Image
 from captions import list_pairs
 from data import open_dataset, Preprocess, sample_seed
 from device import start
-from pairs import (FeatureLoader, identities, make_pair_loader, Mixture, open_pairs,
-                   PairBatches)
+from pairs import (FeatureLoader, identities, make_pair_loader, Mixture, open_pairs, PairBatches)
 
 SPLITS = ("train", "val", "test")
 
@@ -164,6 +163,7 @@ def test_coco_as_folders_as_published_zips_and_as_the_data_folder_itself(shared,
     for name in ("train2017", "val2017", "annotations"):
         file = "annotations_trainval2017" if name == "annotations" else name
         shutil.make_archive(tmp_path / file, "zip", shared / "coco_mini", name)
+        write(tmp_path, {f"._{file}.zip": "of a Mac"})
     for split, images, captions in (("train", 80, 400), ("val", 79, 395), ("test", 79, 395)):
         found = [open_pairs("coco_mini", split, shared), open_pairs(tmp_path, split),
                  open_pairs("coco", split, tmp_path)]  # as in the README of HF's run_clip

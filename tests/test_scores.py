@@ -91,8 +91,7 @@ def test_top_k_is_a_stable_sort(k, chunk):
     queries, gallery = coarse(stream, 25, 4), coarse(stream, 33, 4)
     gallery[5] = torch.nan
     scores, places = top_k(queries, gallery, k, chunk)
-    every = (queries @ gallery.T).nan_to_num(nan=-np.inf).sort(
-        dim=1, descending=True, stable=True)
+    every = (queries @ gallery.T).nan_to_num(nan=-np.inf).sort(dim=1, descending=True, stable=True)
     assert torch.equal(places, every[1][:, :k]) and torch.equal(scores, every[0][:, :k])
     assert top_k(queries[:0], gallery, 3)[1].shape == (0, 3)
     helpers.refused(lambda: top_k(queries, gallery[:0]))

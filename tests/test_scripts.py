@@ -262,8 +262,7 @@ def test_a_script_and_its_leaves_run_in_an_empty_folder(name, tmp_path):
     """The unit that people copy: the script, the leaves it imports, assets/."""
     finder = modulefinder.ModuleFinder([str(ROOT)])
     finder.run_script(str(ROOT / f"{name}.py"))
-    files = [pathlib.Path(module.__file__) for module in finder.modules.values()
-             if module.__file__]
+    files = [pathlib.Path(module.__file__) for module in finder.modules.values() if module.__file__]
     for file in files:
         shutil.copy(file, tmp_path)
     shutil.copytree(ROOT / "assets", tmp_path / "assets")

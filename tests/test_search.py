@@ -73,8 +73,7 @@ def test_a_search_finds_what_sorting_finds_and_counts_the_right_ones(world, tmp_
     assert found["queries"][2]["rows"][1]["results"][0]["path"] == "30.png"
     right = pairs.paths[pairs.owner[pairs.captions.index("红圆在左")]]
     ordered = sorted(pairs.paths, key=lambda path: -cosines["红圆在左"][path])
-    assert found["precision"]["tuned"] == {
-        f"p{k}": 100.0 * (right in ordered[:k]) for k in (1, 5)}
+    assert found["precision"]["tuned"] == {f"p{k}": 100.0 * (right in ordered[:k]) for k in (1, 5)}
     marks = [one["right"] for one in found["queries"][1]["rows"][1]["results"]]
     assert marks == [path == right for path in ordered[:4]]
 
@@ -166,7 +165,8 @@ def test_a_title_that_no_font_writes_is_said_and_stands_in_the_page(world, tmp_p
 
 @pytest.mark.parametrize("more, name", [
     ([], "--query"), (["--query", "none.txt"], "none.txt"), (["--query", "none.png"], "none.png"),
-    (["--query", "  "], "--query"), (["--query", "x", "--top", 0], "--top"),
+    (["--query", "  "], "--query"), (["--query", "x", "--split", "train"], "--split"),
+    (["--query", "x", "--top", 0], "--top"),
     (["--query", "x", "--data", "no/such"], "no/such"), (["--qery", "x"], "--query"),
     (["--query", "x", "--font", "no.ttf"], "--font"), (["--query", "gbk.txt"], "UTF-8")])
 def test_what_cannot_be_searched_is_refused(world, tmp_path, monkeypatch, more, name):

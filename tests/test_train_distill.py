@@ -671,6 +671,7 @@ def test_wrong_command_lines_are_refused_in_one_line(school):
                        (("--teacher-scale", 5, 5), "--teacher-scale"),
                        (("--mixup", 1, "--batch-size", 7), "--mixup"),
                        (("--zero-shot", "nowhere"), "nowhere"),
+                       (("--zero-shot", "demo", "demo"), "--zero-shot"),
                        (("--text-teacher", school / "nowhere"), "nowhere"),
                        (("--model", "timm:no_such_net"), "no_such_net"),
                        (("--export", "openai", "--model", "resnet18"), "openai")):

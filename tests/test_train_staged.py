@@ -262,6 +262,8 @@ def test_named_held_out_data_leaves_all_else_to_training(world, tmp_path):
     bare, train = str(tmp_path / "bare.csv"), str(tmp_path / "train.csv")
     assert "72 images" not in check(data=bare).ok().out
     assert "72 images" in check(data=bare, val=str(world)).ok().out
+    (tmp_path / "some.csv").write_text("\n".join(rows[:31]))  # of the same images
+    assert "30 images" in check(data=bare, val=str(tmp_path / "some.csv")).ok().out
     check(data=train, test=str(world)).ok()
     refused(check(data=train), "x", "test")
     refused(check(data=train, test=str(world), early_stop=2), "early_stop")

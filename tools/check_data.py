@@ -26,8 +26,8 @@ FINDINGS = {  # in the order of the report: what it is; what to do
                   "class",
     "no_train": "classes have no train image; nothing can be learned about them",
     "no_test": "classes have no test image; they are never scored",
-    "same_caption": "captions repeat another; as negatives they contradict each other, so train "
-                    "with positives by text",
+    "same_caption": "captions repeat another; as negatives they would contradict each other: keep "
+                    "--positives mask, or take multi",
 }
 
 

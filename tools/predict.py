@@ -29,11 +29,11 @@ def choose_classes(args):
         source = list_dataset(args.data, args.data_dir)
         require_words(source)
         names, templates = source.classnames, [TEMPLATES.get(source.name, ANY_TEMPLATE)]
-    elif not names and path.exists():
+    elif path.exists():
         places = [path, *path.parents][:3]  # as a file of a run, or in its export/
         tables = [read_json(file) for place in places
                   for file in sorted(place.glob("confusion_*.json"))]
-        names = [name for table in tables for name in table.get("classes", ())]
+        names = names or [name for table in tables for name in table.get("classes", ())]
         templates = tables[0].get("templates", templates) if tables else templates
     names = [*{cleaned(name): name for name in names or () if name.strip()}.values()]
     if len(names) < 2:
@@ -61,6 +61,7 @@ def main(args):
         run.say(note)
     tokenizer = for_model(model, args.tokenizer)
     model = run.move(model).fuse_attention(run.fused_attention)
+    run.say(f"{len(names)} classes, asked as {', '.join(map(repr, templates))}")
     classes = text_classifier(run, model, tokenizer, names, templates)
     images = Images(ImageStore("."), paths, range(len(paths)), Preprocess.of(model))
     features, labels = encode_images(run, model, images, workers=args.workers)

@@ -54,7 +54,7 @@ FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf", "SourceHanSansSC-R
 def open_set(run, name, args):
     """A captioned set -> PairSet; of a folder that is only images, what a search needs of one."""
     try:
-        return open_pairs(name, args.split, args.data_dir or "data", whole=True)
+        return open_pairs(name, args.split or "test", args.data_dir or "data", whole=True)
     except DataError as error:
         folder = expanded(name)
         store = ImageStore(folder)
@@ -72,7 +72,8 @@ def rows_of_run(folder, args):
     theirs = train_staged.get_args(["--config", str(folder / "config.json"), "--plan",
                                     str(folder / "plan.json"), *home])
     plan = plans.read_plan(theirs)
-    args.tokenizer, args.max_text = args.tokenizer or theirs.tokenizer, theirs.max_text
+    args.tokenizer = args.tokenizer or theirs.tokenizer
+    args.max_text = args.max_text or theirs.max_text
     rows = []
     for row in read_json(folder / "results.json")["rows"]:
         path = pathlib.Path(row["weights"])
@@ -276,6 +277,8 @@ def main(args):
     staged = (first / "plan.json").is_file() and "rows" in read_json(first / "results.json")
     if not (queries or args.embeddings or args.clip_retrieval):
         raise UserError("nothing to do: expected --query, --embeddings or --clip-retrieval")
+    if args.split and not args.data:
+        raise UserError("--split is of --data; a run's own sets are those that it was tested on")
     if args.font and not expanded(args.font).is_file():
         raise UserError(f"--font {args.font}: there is no such file")
     if not staged and not args.data:
@@ -315,7 +318,7 @@ def get_args(argv=None):
     add("weights", nargs="+", metavar="WEIGHTS", help="a staged run, or weights")
     add("--query", nargs="+", metavar="TEXT", help="words, a picture, or a .txt file")
     add("--data", nargs="+", help="what to search (default: the run's test sets)")
-    add("--split", default="test", choices=("train", "val", "test"))
+    add("--split", choices=("train", "val", "test"), help="of --data (default: test)")
     add("--data-dir", help="where named data lies (default: the run's own, else data)")
     add("--top", type=whole(1), default=10, help="pictures per query (default: 10)")
     add("--out", help="where to write (default: RUN, or runs/search)")
