@@ -212,8 +212,9 @@ def add_gradient(run, learner, batch, mix, weight, seed):
         return Features(scale, image, text, run.gather(image, counts), run.gather(text, counts))
 
     # ---- encode -------------------------------------------------------------------
+    few = learner.micro if learner.maps else min(64, learner.micro)  # a teacher keeps no graph
     pieces, asked = ([slice(i, min(n, i + size)) for i in range(0, n, size)]
-                     for size in (learner.micro, learner.asked))
+                     for size in (learner.micro, few))
     p = []  # empty where no term needs the teachers' image features
     if batch.p is not None:
         p = [mix.blend(rows) for rows in batch.p]
@@ -399,7 +400,6 @@ class Learner:
         self.tested = self.average.model if args.ema else self.student
         self.maps = (Maps(self.student, self.teachers[0].model) if args.hint + args.attention
                      else None)
-        self.asked = self.micro if self.maps else min(64, self.micro)  # for a teacher at once
         self.heads = run.move(Heads(self.student.config.embed_dim, [t.dim for t in self.teachers],
                                     self.maps and self.maps.channels))
         self.parameters = [p for module in (self.student, self.heads)
