@@ -752,9 +752,12 @@ def find_path(text, data_dir, known=KNOWN):
 
 def list_dataset(name_or_path, data_dir="data", whole=None):
     """All splits of what open_dataset takes -> Source. Raises DataError."""
-    if name := dataset_name(name_or_path):
-        return list_known(name, expanded(data_dir))
-    return list_path(find_path(name_or_path, data_dir), whole)
+    if not (name := dataset_name(name_or_path)):
+        return list_path(find_path(name_or_path, data_dir), whole)
+    source = list_known(name, expanded(data_dir))
+    if os.path.exists(name_or_path) and expanded(data_dir).resolve() != pathlib.Path.cwd():
+        source.notes.append(f"this is the published {name}; your own would be ./{name_or_path}")
+    return source
 
 
 def open_dataset(name_or_path, split, data_dir="data", classes=None, download=True, whole=False):

@@ -616,7 +616,7 @@ class Run:
         self.on_first(lambda: self._claim(folder, args, fresh))
         self.out = folder
         if (folder / "results.json").exists():
-            self.say(f"{folder} holds this run, finished; --overwrite runs it again")
+            self.say(f"{folder} holds this run, finished: see results.json; --overwrite runs again")
             return stored, json.loads((folder / "results.json").read_text("utf-8"))
         self._logged = stored["logged"] if stored and not named else 0
         self.on_first(lambda: cut_lines(folder / "metrics.jsonl", self._logged))

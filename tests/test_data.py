@@ -263,7 +263,7 @@ def test_base_and_new_classes_names_and_prompts():
 # -----------------------------------------------------------------------------
 # Published sets
 
-def test_what_is_missing_is_said_at_once_and_nothing_is_written(tmp_path):
+def test_what_is_missing_is_said_at_once_and_nothing_is_written(tmp_path, monkeypatch):
     for name, download in itertools.product(("food101", "sun397", "imagenet", "imagenet-r"), (0, 1)):
         known = data.KNOWN[name]
         refused(partial(open_dataset, name, "test", tmp_path, download=download), known["split"],
@@ -277,6 +277,11 @@ def test_what_is_missing_is_said_at_once_and_nothing_is_written(tmp_path):
     for text, name in {"DescribableTextures": "dtd", "oxford-pets": "oxford_pets",
                        "ImageNetA": "imagenet-a", "SUN397": "sun397", "./dtd": None}.items():
         assert data.dataset_name(text) == name, text
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "flowers/rose/1.jpg", "")
+    for name, noted in (("flowers", 1), ("oxford_flowers", 0)):
+        notes = open_dataset(name, "test", tmp_path / "data", download=False).notes
+        assert noted == any("./flowers" in note for note in notes)
 
 
 def food(folder):
