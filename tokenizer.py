@@ -407,7 +407,7 @@ def read_files(path):
     def table(name):
         return json.loads((folder / name).read_text("utf-8")) if (folder / name).is_file() else {}
     fast, said = table("tokenizer.json"), table("tokenizer_config.json")
-    config = {**rules_of(fast, said), **table("config.json"), **said}
+    config = rules_of(fast, said) | table("config.json") | table("special_tokens_map.json") | said
     if path.is_dir():
         names = "vocab.txt", "vocab.json", "tokenizer.json"
         path = next((path / name for name in names if (path / name).is_file()), path / names[0])

@@ -62,6 +62,7 @@ HUB_SETTINGS = (  # what can stand beside the weights: how to compute, and the t
     "config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json",
     "modules.json", "1_Pooling/config.json", "tokenizer_config.json", "added_tokens.json",
     "vocab.txt", "vocab.json", "merges.txt", "tokenizer.json", "adapter_config.json",
+    "special_tokens_map.json",
     "config_sentence_transformers.json", *(f"sentence_{kind}_config.json" for kind in FAMILIES))
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -336,8 +337,7 @@ def config_from_state_dict(sd, **known):
 
     What leaves no trace in shapes is taken as OpenAI's, or as the published BERTs have it, unless
     it is among `known`: fields of CLIPConfig, `text` a dict of fields of BertConfig. WeightsError
-    names the first tensor that is missing, unknown or of another shape.
-    """
+    names the first tensor that is missing, unknown or of another shape."""
     return build(sd, known).config
 
 

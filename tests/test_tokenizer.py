@@ -288,6 +288,7 @@ BAD = {
     "another class": {"vocab.txt": BERT, "tokenizer_config.json": {
         "tokenizer_class": "BertJapaneseTokenizer"}},
     "another start": {"vocab.txt": BERT, "tokenizer_config.json": {"cls_token": "[MASK]"}},
+    "a map of another": {"vocab.txt": BERT, "special_tokens_map.json": {"cls_token": "[MASK]"}},
     "another end": {"tokenizer.json": FAST | {"post_processor": {
         "type": "RobertaProcessing", "sep": ["<s>", 0], "cls": ["<s>", 0]}}},
     "an old table": {"vocab.txt": BERT, "tokenizer_config.json": {"cls_token": {"content": "[SEP]"}}},
