@@ -245,18 +245,18 @@ def known_from_hugging_face(read):
     """Of a folder that transformers or sentence-transformers wrote."""
     config = read("config.json")
     kind = config.get("model_type")
-    if kind is None and not {"vision_config", "text_config", "hidden_size"} & config.keys():
-        return {}  # another program's
     if kind in FAMILIES:
         return {"text": bert_settings(config) | pooling_settings(read, kind)}
+    known = {"pixels": pixels_from_hugging_face(
+        read("processor_config.json").get("image_processor")  # since transformers 5, and first
+        or read("preprocessor_config.json"))}
+    if kind is None and not {"vision_config", "text_config", "hidden_size"} & config.keys():
+        return known if known["pixels"] else {}  # there is none, or another program's
     allow({"model_type": kind} | config, HARMLESS, model_type=(  # the type first: it tells most
         "clip", "chinese_clip", "vision-text-dual-encoder", *ONE_TOWER, *FAMILIES))
     towers = {ONE_TOWER[kind]: config} if kind in ONE_TOWER else {
         side: config.get(f"{side}_config_dict") or config.get(f"{side}_config") or {}
         for side in ("vision", "text")}  # theirs: the old second table counts, and whole
-    known = {"pixels": pixels_from_hugging_face(
-        read("processor_config.json").get("image_processor")  # since transformers 5, and first
-        or read("preprocessor_config.json"))}
     for side, tower in towers.items():
         if side == "text" and kind == "chinese_clip":
             known["text"] = bert_settings(tower | {"model_type": "bert"}) | CHINESE_CLIP["text"]
@@ -285,7 +285,9 @@ def clip_settings(side, config, activations):
         allow({"eos_token_id": config.get("eos_token_id", 2)},
               eos_token_id=(2, last_token(config.get("vocab_size", 49_408))))
     return {"activation": config["hidden_act"], f"{side}_layers": config.get("num_hidden_layers"),
-            f"{side}_head": config["hidden_size"] // config["num_attention_heads"]}
+            f"{side}_width": config["hidden_size"],
+            f"{side}_head": config["hidden_size"] // config["num_attention_heads"],
+            **({"image_size": config.get("image_size", 224)} if side == "vision" else {})}
 
 
 def bert_settings(config):
@@ -381,7 +383,8 @@ def known_from_open_clip(read):
     allow(text, HARMLESS, pool_type=("argmax",), proj_type=("linear",), mlp_ratio=(4,))
     allow(pixels, mode=("RGB",))
     return {"activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
-            "vision_head": image.get("head_width", 64),
+            "vision_head": image.get("head_width", 64), "vision_width": image.get("width", 768),
+            "image_size": image.get("image_size", 224), "text_width": text.get("width", 512),
             "text_head": text.get("width", 512) // text.get("heads", 8),
             "pixels": make_pixels(pixels.get("mean"), pixels.get("std"),
                                   pixels.get("resize_mode"), pixels.get("interpolation"))}
@@ -437,6 +440,8 @@ def image_fields(sd, known):
         width, patch = sd["visual.layer1.0.conv1.weight"].shape[0], None
         size = 32 * math.isqrt(sd["visual.attnpool.positional_embedding"].shape[0] - 1)
         layers = tuple(count(sd, rf"visual\.layer{i}\.(\d+)\.") for i in (1, 2, 3, 4))
+    allow({"vision_width": width, "image_size": size} | known, vision_width=(width,),
+          image_size=(size, [size, size]))  # heads are a share of the width
     return {"image_size": size, "vision_layers": layers, "vision_width": width,
             "vision_patch": patch, "activation": known.get("activation", "quick_gelu"),
             "vision_head": known.get("vision_head", HEAD_OF_WIDTH.get(width, 64))}
@@ -447,7 +452,9 @@ def text_fields(sd, known):
     the published BERTs are told apart by their segments."""
     bert = {name[5:]: tensor for name, tensor in sd.items() if name.startswith("bert.")}
     if not bert:
-        return {"text_width": sd["ln_final.weight"].shape[0],
+        width = sd["ln_final.weight"].shape[0]
+        allow({"text_width": width} | known, text_width=(width,))
+        return {"text_width": width,
                 "text_layers": count(sd, r"transformer\.resblocks\.(\d+)\.",
                                      known.get("text_layers")),
                 "context_length": sd["positional_embedding"].shape[0],

@@ -339,6 +339,9 @@ SETTINGS = {  # those that change ids, as they are here; what lies beside may sa
     "cls_token": r"\[CLS\]|<s>", "sep_token": r"\[SEP\]|</s>", "unk_token": r"\[UNK\]|<unk>",
     "ends": r"(\[CLS\] \[SEP\]|<s> </s>)?",
     "tokenizer_class": "(Bert|DistilBert|Electra|Roberta|Bart)Tokenizer(Fast)?"}
+CLIPS = {"truncation_side": "right", "tokenizer_class": "CLIPTokenizer(Fast)?",
+         "bos_token": r"<\|startoftext\|>", "eos_token": r"<\|endoftext\|>",
+         "ends": r"(<\|startoftext\|> <\|endoftext\|>)?"}
 CHINESE = SETTINGS | dict.fromkeys(("do_lower_case", "strip_accents"), "True")
 
 
@@ -358,7 +361,8 @@ def read_vocabulary(vocab, wanted=None, merges=()):
             pair.split(" ") if isinstance(pair, str) else pair for pair in pairs)]
         needed = [*NEEDED[wanted or kind], *(t for a, b in pairs for t in (a, b, a + b))]
         odd = [f"no {token}" for token in needed if token not in ids]
-        settings = CHINESE if config.get("model_type") == "chinese_clip" else SETTINGS
+        settings = CLIPS if kind == "bpe" else (
+            CHINESE if config.get("model_type") == "chinese_clip" else SETTINGS)
         plain = {name: x.get("content", x) if isinstance(x, dict) else x  # of older files
                  for name, x in config.items()}
         odd += [f"{name} {plain[name]}" for name, known in settings.items()
@@ -384,17 +388,19 @@ def rules_of(fast, said):
     rules = {"do_lower_case": normal.get("lowercase"),
              "strip_accents": normal.get("strip_accents"),
              "tokenize_chinese_chars": normal.get("handle_chinese_chars")}
-    odd = [name for name, x in rules.items() if x is False and said and said.get(name) is None]
-    if odd:  # transformers takes True then
-        raise ValueError(f"tokenizer.json has {odd[0]} off and tokenizer_config.json does not say "
-                         f"it; write it there")
+    taken = dict.fromkeys(rules, True) | {"strip_accents": said.get("do_lower_case") is not False}
+    for name, x in rules.items():
+        if said.get(name) is None and x not in (None, taken[name]):
+            raise ValueError(f"tokenizer.json has {name} {x} and tokenizer_config.json does not "
+                             f"say it; write it there")
     ends = []  # the start and end that are put around a text
     for part in last.get("processors", [last]):
         if "single" in part:  # a template of one text
             ends += [x["SpecialToken"]["id"] for x in part["single"] if "SpecialToken" in x]
         else:
             ends += [part[end][0] for end in ("cls", "sep") if end in part]
-    return rules | {"ends": " ".join(ends)}
+    cut = (fast.get("truncation") or {}).get("direction", "right").lower()
+    return rules | {"ends": " ".join(ends), "truncation_side": cut}
 
 
 def read_files(path):
@@ -407,7 +413,7 @@ def read_files(path):
     def table(name):
         return json.loads((folder / name).read_text("utf-8")) if (folder / name).is_file() else {}
     fast, said = table("tokenizer.json"), table("tokenizer_config.json")
-    config = rules_of(fast, said) | table("config.json") | table("special_tokens_map.json") | said
+    config = rules_of(fast, said) | table("config.json") | said | table("special_tokens_map.json")
     if path.is_dir():
         names = "vocab.txt", "vocab.json", "tokenizer.json"
         path = next((path / name for name in names if (path / name).is_file()), path / names[0])
@@ -427,9 +433,11 @@ def read_files(path):
         parts, pairs = [], [pair for pair in lines(folder / "merges.txt") if pair]
         if pairs and "#version" in pairs[0]:  # that line can say more
             pairs = pairs[1:]
+        if fast and [pair if isinstance(pair, str) else " ".join(pair)
+                     for pair in fast["model"]["merges"]] != pairs:
+            raise ValueError("merges.txt and tokenizer.json differ; remove the wrong one")
     if "<|startoftext|>" in ids:
-        kept = {key: config.get(key) for key in ("added", "truncation_side")}
-        return "bpe", ids, pairs[:MERGE_COUNT], kept
+        return "bpe", ids, pairs[:MERGE_COUNT], config
     if not parts:
         return "bytebpe", ids, pairs, config
     config = {**model, **normalizer, **cut, **config}

@@ -275,9 +275,9 @@ def read(name_or_path, activation=None):
                          "QuickGELU and 64 wide; models trained by LAION need --activation gelu")
         if layout == "hf" and "bert.embeddings.LayerNorm.weight" in state and "text" not in known:
             notes.append("no config.json beside it: heads of 64 were taken")
-        said = known.get("activation", "quick_gelu")
-        known["activation"] = activation or said
-        if card and said != known["activation"]:
+        said = known.get("activation")
+        known["activation"] = activation or said or "quick_gelu"
+        if said not in (None, known["activation"]):
             notes.append(f"it was trained with {said}; --activation {activation} is taken instead")
         if not card and any("ema" in key for key in wrapped_in(content)[1:]):
             notes.append("it holds averaged weights (EMA) too; the plain ones were taken")

@@ -174,14 +174,18 @@ def test_the_older_second_table_of_a_config_counts_whole(tmp_path, transformers)
     same_as_hugging_face(load(tmp_path), transformers.CLIPModel.from_pretrained(tmp_path).eval())
 
 
-@pytest.mark.parametrize("tower", ["text_config", "vision_config"])
-def test_layers_that_the_settings_leave_out_are_not_computed(tmp_path, transformers, tower):
-    """transformers would build fewer and pass over the others' tensors."""
+@pytest.mark.parametrize("tower, key, value, name", [
+    ("text", "num_hidden_layers", 2, "num_hidden_layers"),  # transformers would build fewer
+    ("vision", "num_hidden_layers", 1, "num_hidden_layers"),
+    ("text", "hidden_size", 32, "text_width"), ("vision", "hidden_size", 96, "vision_width"),
+    ("vision", "image_size", 80, "image_size")])
+def test_settings_of_another_size_than_the_tensors_are_refused(tmp_path, transformers, tower, key,
+                                                               value, name):
     hugging_face_clip(transformers).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config[tower]["num_hidden_layers"] -= 1
+    config[f"{tower}_config"][key] = value
     (tmp_path / "config.json").write_text(json.dumps(config))
-    refused(lambda: load(tmp_path), "num_hidden_layers")
+    refused(lambda: load(tmp_path), name)
 
 
 def test_shards_are_read_together_each_verified_and_a_shard_alone_is_named(tmp_path, transformers):
@@ -428,7 +432,8 @@ GRID = [  # (settings of the vision tower, of the text tower, name of what is re
         ("act_kwargs", {"approximate": "tanh"}), ("pos_embed_type", "sin_cos_2d"),
         ("attentional_pool", True), ("timm_model_name", "resnet50"), ("final_ln_after_pool", True),
         ("scale_fc", True), ("a_new_setting", "x"))),
-    ({"mlp_ratio": 2.0}, {}, "mlp_ratio"), ({}, {"proj_bias": True}, "proj_bias"),
+    ({"image_size": [32, 128]}, {}, "image_size"), ({"width": 192}, {}, "vision_width"),
+    ({}, {"width": 192}, "text_width"), ({"mlp_ratio": 2.0}, {}, "mlp_ratio"), ({}, {"proj_bias": True}, "proj_bias"),
     ({"ls_init_value": 1e-4}, {}, "ls_init_value")]
 
 
@@ -450,7 +455,7 @@ def test_a_grid_of_open_clips_settings_is_computed_alike_or_refused(tmp_path, op
         else:
             same_as_open_clip(load(folder), theirs)
             accepted += 1
-    assert (accepted, rejected) == (10, 26)
+    assert (accepted, rejected) == (10, 29)
 
 
 # -----------------------------------------------------------------------------

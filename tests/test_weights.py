@@ -172,8 +172,8 @@ def test_weights_are_found_inside_training_checkpoints_of_others(tmp_path, prefi
     assert "EMA" in load(tmp_path / "a.pt").origin["notes"][1]
     assert "--activation" in back.origin["notes"][0]
     assert load(tmp_path / "a.pt", activation="gelu").config.activation == "gelu"
-    own = load(save(make(), tmp_path / "own.safetensors"), activation="gelu")
-    assert "trained with quick_gelu" in own.origin["notes"][0]
+    for path in (save(make(), tmp_path / "own.safetensors"), bare_folder(tmp_path / "hf")):
+        assert "trained with quick_gelu" in load(path, activation="gelu").origin["notes"][0]
 
 
 def test_the_bundled_model_stores_only_the_words_in_use(tmp_path):
@@ -299,7 +299,10 @@ def test_settings_of_the_other_library_beside_the_weights_count(tmp_path, archiv
     torch.save(state if layout == "hf" else to_hugging_face(state), tmp_path / layout / "a.pt")
     assert same(load(tmp_path / layout / "a.pt"), gelu)
     shutil.copy(archive[0], tmp_path / layout / "b.pt")  # OpenAI's own needs no settings
-    assert layout != "hf" or load(tmp_path / layout / "b.pt").config.activation == "quick_gelu"
+    if layout == "hf":
+        assert load(tmp_path / layout / "b.pt").config.activation == "quick_gelu"
+        (tmp_path / layout / "config.json").unlink()
+        assert load(tmp_path / layout / "a.pt").pixels == gelu.pixels  # of the preprocessor
 
 
 def test_openclips_weights_come_before_those_of_a_tower_beside_them(tmp_path):
