@@ -47,6 +47,8 @@ CAPTION_COLUMNS = ("caption", "captions", "title", "text")
 LINE = re.compile(r"\s*(.+?)(?:#(?:\w+#)?\d+[ \t]|\s*\|\s*\d+(?:\s*\|)?)\s*(.*)")
 LINES = re.compile(r"\s*(?![\s\[{])(?:image_name\||[^,\t\n]+#(?:\w+#)?\d+\s)")
 NEVER = "2258277193_586949ec62.jpg"
+# Of img2dataset, of Hugging Face's datasets, of Kaggle: about the data, not the data
+ABOUT = re.compile(r"(.*/)?(\d+_stats|dataset_(infos?|dict)|dataset-metadata)\.json")
 
 
 def read_captions(store, names, columns):
@@ -145,15 +147,18 @@ def read_beside(store, names, columns, mark="/"):
     """Images with a text beside each, under the same name. Splits are the words of top folders, if
     one is train, or (mark ":") of shards. The last resort, and so what refuses unknown sources."""
     names = [name for name in store.names() if not name.endswith("/")]
-    source, images, lost = Source(store=store), [name for name in names if is_image(name)], []
+    source, images = Source(store=store), [name for name in names if is_image(name)]
+    lost, several = [], []
     stems = collections.Counter(os.path.splitext(name)[0] for name in images)  # a photo, its mask
     files = {(stem, kind.lower()): f"{stem}{kind}"
              for stem, kind in map(os.path.splitext, names) if stems[stem] == 1}
     split = {name: split_of(name.partition(mark)[0]) for name in images if mark in name}
     split = split if mark == ":" or "train" in split.values() else {}
     for name in images:
-        texts = captions_beside(store, os.path.splitext(name)[0], files, lines=mark == "/")
+        stem = os.path.splitext(name)[0]
+        texts = captions_beside(store, stem, files, lines=mark == "/")
         lost += [f"{name} (it has no text of its own in UTF-8)"] * (not texts)
+        several += [stem] * (mark == "/" and len(texts) > 1 and (stem, ".json") not in files)
         source.add(split.get(name, "all"), ((name, text) for text in texts))
     if 2 * len(lost) > len(images) or not images:
         unread = sorted(set(names) - set(images), key=lambda name: (name.count("/"), name))
@@ -163,6 +168,8 @@ def read_beside(store, names, columns, mark="/"):
             f"Write a CSV of image and caption, or a text beside each image (Parquet, Excel and "
             f"packed files are not read), or take the names of class folders with --layout classes")
     source.notes += [f"{len(lost):,} images without a caption left out, e.g. {x}" for x in lost[:1]]
+    source.notes += [f"each line of a text is a caption: {len(several):,} texts have several, e.g. "
+                     f"{x}.txt" for x in several[:1]]
     return source
 
 
@@ -349,11 +356,10 @@ LAYOUTS = {
     "lmdb": (("pairs/data.mdb", "*/pairs/data.mdb", "lmdb/*/pairs/data.mdb"), read_lmdb),
     "coco": (("annotations/captions_*.json", "annotations_trainval*.zip"), read_captions),
     "karpathy": (("dataset_*.json",), read_captions),
-    "flickr": (("*[!a].token.txt", "*.token", "results.csv", "*/results.csv"), read_captions),
+    "flickr": (("*[!a].token.txt", "*.token"), read_captions),
     "lists": (("imageid.human-written-caption.txt", "*.caption.txt"), read_captions),  # COCO-CN ...
-    "imagefolder": (("metadata.jsonl", "metadata.csv", "*/metadata.jsonl", "*/metadata.csv"),
-                    read_captions),                                            # Hugging Face's
-    "table": (("captions.txt", "*.csv", "*.tsv", "*.jsonl"), read_captions),
+    "table": (("captions.txt", "*.csv", "*.tsv", "*.jsonl", "*/results.csv"), read_captions),
+    "imagefolder": (("*/metadata.jsonl", "*/metadata.csv"), read_captions),    # Hugging Face's
     "webdataset": (("*.tar", "*/*.tar"), read_tars),
     "json": (("*.json",), read_captions),
     "nested": (("*/*/metadata.jsonl", "*/*/metadata.csv"), read_captions),     # as imagefolder
@@ -378,9 +384,10 @@ def find_captions(path, layout, caption_file):
     inside = [glob.escape(top) + "/" for top in tops if len(tops) == 1]  # a lone folder
     for name, (patterns, _) in LAYOUTS.items():
         found = matching(store, *(top + pattern for pattern in patterns for top in ["", *inside]))
-        if name == "json":  # those beside an image are of that image; img2dataset counts
+        found = [file for file in found if not ABOUT.fullmatch(file)]
+        if name == "json":  # those beside an image are of that image
             stems = {os.path.splitext(file)[0] for file in store.names() if is_image(file)}
-            found = [x for x in found if x[:-5] not in stems and not re.search(r"\d_stats\.", x)]
+            found = [file for file in found if file[:-5] not in stems]
         if found and layout in ("auto", "simple-clip", name):
             if store.zipped and name in ("tsv", "lmdb", "webdataset"):
                 raise DataError(f"{home} holds {found[0]}, which is read in place: unpack the zip")

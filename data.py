@@ -49,9 +49,10 @@ NO_TEXT = {  # how other files begin
     b"version https://git-lfs": "a Git LFS pointer: run git lfs pull"}
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 IMAGE_COLUMNS = ("image", "filepath", "file_name", "filename", "path", "image_path", "image_name",
-                 "file")
+                 "file", "image_id")
 SPLIT_COLUMNS = ("subset", "partition", "phase", "set")
-OWN_SPLITS = ("split", "is_valid", "is_train", "is_test")  # there, they are what counts
+SPLIT_FLAG = re.compile(r"((is|in)_)?(train|test|val)(ing|id|idation)?(_?(image|set|data|list))?s?|"
+                        r"\w*split")  # what is so called is there to tell splits
 FOLDER_COLUMNS = ("folder", "folder_name", "subfolder", "dir", "directory")
 QUOTED_CELL = re.compile(r'(?:^|(?<=\t))"(?:[^"]|"")*"(?=\t|\r?$)', re.MULTILINE)
 # In a cell of several lines, what looks like the row of another image: a quote never closed.
@@ -84,9 +85,10 @@ def table_rows(path, content, known, own=(None, None), captions=False):
     """A table of images and their classes or captions -> [(line, image, cell, split or "all")].
 
     `known`: what the second column may be called; own: the names of both columns, if the user gave
-    them. Words count before codes for them; which of two columns is meant is not guessed. Splits
-    stand in the column of that name, else in one of SPLIT_COLUMNS or of a few words that names two
-    of them. Surplus delimiters belong to captions, as read_table says. Raises DataError."""
+    them. Words count before codes for them, and names of files; which of two columns is meant is
+    not guessed. Splits stand in the column of that name, else in one of SPLIT_COLUMNS, or like
+    SPLIT_FLAG, or of a few words that names two of them. Surplus delimiters belong to captions, as
+    read_table says. Raises DataError."""
     wanted = [(name.lower(),) if name else names
               for name, names in zip(own, (IMAGE_COLUMNS, known), strict=True)]
     columns, records = read_table(path, content, join=wanted[1] if captions else ())
@@ -97,19 +99,23 @@ def table_rows(path, content, known, own=(None, None), captions=False):
              for key in columns}
     named = [key for key in columns if key not in sum(found, []) and len({*texts[key]}) < 10
              and (len({*map(split_word, texts[key])} - {None}) > (key not in SPLIT_COLUMNS)
-                  or key in SPLIT_COLUMNS and {*texts[key]} <= {"0", "1", "2"})]
-    splits = [key for key in OWN_SPLITS if key in columns][:1] or named
+                  or key in SPLIT_COLUMNS and {*texts[key]} <= {"0", "1", "2"}
+                  or SPLIT_FLAG.fullmatch(key))]
+    splits = ["split"] if "split" in columns else named
     words = [key for key in found[1] if not all(map(CODE.fullmatch, texts[key]))]
-    def different(keys):  # columns of equal cells are one
-        return [*{texts[key]: key for key in keys}.values()]
+    def different(keys, of=str):  # columns of equal cells are one
+        return [*{tuple(map(of, texts[key])): key for key in reversed(keys)}.values()][::-1]
     def kinds(*keys):
         return len({*zip(*map(texts.get, keys))})
     words += [key for key in found[1] if words and not captions and key not in words  # codes that
               and kinds(key, words[0]) > kinds(words[0]) and kinds(key) > 1]  # say something else
-    found[1], splits = different(words or found[1]), different(splits)
-    if not all(found) or len(found[1]) > 1 or len(splits) > 1:
+    files = [key for key in found[0] if any(map(is_image, texts[key]))]
+    found = [different(files or found[0], lambda path: pathlib.PurePath(path).stem),
+             different(words or found[1])]
+    splits = different(splits)
+    if not all(found) or max(map(len, (*found, splits))) > 1:
         flags = "; choose with --image-column, --caption-column or --caption-file" * captions
-        several = f", not several, {found[1] + splits}" * all(found)
+        several = f", not several, {sum(found, []) + splits}" * all(found)
         raise DataError(f"{path} is not understood: its first line, {columns[:9]}, should name one "
                         f"column of {list(wanted[0])} and one of {list(wanted[1])}{several}{flags}")
     for key in filter(columns.__contains__, FOLDER_COLUMNS):
@@ -417,7 +423,10 @@ def readable_names(names, home):
     listed = listed or not heads or all(re.match(r"\d+[._-]", name) for name in names)
     if listed and all(found) and len(set(map(cleaned, bare))) == len(names):
         return bare, [f"the numbers before the class names are left out: {names[0]} -> {bare[0]}"]
-    return names, [f"class names are codes such as {names[0]}"] if codes else []
+    joined = [name for name in names if re.search("[a-z][A-Z]", name)]
+    notes = [f"class names are codes such as {names[0]}"] * codes
+    return names, notes + [f"class names such as {name} are asked as one word; rename them with _ "
+                           f"between words" for name in joined[:1] if 2 * len(joined) >= len(names)]
 
 
 def require_words(images):
@@ -437,7 +446,8 @@ NO_CLASS = re.compile(
     r"(?!(with|without|no)[ _-])(.+[ _-])?(train|val|valid|test|pred|image|img|photo|picture|jpe?g|"
     r"batch|fold|caption|annotation|label|mask|segmentation|depth)(e?s|ing|idation|images|class|"
     r"object)?([ _-].+|\d+)?", re.IGNORECASE)
-MASK = re.compile(r"(.+)[ _-](mask|seg|segmentation|label|gt|depth)s?([ _-]?\d+)?", re.IGNORECASE)
+MASK = re.compile(r"(?P<at>.*/)?((?P<of>.+)[ ._-]{0}([ ._-]?\d+)?|{0}[ ._-](?P<of_it>.+))".format(
+    "(mask|seg|segmentation|label|gt|depth|annot|annotation|bbox|overlay|heatmap)s?"), re.I)
 
 
 def read_coop_split(path):
@@ -481,15 +491,17 @@ def read_class_folders(store):
     """<class>/<image> or <split>/<class>/<image>, any depth below the class -> rows as read_labels,
     notes. A lone folder around it all, as zips often have, is passed through: store.prefix moves.
     A tree that holds something else raises DataError."""
-    names = [name.split("/") for name in store.names()]  # a directory ends in ""
-    while (len({parts[0] for parts in names}) == 1 and not split_word(names[0][0])
+    names, beside = [name.split("/") for name in store.names()], []  # a directory ends in ""
+    while (len(lone := {parts[0] for parts in names if len(parts) > 1}) == 1
+           and not split_word(min(lone))
            and min((len(parts) for parts in names if is_image(parts[-1])), default=0) > 2):
-        store.prefix += names[0][0] + "/"
-        names = [parts[1:] for parts in names if parts[1:] != [""]]
+        beside += [store.prefix + parts[0] for parts in names if len(parts) == 1]
+        store.prefix += min(lone) + "/"
+        names = [parts[1:] for parts in names if len(parts) > 1 and parts[1:] != [""]]
     level = int(any(split_word(parts[0]) == "train" and parts[2:] not in ([], [""])
                     for parts in names))
     # inner: of a class, its folders with images; "" is itself. masks: those with something else
-    rows, inner, unread, masks = {}, {}, [], set()
+    rows, inner, unread, masks = {}, {}, beside, set()
     for *folders, file in names:
         split = split_word((folders or [""])[0]) if level else "all"
         name, *below = folders[level:] or [""]
@@ -501,28 +513,50 @@ def read_class_folders(store):
                                   and not NO_CLASS.fullmatch(at)), ""))
             masks |= {f"{name}/{at}" for at in below[:1] if NO_PHOTO.search(at) or split_word(at)}
         elif file:
-            unread.append("/".join([*folders, file]))
+            unread.append(store.prefix + "/".join([*folders, file]))
     full = sorted(filter(inner.get, inner))
     taught = {name for _, name in rows.get("train", [])}
     odd = [name for name in full if NO_CLASS.fullmatch(name) and name not in taught]
     below = set().union(*inner.values())
     shared = "" not in below and len(below) < sum(map(len, inner.values()))  # by several classes
+    # Several folders in each class, and no number in their names: they are the classes, perhaps.
+    nested = full and all(len(inner[name]) > 1 and not re.search(r"\d", "".join(inner[name]))
+                 for name in full) and "" not in below
     files = {os.path.splitext(path)[0] for path in paths_of(rows)}
-    beside = [name for name in files if (own := MASK.fullmatch(name)) and own[1] in files]
-    if beside:
-        raise DataError(f"{store}: {len(beside):,} images are named as the masks of others, e.g. "
-                        f"{min(beside)}; move them out of the folders of classes")
+    twins = [name for name in files if (own := MASK.fullmatch(name)) and (
+        f"{own['at'] or ''}{own['of'] or own['of_it']}" in files)]
+    if twins:
+        raise DataError(f"{store}: {len(twins):,} images are named as the masks of others, e.g. "
+                        f"{min(twins)}; move them out of the folders of classes")
     tables = [name for name in unread if name.lower().endswith(TABLE_SUFFIXES)][:2]
+    telling = [name for name in unread if not level and tells_splits(store, name)][:2]
+    if telling:
+        raise DataError(f"{store}: the folders name no splits, and {telling} might; give the table "
+                        f"itself, make folders train and test, or move it away")
     several = len(odd) >= (1 if taught else len(full)) or len({*map(split_word, odd)} - {None}) > 1
-    if len(full) < len(inner) or several or shared or masks:
+    if len(full) < len(inner) or several or shared or nested or masks:
         raise DataError(f"{store}: expected <class>/<image> or train/<class>/<image>, each class "
                         f"with images; found {sorted(set(inner) - set(full))[:3]} without, "
                         f"{[*sorted(masks), *full][:3]} with images or with folders of them" +
+                        ", which may be the classes" * bool(nested) +
                         f", and {tables}, which could be read by its path" * bool(tables))
     notes = [f"{len(unread):,} files are not read for their suffix or place, e.g. {unread[0]}"
              ] if unread else []
     notes += [f"folders inside a class, such as {max(below)}, are no classes"] if any(below) else []
     return rows, notes
+
+
+def tells_splits(store, name):
+    """Whether a file beside folders of classes looks as if it said which images are for training:
+    by its name, or by a column of the table in it."""
+    stem, suffix = os.path.splitext(os.path.basename(name).lower())
+    if suffix in (*TABLE_SUFFIXES, ".txt") and SPLIT_FLAG.fullmatch(stem):
+        return True
+    with contextlib.suppress(DataError):  # no table that is understood
+        if suffix in TABLE_SUFFIXES:
+            columns = read_table(name, ImageStore(store.path).read(name))[0]
+            return any(key in SPLIT_COLUMNS or SPLIT_FLAG.fullmatch(key) for key in columns)
+    return False
 
 
 def number_classes(rows):
@@ -534,6 +568,9 @@ def number_classes(rows):
     if len(set(map(cleaned, names))) < len(names):
         same = [name for name in names if [*map(cleaned, names)].count(cleaned(name)) > 1]
         raise DataError(f"class names {same[:4]} read the same; rename or merge them")
+    for name in names:
+        if len(parts := re.split(r"\s*[|,;]\s*", name)) > 1 and {*parts} <= {*names}:
+            raise DataError(f"the class {name!r} is several of the others; expected one an image")
     label = {name: position for position, name in enumerate(names)}
     return {split: [(path, label[name]) for path, name in entries]
             for split, entries in rows.items()}, names

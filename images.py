@@ -68,7 +68,10 @@ def to_rgb(image):
     if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM") or inverted:
         raise ValueError("more than 8 bits, and it is not known which is white; save it as PNG")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = (np.asarray(image).astype(np.uint32) + 128) // 257  # rounded
+        grey = np.asarray(image).astype(np.uint32)
+        if 0 < grey.max() < 4096:
+            raise ValueError("16 bits of which only 12 are used; scale it, or save it with 8 bits")
+        grey = (grey + 128) // 257  # rounded
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode in ("P", "PA", "La", "RGBa"):
         image = image.convert("RGBA" if image.mode != "La" else "LA")

@@ -131,6 +131,8 @@ def test_an_image_mode_suffix_or_file_name_form(tmp_path):
     for name in ("16.png", "16.tif"):
         Image.fromarray(ramp).save(tmp_path / name)
         same(name, grey)
+    Image.fromarray(ramp // 16).save(tmp_path / "dim.png")  # black, nearly
+    refused(lambda: read_image(tmp_path / "dim.png"), "12")
     write(tmp_path / "16.pgm", b"P5 16 16 65535 " + ramp.astype(">u2").tobytes())
     same("16.pgm", grey)
     for mode, suffix in (("L", "png"), ("1", "png"), ("CMYK", "tif"), ("YCbCr", "jpg"),
@@ -472,8 +474,13 @@ def test_a_folder_that_holds_something_else(tmp_path):
     class_folder(tmp_path / "covid", ("ill/images", "ill/masks", "well/images"), all=2)
     class_folder(tmp_path / "parts", ("batch_1", "batch_2"), all=2)
     write(tmp_path / "parts/labels.csv", "image,label\n0.png,a\n")
-    class_folder(tmp_path / "busi", ("ill", "well"), all=2)
-    save_picture(tmp_path / "busi/ill/1_mask_1.png")
+    for name, mask in (("busi", "1_mask_1"), ("first", "mask_1"), ("dots", "1.overlay")):
+        class_folder(tmp_path / name, ("ill", "well"), all=2)
+        save_picture(tmp_path / name / f"ill/{mask}.png")
+    for name, table in (("listed", "meta.csv"), ("cub", "train_test_split.txt")):
+        class_folder(tmp_path / name, ("a", "b"), all=4)
+        write(tmp_path / name / table, "image,label,split\na/0.png,a,test\n")
+    class_folder(tmp_path / "sun", ("in/bar", "in/pub", "out/sea", "out/sky"), all=2)
     (tmp_path / "hole/nothing").mkdir()
     write(tmp_path / "set.xyz", "")
     write(tmp_path / "bad.zip", "<html>")
@@ -482,10 +489,15 @@ def test_a_folder_that_holds_something_else(tmp_path):
                         "coco": ["train2017"], "kaggle": ["seg_pred"], "nested": ["one"],
                         "twice": ["'Sea_Lion'", "'sea lion'"], "hole": ["nothing"], "set.xyz": [],
                         "pixels": ["masks"], "office": ["amazon"], "more": ["unlabeled"],
-                        "covid": ["ill/masks"], "busi": ["ill/1_mask_1"],
+                        "covid": ["ill/masks"], "busi": ["ill/1_mask_1"], "first": ["mask_1"],
+                        "dots": ["1.overlay"], "listed": ["meta.csv"], "sun": ["in"],
+                        "cub": ["train_test_split.txt"],
                         "parts": ["batch_1", "labels.csv"],
                         "tiny_imagenet": ["images"], "bad.zip": [], "gone": []}.items():
         refused(partial(open_dataset, tmp_path / name, "train"), name, *words)
+    class_folder(tmp_path / "kept", ("Pets/cat", "Pets/dog"), all=4)
+    write(tmp_path / "kept/read me.docx", "")  # beside the lone folder
+    assert open_dataset(tmp_path / "kept", "train").classnames == ["cat", "dog"]
     shutil.rmtree(tmp_path / "tiny_imagenet/val")
     assert len(open_dataset(tmp_path / "tiny_imagenet", "train")) == 4
 
@@ -500,6 +512,7 @@ def test_a_folder_that_holds_something_else(tmp_path):
     (("n02085620-Chihuahua", "n02085782-Spaniel"), ["Chihuahua", "Spaniel"], "n02085620"),
     (("2_door_car", "4_door_car"), ["2_door_car", "4_door_car"], ""),
     (("1 euro", "5 dollars"), 0, ""), (("007 bond", "3 cats"), ["3 cats", "007 bond"][::-1], ""),
+    (("AnnualCrop", "SeaLake"), 0, "AnnualCrop"), (("iPad", "a", "b"), ["a", "b", "iPad"], "50/"),
     (("10", "9", "2"), ["2", "9", "10"], "codes"), (("class_0", "class_1"), 0, "codes"),
     (("n01440764", "n01443537"), 0, "codes")])
 def test_a_class_name_that_is_no_word(tmp_path, folders, names, said):
@@ -537,6 +550,8 @@ def test_tables_of_labels_are_read_with_their_images_wherever_they_lie(tmp_path)
     assert train.classnames == ["cat", "dog"] and len(train.preload()) == 2
     named = ("filename,class,label,\n0.png,0,cat,\n,,,\n1.png,,dog,\n",  # words before codes
              "path,label,class,source\n0.png,cat,cat,train\n1.png,dog,dog,train\n",
+             "image_id,file_name,label\n7,0.png,cat\n8,1.png,dog\n",
+             "image_id,label\n0.png,cat\n1.png,dog\n",
              '{"path": "0.png", "label": "cat", "by": NaN}\n{"path": "1.png", "label": "dog"}\n')
     for text in (f"path,label\n{tmp_path}/a/0.png,cat\n./a//1.png,dog\n", *named):
         train = open_dataset(write(tmp_path / "n.csv", text), "train")
@@ -556,7 +571,10 @@ def test_tables_of_labels_are_read_with_their_images_wherever_they_lie(tmp_path)
     "path,label,set\na.png,x,train\nb.png,y,test\nc.png,y,best\n",
     'path,label\na.png, "x"\nb.png,y\n', "path,label,partition\na.png,x,0\nb.png,y,2\n",
     "path,label,is_valid\na.png,x,True\nb.png,y,False\n",
-    "path,label,is_test\na.png,x,0\nb.png,y,1\n",
+    "path,label,is_test\na.png,x,0\nb.png,y,1\n", "path,label,train\na.png,x,1\nb.png,y,0\n",
+    "path,label,data_split\na.png,x,train\nb.png,y,holdout\n",
+    "image,file,label\na.png,b.png,x\nb.png,a.png,y\n",  # two images of a row
+    "path,label\na.png,x\nb.png,y\nc.png,y | x\n",  # two classes of an image
     "path,label,folder\na.png,x,1\nb.png,y,1\na.png,x,2\n",  # two images of one name
     'path,label\na.png,"[""x"", ""y""]"\nb.png,y\n', '{"path": 3, "label": "x"}\n',
     '{"path": "a", "label": true}\n{"path": "b", "label": false}\n'])

@@ -112,7 +112,7 @@ SOURCES = {
     "kaggle's flickr30k": {"results.csv": lines(
         "{}| 0| {}", "image_name| comment_number| comment\n").replace("0| café", "4   café")},
     "flickr30k-cn": {"flickr30kzhb.caption.txt": lines("{}#zhb#0 {}")},
-    "texts beside": {"0_stats.json": "{}", **{
+    "texts beside": {"0_stats.json": "{}", "dataset_info.json": "{}", **{
         name.replace("png", "txt"): text for name, text in SCENES}},
     "TEXTS beside": {name.replace("png", "TXT"): text for name, text in SCENES},
     "karpathy": {"dataset_any.json": json.dumps({"images": [
@@ -195,6 +195,7 @@ def test_splits_come_from_columns_file_names_folders_and_lists(tmp_path):
             found = open_pairs(tmp_path / name, split)
             assert found.paths == ["data/" * (name == "hf") + f"{word}/1.png"]
             assert found.captions[0] == "a picture"
+            assert said(found, "several") == (name == "texts")
 
 
 def test_images_of_one_name_are_those_in_the_folder_of_their_split(tmp_path):
@@ -330,6 +331,10 @@ def test_a_row_that_does_not_fit_its_header(tmp_path, text, names):
      ["captions_val2017.json"]),
     ({"a.csv": "image,caption\na.png,x y", "captions.txt": "image,caption\na.png,x y"},
      ["a.csv", "captions.txt", "--caption-file"]),
+    ({"captions.txt": "image,caption\na.png,x y", "results.csv": "image,caption\na.png,y x"},
+     ["captions.txt", "results.csv", "--caption-file"]),
+    ({"captions.csv": "image,caption\na.png,x y", "metadata.csv": "file_name,title\na.png,y x"},
+     ["captions.csv", "metadata.csv", "--caption-file"]),
     ({"x_imgs.tsv": "1\tQQ=="}, ["x_texts.jsonl"]),
     ({"a.csv": "image,caption\na.png,\nb.png,nan\n"}, ["0 captions"]),
     ({"a.csv": "image,caption,split\na.png,x y,train\nb.png,x y,best"}, ["a.csv", "line 3"]),

@@ -20,7 +20,10 @@ def test_a_runs_own_classes_are_those_that_its_test_gave(tmp_path, capsys):
         assert {path: best[0][0] for path, best in found.items()} == {
             str(data / row["path"]): row["tuned"] for row in rows}
         assert all(sum(x for _, x in best) == pytest.approx(100) for best in found.values())
-        run_main(predict, "--weights", weights, data / "test", "--classes", *COLOURS)
+        again = run_main(predict, "--weights", weights, data / "test", "--classes", "red,", "green",
+                         "blue ,")
+        assert {path: [name for name, _ in best] for path, best in again.items()} == {
+            path: [name for name, _ in best] for path, best in found.items()}
         assert capsys.readouterr().out.count("asked as '{}', 'a {} thing'") == 2
     run_main("train_clipfit", "--data", data, "--model", "tiny", "--epochs", 2, "--workers", 0,
              "--output-dir", run, "--setting", "fewshot", "--classes", "red", "blue", "--overwrite")

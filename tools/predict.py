@@ -24,7 +24,8 @@ from weights import load, read_json
 
 def choose_classes(args):
     """-> class names, templates: the flags', or those of the CLIPFit run that --weights is in."""
-    names, templates, path = args.classes, [ANY_TEMPLATE], expanded(args.weights)
+    names = [name.strip(" ,") for name in args.classes or ()]  # cat, dog
+    templates, path = [ANY_TEMPLATE], expanded(args.weights)
     if args.data:
         source = list_dataset(args.data, args.data_dir)
         require_words(source)
@@ -35,7 +36,7 @@ def choose_classes(args):
                   for file in sorted(place.glob("confusion_*.json"))]
         names = names or [name for table in tables for name in table.get("classes", ())]
         templates = tables[0].get("templates", templates) if tables else templates
-    names = [*{cleaned(name): name for name in names or () if name.strip()}.values()]
+    names = [*{cleaned(name): name for name in names if name}.values()]
     if len(names) < 2:
         raise UserError(f"{len(names)} classes: give two or more as --classes, a data set of them "
                         f"as --data, or as --weights the folder of one run of train_clipfit.py, "
