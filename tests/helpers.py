@@ -417,25 +417,21 @@ def script(module, *flags):
     return device.guard(module.main, module.get_args, [str(flag) for flag in flags])
 
 
-def at_call(owner, name, number, fault, after=False):
-    """`fault()` before (or after) the call `number` (from 1) of owner.name, for good."""
+def at_call(owner, name, number, fault):
+    """`fault()` before the call `number` (from 1) of owner.name, for good."""
     real, calls = getattr(owner, name), itertools.count(1)
 
     def counted(*args, **options):
-        now = next(calls) == number
-        if now and not after:
+        if next(calls) == number:
             fault()
-        result = real(*args, **options)
-        if now and after:
-            fault()
-        return result
+        return real(*args, **options)
     setattr(owner, name, counted)
 
 
 def at_step(number, fault):
     """`fault()` in the training step `number`, after its update. For use in a `Child`."""
     import device
-    at_call(device.Run, "update", number, fault, after=True)
+    at_call(device.Run, "tick", number, fault)
 
 
 def bad_steps(*numbers):

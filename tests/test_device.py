@@ -307,7 +307,7 @@ def test_tensorboard_gets_what_is_logged_and_a_resumed_run_appends(whole, tmp_pa
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(device.Run, "update", device.Run.update)  # to have it back
+        patch.setattr(device.Run, "tick", device.Run.tick)  # to have it back
         at_step(6, lambda: 1 / 0)
         toy(tmp_path, "--tensorboard")
     toy(tmp_path, "--tensorboard")
