@@ -708,16 +708,13 @@ def test_batches_do_not_depend_on_workers_nor_on_how_they_start(tmp_path):
     assert last[2].tolist() == [2] and [tuple(x.shape) for x in none] == [(0, 3, 8, 8), (0,), (0,)]
 
 
-class Stuck(ImageSet):
-    """A data set whose worker hangs at one image. (One that dies is in test_faults.py.)"""
-
-    def __getitem__(self, key):
-        return time.sleep(60) if key[1] == 7 else super().__getitem__(key)
-
-
-def test_a_worker_that_hangs_ends_the_run_with_advice(monkeypatch, tmp_path):
+@pytest.mark.parametrize("fault", [lambda: time.sleep(60), lambda: os._exit(7)])
+def test_a_worker_that_hangs_or_dies_ends_the_run_with_advice(monkeypatch, tmp_path, fault):
+    class Stuck(ImageSet):
+        def __getitem__(self, key):
+            return fault() if key[1] == 7 else super().__getitem__(key)
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
     images = Stuck(data.list_dataset(class_folder(tmp_path)), "train").with_transform(Preprocess(8))
     with pytest.raises(LostWorker) as caught:
-        list(make_loader(images, 6, workers=2, timeout=1, multiprocessing_context="fork"))
+        list(make_loader(images, 6, workers=1, timeout=1, multiprocessing_context="fork"))
     assert caught.value.exit_code == 3 and "--workers 0" in str(caught.value)

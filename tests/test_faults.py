@@ -19,7 +19,6 @@ import pytest
 import torch
 
 import device
-import images
 import train_clipfit  # here: who is not root may not read what it imports
 from helpers import (at_call, at_step, bad_steps, checkpoint, class_folder, die, in_child, metrics,
                      Payload, results, ROOT, run_folder, same_run, script,
@@ -93,21 +92,6 @@ def test_a_run_that_was_ended_goes_on_to_the_same_bits(name, fault, data, whole_
     in_child(script, f"train_{name}", *flags(name, data, tmp_path / "run")).ok()
     same_run(run_folder(whole_run(name)), run_folder(tmp_path / "run"))
     assert not list((tmp_path / "run").rglob("*.tmp"))
-
-
-def test_a_worker_that_dies_is_named(data, tmp_path):
-    def dies():
-        real = images.read_image
-
-        def read(*args, **options):
-            if torch.utils.data.get_worker_info() is not None:
-                os._exit(7)
-            return real(*args, **options)
-        for module in list(sys.modules.values()):
-            if getattr(module, "read_image", None) is real:
-                module.read_image = read
-    result = after(dies, "contrastive", data, tmp_path / "run", "--workers", 1, "--cache-gb", 0)
-    one_line(result, 3, "DataLoader worker")
 
 
 def test_a_stop_of_the_whole_group_is_answered_after_a_checkpoint(data, tmp_path):
