@@ -18,14 +18,10 @@ def hinges(rows, at, others, bias):
     return (bias + cosine - cosine.gather(1, at[:, None])).clamp(min=0).sum()
 
 
-def test_by_rows_is_the_sum_over_all_rows_and_takes_part_in_sums():
-    """Also where only some of the tensors want a gradient, or none."""
+def test_by_rows_is_the_sum_over_all_rows_whichever_tensors_want_a_gradient():
+    """As a term of a sum: test_train_contrastive.py, "infonce+triplet"."""
     image, text, _ = unit_pairs(11)
     inputs, at = (image, text, torch.tensor(0.2, dtype=torch.float64)), torch.arange(11)
-    truth = gradients(lambda i, t, b: 3 * hinges(i, at, t, b) + t.sum() ** 2, *inputs)
-    ours = gradients(lambda i, t, b: 3 * by_rows(hinges, (i, at), (t, b), 4) + t.sum() ** 2,
-                     *inputs)
-    assert largest(ours, truth) < 1e-12
     whole = gradients(lambda i, t, b: hinges(i, at, t, b), *inputs)
     for wanted in itertools.product((False, True), repeat=3):
         leaves = [x.clone().requires_grad_(w) for x, w in zip(inputs, wanted)]

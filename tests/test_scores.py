@@ -54,14 +54,12 @@ def test_recalls_are_those_of_the_official_loops(chunk):
         assert recall_at_k(images, texts, shuffled, ks=(1, 3, 10), chunk=chunk) == found
 
 
-def test_recalls_of_right_of_collapsed_and_of_lost_features():
+def test_recalls_of_right_and_of_lost_features():
     owner = [i for i in range(50) for _ in range(5)]
     images = torch.eye(50)
     found = recall_at_k(images, images[owner], torch.tensor(owner))
     assert found["mean_recall"] == 100 and found["rsum"] == 600 and found["t2i_median_rank"] == 1
     assert found == recall_at_k(images, images[owner], torch.tensor(list(enumerate(owner))))
-    same = recall_at_k(torch.ones(50, 4), torch.ones(250, 4), owner)  # all ties: no free hits
-    assert (same["t2i_r1"], same["i2t_r5"], same["i2t_r10"]) == (2, 2, 4)
     for n, captions in ((50, 5), (3, 1)):  # a pool of three is no free hit either
         lost = recall_at_k(torch.full((n, 4), torch.nan), torch.ones(n * captions, 4),
                            [i for i in range(n) for _ in range(captions)])
