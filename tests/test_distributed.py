@@ -1,6 +1,5 @@
 """Several processes compute what one computes: gradients, weights and printed numbers."""
 import itertools
-import json
 import math
 import os
 import signal
@@ -10,8 +9,8 @@ import torch
 
 import device
 from device import load_checkpoint, SafeStop, start, UserError
-from helpers import (at_step, bad_steps, checkpoint, cli, die, metrics, numbers, processes, run_folder,
-                     same_run, script, script_data, script_flags)
+from helpers import (at_step, bad_steps, checkpoint, cli, die, metrics, numbers, processes, results,
+                     run_folder, same_run, script, script_data, script_flags)
 
 
 def test_a_gradient_that_only_one_process_has_is_the_sum():
@@ -116,9 +115,9 @@ def run_of(data, tmp_path_factory):
     def run(name, count):
         out = parent / f"{name}{count}"
         if not out.exists():
-            results = processes(count, lambda rank: script(
+            ended = processes(count, lambda rank: script(
                 f"train_{name}", *script_flags(name, data, "--output-dir", out)))
-            for rank, result in enumerate(results):
+            for rank, result in enumerate(ended):
                 result.ok()
                 assert not rank or not result.out, "only the first process speaks"
         return run_folder(out)
@@ -178,5 +177,4 @@ def test_torchrun_starts_a_script(tmp_path, data):
     done = cli("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
                "train_contrastive.py", *script_flags("contrastive", data, "--max-steps", 2,
                                                    "--output-dir", tmp_path / "run")).ok()
-    assert "processes 2" in done.out and json.loads(
-        (tmp_path / "run" / "results.json").read_text())["processes"] == 2
+    assert "processes 2" in done.out and results(tmp_path / "run")["processes"] == 2

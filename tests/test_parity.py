@@ -66,14 +66,12 @@ def same_pixels(model, prepare):
 
 @pytest.fixture(scope="module")
 def open_clip():
-    return pytest.importorskip("open_clip", reason="open_clip is not installed",
-                               exc_type=(ImportError, RuntimeError, OSError))
+    return pytest.importorskip("open_clip", exc_type=(ImportError, RuntimeError, OSError))
 
 
 @pytest.fixture(scope="module")
 def models():
-    return pytest.importorskip("torchvision.models", reason="torchvision is not installed",
-                               exc_type=(ImportError, RuntimeError, OSError))
+    return pytest.importorskip("torchvision.models", exc_type=(ImportError, RuntimeError, OSError))
 
 
 # -----------------------------------------------------------------------------
