@@ -39,9 +39,7 @@ HELPER = "_setup_privateuseone_for_python_backend"  # since about torch 2.9, and
 # An mps goes by another name inside torch, which reserves its own for the real one.
 name = shown = ""  # what torch calls the device, what the program calls it
 keep = []  # libraries of kernels are undone when they are collected
-generator_state = torch.Generator().get_state()
-
-
+generator = torch.Generator()  # the device's own
 waits = []  # the lines that waited for the device
 
 
@@ -183,27 +181,16 @@ def check_copy(called, args, here):
 @contextlib.contextmanager
 def own_generator(random):
     """The device draws from a state of its own, so one that is forgotten on resume is noticed."""
-    global generator_state
     if not random:
         yield
         return
     host = torch.get_rng_state()
-    torch.set_rng_state(generator_state)
+    torch.set_rng_state(generator.get_state())
     try:
         yield
     finally:
-        generator_state = torch.get_rng_state()
+        generator.set_state(torch.get_rng_state())
         torch.set_rng_state(host)
-
-
-def seed_generator(seed):
-    global generator_state
-    generator_state = torch.Generator().manual_seed(seed).get_state()
-
-
-def set_generator(state, device=0):
-    global generator_state
-    generator_state = state.clone()
 
 
 # -----------------------------------------------------------------------------
@@ -283,9 +270,9 @@ class Module:
     def synchronize(self, device=0): note_wait()
     def max_memory_allocated(self, device=0): return 0
     def reset_peak_memory_stats(self, device=0): pass
-    def get_rng_state(self, device=0): return generator_state.clone()
-    def set_rng_state(self, state, device=0): set_generator(state)
-    def manual_seed_all(self, seed): seed_generator(seed)
+    def get_rng_state(self, device=0): return generator.get_state()
+    def set_rng_state(self, state, device=0): generator.set_state(state)
+    def manual_seed_all(self, seed): generator.manual_seed(seed)
     def is_bf16_supported(self): return True
     def get_amp_supported_dtype(self): return [torch.float16, torch.bfloat16]
     def _is_in_bad_fork(self): return False
@@ -343,9 +330,9 @@ def install_mps():
     torch.backends.mps.is_available = lambda: True
     torch.mps.synchronize = note_wait
     torch.mps.driver_allocated_memory = lambda: 0
-    torch.mps.get_rng_state = lambda device="mps": generator_state.clone()
-    torch.mps.set_rng_state = set_generator
-    torch.mps.manual_seed = seed_generator
+    torch.mps.get_rng_state = lambda device="mps": generator.get_state()
+    torch.mps.set_rng_state = lambda state, device="mps": generator.set_state(state)
+    torch.mps.manual_seed = generator.manual_seed
 
 
 def install_pinned_memory():
