@@ -360,6 +360,12 @@ def test_a_setting_that_is_not_known_is_refused_by_its_name(tmp_path, layout, fi
             refused(lambda: load(with_table(folder, file, content)), "siglip", folder)
             inside[part]["model_type"] = kind
         del inside[part]["a_new_setting"]
+        for key, name in (("num_hidden_layers", "num_hidden_layers"), ("hidden_size", "_width"),
+                          ("image_size", "image_size")):  # not those of the tensors
+            if size := inside[part].get(key):
+                inside[part][key] = size + 1
+                refused(lambda: load(with_table(folder, file, content)), name, folder)  # noqa: B023
+                inside[part][key] = size
     if content.pop("model_type", None):
         refused(lambda: load(with_table(folder, file, content)), "model_type", folder)
 
