@@ -303,6 +303,13 @@ def largest(ones, others):
     return max(float((a - b).abs().max()) for a, b in zip(ones, others, strict=True))
 
 
+def error(ours, theirs):
+    """The largest difference of two gradients {name: tensor}, relative to the largest entry."""
+    assert set(ours) >= set(theirs)
+    return largest([ours[name] for name in theirs], theirs.values()) / max(
+        float(g.abs().max()) for g in theirs.values())
+
+
 # -----------------------------------------------------------------------------
 # A run of each script: six steps, of which every third ends an epoch
 

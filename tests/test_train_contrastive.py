@@ -10,7 +10,7 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (attempt, checkpoint, gradients, largest, metrics, refused, run_main,
+from helpers import (attempt, checkpoint, error, gradients, largest, metrics, refused, run_main,
                      unit_pairs)
 
 import device
@@ -52,26 +52,18 @@ def options(**changes):
 # -----------------------------------------------------------------------------
 # The losses against their definitions, in float64
 
-def defined_info_nce(image, text, ids, scale, positives):
-    """InfoNCE by its definition, one anchor and one candidate at a time -> ()"""
-    total = 0.0
-    for side in (scale * image @ text.T, scale * text @ image.T):
-        for i, z in enumerate(side):
-            itself, partner = torch.arange(len(ids)) == i, (ids == ids[i]).any(dim=1)
-            counted = itself | ~partner if positives == "mask" else itself | True
-            wanted = partner if positives == "multi" else itself
-            total = total + z[counted].logsumexp(0) - z[wanted].mean()
-    return total / (2 * len(ids))
-
-
 def defined(image, text, ids, scale, bias, args):
     """The loss on the whole N x N matrix, as the papers write it."""
     n = len(image)
     eye = torch.eye(n, dtype=torch.bool)
     same = eye if args.positives == "diag" else eye | (ids[:, None] == ids).any(dim=2)
+    wanted = same if args.positives == "multi" else eye
+    counted = torch.ones_like(eye) if args.positives != "mask" else ~same | eye
     total = 0.0
     if "infonce" in args.loss:
-        total = defined_info_nce(image, text, ids, scale, args.positives)
+        for side in (scale * image @ text.T, scale * text @ image.T):
+            for i, z in enumerate(side):
+                total = total + (z[counted[i]].logsumexp(0) - z[wanted[i]].mean()) / (2 * n)
     if "triplet" in args.loss:
         for cosine in (image @ text.T, text @ image.T):
             for i in range(n):
@@ -83,8 +75,6 @@ def defined(image, text, ids, scale, bias, args):
                 total = total + args.triplet_weight * (args.margin + far - cosine[i, i]).clamp(
                     min=0).sum() / n
     if args.loss == "siglip":
-        wanted = same if args.positives == "multi" else eye
-        counted = torch.ones_like(eye) if args.positives != "mask" else ~same | eye
         z = torch.where(wanted, 1.0, -1.0) * (scale * image @ text.T + bias)
         total = -F.logsigmoid(z)[counted].sum() / n
     return total
@@ -165,13 +155,6 @@ def whole(model, batch, args):
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()
                            if p.grad is not None}
-
-
-def error(ours, theirs):
-    """The largest difference of two gradients, relative to the largest entry."""
-    assert set(ours) >= set(theirs)
-    return largest([ours[n] for n in theirs], list(theirs.values())) / max(
-        float(g.abs().max()) for g in theirs.values())
 
 
 @pytest.fixture
