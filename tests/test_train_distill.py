@@ -34,12 +34,6 @@ def units(n, dim=7, seed=0):
     return unit(randoms(n, dim, seed=seed))
 
 
-def mixing(n, share):
-    """The matrix of what image i shows of image j."""
-    return share * torch.eye(n, dtype=DOUBLE) + (1 - share) * torch.eye(n, dtype=DOUBLE)[
-        Mix().partners(n)]
-
-
 # -----------------------------------------------------------------------------
 # Mixing
 
@@ -199,7 +193,8 @@ class Scene:
 
     def defined(self, mix, w):
         """Loss and gradients by the formulas, on whole matrices."""
-        batch, T = self.batch, mixing(len(self.batch.similar), mix.share)
+        batch, eye = self.batch, torch.eye(len(self.batch.similar), dtype=DOUBLE)
+        T = mix.share * eye + (1 - mix.share) * eye[Mix().partners(len(eye))]  # what i shows of j
         mixed = torch.einsum("ij,jchw->ichw", T, batch.images[LOOK].double())
 
         def look(model):
