@@ -30,24 +30,19 @@ def test_a_gradient_that_only_one_process_has_is_the_sum():
         result.ok()
 
 
-def raised(call):
-    try:
-        call()
-    except Exception as error:
-        return error
-
-
 def test_what_one_process_finds_all_raise(tmp_path):
     def together(rank):
         run, args = start("cpu"), device.Parser()
         device.add_run_flags(args, log_every=1)
         args = args.parse_args([])
         assert run.begin(tmp_path / "run", args, {"method": "toy"}) == (None, None)
-        assert type(raised(lambda: run.on_first(lambda: 1 / 0))) is RuntimeError
-        bad = torch.tensor(math.nan)
-        assert type(raised(lambda: run.save("x_last.pt", {"x": bad}))) is SafeStop
-        error = raised(lambda: run.enter(1).begin(tmp_path / "run", args, {"method": "other"}))
-        assert type(error) is UserError and error.shared
+        with pytest.raises(RuntimeError, match="division"):
+            run.on_first(lambda: 1 / 0)
+        with pytest.raises(SafeStop):
+            run.save("x_last.pt", {"x": torch.tensor(math.nan)})
+        with pytest.raises(UserError) as caught:
+            run.enter(1).begin(tmp_path / "run", args, {"method": "other"})
+        assert caught.value.shared
         assert run.finish({"x": 1})["processes"] == 2
         torch.distributed.destroy_process_group()
     for result in processes(2, together):
