@@ -789,12 +789,9 @@ def find_path(text, data_dir, known=KNOWN):
 
 def list_dataset(name_or_path, data_dir="data", whole=None):
     """All splits of what open_dataset takes -> Source. Raises DataError."""
-    if not (name := dataset_name(name_or_path)):
-        return list_path(find_path(name_or_path, data_dir), whole)
-    source = list_known(name, expanded(data_dir))
-    if os.path.exists(name_or_path) and expanded(data_dir).resolve() != pathlib.Path.cwd():
-        source.notes.append(f"this is the published {name}; your own would be ./{name_or_path}")
-    return source
+    if name := dataset_name(name_or_path):
+        return list_known(name, expanded(data_dir))
+    return list_path(find_path(name_or_path, data_dir), whole)
 
 
 def open_dataset(name_or_path, split, data_dir="data", classes=None, download=True, whole=False):
@@ -807,6 +804,9 @@ def open_dataset(name_or_path, split, data_dir="data", classes=None, download=Tr
     if split not in SPLITS:
         raise DataError(f"split {split!r}: expected train, val or test")
     if download and (name := dataset_name(name_or_path)):
+        if os.path.exists(name_or_path) and lacks(name, expanded(data_dir)):
+            raise DataError(f"{name} is not in {data_dir}, and {name_or_path} is here: write "
+                            f"./{name_or_path} for it, or --data-dir . if it is the published one")
         fetch_missing(name, expanded(data_dir))
     images = ImageSet(list_dataset(name_or_path, data_dir, split if whole else None), split)
     return images.select(find_classes(images.classnames, classes)) if classes else images
