@@ -38,10 +38,10 @@ def refuse_unusable(folder, flag="--output-dir"):
                         "be written")
 
 
-def mistaken(path):
-    """What a file is that is often taken for a checkpoint or weights; "" where it may be one."""
-    with open(path, "rb") as file:
-        head = file.read(100).lstrip()
+def mistaken(file):
+    """What an open file is that is often taken for weights or an image; "" where it may be one."""
+    file.seek(0)
+    head = file.read(100).lstrip()
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer; run `git lfs pull` where it came from"
     if head.startswith(b"<"):
@@ -56,8 +56,9 @@ def load_checkpoint(path):
     every byte, which torch.load does not: 0.3 s for 340 MB."""
     path = expanded(path)
     try:
-        if what := mistaken(path):
-            raise ValueError(what)
+        with open(path, "rb") as file:
+            if what := mistaken(file):
+                raise ValueError(what)
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
                 raise ValueError("a part fails its checksum")

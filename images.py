@@ -30,7 +30,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, default_collate, Sampler
 
-from files import one_line
+from files import mistaken, one_line
 
 
 class DataError(ValueError):
@@ -94,7 +94,8 @@ def read_image(source, name=None):
                     ImageOps.exif_transpose(image, in_place=True)
                 return to_rgb(image)
     except Exception as error:  # Pillow's readers raise ten kinds of exception on damaged files
-        why = re.sub(r" <_io\S+ object at \S+>", "", one_line(error))
+        why = isinstance(source, io.BytesIO) and b"<svg" not in source.getvalue() and (
+            mistaken(source)) or re.sub(r" <_io\S+ object at \S+>", "", one_line(error))
         raise UnreadableImage(f"{name or source}: no readable image ({why})") from error
 
 

@@ -383,6 +383,7 @@ def known_from_open_clip(read):
     allow(text, HARMLESS, pool_type=("argmax",), proj_type=("linear",), mlp_ratio=(4,))
     allow(pixels, mode=("RGB",))
     return {"activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
+            "vision_layers": image.get("layers", 12), "text_layers": text.get("layers", 12),
             "vision_head": image.get("head_width", 64), "vision_width": image.get("width", 768),
             "image_size": image.get("image_size", 224), "text_width": text.get("width", 512),
             "text_head": text.get("width", 512) // text.get("heads", 8),

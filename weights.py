@@ -202,8 +202,11 @@ def read_json(path, kind=dict):
 def read_file(path):
     """Any weight file -> (content, format, metadata); WeightsError says what a bad one is."""
     with about(path):
-        if what := mistaken(path):
-            raise WeightsError(what)
+        with open(path, "rb") as file:
+            if what := mistaken(file):
+                raise WeightsError(what)
+            file.seek(0)
+            header = file.read(9)
         tensors = {}
         for shard, names in shards_of(path).items():
             content, _, _ = read_file(shard)
@@ -213,8 +216,6 @@ def read_file(path):
             tensors |= content
         if tensors:
             return tensors, "shards", {}
-        with open(path, "rb") as file:
-            header = file.read(9)
         if path.suffix == ".safetensors" or header[8:] == b"{":
             with about("not read as safetensors (if it is cut short or damaged, fetch it again)"):
                 tensors, metadata = read_safetensors(path)

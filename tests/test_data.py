@@ -651,6 +651,10 @@ def test_unreadable_images_are_skipped_dropped_or_refused(tmp_path):
     assert train.digest() != digest and any("1 of 120" in note for note in train.notes)
     (folder / "train/cat/4.png").unlink()
     refused(train.check_files, "1 %", "3.png")
+    for content, cure in (("version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+                          ("<html>", "web page"), ("", "interrupted")):
+        write(folder / "train/cat/5.png", content)
+        refused(lambda: train.store.image("train/cat/5.png"), "5.png", cure)  # noqa: B023
     for file in (folder / "train/dog").iterdir():
         write(file, "junk")
     refused(train.preload, "--classes", "dog")

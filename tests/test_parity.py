@@ -411,7 +411,8 @@ GRID = [  # (settings of the vision tower, of the text tower, name of what is re
         ("act_kwargs", {"approximate": "tanh"}), ("pos_embed_type", "sin_cos_2d"),
         ("attentional_pool", True), ("timm_model_name", "resnet50"), ("final_ln_after_pool", True),
         ("scale_fc", True), ("a_new_setting", "x"))),
-    ({"image_size": [32, 128]}, {}, "image_size"), ({"width": 192}, {}, "vision_width"),
+    ({"layers": 1}, {}, "num_hidden_layers"), ({"image_size": [32, 128]}, {}, "image_size"),
+    ({"width": 192}, {}, "vision_width"),
     ({}, {"width": 192}, "text_width"), ({"mlp_ratio": 2.0}, {}, "mlp_ratio"),
     ({}, {"proj_bias": True}, "proj_bias"),
     ({"ls_init_value": 1e-4}, {}, "ls_init_value")]
