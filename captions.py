@@ -488,7 +488,8 @@ def list_pairs(name_or_path, data_dir="data", layout="auto", caption_file=None, 
             path = data.find_path(text, data_dir, ())  # else data_dir is COCO, as for run_clip
         home, kind, names = find_captions(path, layout, caption_file)
     source = LAYOUTS[kind][1](ImageStore(home), names, (image_column, caption_column))
-    source.notes += [f"captions are read from {', '.join(names[:3])}"] * bool(names)
+    more = f" and {len(names) - 3} more" * (len(names) > 3)
+    source.notes += [f"captions are read from {', '.join(names[:3])}{more}"] * bool(names)
     clean(text, source)
     if set(source.rows) == {"all"} and not source.store:  # then it is one table of one folder
         paths = [path for path, *_ in source.rows["all"] if path]

@@ -16,6 +16,11 @@ import torch.distributed as dist
 from files import expanded, one_line, refuse_unusable, UserError
 
 
+# Beside Ctrl-C. A closed terminal sends the second, if nohup did not say to ignore it.
+STOPS = [signal.SIGTERM, *(number for number in [getattr(signal, "SIGHUP", None)]
+                           if number and signal.getsignal(number) != signal.SIG_IGN)]
+
+
 def number(least=0.0, most=math.inf, above=False, read=float):
     """An argparse type: a finite number from `least` (or above it) to `most`."""
     def checked(text):
@@ -183,7 +188,7 @@ def guard(main, get_args, argv=None):
     debug, code = "--debug" in (sys.argv[1:] if argv is None else argv), 0
     try:
         if os.environ.get("WORLD_SIZE", "") in ("", "0", "1"):
-            on_signals(interrupt, signal.SIGTERM)  # a group's Python cannot answer while it waits
+            on_signals(interrupt, *STOPS)  # a group's Python cannot answer while it waits
         main(get_args(argv))
         print(end="", flush=True)
     except (Exception, KeyboardInterrupt) as error:
@@ -229,7 +234,7 @@ def report(error, line, debug):
     rank, joined = os.environ.get("RANK", "0"), dist.is_available() and dist.is_initialized()
     if rank != "0" and (not joined or getattr(error, "shared", False)):
         return
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):  # nobody reads it
         if debug:
             traceback.print_exception(error)
         if line:
@@ -238,7 +243,7 @@ def report(error, line, debug):
 
 
 def interrupt(number):
-    """What SIGTERM does, as Ctrl-C: workers are stopped, a line is said. A second one kills."""
+    """What STOPS do, as Ctrl-C: workers are stopped, a line is said. A second one kills."""
     signal.signal(number, signal.SIG_DFL)
     raise KeyboardInterrupt(number)  # which no `except Exception` on the way swallows
 

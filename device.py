@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 
 from command import (add_device_flags, add_run_flags, guard, number, on_signals,  # noqa: F401
-                     Parser, run_folder, run_identity, show, tolerate_any_locale, whole)
+                     Parser, run_folder, run_identity, show, STOPS, tolerate_any_locale, whole)
 from files import (append, as_json, cut_lines, expanded, git_commit, load_checkpoint, one_line,
                    plain, previous, refuse_unusable, SafeStop, UserError, write_atomic,
                    write_checkpoint)
@@ -256,7 +256,7 @@ class Run:
         self._signal, self._stopping = 0, 0  # seen by this process; agreed on by all
         self._loss_scale, self._buffers = None, []
         self._replaced, self._lost = [], set()  # images not read: since the last look, and ever
-        self._refusal = None                    # what came of that look
+        self._refusal, self._lock = "", None    # what came of that look; of the folder
 
     def enter(self, seed):
         """A Run on the same device and processes with another seed and clock, without a folder."""
@@ -390,7 +390,7 @@ class Run:
                     self._spent[2] += time.monotonic() - self._asked
                     yield batch
                     if self._refusal:
-                        raise self._refusal
+                        raise shared(UserError(self._refusal))
                     if at.step >= at.steps:  # a signal may have come since the last `tick`
                         self._stopping = max(self.gather_objects(self._signal))
                     if self._stopping:
@@ -501,13 +501,13 @@ class Run:
         said = (f"images that cannot be read: {len(self._lost)}, e.g. {min(names)}; other pairs "
                 f"took their places")
         if len(set(names)) > 1 and len(names) > epoch // 100:
-            self._refusal = shared(UserError(f"{said}. They are more than 1 %: restore them, or "
-                                             f"list the rest"))
+            # As text: an exception would keep the loader, which would be waited for at exit.
+            self._refusal = f"{said}. They are more than 1 %: restore them, or list the rest"
         self.say(said)
 
     @contextlib.contextmanager
     def _watching_signals(self):
-        """Inside, Ctrl-C and SIGTERM ask to stop, and a second one exits at once, saving nothing.
+        """Inside, Ctrl-C and STOPS ask to stop, and a second one exits at once, saving nothing.
         Only in the main thread: Python allows no other."""
         self._signal, self._stopping, since = 0, 0, 0.0
 
@@ -521,7 +521,7 @@ class Run:
             elif self.world_size == 1 or time.monotonic() - since > 2:
                 os._exit(128 + number)
         in_main = threading.current_thread() is threading.main_thread()
-        before = on_signals(answer, *[signal.SIGINT, signal.SIGTERM] * in_main)
+        before = on_signals(answer, *[signal.SIGINT, *STOPS] * in_main)
         try:
             yield
         finally:
@@ -602,9 +602,10 @@ class Run:
         if stored:
             refuse_other(self._identity, stored.get("identity"), named or folder,
                          keys=("method", "model", "weights") if args.eval_only else ())
-        if len(set(self.gather_objects(stored and stored["step"]))) > 1:
-            raise shared(UserError(f"not all processes see the checkpoint in {folder}: expected "
-                                   "--output-dir on a disk that they share"))
+        seen = self.gather_objects((stored and stored["step"], self._identity))
+        if any(other != seen[0] for other in seen):
+            raise shared(UserError("the processes do not see the same data, weights, or checkpoint "
+                                   f"in {folder}: expected all on disks that they share"))
         if args.eval_only:
             if not stored:
                 self.say(f"no checkpoint in {folder}: this scores what --weights gives")
@@ -615,11 +616,17 @@ class Run:
         best = self.load(named.parent / BEST) if named else None  # before it is cleared away
         self.on_first(lambda: self._claim(folder, args, fresh))
         self.out = folder
-        if (folder / "results.json").exists():
+        with contextlib.suppress(OSError, ValueError):  # there is none, or a damaged one
+            results = dict(json.loads((folder / "results.json").read_text("utf-8")))
             self.say(f"{folder} holds this run, finished: see results.json; --overwrite runs again")
-            return stored, json.loads((folder / "results.json").read_text("utf-8"))
+            return stored, results
+        if stored and not named and stored.get("best", -1) != -1 and not (folder / BEST).exists():
+            raise UserError(f"{folder / BEST} is gone, the weights that were best so far: put it "
+                            "back, or --overwrite starts the run again")
         self._logged = stored["logged"] if stored and not named else 0
         self.on_first(lambda: cut_lines(folder / "metrics.jsonl", self._logged))
+        if named:  # it may have been of this folder, which is cleared
+            self.save(LAST, {**stored, "logged": 0})
         if best and best["step"] <= stored["step"]:
             self.save(BEST, best)  # what lies beside a checkpoint of another folder comes along
         if args.tensorboard and not self.rank:
@@ -639,13 +646,17 @@ class Run:
                 raise UserError(f"{folder} already holds a run: --resume auto continues it, "
                                 "--overwrite starts again, or choose another --output-dir")
             self.check(folder, self._identity)
+        if not held and (folder / "results.json").exists():
+            raise UserError(f"{folder} holds a results.json and no config.json: it is not a run of "
+                            "this program, or not whole; choose another --output-dir")
         ours = ["env.json", "command.txt", "log.txt", "metrics.jsonl", "results.json", "*_last.pt",
-                "*_prev.pt", "*_best.pt", "tensorboard/events.*"]
-        if fresh and held:  # what the run before found would be taken for this one's
-            ours += ["confusion_*.json", "per_class_*.csv", "predictions_*.csv", "table.csv",
-                     "shots.json", "matrix.md"]
+                "*_prev.pt", "*_best.pt", "tensorboard/events.*", "confusion_*.json",
+                "per_class_*.csv", "predictions_*.csv", "table.csv", "shots.json", "matrix.md"]
+        self._lock = lock(folder)
+        if fresh and held:
             shutil.rmtree(folder / "export", ignore_errors=True)
-        for name in ["*.tmp", *(ours if fresh else [])]:  # .tmp: left by a write that was killed
+        for name in ["config.json.tmp", *(f"{name}.tmp" for name in ours),  # of a killed write
+                     *(ours if fresh and held else [])]:
             for path in folder.glob(name):
                 path.unlink()
         write_atomic(folder / "config.json", {**vars(args), "identity": self._identity})
@@ -656,11 +667,12 @@ class Run:
         append(folder / "command.txt", shlex.join([sys.executable, *sys.argv]))
         append(folder / "log.txt", *self._early)
 
-    def check(self, folder, identity, advice=""):
-        """UserError where `folder` holds a run of another identity. advice: what to do then."""
+    def check(self, folder, identity, advice="", keys=()):
+        """UserError where `folder` holds a run of another identity, or other `keys` of one. advice:
+        what to do then."""
         theirs = stored_identity(folder)
         if theirs is not None:
-            refuse_other(json.loads(as_json(identity)), theirs, folder, advice)
+            refuse_other(json.loads(as_json(identity)), theirs, folder, advice, keys)
 
     def _facts(self):
         return {"device": str(self.device), "precision": self.precision, "git": git_commit(),
@@ -701,8 +713,9 @@ class Run:
         at = Place()
         if stored:
             self.restore(stored, trainable, buffers)
-            optimizer.load_state_dict(stored["optimizer"])
-            scaler.load_state_dict(stored["scaler"])
+            if stored["optimizer"]:  # else it was kept of a stage that has no step left
+                optimizer.load_state_dict(stored["optimizer"])
+                scaler.load_state_dict(stored["scaler"])
             self._set_random_state(stored["rng"])
             self._spent[:2] = self._told[:2] = stored["timed"]
             at = Place(stored["epoch"], stored["batch"], stored["step"])
@@ -763,6 +776,21 @@ def shared(error):
     """An error that every process raises: `guard` prints it once."""
     error.shared = True
     return error
+
+
+def lock(folder):
+    """A file that keeps other programs out of `folder` while it is open; None where the system
+    cannot lock files. UserError if another one has it."""
+    with contextlib.suppress(OSError, ImportError):
+        import fcntl
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"{folder} is in use by another program that writes a run there: wait "
+                            "for it, or choose another --output-dir") from None
+        return file
 
 
 def stored_identity(folder):

@@ -134,10 +134,12 @@ def append(path, *lines):
 
 
 def cut_lines(path, count):
-    """Keep the first `count` lines, so that metrics.jsonl equals that of an uninterrupted run."""
+    """Keep the first `count` whole lines, so that metrics.jsonl equals that of an uninterrupted
+    run."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    if len(lines) > count:
-        write_atomic(path, b"".join(lines[:count]))
+    whole = [line for line in lines[:count] if line.endswith(b"\n")]
+    if len(whole) < len(lines):
+        write_atomic(path, b"".join(whole))
 
 
 def plain(x):

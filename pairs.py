@@ -7,6 +7,7 @@
 
 What sources are understood stands in captions.py. Batches are functions of (seed, epoch).
 """
+import contextlib
 import functools
 import hashlib
 import io
@@ -149,11 +150,11 @@ class PairSet(Images):
             run.say(f"decoding {len(self.paths):,} {self.split} images once, into {folder}")
         fill = functools.partial(fill_pixels, self, file, limit, workers)
         reason, lost = run.on_first(fill) if run else fill()
-        if reason or not file.is_file():
+        spans = read_spans(file)
+        if reason or spans is None:
             if limit > 0:  # else it was asked for
                 self.notes.append(f"{self.split} images are decoded at every use: {reason or file}")
         else:
-            spans = json.loads(file.with_suffix(".json").read_text())
             lost = [i for i, span in enumerate(spans) if not span]
             index = {path: (file, *span) for path, span in zip(self.paths, spans) if span}
             self.store, self.pixels = SpanStore(str(self.store), index), file
@@ -168,23 +169,33 @@ def as_ppm(image, epoch, index):
     return out.getvalue()
 
 
+def read_spans(file):
+    """Where `fill_pixels` put each image in its file: (offset, bytes), or None for one that cannot
+    be read. None if the two files are not whole."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        spans = json.loads(file.with_suffix(".json").read_text())
+        if file.stat().st_size == sum(size for _, size in filter(None, spans)):
+            return spans
+
+
 def fill_pixels(pairs, file, limit, workers):
     """Write the images of a set to `file`, then where they lie to a JSON -> "" or why not, and the
     positions of those that cannot be read. Held-out images are all decoded even if they are too
     many to keep: what cannot be scored should be known before a run trains."""
     items = pairs.with_transform(as_ppm).image_items()
     index, spans, reason = file.with_suffix(".json"), [], ""
-    if index.is_file():
+    part = file.with_suffix(f".{os.getpid()}.part")  # another run may fill, or read, the same
+    if read_spans(file) is not None:
         return "", []
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "wb") as out:
+        with open(part, "wb") as out:
             for content, position, i in DataLoader(items, None, num_workers=workers,
                                                    worker_init_fn=ignore_stop,
                                                    generator=torch.Generator()):
                 spans.append((out.tell(), len(content)) if position >= 0 else None)
                 if not reason:
-                    out.write(content)
+                    out.write(content if position >= 0 else b"")
                     whole = out.tell() / (i + 1) * len(items)
                     if whole > limit and i >= min(32, len(items)) - 1:  # told early
                         reason = f"they take about {whole / 2**30:,.1f} GB"
@@ -194,11 +205,12 @@ def fill_pixels(pairs, file, limit, workers):
                 raise OSError(reason)
             out.flush()
             os.fsync(out.fileno())
-        index.with_suffix(".part").write_text(json.dumps(spans))
-        os.replace(index.with_suffix(".part"), index)
+        os.replace(part, file)
+        part.write_text(json.dumps(spans))
+        os.replace(part, index)
     except OSError as error:
-        if file.is_file():
-            file.unlink()
+        with contextlib.suppress(OSError):
+            part.unlink()
         reason = str(error)
     return reason, [i for i, span in enumerate(spans) if not span]
 

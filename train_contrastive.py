@@ -254,10 +254,14 @@ def log_scores(run, step, split, scores):
 # -----------------------------------------------------------------------------
 # The loop
 
+def in_one_piece(run, args):
+    """Whether a whole batch is encoded at once, so that BatchNorm can take its statistics."""
+    return run.world_size == 1 and not 0 < args.micro_batch < args.batch_size
+
+
 def train(run, model, data, stored, args):
     """Train `model` in place; data: see `Data`; stored: a checkpoint to go on from, or None."""
-    counts = data.loader.batch_sampler.counts
-    whole_batch = run.world_size == 1 and not 0 < args.micro_batch < args.batch_size
+    counts, whole_batch = data.loader.batch_sampler.counts, in_one_piece(run, args)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     kept, buffers = kept_state(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, args), betas=(0.9, args.beta2),
@@ -458,7 +462,9 @@ def main(args):
     identity = run_identity(args, but=("preset", "tokenizer", "check_grad"),
                             method="contrastive", data=data.train.fingerprint,
                             model=model.origin["name"], weights=model.origin["sha256"],
-                            vocabulary=words[:16])
+                            vocabulary=words[:16],
+                            statistics=in_one_piece(run, args) if training_mode(model) else None)
+    model.eval()
     stored = finished = None
     if not args.check_grad:
         stored, finished = run.begin(folder, args, identity)

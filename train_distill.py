@@ -545,6 +545,9 @@ def open_setup(run, args):
         require_words(images)
         if [other.name for other in labelled].count(images.name) > 1:
             raise UserError(f"--zero-shot: two sets are called {images.name}; rename one")
+    if args.batch_size < run.world_size:
+        raise UserError(f"--batch-size {args.batch_size}: expected {run.world_size} or more, one "
+                        f"for each process")
     batches = PairBatches(pairs, args.batch_size, 0, run.rank, run.world_size, args.captions)
     steps = min(args.epochs * len(batches), args.max_steps or math.inf)
     warmup = round(args.warmup if args.warmup >= 1 else args.warmup * steps)

@@ -45,7 +45,6 @@ import copy
 import fnmatch
 import functools
 import hashlib
-import json
 import math
 import os
 import re
@@ -64,7 +63,8 @@ from plans import (add_stage_flags, FILES, FLAGS, KEYS, OF_THE_RUN, read_plan, r
 from scores import (bootstrap, embed, frozen_features, image_features, milliseconds, recalls,
                     retrieval_ranks)
 from tokenizer import for_model
-from weights import add_model_flags, card, check_layout, digest, export, load, open_clip, sha256_of
+from weights import (add_model_flags, card, check_layout, digest, export, load, open_clip,
+                     read_json, sha256_of)
 
 MAX_SCALE = 100.0     # CLIP's clamp of exp(s)
 BOOTSTRAPS = 1000     # for each test set and row
@@ -361,10 +361,10 @@ def run_stage(run, model, stage, stages, tokenizer, args, about):
         so_far = stages[:stages.index(stage) + 1]
         judges = [other.held_out for other in so_far if other.held_out]
         found["wise"] = wise_average(run, model, stage, start_weights, judges, tokenizer, args)
-    run.finish(found)
     # Adam's state is two thirds of the file, and a finished stage does not need it.
     run.save(FILES["last"], {**run.load(FILES["last"]), "optimizer": {}, "scaler": {}})
     run.on_first(lambda: (run.out / "checkpoint_prev.pt").unlink(missing_ok=True))
+    run.finish(found)
 
 
 # -----------------------------------------------------------------------------
@@ -470,6 +470,8 @@ def settle(run, stages, out, args, about):
     """Give each stage its folder, the file it starts from, its flags (`args`) and whether it is
     `done`. UserError where the plan has changed since, or a file is gone."""
     names = [stage.name for stage in stages]
+    if args.eval_only:
+        run.check(out, about, keys=("method", "model", "weights"))
     for i, stage in enumerate(stages):
         stage.folder = out / stage.name
         if stage.parent:
@@ -556,7 +558,9 @@ def run_plan(run, model, plan, stages, tests, tokenizer, out, args, about):
             stage.done = True
         for kind in stage.kinds:
             path = stage.folder / FILES[kind]
-            if path.exists():  # --eval-only takes what there is
+            if not path.exists():  # --eval-only takes what there is
+                run.say(f"no {path}: {stage.name} is not scored")
+            else:
                 model.load_state_dict(load(path).state_dict())
                 score(stage.name + " wise" * (kind == "wise"), stage.name, kind, path)
     return run.finish({**report(run, model, rows, stages, tests, tokenizer, args),
@@ -571,8 +575,7 @@ def report(run, model, rows, stages, tests, tokenizer, args):
     run.say(text.rstrip())
     last = [row for row in rows if row["kind"] != "wise"][-1]
     judged = last["stage"] or next(iter(tests))
-    done = {stage.name: json.loads((stage.folder / "results.json").read_text("utf-8"))
-            for stage in stages if stage.done}
+    done = {stage.name: read_json(stage.folder / "results.json") for stage in stages if stage.done}
     pixels = torch.zeros(1, 3, *[model.config.image_size] * 2, dtype=torch.uint8)
     tokens = tokenizer(tests[judged].captions[:1], context_length=args.max_text)
     return {"method": "staged", "data": "+".join(dict.fromkeys(s.train.name for s in stages)),

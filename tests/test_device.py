@@ -61,7 +61,7 @@ def main(args):
     stored, finished = run.begin(device.run_folder(args, "toy", "a/b:c"), args, identity)
     if finished:
         return finished
-    buffers, best = dict(model.named_buffers()), stored["best"] if stored else math.inf
+    buffers, best = dict(model.named_buffers()), stored["best"] if stored else -1.0
     if args.eval_only:
         run.restore(stored, trainable, buffers)
         return {"step": stored["step"]}
@@ -77,8 +77,8 @@ def main(args):
                        describe=lambda step=at.step: f"{step}.png")
         if at.batch == 0:
             run.log(at.step, "val", loss=loss.item())
-            if loss.item() < best:
-                best = loss.item()
+            if 1 / loss.item() > best:
+                best = 1 / loss.item()
                 run.save_training(at, trainable, None, None, buffers, "checkpoint_best.pt",
                                   best=best)
         if due:
@@ -281,6 +281,17 @@ def test_a_folder_that_cannot_be_used_is_refused(whole, tmp_path):
     (tmp_path / "model" / "config.json").write_text('{"hidden_size": 4}')  # a downloaded model's
     for more in ((), ("--overwrite",)):
         refused(lambda more=more: toy(tmp_path / "model", *more), "config.json", "--output-dir")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "results.json").write_text('{"foo": 1}')
+    (tmp_path / "other" / "my_best.pt").write_text("kept")
+    for more in ((), ("--overwrite",)):
+        refused(lambda more=more: toy(tmp_path / "other", *more), "results.json", "--output-dir")
+    assert {path.name for path in (tmp_path / "other").iterdir()} == {"results.json", "my_best.pt"}
+    with device.lock(tmp_path / "used"):
+
+        def beside():
+            refused(lambda: toy(tmp_path / "used"), "used", "--output-dir")
+        in_child(beside).ok()
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o555)
 
@@ -294,9 +305,10 @@ def test_a_folder_that_cannot_be_used_is_refused(whole, tmp_path):
 
 def test_overwrite_starts_again_and_keeps_what_is_not_the_runs(tmp_path):
     toy(tmp_path, "--epochs", 1)
-    (tmp_path / "mine.npy").write_text("kept")
+    for name in ("mine.npy", "mine.tmp"):
+        (tmp_path / name).write_text("kept")
     toy(tmp_path, "--epochs", 2, "--overwrite")
-    assert len(metrics(tmp_path, "train")) == 8 and (tmp_path / "mine.npy").exists()
+    assert len(metrics(tmp_path, "train")) == 8 and len([*tmp_path.glob("mine.*")]) == 2
     for name in ("export", "table.csv"):  # of a folder that held no run
         (tmp_path / "new" / name).mkdir(parents=True)
     toy(tmp_path / "new", "--overwrite")
@@ -326,6 +338,12 @@ def test_a_run_begun_again_from_a_checkpoint_of_its_own_keeps_the_best(whole, tm
     toy(tmp_path / "run", "--resume", tmp_path / "run" / "checkpoint_last.pt", "--overwrite")
     best, kept = (load_checkpoint(x / "checkpoint_best.pt") for x in (whole, tmp_path / "run"))
     assert kept["step"] == best["step"]
+    assert load_checkpoint(tmp_path / "run" / "checkpoint_last.pt")["step"] == 12
+    (tmp_path / "run" / "results.json").write_text("{")  # is made again
+    assert toy(tmp_path / "run")["accuracy"] == results(tmp_path / "run")["accuracy"] == 1.5
+    for name in ("results.json", "checkpoint_best.pt"):
+        (tmp_path / "run" / name).unlink()
+    refused(lambda: toy(tmp_path / "run"), "checkpoint_best.pt")
 
 
 def test_eval_only_scores_the_best_and_claims_nothing(whole, tmp_path):

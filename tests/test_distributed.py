@@ -40,9 +40,10 @@ def test_what_one_process_finds_all_raise(tmp_path):
             run.on_first(lambda: 1 / 0)
         with pytest.raises(SafeStop):
             run.save("x_last.pt", {"x": torch.tensor(math.nan)})
-        with pytest.raises(UserError) as caught:
-            run.enter(1).begin(tmp_path / "run", args, {"method": "other"})
-        assert caught.value.shared
+        for identity, word in (({"method": "other"}, "method"), ({"data": rank}, "disks")):
+            with pytest.raises(UserError, match=word) as caught:
+                run.enter(1).begin(tmp_path / "run", args, identity)
+            assert caught.value.shared
         assert run.finish({"x": 1})["processes"] == 2
         torch.distributed.destroy_process_group()
     for result in processes(2, together):

@@ -20,9 +20,9 @@ import torch
 
 import device
 import train_clipfit  # here: who is not root may not read what it imports
-from helpers import (at_call, at_step, bad_steps, checkpoint, class_folder, die, in_child, metrics,
-                     Payload, results, ROOT, run_folder, same_run, script,
-                     script_flags, SCRIPTS)
+from helpers import (at_call, at_step, bad_steps, checkpoint, class_folder, cli, die, in_child,
+                     metrics, Payload, refused, results, ROOT, run_folder, same_run, script,
+                     script_data, script_flags, SCRIPTS)
 
 NAMES = [name.removeprefix("train_") for name in SCRIPTS]
 
@@ -71,6 +71,7 @@ def disk_fills():
 FAULTS = {  # what happens -> the exit code, and words of the last line
     "killed in a step": (lambda: at_step(3, die), 137),
     "SIGTERM in an epoch": (lambda: signal_at(4), 143, "--resume auto"),
+    "a closed terminal": (lambda: signal_at(4, signal.SIGHUP), 129, "--resume auto"),
     "Ctrl-C at an epoch's end": (lambda: signal_at(3, signal.SIGINT), 130, "--resume auto"),
     "Ctrl-C after the last step": (signal_after_the_last_step, 130, "--resume auto"),
     "SIGTERM at the end": (lambda: at_call(device.Run, "finish", 1, lambda: signal.raise_signal(
@@ -101,6 +102,17 @@ def test_a_stop_of_the_whole_group_is_answered_after_a_checkpoint(data, tmp_path
     result = after(stopped, "contrastive", data, tmp_path / "run", "--workers", 2, "--cache-gb", 0)
     one_line(result, 143, "--resume auto")
     assert checkpoint(tmp_path / "run")["step"] == 4
+
+
+def test_images_that_cannot_be_read_end_a_run_whose_workers_read_them(tmp_path):
+    """In a process of its own: it would wait for the workers as it ends."""
+    pairs = script_data(tmp_path) / "pairs"
+    for i in range(3):
+        (pairs / f"{i}.png").write_bytes(b"no picture")
+    done = cli("train_contrastive.py", *flags(
+        "contrastive", tmp_path, tmp_path / "run", "--workers", 1, "--cache-gb", 0), timeout=120)
+    refused(done, "1 %")
+    assert checkpoint(tmp_path / "run")["epoch"] == 1
 
 
 # -----------------------------------------------------------------------------

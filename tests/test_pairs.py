@@ -15,13 +15,14 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from helpers import attempt, cli, Payload, processes, refused
+from helpers import attempt, cli, Payload, processes, refused, run_main
 from PIL import Image
 
 from captions import list_pairs
 from data import open_dataset, Preprocess, sample_seed
 from device import start
 from pairs import (FeatureLoader, identities, make_pair_loader, Mixture, open_pairs, PairBatches)
+from tools import make_shards
 
 SPLITS = ("train", "val", "test")
 
@@ -488,6 +489,14 @@ def test_shards_made_by_the_tool_are_the_pairs_they_were_made_of(tmp_path):
         assert all(np.array_equal(found[c][0], source[c][0]) for c in range(50))
     assert found.store.read(found.paths[0]) == picture(0) and len(open_pairs(made, "test")) == 10
     refused(attempt(*command), "--out")
+    shutil.rmtree(made)
+    with pytest.MonkeyPatch.context() as patch:  # the third shard fails
+        write_shard = make_shards.write_shard
+        patch.setattr(make_shards, "write_shard", lambda *rest: (
+            1 / ("002" not in rest[-1].name) and write_shard(*rest)))
+        with pytest.raises(ZeroDivisionError):
+            run_main(make_shards, *command[1:])
+    assert not made.exists() and attempt(*command).ok()
     refused(attempt("tools.make_shards", tmp_path, "--out", tmp_path / "t.jsonl"), "--out")
     broken = table(tmp_path / "broken", broken=(3,))
     assert "train: 9 images" in attempt("tools.make_shards", broken, "--out", tmp_path / "x").ok().out
@@ -780,8 +789,17 @@ def test_a_cache_that_broke_off_is_made_again_and_without_a_folder_there_is_none
     held = pairs.pixels.read_bytes()
     pairs.pixels.write_bytes(held[:-40])
     pairs.pixels.with_suffix(".json").unlink()  # it is written last
-    again = open_pairs(tmp_path, "train").cache(None, tmp_path / "c")
-    assert pairs.pixels.read_bytes() == held and views(again) == views(pairs)
+    for content in ("", "[", "[[0, 9]]", held):  # of the index; the last: another run beside it
+        again = open_pairs(tmp_path, "train").cache(None, tmp_path / "c")
+        assert pairs.pixels.read_bytes() == held and views(again) == views(pairs)
+        assert {path.suffix for path in (tmp_path / "c").iterdir()} == {".json", ".pixels"}
+        if content is not held:
+            pairs.pixels.with_suffix(".json").write_text(content)
+    reading = open(pairs.pixels, "rb")
+    pairs.pixels.with_suffix(".json").unlink()
+    assert open_pairs(tmp_path, "train").cache(None, tmp_path / "c").pixels
+    assert reading.read() == held  # what a run has open stays whole while another one fills
+    reading.close()
     other = open_pairs(tmp_path, "train").cache(None, tmp_path / "pairs.csv")
     assert other.pixels is None and views(other) == views(pairs)
 

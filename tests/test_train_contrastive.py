@@ -218,6 +218,8 @@ def test_batch_norm_moves_only_where_one_piece_is_the_batch(pairs, run, tmp_path
         assert ("WARNING: BatchNorm" in result.ok().out) == (not moves)
         means = [x for n, x in checkpoint(folder)["buffers"].items() if "running_mean" in n]
         assert means and all(bool(mean.any()) == moves for mean in means)
+    refused(attempt(SCRIPT, *flags(pairs, "--image-tower", "tiny-rn:none", "--micro-batch", 3,
+                                   "--output-dir", tmp_path / "0")), "statistics")
 
 
 # -----------------------------------------------------------------------------

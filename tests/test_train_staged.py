@@ -291,6 +291,19 @@ def test_a_stage_begins_with_the_best_of_the_one_before(world, two_stages):
                                            for i in range(5))])
 
 
+def test_a_stage_stopped_before_its_results_finds_them_again(world, two_stages, tmp_path):
+    """Its last checkpoint has no optimizer any more."""
+    shutil.copytree(two_stages, tmp_path / "run")
+    for folder in ("", "cold"):
+        (tmp_path / "run" / folder / "results.json").unlink()
+    found = run_main(SCRIPT, *flags(world, tmp_path / "run"))
+    for row, before in zip(found["rows"], results(two_stages)["rows"], strict=True):
+        assert row["sets"] == before["sets"]
+    (tmp_path / "run/cold/results.json").write_text("{")
+    (tmp_path / "run/results.json").unlink()
+    refused(attempt(SCRIPT, *flags(world, tmp_path / "run")), "cold/results.json")
+
+
 def test_what_a_run_leaves_beside_what_every_script_leaves(two_stages):
     found = results(two_stages)
     assert (two_stages / "plan.json").is_file()
@@ -375,6 +388,8 @@ def test_eval_only_scores_what_there_is(world, two_stages, tmp_path):
     assert found["rows"] == results(two_stages)["rows"][:1] and not (tmp_path / "run").exists()
     found = run_main(SCRIPT, *flags(world, two_stages, "--eval-only"))
     assert found["rows"] == results(two_stages)["rows"]
+    other = flags(world, two_stages, "--eval-only", "--weights", two_stages / "warm")
+    refused(attempt(SCRIPT, *other), "weights was")
 
 
 # -----------------------------------------------------------------------------

@@ -9,11 +9,12 @@ It takes 4 bytes times views times images times the teachers' dimensions: 250 MB
 12,000 images by a ViT-B. teachers.py says what lies in it. Several teachers are asked side by side,
 and with torchrun several processes share the images.
 """
+import functools
 import shutil
 import sys
 
-from device import (add_device_flags, expanded, guard, number, Parser, start, UserError, whole,
-                    write_atomic)  # before torch, which reads what it sets
+from device import (add_device_flags, expanded, guard, number, Parser, SafeStop, start, UserError,
+                    whole, write_atomic)  # before torch, which reads what it sets
 import numpy as np
 import torch
 
@@ -22,7 +23,7 @@ from pairs import add_pair_flags, decode_once, open_pairs
 from scores import encode_images, encode_texts, leave_out
 from teachers import digest, open_teachers, Views
 
-STARTED = "images.npy", "texts.npy", "images.cache"  # and teacher.json, once all is there
+STARTED = "images.npy", "texts.npy", "images.cache", "teacher.json.tmp"  # then teacher.json
 
 
 def main(args):
@@ -50,8 +51,6 @@ def main(args):
     texts = torch.cat([encode_texts(run, teacher.model, teacher.tokenizer, pairs.captions)
                        for teacher in teachers], dim=1)
     shape = args.views, len(pairs.paths), texts.shape[1]
-    images = np.lib.format.open_memmap(target / "images.npy", "w+", np.float32, shape
-                                       ) if run.rank == 0 else None
     for view in range(args.views):
         what, found = f"view {view + 1} of {args.views}", []
         for teacher in teachers:
@@ -62,15 +61,14 @@ def main(args):
         if view == 0:
             leave_out(run, pairs, places < 0)
         run.say(f"{what}: {shape[1]:,} images")
-        if run.rank == 0:
-            images[view] = torch.cat(found, dim=1).numpy()
+        run.on_first(functools.partial(add_view, target / "images.npy", shape, view,
+                                       torch.cat(found, dim=1)))
     facts = {"format": "reinforced/3", "data": pairs.fingerprint, "split": pairs.split,
              "seed": args.seed, "crop": args.crop, "randaugment": args.randaugment,
              "views": args.views, "probe": views.probe(pairs), "precision": run.precision,
              "teachers": [teacher.facts() for teacher in teachers]}
 
     def finish():
-        images.flush()
         np.save(target / "texts.npy", texts.numpy())
         shutil.rmtree(target / "images.cache", ignore_errors=True)
         write_atomic(target / "teacher.json", {**facts, "sha256": digest(target, facts)})
@@ -78,6 +76,18 @@ def main(args):
     run.say(f"wrote {target}: {args.views} views of {shape[1]:,} images, {len(texts):,} captions, "
             f"{4 * shape[0] * shape[1] * shape[2] / 2 ** 20:,.0f} MB")
     return {"wrote": str(target), "views": args.views, "images": shape[1]}
+
+
+def add_view(path, shape, view, features):
+    """Append the features (n, D) of a view to the .npy of all of them (V, n, D)."""
+    try:
+        with open(path, "ab") as file:  # not mapped: a full disk would end the process by SIGBUS
+            if view == 0:
+                np.lib.format.write_array_header_1_0(
+                    file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+            file.write(features.numpy().tobytes())
+    except OSError as error:
+        raise SafeStop(f"{path} could not be written ({error}); start again") from error
 
 
 def get_args(argv=None):

@@ -286,7 +286,7 @@ def main(args):
                         f"search with --data")
     out = expanded(args.out or (first if staged else "runs/search"))
     for folder in (out, expanded(args.clip_retrieval or out)):
-        refuse_unusable(folder)
+        refuse_unusable(folder, "--out")
     run = start(args.device, args.precision)
     rows, sets = [(pathlib.Path(path).name, path) for path in args.weights], {}
     if staged:
