@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import zipfile
 
@@ -117,12 +118,14 @@ def write_whole(path, write):
             os.replace(path, previous(path))
         os.replace(temp, path)
     except (OSError, RuntimeError) as error:  # torch's writer hides a full disk in a RuntimeError
+        free = ""
         with contextlib.suppress(OSError):
+            free = f"; {shutil.disk_usage(path.parent).free >> 20:,} MB are free"
             temp.unlink()
         if str(error).startswith("DataLoader worker"):  # its death interrupts whatever goes on
             raise
-        raise SafeStop(f"{path} could not be written ({one_line(error)[:200]}); what was saved "
-                       "before is intact") from error
+        raise SafeStop(f"{path} could not be written ({one_line(error)[:200]}{free}); what was "
+                       "saved before is intact") from error
 
 
 def append(path, *lines):

@@ -76,7 +76,7 @@ FAULTS = {  # what happens -> the exit code, and words of the last line
     "Ctrl-C after the last step": (signal_after_the_last_step, 130, "--resume auto"),
     "SIGTERM at the end": (lambda: at_call(device.Run, "finish", 1, lambda: signal.raise_signal(
         signal.SIGTERM)), 143, "--resume auto"),
-    "a full disk": (lambda: at_step(5, disk_fills), 3, "checkpoint", "intact"),
+    "a full disk": (lambda: at_step(5, disk_fills), 3, "checkpoint", "MB are free", "intact"),
     "no memory": (lambda: at_step(5, lambda: torch.empty(2 ** 50)), 3, "--micro-batch", "intact")}
 
 
@@ -93,6 +93,14 @@ def test_a_run_that_was_ended_goes_on_to_the_same_bits(name, fault, data, whole_
     in_child(script, f"train_{name}", *flags(name, data, tmp_path / "run")).ok()
     same_run(run_folder(whole_run(name)), run_folder(tmp_path / "run"))
     assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+def test_a_disk_that_fills_while_a_teacher_is_stored(data, tmp_path):
+    def work():
+        disk_fills()
+        return script("tools.reinforce", "--teacher", str(data / "start.safetensors"), "--data",
+                      str(data / "pairs"), "--output", str(tmp_path / "stored"), "--views", "30")
+    one_line(in_child(work), 3, "images.npy")
 
 
 def test_a_stop_of_the_whole_group_is_answered_after_a_checkpoint(data, tmp_path):

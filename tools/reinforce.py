@@ -18,7 +18,7 @@ from device import (add_device_flags, expanded, guard, number, Parser, SafeStop,
 import numpy as np
 import torch
 
-from files import refuse_unusable
+from files import refuse_unusable, write_whole
 from pairs import add_pair_flags, decode_once, open_pairs
 from scores import encode_images, encode_texts, leave_out
 from teachers import digest, open_teachers, Views
@@ -69,7 +69,7 @@ def main(args):
              "teachers": [teacher.facts() for teacher in teachers]}
 
     def finish():
-        np.save(target / "texts.npy", texts.numpy())
+        write_whole(target / "texts.npy", functools.partial(np.save, arr=texts.numpy()))
         shutil.rmtree(target / "images.cache", ignore_errors=True)
         write_atomic(target / "teacher.json", {**facts, "sha256": digest(target, facts)})
     run.on_first(finish)
