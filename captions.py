@@ -22,7 +22,7 @@ import tarfile
 import numpy as np
 
 import data
-from data import read_table, read_text, table_rows
+from data import columns_of, read_table, read_text, table_rows
 from files import expanded, one_line
 from images import (DataError, folder_splits, ImageStore, is_image, leaves_folder, locate, Source,
                     SpanStore, split_of, split_word, SPLITS)
@@ -356,10 +356,11 @@ LAYOUTS = {
     "lmdb": (("pairs/data.mdb", "*/pairs/data.mdb", "lmdb/*/pairs/data.mdb"), read_lmdb),
     "coco": (("annotations/captions_*.json", "annotations_trainval*.zip"), read_captions),
     "karpathy": (("dataset_*.json",), read_captions),
-    "flickr": (("*[!a].token.txt", "*.token"), read_captions),
+    "flickr": (("*[!a].token.txt", "*.token", "results.csv", "*/results.csv"), read_captions),
     "lists": (("imageid.human-written-caption.txt", "*.caption.txt"), read_captions),  # COCO-CN ...
-    "table": (("captions.txt", "*.csv", "*.tsv", "*.jsonl", "*/results.csv"), read_captions),
-    "imagefolder": (("*/metadata.jsonl", "*/metadata.csv"), read_captions),    # Hugging Face's
+    "imagefolder": (("metadata.jsonl", "metadata.csv", "*/metadata.jsonl", "*/metadata.csv"),
+                    read_captions),                                            # Hugging Face's
+    "table": (("captions.txt", "*.csv", "*.tsv", "*.jsonl"), read_captions),
     "webdataset": (("*.tar", "*/*.tar"), read_tars),
     "json": (("*.json",), read_captions),
     "nested": (("*/*/metadata.jsonl", "*/*/metadata.csv"), read_captions),     # as imagefolder
@@ -368,8 +369,19 @@ LAYOUTS = {
 }
 
 
-def find_captions(path, layout, caption_file):
-    """A folder, zip or file -> its folder or zip, the layout, the names of its caption files."""
+def holds_captions(store, name, own):
+    """Whether a file has Flickr's lines, or columns of images and captions (own: their names)."""
+    content = store.read(name)
+    if LINES.match(content[:4096].decode("utf-8-sig", "replace")):
+        return True
+    columns = columns_of(name, content)
+    return all({given.lower()} & columns if given else columns.intersection(names)
+               for given, names in zip(own, (data.IMAGE_COLUMNS, CAPTION_COLUMNS)))
+
+
+def find_captions(path, layout, caption_file, own):
+    """A folder, zip or file -> its folder or zip, the layout, the names of its caption files.
+    own: the names of the columns, if they are given."""
     home = path if path.is_dir() or path.suffix.lower() == ".zip" else path.parent
     if caption_file:
         return home, "table", [os.path.relpath(home / caption_file, home)]
@@ -388,6 +400,10 @@ def find_captions(path, layout, caption_file):
         if name == "json":  # those beside an image are of that image
             stems = {os.path.splitext(file)[0] for file in store.names() if is_image(file)}
             found = [file for file in found if file[:-5] not in stems]
+        if found and layout == "auto" and name in ("flickr", "imagefolder", "table"):
+            others = {*found, *matching(store, *LAYOUTS["table"][0])}  # which one is meant?
+            if len(others) > 1:
+                found = [x for x in sorted(others) if holds_captions(store, x, own)] or found
         if found and layout in ("auto", "simple-clip", name):
             if store.zipped and name in ("tsv", "lmdb", "webdataset"):
                 raise DataError(f"{home} holds {found[0]}, which is read in place: unpack the zip")
@@ -477,6 +493,7 @@ def list_pairs(name_or_path, data_dir="data", layout="auto", caption_file=None, 
     """As pairs.open_pairs takes it, but `whole` is the split that takes all -> Source, in three
     splits."""
     text, path = os.fspath(name_or_path), expanded(data_dir)
+    columns = image_column, caption_column
     if layout not in (known := ("auto", "simple-clip", *LAYOUTS)):
         raise DataError(f"layout {layout!r}: expected one of {', '.join(known)}")
     if "::" in text or SHARDS.search(text):
@@ -486,8 +503,8 @@ def list_pairs(name_or_path, data_dir="data", layout="auto", caption_file=None, 
         coco = LAYOUTS["coco"][0] if text.lower() == "coco" else ()
         if not matching(ImageStore(path), *coco):
             path = data.find_path(text, data_dir, ())  # else data_dir is COCO, as for run_clip
-        home, kind, names = find_captions(path, layout, caption_file)
-    source = LAYOUTS[kind][1](ImageStore(home), names, (image_column, caption_column))
+        home, kind, names = find_captions(path, layout, caption_file, columns)
+    source = LAYOUTS[kind][1](ImageStore(home), names, columns)
     more = f" and {len(names) - 3} more" * (len(names) > 3)
     source.notes += [f"captions are read from {', '.join(names[:3])}{more}"] * bool(names)
     clean(text, source)

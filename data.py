@@ -99,9 +99,12 @@ def table_rows(path, content, known, own=(None, None), captions=False):
              for key in columns}
     named = [key for key in columns if key not in sum(found, []) and len({*texts[key]}) < 10
              and (len({*map(split_word, texts[key])} - {None}) > (key not in SPLIT_COLUMNS)
-                  or key in SPLIT_COLUMNS and {*texts[key]} <= {"0", "1", "2"}
-                  or SPLIT_FLAG.fullmatch(key))]
-    splits = ["split"] if "split" in columns else named
+                  or key in SPLIT_COLUMNS and {*texts[key]} <= {"0", "1", "2"})]
+    flags = [key for key in columns if key not in sum(found, []) and SPLIT_FLAG.fullmatch(key)
+             and len({*texts[key]}) > (key[:3] != "is_") and (
+                 {*map(str.lower, texts[key])} <= {"", "0", "1", "true", "false", "yes", "no"}
+                 or any(map(split_word, texts[key])))]
+    splits = ["split"] if "split" in columns else named or flags
     words = [key for key in found[1] if not all(map(CODE.fullmatch, texts[key]))]
     def different(keys, of=str):  # columns of equal cells are one
         return [*{tuple(map(of, texts[key])): key for key in reversed(keys)}.values()][::-1]
@@ -109,15 +112,16 @@ def table_rows(path, content, known, own=(None, None), captions=False):
         return len({*zip(*map(texts.get, keys))})
     words += [key for key in found[1] if words and not captions and key not in words  # codes that
               and kinds(key, words[0]) > kinds(words[0]) and kinds(key) > 1]  # say something else
-    files = [key for key in found[0] if any(map(is_image, texts[key]))]
-    found = [different(files or found[0], lambda path: pathlib.PurePath(path).stem),
+    files = [key for key in found[0] if any(map(is_image, texts[key]))] or found[0]
+    files = [key for key in files if all(texts[key])] or files
+    found = [different(files, lambda path: pathlib.PureWindowsPath(path).stem),
              different(words or found[1])]
-    splits = different(splits)
-    if not all(found) or max(map(len, (*found, splits))) > 1:
-        flags = "; choose with --image-column, --caption-column or --caption-file" * captions
-        several = f", not several, {sum(found, []) + splits}" * all(found)
+    several = [keys for keys in (*found, different(splits)) if len(keys) > 1]
+    if not all(found) or several:
+        cure = "; choose with --image-column, --caption-column or --caption-file" * captions
+        cure = f"; these compete, rename or remove some: {several}" * bool(several) + cure
         raise DataError(f"{path} is not understood: its first line, {columns[:9]}, should name one "
-                        f"column of {list(wanted[0])} and one of {list(wanted[1])}{several}{flags}")
+                        f"column of {list(wanted[0])} and one of {list(wanted[1])}{cure}")
     for key in filter(columns.__contains__, FOLDER_COLUMNS):
         if kinds(found[0][0], key) > kinds(found[0][0]):
             raise DataError(f"{path}: images of one name in different folders, by the column {key}"
@@ -128,7 +132,8 @@ def table_rows(path, content, known, own=(None, None), captions=False):
         split = "all" if word in (None, "", "all") else isinstance(word, str) and split_word(word)
         if not split or not isinstance(image or "", str):
             raise DataError(f"{path}, line {line}: expected the path of an image, and train, val "
-                            f"or test as {[*splits, 'split'][0]}; found {str(record)[:80]}")
+                            f"or test in the column {[*splits, 'split'][0]}, if that tells splits; "
+                            f"found {str(record)[:80]}")
         image = (image or "").strip().replace("\\", "/")
         rows.append((line, image and posixpath.normpath(image), cell, split))
     return rows
@@ -157,6 +162,13 @@ def read_table(path, content=None, join=()):
         if odd := [cell for name, cell in zip(columns[1:], cells[1:]) if not name and cell.strip()]:
             raise DataError(f"{path}, line {line}: name the column of {odd[0]!r}, or quote texts")
     return columns, [(line, dict(zip(columns, cells, strict=True))) for line, cells in rows]
+
+
+def columns_of(path, content):
+    """The columns of a table's bytes, by their first line alone -> a set; empty of other files."""
+    with contextlib.suppress(DataError):
+        return {*read_table(path, content.lstrip().partition(b"\n")[0])[0]}
+    return set()
 
 
 def json_rows(text):
@@ -446,8 +458,9 @@ NO_CLASS = re.compile(
     r"(?!(with|without|no)[ _-])(.+[ _-])?(train|val|valid|test|pred|image|img|photo|picture|jpe?g|"
     r"batch|fold|caption|annotation|label|mask|segmentation|depth)(e?s|ing|idation|images|class|"
     r"object)?([ _-].+|\d+)?", re.IGNORECASE)
-MASK = re.compile(r"(?P<at>.*/)?((?P<of>.+)[ ._-]{0}([ ._-]?\d+)?|{0}[ ._-](?P<of_it>.+))".format(
-    "(mask|seg|segmentation|label|gt|depth|annot|annotation|bbox|overlay|heatmap)s?"), re.I)
+KIND = "(mask|seg|segmentation|label|gt|depth|annot|annotation|bbox|overlay|heatmap)s?"
+MASK = re.compile(rf"(?P<at>.*/)?((?P<of>.+)[ ._-]{KIND}([ ._-]?\d+)?|{KIND}[ ._-](?P<of_it>.+))",
+                  re.IGNORECASE)
 
 
 def read_coop_split(path):
@@ -491,17 +504,17 @@ def read_class_folders(store):
     """<class>/<image> or <split>/<class>/<image>, any depth below the class -> rows as read_labels,
     notes. A lone folder around it all, as zips often have, is passed through: store.prefix moves.
     A tree that holds something else raises DataError."""
-    names, beside = [name.split("/") for name in store.names()], []  # a directory ends in ""
+    names, unread = [name.split("/") for name in store.names()], []  # a directory ends in ""
     while (len(lone := {parts[0] for parts in names if len(parts) > 1}) == 1
            and not split_word(min(lone))
            and min((len(parts) for parts in names if is_image(parts[-1])), default=0) > 2):
-        beside += [store.prefix + parts[0] for parts in names if len(parts) == 1]
+        unread += [store.prefix + parts[0] for parts in names if len(parts) == 1]
         store.prefix += min(lone) + "/"
         names = [parts[1:] for parts in names if len(parts) > 1 and parts[1:] != [""]]
     level = int(any(split_word(parts[0]) == "train" and parts[2:] not in ([], [""])
                     for parts in names))
     # inner: of a class, its folders with images; "" is itself. masks: those with something else
-    rows, inner, unread, masks = {}, {}, beside, set()
+    rows, inner, masks = {}, {}, set()
     for *folders, file in names:
         split = split_word((folders or [""])[0]) if level else "all"
         name, *below = folders[level:] or [""]
@@ -531,14 +544,14 @@ def read_class_folders(store):
     tables = [name for name in unread if name.lower().endswith(TABLE_SUFFIXES)][:2]
     telling = [name for name in unread if not level and tells_splits(store, name)][:2]
     if telling:
-        raise DataError(f"{store}: the folders name no splits, and {telling} might; give the table "
-                        f"itself, make folders train and test, or move it away")
+        raise DataError(f"{store}: {telling} may say which images are to train on, and the folders "
+                        f"do not: give the table itself, make folders train and test, or move it")
     several = len(odd) >= (1 if taught else len(full)) or len({*map(split_word, odd)} - {None}) > 1
     if len(full) < len(inner) or several or shared or nested or masks:
         raise DataError(f"{store}: expected <class>/<image> or train/<class>/<image>, each class "
                         f"with images; found {sorted(set(inner) - set(full))[:3]} without, "
                         f"{[*sorted(masks), *full][:3]} with images or with folders of them" +
-                        ", which may be the classes" * bool(nested) +
+                        ", which may be the classes: a table can say it" * bool(nested) +
                         f", and {tables}, which could be read by its path" * bool(tables))
     notes = [f"{len(unread):,} files are not read for their suffix or place, e.g. {unread[0]}"
              ] if unread else []
@@ -552,11 +565,12 @@ def tells_splits(store, name):
     stem, suffix = os.path.splitext(os.path.basename(name).lower())
     if suffix in (*TABLE_SUFFIXES, ".txt") and SPLIT_FLAG.fullmatch(stem):
         return True
-    with contextlib.suppress(DataError):  # no table that is understood
-        if suffix in TABLE_SUFFIXES:
-            columns = read_table(name, ImageStore(store.path).read(name))[0]
-            return any(key in SPLIT_COLUMNS or SPLIT_FLAG.fullmatch(key) for key in columns)
-    return False
+    columns = set()
+    if suffix in TABLE_SUFFIXES:
+        columns = columns_of(name, ImageStore(store.path).read(name))
+    return bool(columns.intersection(IMAGE_COLUMNS)) and any(
+        key in SPLIT_COLUMNS[:3] or SPLIT_FLAG.fullmatch(key) and key[:3] != "val"
+        for key in columns)  # "set" and "valid" have other meanings too
 
 
 def number_classes(rows):
@@ -570,7 +584,7 @@ def number_classes(rows):
         raise DataError(f"class names {same[:4]} read the same; rename or merge them")
     for name in names:
         if len(parts := re.split(r"\s*[|,;]\s*", name)) > 1 and {*parts} <= {*names}:
-            raise DataError(f"the class {name!r} is several of the others; expected one an image")
+            raise DataError(f"the class {name!r} joins others; expected one class for each image")
     label = {name: position for position, name in enumerate(names)}
     return {split: [(path, label[name]) for path, name in entries]
             for split, entries in rows.items()}, names
@@ -635,7 +649,7 @@ def list_path(path, whole=None):
     inner = [name for name in (store.names() if suffix == ".zip" else ())
              if name.lower().endswith(TABLE_SUFFIXES) and "/" not in name]
     if len(inner) > 1:  # others may lie beside that of the images and their classes
-        columns = {name: {*read_table(name, store.read(name))[0]} for name in inner}
+        columns = {name: columns_of(name, store.read(name)) for name in inner}
         inner = [name for name in inner if all(map(columns[name].intersection,
                                                    (IMAGE_COLUMNS, LABEL_COLUMNS)))]
     if suffix in TABLE_SUFFIXES:
@@ -804,7 +818,8 @@ def open_dataset(name_or_path, split, data_dir="data", classes=None, download=Tr
     if split not in SPLITS:
         raise DataError(f"split {split!r}: expected train, val or test")
     if download and (name := dataset_name(name_or_path)):
-        if os.path.exists(name_or_path) and lacks(name, expanded(data_dir)):
+        here, home = expanded(name_or_path), expanded(data_dir).resolve()
+        if here.exists() and here.resolve().parent != home and lacks(name, home):
             raise DataError(f"{name} is not in {data_dir}, and {name_or_path} is here: write "
                             f"./{name_or_path} for it, or --data-dir . if it is the published one")
         fetch_missing(name, expanded(data_dir))

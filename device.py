@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import errno
 import json
 import os
 import pathlib
@@ -614,15 +615,16 @@ class Run:
             raise UserError(f"--resume {named}: it was kept for its scores, without what training "
                             f"needs to go on; give {LAST}, or start from it with --weights")
         best = self.load(named.parent / BEST) if named else None  # before it is cleared away
-        self.on_first(lambda: self._claim(folder, args, fresh))
+        self.on_first(lambda: self._claim(folder, args, fresh, bool(stored) and not named))
         self.out = folder
         with contextlib.suppress(OSError, ValueError):  # there is none, or a damaged one
             results = dict(json.loads((folder / "results.json").read_text("utf-8")))
             self.say(f"{folder} holds this run, finished: see results.json; --overwrite runs again")
             return stored, results
         if stored and not named and stored.get("best", -1) != -1 and not (folder / BEST).exists():
-            raise UserError(f"{folder / BEST} is gone, the weights that were best so far: put it "
-                            "back, or --overwrite starts the run again")
+            raise shared(UserError(f"{folder / BEST} is gone, the weights that were best so far: "
+                                   f"put it back, or --resume {folder / LAST} --output-dir OTHER "
+                                   "goes on without it"))
         self._logged = stored["logged"] if stored and not named else 0
         self.on_first(lambda: cut_lines(folder / "metrics.jsonl", self._logged))
         if named:  # it may have been of this folder, which is cleared
@@ -637,7 +639,7 @@ class Run:
             f", continuing after step {stored['step']}" if stored else ""))
         return stored, None
 
-    def _claim(self, folder, args, fresh):
+    def _claim(self, folder, args, fresh, goes_on):
         """Check, clear and make the folder."""
         refuse_unusable(folder)
         held = stored_identity(folder) is not None
@@ -646,12 +648,14 @@ class Run:
                 raise UserError(f"{folder} already holds a run: --resume auto continues it, "
                                 "--overwrite starts again, or choose another --output-dir")
             self.check(folder, self._identity)
-        if not held and (folder / "results.json").exists():
-            raise UserError(f"{folder} holds a results.json and no config.json: it is not a run of "
+        strange = [name for name in ("results.json", BEST, LAST) if (folder / name).exists()]
+        if strange and not held and not goes_on:
+            raise UserError(f"{folder} holds {strange[0]} and no config.json: it is not a run of "
                             "this program, or not whole; choose another --output-dir")
         ours = ["env.json", "command.txt", "log.txt", "metrics.jsonl", "results.json", "*_last.pt",
                 "*_prev.pt", "*_best.pt", "tensorboard/events.*", "confusion_*.json",
                 "per_class_*.csv", "predictions_*.csv", "table.csv", "shots.json", "matrix.md"]
+        self._lock = None  # one of this process is given up first
         self._lock = lock(folder)
         if fresh and held:
             shutil.rmtree(folder / "export", ignore_errors=True)
@@ -787,9 +791,10 @@ def lock(folder):
         file = open(folder / ".lock", "w")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"{folder} is in use by another program that writes a run there: wait "
-                            "for it, or choose another --output-dir") from None
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # else there are no locks here
+                raise UserError(f"{folder} is in use by another program that writes a run there: "
+                                "wait for it, or choose another --output-dir") from None
         return file
 
 

@@ -70,7 +70,8 @@ def to_rgb(image):
     if image.mode == "I" or image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.uint32)
         if 0 < grey.max() < 4096:
-            raise ValueError("16 bits of which only 12 are used; scale it, or save it with 8 bits")
+            raise ValueError(f"the brightest of its 16-bit pixels is {grey.max()} of 65535; scale "
+                             f"it, or save it with 8 bits")
         grey = (grey + 128) // 257  # rounded
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode in ("P", "PA", "La", "RGBa"):
@@ -593,4 +594,5 @@ class Loader(DataLoader):
 
 def ignore_stop(worker):
     """A stop is often sent to the whole group; the parent needs one more batch before it saves."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in {"SIGTERM", "SIGHUP"} & {*dir(signal)}:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)

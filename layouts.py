@@ -406,7 +406,7 @@ def card(model, tokenizer=None):
 
 
 def known_from_card(card):
-    """Its sizes are not believed: those of the tensors are taken."""
+    """Its sizes do not count: those of the tensors are taken, and widths must agree."""
     pixels = card.get("pixels")
     return {**card["clip_config"], "pixels": pixels and make_pixels(**pixels),
             "vocabulary": dict(card.get("vocabulary") or {}) or None}

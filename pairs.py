@@ -209,9 +209,10 @@ def fill_pixels(pairs, file, limit, workers):
         part.write_text(json.dumps(spans))
         os.replace(part, index)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
         reason = str(error)
+    finally:
+        with contextlib.suppress(OSError):  # it has another name, or there is none
+            part.unlink()
     return reason, [i for i, span in enumerate(spans) if not span]
 
 

@@ -381,16 +381,17 @@ def read_vocabulary(vocab, wanted=None, merges=()):
     return kind, ids, pairs, config
 
 
-def rules_of(fast, said):
+def rules_of(fast, said, alone):
     """What a tokenizer.json says beside its vocabulary, by the names of tokenizer_config.json,
-    whose table is `said`. ValueError where transformers would take another rule than it says."""
+    whose table is `said`. ValueError where transformers would take another rule than it says; it
+    does what it says if the file is `alone`."""
     normal, last = fast.get("normalizer") or {}, fast.get("post_processor") or {}
     rules = {"do_lower_case": normal.get("lowercase"),
              "strip_accents": normal.get("strip_accents"),
              "tokenize_chinese_chars": normal.get("handle_chinese_chars")}
     taken = dict.fromkeys(rules, True) | {"strip_accents": said.get("do_lower_case") is not False}
     for name, x in rules.items():
-        if said.get(name) is None and x not in (None, taken[name]):
+        if not alone and said.get(name) is None and x not in (None, taken[name]):
             raise ValueError(f"tokenizer.json has {name} {x} and tokenizer_config.json does not "
                              f"say it; write it there")
     ends = []  # the start and end that are put around a text
@@ -413,7 +414,10 @@ def read_files(path):
     def table(name):
         return json.loads((folder / name).read_text("utf-8")) if (folder / name).is_file() else {}
     fast, said = table("tokenizer.json"), table("tokenizer_config.json")
-    config = rules_of(fast, said) | table("config.json") | said | table("special_tokens_map.json")
+    alone = not any((folder / name).is_file() for name in (
+        "config.json", "tokenizer_config.json", "vocab.txt", "vocab.json"))
+    config = (rules_of(fast, said, alone) | table("config.json") | said
+              | table("special_tokens_map.json"))
     if path.is_dir():
         names = "vocab.txt", "vocab.json", "tokenizer.json"
         path = next((path / name for name in names if (path / name).is_file()), path / names[0])
@@ -433,6 +437,7 @@ def read_files(path):
         parts, pairs = [], [pair for pair in lines(folder / "merges.txt") if pair]
         if pairs and "#version" in pairs[0]:  # that line can say more
             pairs = pairs[1:]
+        pairs = pairs[:MERGE_COUNT] if "<|startoftext|>" in ids else pairs
         if fast and [pair if isinstance(pair, str) else " ".join(pair)
                      for pair in fast["model"]["merges"]] != pairs:
             raise ValueError("merges.txt and tokenizer.json differ; remove the wrong one")

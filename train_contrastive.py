@@ -462,8 +462,9 @@ def main(args):
     identity = run_identity(args, but=("preset", "tokenizer", "check_grad"),
                             method="contrastive", data=data.train.fingerprint,
                             model=model.origin["name"], weights=model.origin["sha256"],
-                            vocabulary=words[:16],
-                            statistics=in_one_piece(run, args) if training_mode(model) else None)
+                            vocabulary=words[:16])
+    if training_mode(model) and not in_one_piece(run, args):
+        identity["statistics"] = "of BatchNorm, frozen"
     model.eval()
     stored = finished = None
     if not args.check_grad:

@@ -112,6 +112,8 @@ SOURCES = {
               "Flickr8k.lemma.token.txt": lines("{}#0\tlemma {}")},
     "kaggle's flickr30k": {"results.csv": lines(
         "{}| 0| {}", "image_name| comment_number| comment\n").replace("0| café", "4   café")},
+    "flickr30k, a log": {"results.csv": lines("{}| 0| {}"), "log.csv": "epoch,loss\n1,2\n"},
+    "metadata beside, a log": {"metadata.csv": as_csv("file_name", "text"), "a.csv": "a,b\n1,2\n"},
     "flickr30k-cn": {"flickr30kzhb.caption.txt": lines("{}#zhb#0 {}")},
     "texts beside": {"0_stats.json": "{}", "dataset_info.json": "{}", **{
         name.replace("png", "txt"): text for name, text in SCENES}},
@@ -496,7 +498,8 @@ def test_shards_made_by_the_tool_are_the_pairs_they_were_made_of(tmp_path):
             1 / ("002" not in rest[-1].name) and write_shard(*rest)))
         with pytest.raises(ZeroDivisionError):
             run_main(make_shards, *command[1:])
-    assert not made.exists() and attempt(*command).ok()
+    refused(lambda: open_pairs(made, "train"), made)
+    assert attempt(*command).ok() and open_pairs(made, "train").captions == source.captions
     refused(attempt("tools.make_shards", tmp_path, "--out", tmp_path / "t.jsonl"), "--out")
     broken = table(tmp_path / "broken", broken=(3,))
     assert "train: 9 images" in attempt("tools.make_shards", broken, "--out", tmp_path / "x").ok().out

@@ -13,7 +13,6 @@ import io
 import json
 import os
 import pathlib
-import shutil
 import sys
 import tarfile
 
@@ -29,13 +28,9 @@ KEPT = (".jpg", ".jpeg", ".png", ".webp")  # other kinds of file are written as 
 def main(args):
     out = pathlib.Path(args.out)
     refuse_unusable(out, "--out")
-    if any(out.glob("*")):
-        raise UserError(f"--out {out} is not empty; name another folder")
-    part = out.absolute()  # first another name: some shards of a set would be taken for all
-    part = part.with_name(part.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    source = list_pairs(args.data, args.data_dir, args.layout)
+    if any(out.glob("[!.]*.tar")):
+        raise UserError(f"--out {out} holds shards already; name another folder")
+    source, written = list_pairs(args.data, args.data_dir, args.layout), []
     for split, rows in source.rows.items():
         if not rows or split == "test" and rows is source.rows["val"]:
             continue  # there is none, or val stands in for it
@@ -43,10 +38,12 @@ def main(args):
         pairs.check_files()
         images = [i for i, captions in enumerate(pairs.captions_of) if captions]
         parts = [images[i:i + args.per_shard] for i in range(0, len(images), args.per_shard)]
-        count = sum(write_shard(pairs, some, part / f"{split}-{number:06d}.tar")
-                    for number, some in enumerate(parts))
+        count = sum(write_shard(pairs, part, out / f".{split}-{number:06d}.tar")
+                    for number, part in enumerate(parts))
         print(f"{split}: {count:,} images in {out}/{split}-{{000000..{len(parts) - 1:06d}}}.tar")
-    os.replace(part, out)
+        written += [f"{split}-{number:06d}.tar" for number in range(len(parts))]
+    for name in written:  # hidden until all are there: some would be taken for a whole set
+        os.replace(out / f".{name}", out / name)
     print(f"train with --data {out}")
 
 

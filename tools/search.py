@@ -285,8 +285,8 @@ def main(args):
         raise UserError(f"{first} is no finished run of stages; for other weights name what to "
                         f"search with --data")
     out = expanded(args.out or (first if staged else "runs/search"))
-    for folder in (out, expanded(args.clip_retrieval or out)):
-        refuse_unusable(folder, "--out")
+    refuse_unusable(out, "--out")
+    refuse_unusable(expanded(args.clip_retrieval or out), "--clip-retrieval")
     run = start(args.device, args.precision)
     rows, sets = [(pathlib.Path(path).name, path) for path in args.weights], {}
     if staged:
