@@ -47,6 +47,7 @@ CAPTION_COLUMNS = ("caption", "captions", "title", "text")
 LINE = re.compile(r"\s*(.+?)(?:#(?:\w+#)?\d+[ \t]|\s*\|\s*\d+(?:\s*\|)?)\s*(.*)")
 LINES = re.compile(r"\s*(?![\s\[{])(?:image_name\||[^,\t\n]+#(?:\w+#)?\d+\s)")
 NEVER = "2258277193_586949ec62.jpg"
+NO_COLUMNS = "leave out --image-column and --caption-column, which name columns of tables"
 # Of img2dataset, of Hugging Face's datasets, of Kaggle: about the data, not the data
 ABOUT = re.compile(r"(.*/)?(\d+_stats|dataset_(infos?|dict)|dataset-metadata)\.json")
 
@@ -78,13 +79,16 @@ def read_captions(store, names, columns):
 
 def read_caption_file(name, content, columns):
     """One file -> (split or "all", path, caption) for each row."""
-    if LINES.match(content[:4096].decode("utf-8-sig", "replace")):
+    whole, lines = None, LINES.match(content[:4096].decode("utf-8-sig", "replace"))
+    if lines and not any(columns):
         return read_lines(name, read_text(name, content))
-    whole = None
     with contextlib.suppress(ValueError, RecursionError):  # JSON lines, perhaps
         if name.endswith(".json"):  # pandas writes an id as 391895.0
             whole = json.loads(read_text(name, content), parse_float=lambda x: x.removesuffix(".0"))
-    if isinstance(whole, dict) and "images" in whole:
+    whole = whole if isinstance(whole, dict) and "images" in whole else None
+    if any(columns) and (lines or whole):
+        raise DataError(f"{name} is no table: {NO_COLUMNS}")
+    if whole:
         return read_json(name, whole)
     return read_pair_table(name, content, columns)
 
@@ -408,6 +412,8 @@ def find_captions(path, layout, caption_file, own):
             if store.zipped and name in ("tsv", "lmdb", "webdataset"):
                 raise DataError(f"{home} holds {found[0]}, which is read in place: unpack the zip")
             return home, name, found
+    if patterns := LAYOUTS.get(layout, ((),))[0]:
+        raise DataError(f"{home} holds no --layout {layout}: expected {', '.join(patterns)}")
     return home, "classes" if layout == "classes" else "texts", []
 
 
@@ -450,7 +456,8 @@ def choose_splits(source, layout, whole):
     lists           of images
     whole           all for that one
     folders         train, test, ... in which all images lie
-    hash            80/10/10 by that of each image's name, so that new images move no old ones
+    hash            80/10/10 by that of each image's name, so that new images move no old ones; but
+                    a lone image is not held out
     """
     notes = source.notes
     if layout != "simple-clip" and set(source.rows) - {"all"}:
@@ -477,6 +484,9 @@ def choose_splits(source, layout, whole):
         part_of = dict.fromkeys(images, whole)
     elif not (part_of := folder_splits(images)):
         part_of = dict(zip(images, map(hashed_split, images)))
+        count = collections.Counter(part_of.values())
+        part_of = {path: part if count[part] > 1 else "train"  # a search needs two images
+                   for path, part in part_of.items()}
         notes.append("no splits were given: images are cut 80/10/10 by a hash of names")
     rows = {split: [row for row in pairs if part_of[row[0]] == split] for split in SPLITS}
     return {**rows, "val": rows["test"]} if layout == "simple-clip" else rows
@@ -504,7 +514,10 @@ def list_pairs(name_or_path, data_dir="data", layout="auto", caption_file=None, 
         if not matching(ImageStore(path), *coco):
             path = data.find_path(text, data_dir, ())  # else data_dir is COCO, as for run_clip
         home, kind, names = find_captions(path, layout, caption_file, columns)
-    source = LAYOUTS[kind][1](ImageStore(home), names, columns)
+    reader = LAYOUTS[kind][1]
+    if any(columns) and reader is not read_captions:
+        raise DataError(f"{text} is read as {kind}: {NO_COLUMNS}")
+    source = reader(ImageStore(home), names, columns)
     more = f" and {len(names) - 3} more" * (len(names) > 3)
     source.notes += [f"captions are read from {', '.join(names[:3])}{more}"] * bool(names)
     clean(text, source)

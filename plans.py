@@ -38,7 +38,7 @@ class Stage:
     data: str = key("demo", str, "training pairs: a folder, a caption file, shards")
     caption_file: str = key(None, str, "another caption file of that data, such as a translation")
     matching: str = key(None, lambda text: re.compile(text).pattern, "only images whose path or "
-                        "captions hold this regular expression")
+                        "captions hold this regular expression; case does not count")
     val: str = key(None, str, "data whose val split chooses the weights (default: that of data)")
     test: str = key(None, str, "data whose test split judges it (default: that of data, else val)")
     # what trains, and from where

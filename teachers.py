@@ -135,7 +135,7 @@ class Stored:
 
     def check(self, pairs):
         """Raise DataError unless every byte is as it was written, and these are the images that
-        the teachers saw, in the same views."""
+        the teachers saw, by their names and the pixels of eight of them, in the same views."""
         facts = self.facts
         if facts.get("sha256") != digest(self.folder, facts):
             raise DataError(f"the stored teacher in {self.folder} is damaged; write it again")

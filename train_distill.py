@@ -67,6 +67,7 @@ import weights
 from clip_model import (canonical_name, evaluating, text_pieces, training_mode, unit,
                         VisionTransformer)
 from data import open_dataset, require_words
+from files import one_line
 from images import normalise, Preprocess, sample_seed
 from large_batch import by_rows, TwoPass
 from pairs import add_pair_flags, decode_once, make_pair_loader, open_splits, PairBatches
@@ -331,6 +332,8 @@ class Maps:
     def catch(self, who, vit, module, inputs, output):
         if vit:
             self.caught[who] = inputs[0]
+        elif torch.is_tensor(output) and output.ndim == 3:  # tokens: what came before is no map
+            self.caught.pop(who, None)
         elif torch.is_tensor(output) and output.ndim == 4 and as_map(output).shape[-1] > 1:
             self.caught[who] = output
 
@@ -599,6 +602,13 @@ def open_student(run, first, captions, args):
             activation=args.teacher_activation or first.activation)
     tokenizer = for_model(model, args.tokenizer)
     run.move(model).fuse_attention(run.fused_attention)
+    side = model.config.image_size
+    try:
+        with torch.no_grad(), evaluating(model):
+            image_features(run, model, torch.zeros(1, 3, side, side))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"--image-size: the student {args.model} takes no image of {side} pixels "
+                        f"({one_line(error)[:99]})") from error
     if args.train_text:
         return model, tokenizer
     for name, p in model.named_parameters():
@@ -784,6 +794,8 @@ def get_args(argv=None):
             (args.weights and args.model, "--weights brings its image tower; leave --model out"),
             (not (args.teacher or args.reinforced or demo), "--teacher is missing: name a CLIP"),
             (args.ema_teacher and not args.ema, "--ema-teacher needs --ema, the average's decay"),
+            (args.text_teacher and not args.task, "--text-teacher softens the targets of --task: "
+             "give that a weight"),
             (args.icl and not args.train_text,
              "--icl needs --train-text: with frozen text it is --task"),
             (args.reinforced and args.hint + args.attention,

@@ -84,6 +84,10 @@ def test_splits_of_equal_file_names_are_each_looked_at(tmp_path):
         (tmp_path / f"annotations/captions_{split}.json").write_text(json.dumps(coco))
     (tmp_path / "val/0.png").write_bytes(b"x")
     assert found(tmp_path, code=2)["unreadable"] == ["val:0.png"]
+    save_picture(tmp_path / "val/0.png", noise())
+    assert "a search needs 2 images" in found(tmp_path, code=2)["refused"][0]
+    (tmp_path / "annotations/captions_train.json").unlink()
+    assert "there are no train images" in found(tmp_path, code=2)["refused"]
 
 
 def test_refusals_are_one_line_and_any_file_name_can_be_printed(tmp_path):

@@ -11,6 +11,7 @@ import random
 import shutil
 import tarfile
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -406,6 +407,17 @@ def test_names_splits_and_columns_that_are_not_there(tmp_path):
     refused(lambda: open_pairs(source, "val", **named), "val")
     refused(lambda: open_pairs(source, "trian", **named), "trian")
     refused(lambda: open_pairs(source, "train", caption_file="none.csv"), "none.csv")
+    refused(lambda: open_pairs(source, "train", layout="webdataset"), "webdataset", "*.tar")
+    for name in ("coco", "kaggle's flickr30k", "texts beside"):  # are no tables
+        refused(partial(open_pairs, write(tmp_path / name, {**SOURCES[name], "p0.png": 0}), "train",
+                        caption_column="words"), "--caption-column")
+
+
+def test_a_hash_holds_out_no_image_or_two_and_more(tmp_path):
+    for count in range(2, 30):
+        rows = [f"{i}.png,number {i}" for i in range(count)]
+        source = list_pairs(write(tmp_path / str(count), {"a.csv": "image,caption\n" + "\n".join(rows)}))
+        assert 1 not in map(len, source.rows.values()) and sum(map(len, source.rows.values())) == count
 
 
 PIECES = ("a", "b c", "é", ",", "\t", ";", '"', '""', "\n", "\r\n", "\0", "|", "#0", " ", ".jpg",

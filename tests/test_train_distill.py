@@ -110,6 +110,8 @@ def test_a_cnns_map_is_its_last_and_cnn_teachers_are_refused():
     assert all(map(torch.isfinite, maps.losses(torch.nn.Conv2d(576, 64, 1), 2).values()))
     assert as_map(randoms(2, 5, 5, 3)).shape == (2, 3, 5, 5)  # channels last, as in a Swin
     refused(lambda: Maps(student, student), "--hint")
+    maps.catch("student", False, None, (), randoms(2, 65, 8))  # tokens, as inside a ViT of timm
+    assert "student" not in maps.caught
 
 
 # -----------------------------------------------------------------------------
@@ -529,7 +531,8 @@ def test_training_from_it_asks_no_teacher(school, stored, tmp_path):
         patch.setattr(CLIP, "encode_image", lambda self, images, normalize=False: (
             asked.append(len(images)), real(self, images, normalize))[1])
         found = run_main("train_distill", *taught(school, stored, "--output-dir", tmp_path))
-    assert sum(asked) == 6 * 8 + 12 * 3 + 12   # training; val twice, then as test; timing
+    # One to see that the student takes images of that size; training; val twice, then as test; timing.
+    assert sum(asked) == 1 + 6 * 8 + 12 * 3 + 12
     assert "teacher_mean_recall" not in found and len(found["teachers"]) == 2
     words = taught(school, stored)
     for more in (("--eval-only",), (*words, "--eval-only")):
@@ -658,6 +661,7 @@ def test_wrong_command_lines_are_refused_in_one_line(school):
             "--weights x --model y": "--model", "--crdd 1": "--crd", "--teacher-scale 0":
             "--teacher-scale", "--views 3": "tools.reinforce", "--max-text 9": "--max-text",
             "--text-teacher-weight 0.5": "--text-teacher",
+            "--teacher tiny --text-teacher x --task 0": "--text-teacher",
             "--icl 1": "--train-text", "--accum-steps 2": "--micro-batch",
             "--batch-size 1": "--batch-size"}.items():
         refused(attempt("train_distill", *line.split()), flag)
@@ -669,6 +673,7 @@ def test_wrong_command_lines_are_refused_in_one_line(school):
                        (("--zero-shot", "demo", "demo"), "--zero-shot"),
                        (("--text-teacher", school / "nowhere"), "nowhere"),
                        (("--model", "timm:no_such_net"), "no_such_net"),
+                       (("--model", "alexnet", "--image-size", 32), "--image-size"),
                        (("--export", "openai", "--model", "resnet18"), "openai")):
         out = school / "refused"
         refused(attempt("train_distill", *flags(school, *more, "--output-dir", out)), flag)

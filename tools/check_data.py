@@ -79,6 +79,8 @@ def check_images(parts, findings):
             same.setdefault(split, example)
         try:  # in the words of training itself
             part.refuse_losses(lost, "see below")
+            if split != "train" and isinstance(part, PairSet):
+                part.retrieval()
         except DataError as error:
             findings["refused"].append(str(error))
     return decoded
@@ -95,6 +97,7 @@ def check_data(data, data_dir="data"):
     findings["same_caption"] = [path for i, (path, text) in enumerate(captions)
                                 if first.setdefault(text, i) != i]
     decoded = check_images(parts, findings)
+    findings["refused"] += ["there are no train images"] * ("train" not in parts)
     kinds = [kind for kind in FINDINGS if findings[kind]]
     verdict = ("training would be refused; mend what is said above" if "refused" in kinds else
                f"usable, but the score flatters (copies across splits: "

@@ -36,6 +36,10 @@ def main(args):
             continue  # there is none, or val stands in for it
         pairs = PairSet(source, split)
         pairs.check_files()
+        queries = {query for _, text, query in rows if text and query is not None}
+        if queries and split != "train" and len(queries) != len(pairs.captions):
+            print(f"note: {split} has texts of no image or of several, which shards cannot hold: "
+                  f"its scores will differ", file=sys.stderr)
         images = [i for i, captions in enumerate(pairs.captions_of) if captions]
         parts = [images[i:i + args.per_shard] for i in range(0, len(images), args.per_shard)]
         count = sum(write_shard(pairs, part, out / f".{split}-{number:06d}.tar")
