@@ -476,7 +476,7 @@ def make_backbone(name, size=None, weights="DEFAULT"):
         return timm_backbone(name[5:], size)
     from torchvision import models
     if name not in models.list_models(module=models) or name in ("googlenet", "inception_v3"):
-        raise ValueError(f"torchvision has no classifier {name!r}")
+        raise ValueError(f"torchvision has no classifier {name!r} that can be used here")
     preset = models.get_model_weights(name)[weights].transforms()
     size = size or preset.crop_size[0]
     more = {"image_size": size} if name.startswith("vit_") else {}

@@ -107,7 +107,8 @@ def table_rows(path, content, known, own=(None, None), captions=False):
     splits = ["split"] if "split" in columns else named or flags
     words = [key for key in found[1] if not all(map(CODE.fullmatch, texts[key]))]
     def different(keys, of=str):  # columns of equal cells are one
-        return [*{tuple(map(of, texts[key])): key for key in reversed(keys)}.values()][::-1]
+        return keys[:1] if len(keys) < 2 else [
+            *{tuple(map(of, texts[key])): key for key in reversed(keys)}.values()][::-1]
     def kinds(*keys):
         return len({*zip(*map(texts.get, keys))})
     words += [key for key in found[1] if words and not captions and key not in words  # codes that
