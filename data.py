@@ -86,9 +86,7 @@ def table_rows(path, content, known, own=(None, None), captions=False):
 
     `known`: what the second column may be called; own: the names of both columns, if the user gave
     them. Words count before codes for them, and names of files; which of two columns is meant is
-    not guessed. Splits stand in the column of that name, else in one of SPLIT_COLUMNS, or like
-    SPLIT_FLAG, or of a few words that names two of them. Surplus delimiters belong to captions, as
-    read_table says. Raises DataError."""
+    not guessed. Surplus delimiters belong to captions, as read_table says. Raises DataError."""
     wanted = [(name.lower(),) if name else names
               for name, names in zip(own, (IMAGE_COLUMNS, known), strict=True)]
     columns, records = read_table(path, content, join=wanted[1] if captions else ())
@@ -97,14 +95,7 @@ def table_rows(path, content, known, own=(None, None), captions=False):
     found = [[key for key in keys if key in columns] for keys in wanted]
     texts = {key: tuple(str(record.get(key) or "").strip() for _, record in records)
              for key in columns}
-    named = [key for key in columns if key not in sum(found, []) and len({*texts[key]}) < 10
-             and (len({*map(split_word, texts[key])} - {None}) > (key not in SPLIT_COLUMNS)
-                  or key in SPLIT_COLUMNS and {*texts[key]} <= {"0", "1", "2"})]
-    flags = [key for key in columns if key not in sum(found, []) and SPLIT_FLAG.fullmatch(key)
-             and len({*texts[key]}) > (key[:3] != "is_") and (
-                 {*map(str.lower, texts[key])} <= {"", "0", "1", "true", "false", "yes", "no"}
-                 or any(map(split_word, texts[key])))]
-    splits = ["split"] if "split" in columns else named or flags
+    splits = split_columns(texts, sum(found, []))
     words = [key for key in found[1] if not all(map(CODE.fullmatch, texts[key]))]
     def different(keys, of=str):  # columns of equal cells are one
         return keys[:1] if len(keys) < 2 else [
@@ -138,6 +129,27 @@ def table_rows(path, content, known, own=(None, None), captions=False):
         image = (image or "").strip().replace("\\", "/")
         rows.append((line, image and posixpath.normpath(image), cell, split))
     return rows
+
+
+def split_columns(texts, taken):
+    """The columns that tell splits, of {column: cells} without those `taken`: "split", else those
+    of words that name two of them, or one in SPLIT_COLUMNS, else a SPLIT_FLAG of yes and no."""
+    if "split" in texts:
+        return ["split"]
+    named, flags = [], []
+    for key in texts.keys() - {*taken}:
+        cells = set(texts[key])
+        if len(cells) >= 10:
+            continue
+        words = set(map(split_word, cells)) - {None}
+        usual = key in SPLIT_COLUMNS and (words or cells <= {"0", "1", "2"})
+        yes_no = {*map(str.lower, cells)} <= {"", "0", "1", "true", "false", "yes", "no"}
+        differ = len(cells) > 1 or key.startswith("is_")
+        if usual or len(words) > 1:
+            named.append(key)
+        elif SPLIT_FLAG.fullmatch(key) and differ and (words or yes_no):
+            flags.append(key)
+    return sorted(named or flags)
 
 
 def read_table(path, content=None, join=()):
