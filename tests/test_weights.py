@@ -20,7 +20,7 @@ import helpers
 import pytest
 import torch
 from helpers import (
-    Child, Payload, attempt, damaged_files, images_for, refused, texts_for, tiny_clip)
+    Child, Payload, attempt, damaged_files, images_for, refused, run_main, texts_for, tiny_clip)
 from torch import nn
 
 import weights
@@ -690,6 +690,15 @@ def test_convert_inspects_exports_and_shrinks(tmp_path):
             source = torch.cat([source[i:i + 64] for i in (0, 128, 256)])
         assert torch.equal(found, source[:len(found), :64])
     assert torch.equal(small.encode_text(texts(small)), model.encode_text(texts(model)))
+
+
+@pytest.mark.slow
+def test_convert_writes_onnx_that_gives_the_same_features(tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    path = save(make(), tmp_path / "a.safetensors")
+    assert run_main(convert, "onnx", path, "--out", tmp_path / "out")["difference"] < 1e-5
+    assert {"image.onnx", "text.onnx"} <= {file.name for file in (tmp_path / "out").iterdir()}
 
 
 # -----------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def to_onnx(model, folder):
     folder.mkdir(parents=True, exist_ok=True)
     model = model.requires_grad_(False).fuse_attention(False)
     for side, x in zip(("image", "text"), inputs_for(model)):
-        tower, path = OneTower(model, side), folder / f"{side}.onnx"
+        tower, path = OneTower(model, side).eval(), folder / f"{side}.onnx"
         try:
             torch.onnx.export(tower, (x,), str(path), input_names=[side], dynamo=True,
                               output_names=[f"unnorm_{side}_features"],
