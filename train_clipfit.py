@@ -10,7 +10,7 @@ scale too, and nothing is added. Per step, over a batch of images and one prompt
 
     python train_clipfit.py                                       the bundled demo, under a minute
     python train_clipfit.py --data dtd --shots 4 --device mps     one run on an Apple GPU
-    python train_clipfit.py --data dtd --shots 1 2 4 8 16 --seeds 1 2 3    a table with mean +- std
+    python train_clipfit.py --data dtd --shots 1 2 4 8 16 --seed 1 2 3     a table with mean +- std
     python train_clipfit.py --data food101 --setting base2new     train on half of the classes
     python train_clipfit.py --data imagenet --setting dg          test on ImageNet-V2/-Sketch/-A/-R
     torchrun --nproc-per-node 2 train_clipfit.py --data dtd       two processes, the same batch
@@ -83,28 +83,28 @@ def add_gradients(run, model, images, labels, batch_size, prompts, pretrained, a
 
     images (b, 3, R, R); labels (b,), -1 for an image that cannot be read, which then has no ce;
     batch_size: of all processes; prompts: as in Task; pretrained (C, D): the classes' features
-    before training. The prompts are encoded once. `classes` is a detached copy of their features:
+    before training. The prompts are encoded once. `texts` is a detached copy of their features:
     every piece of images adds to its gradient, which then passes the text tower in one go. That is
     the gradient of the whole batch, since no layer mixes images (BatchNorm is in eval mode).
     """
     with run.autocast():
         encoded = class_features(model, prompts)
-    classes = encoded.detach().requires_grad_()                               # (C, D)
+    texts = encoded.detach().requires_grad_()                                 # (C, D)
     size = args.micro_batch or max(1, len(images))
     sums = torch.zeros(4, device=run.device)
-    for some, truth in zip(images.split(size), labels.split(size)):
+    for piece, target in zip(images.split(size), labels.split(size)):
         with run.autocast():
-            features = model.encode_image(some, normalize=True)               # (b, D)
-        logits = model.logit_scale.exp() * features @ classes.T               # (b, C), in fp32
-        share = len(truth) / batch_size  # all shares of all processes add up to 1
-        ce = F.cross_entropy(logits, truth, reduction="sum", ignore_index=-1) / batch_size
-        drift = share * (1 - (classes * pretrained).sum(dim=-1).mean())       # 0 at the first step
+            features = model.encode_image(piece, normalize=True)              # (b, D)
+        logits = model.logit_scale.exp() * features @ texts.T                 # (b, C), in fp32
+        ce = F.cross_entropy(logits, target, reduction="sum", ignore_index=-1) / batch_size
+        share = len(target) / batch_size  # every piece adds its share of the one drift
+        drift = share * (1 - (texts * pretrained).sum(dim=-1).mean())         # 0 at the first step
         loss = ce + args.reg_weight * drift
         scaler.scale(loss).backward()
         # In %, on the augmented crops: for the log alone.
-        right = 100 * (logits.argmax(dim=-1) == truth).sum() / batch_size
+        right = 100 * (logits.argmax(dim=-1) == target).sum() / batch_size
         sums += torch.stack([loss, ce, drift, right]).detach()
-    encoded.backward(classes.grad)
+    encoded.backward(texts.grad)
     return dict(zip(("loss", "ce", "drift", "batch_accuracy"), sums))
 
 
@@ -156,7 +156,7 @@ def train(run, task, few, stored, args):
         run.update(optimizer, trainable.values(), scaler, loss=losses["loss"])
         # ---------------------------------------------------------------------
 
-        # `tick` moves `at` on and logs sums over processes; True: save.
+        # `tick` moves `at` on, logs, and names the images of a step that is not finite. True: save.
         if run.tick(at, losses, samples=batch_size, lr=lr,
                     describe=lambda some=indices: ", ".join(few.paths[i] for i in some.tolist())):
             run.save_training(at, trainable, optimizer, scaler, card=card(model, task.tokenizer))
@@ -172,7 +172,7 @@ class Task:
     model: nn.Module
     tokenizer: object
     tests: dict         # {name: test images}; the classes of the first are the ones to train on
-    prompts: tuple      # as text_pieces cuts them; places (T, C) of T templates' prompts in these
+    prompts: tuple      # [(tokens, ends), ...], and where in them T templates' prompts are (T, C)
     trainable: dict     # {name: Parameter}
     start_values: dict  # {name: tensor}: their values before training
     departures: list    # from the official recipe, in words
@@ -180,7 +180,7 @@ class Task:
 
 
 def evaluate(run, task, args):
-    """Classify every test set by its prompts -> {name: what `scores.classify` gives}."""
+    """Classify every test set by its prompts -> {name: what `scores.zero_shot` gives}."""
     return {name: zero_shot(run, task.model, images, task.tokenizer, args.template, args)
             for name, images in task.tests.items()}
 
@@ -206,7 +206,7 @@ def run_once(run, task, few, val, folder, args, identity):
     """Train on the images `few` and test -> the results."""
     # stored: the checkpoint to go on from, or to score; results: of a run that is finished.
     stored, results = run.begin(folder, args, identity)
-    run.restore({"weights": task.start_values, "buffers": {}}, task.trainable)
+    run.restore({"weights": task.start_values, "buffers": {}}, task.trainable)  # as pretrained
     if results is None:
         task.zero_shot = task.zero_shot or evaluate(run, task, args)
         step, probed, after = 0, {}, task.zero_shot
@@ -361,7 +361,7 @@ def fill_recipe(args, data, model):
     if model != "ViT-B/16":
         notes.append(f"model {model} (official: ViT-B/16)")
     if args.setting == "dg" or data not in KNOWN:
-        notes.append(f"--data {data} --setting {args.setting} has no official recipe")
+        notes.append(f"it has none for --data {data} --setting {args.setting}")
     if args.warmup >= args.epochs:
         notes.append(f"all epochs are warm-up, at 1e-5: --epochs above {args.warmup} trains more")
     return notes
@@ -452,11 +452,11 @@ def main(args):
         # among the all-class shots of the same seed.
         few, held_out = (part.select(labels) for part in few_shot(train_set, shots, seed, val))
         few.check_files()
-        mine = argparse.Namespace(**{**vars(args), "shots": [shots], "seed": [seed]})
-        identity = run_identity(mine, **facts, shots=shots, seed=seed, shots_sha256=few.digest())
+        one_run = argparse.Namespace(**{**vars(args), "shots": [shots], "seed": [seed]})
+        identity = run_identity(one_run, **facts, shots=shots, seed=seed, shots_sha256=few.digest())
         inside = folder / f"shots{shots}_seed{seed}"
         alone = single and args.output_dir and not inside.exists()
-        jobs.append((seed, few, held_out, folder if alone else inside, mine, identity))
+        jobs.append((seed, few, held_out, folder if alone else inside, one_run, identity))
     untrained = [str(job[3]) for job in jobs if len(job[1]) and not [*job[3].glob("*.pt")]]
     if untrained and args.eval_only and not single:
         raise UserError(f"--eval-only: {', '.join(untrained)} not trained; leave out their --seed")

@@ -557,8 +557,8 @@ def get_args(argv=None):
         "or clip-finetune where --weights are given)")
     add("--loss", choices=("infonce", "siglip", "triplet", "infonce+triplet"),
         help="what is minimised (default: infonce)")
-    add("--positives", choices=("diag", "mask", "multi"), default="mask", help="pairs that share "
-        "an image or caption are negatives (diag), left out (mask) or positives (multi)")
+    add("--positives", choices=("diag", "mask", "multi"), default="mask", help="pairs sharing an "
+        "image or caption are negatives (diag), left out (mask, the default) or positives (multi)")
     add("--triplet", choices=("sum", "hardest", "semi-hard"), default="hardest",
         help="the negatives of its hinge (default: hardest)")
     add("--triplet-weight", type=number(), help="default: 0.1 beside infonce, else 1")
@@ -571,7 +571,7 @@ def get_args(argv=None):
     add("--epochs", type=whole(1), help="default: 30, or the preset's")
     add("--max-steps", type=whole(0), default=0, help="total steps, if fewer than the "
         "epochs'; the schedule ends there")
-    add("--batch-size", type=whole(2), help="pairs contrasted in a step, over all processes")
+    add("--batch-size", type=whole(2), help="pairs contrasted in a step, in all (default: 256)")
     add("--micro-batch", type=whole(0), default=64, help="pairs encoded at a time per process; the "
         "gradient stays the batch's (default: 64; 0: all)")
     add("--lr", type=number(0, 1e3, above=True), help="default: 5e-4, or the preset's")

@@ -77,7 +77,7 @@ from teachers import look_of, open_teachers, open_text_teacher, ShownPairs, Stor
 from tokenizer import for_model
 
 OF_TEACHERS = ("crd", "fd", "icl", "hint", "attention")  # the terms that ask them about images
-TEXT_TEACHER = 0.2  # its share of the task's targets
+TEXT_TEACHER, TEXT_SCALE = 0.2, 10.0  # its share of the task's targets, and its scale
 
 
 # -----------------------------------------------------------------------------
@@ -110,10 +110,10 @@ def info_nce(ours, theirs, labels):
     mixing share is 1."""
     own, partner, share = labels
 
-    def some_rows(rows, first, second, columns, scale):
+    def some_rows(rows, own, partner, columns, scale):
         logits = (scale * rows) @ columns.T                                    # (m, N)
-        return (share * F.cross_entropy(logits, first, reduction="sum")
-                + (1 - share) * F.cross_entropy(logits, second, reduction="sum"))
+        return (share * F.cross_entropy(logits, own, reduction="sum")
+                + (1 - share) * F.cross_entropy(logits, partner, reduction="sum"))
 
     def one_way(a, b):
         return by_rows(some_rows, (a.image, own, partner), (b.texts, a.scale))
@@ -124,7 +124,7 @@ def crd(ours, teachers):
     """Cross-entropy to the mean of K teachers' softmaxes: the KL divergence plus a constant."""
     def one_way(a, *others):
         def some_rows(rows, *rest):  # as by_rows gives them: the teachers' rows, then a's columns
-            p, columns, scale = rest[:-2], rest[-2], rest[-1]
+            *p, columns, scale = rest
             targets = sum((other.scale * p_k @ other.texts.T).softmax(dim=1)
                           for other, p_k in zip(others, p)) / len(others)      # (m, N)
             return F.cross_entropy((scale * rows) @ columns.T, targets, reduction="sum")
@@ -134,10 +134,10 @@ def crd(ours, teachers):
 
 def fd(ours, theirs, with_text):
     """1 - cos, half the squared distance of unit vectors, at any width D."""
-    far = (1 - (ours.image * theirs.image).sum(dim=1)).sum()
+    distance = (1 - (ours.image * theirs.image).sum(dim=1)).sum()
     if with_text:
-        far = far + (1 - (ours.text * theirs.text).sum(dim=1)).sum()
-    return far / len(ours.images)
+        distance = distance + (1 - (ours.text * theirs.text).sum(dim=1)).sum()
+    return distance / len(ours.images)
 
 
 class Heads(nn.Module):
@@ -165,7 +165,7 @@ def objective(ours, labels, teachers, heads, weight, text_teacher=None, average=
         terms["crd"] = crd(ours, teachers)
     if weight["ema"]:
         terms["ema"] = crd(ours, [average])
-    # As wide as each teacher's. `images` and `texts` stay as they are: FD and ICL read neither.
+    # As wide as each teacher's. FD and ICL do not read `images` and `texts`, nor FD the scale.
     wide = [ours._replace(scale=heads.icl_scale.exp(), image=unit(to_image(ours.image)),
                           text=unit(to_text(ours.text)))
             for to_image, to_text in zip(heads.image, heads.text)]
@@ -213,9 +213,10 @@ def add_gradient(run, learner, batch, mix, weight, seed):
         return Features(scale, image, text, run.gather(image, counts), run.gather(text, counts))
 
     # ---- encode -------------------------------------------------------------------
-    few = learner.micro if learner.maps else min(64, learner.micro)  # a teacher keeps no graph
-    pieces, asked = ([slice(i, min(n, i + size)) for i in range(0, n, size)]
-                     for size in (learner.micro, few))
+    def cut(size):
+        return [slice(i, min(n, i + size)) for i in range(0, n, size)]
+    pieces = cut(learner.micro)
+    asked = pieces if learner.maps else cut(min(64, learner.micro))  # 256 images took 5 GB more
     p = []  # empty where no term needs the teachers' image features
     if batch.p is not None:
         p = [mix.blend(rows) for rows in batch.p]
@@ -224,34 +225,33 @@ def add_gradient(run, learner, batch, mix, weight, seed):
     image = TwoPass(run, functools.partial(encode_image, student), pieces, 2 * seed, student.visual)
     text, v = None, batch.q[0]  # (n, D): a frozen text tower is that of the first teacher
     if batch.tokens is not None:
-        some, places = text_pieces(batch.tokens, learner.micro, student.text_pad)
-        some, places = [run.move(*piece) for piece in some], run.move(places)
-        text = TwoPass(run, functools.partial(encode_text, student), some, 2 * seed + 1)
+        texts, places = text_pieces(batch.tokens, learner.micro, student.text_pad)
+        texts, places = [run.move(*piece) for piece in texts], run.move(places)
+        text = TwoPass(run, functools.partial(encode_text, student), texts, 2 * seed + 1)
         v = text.features[places]
 
     # ---- the loss, in fp32 over all processes -------------------------------------
     ours = features(student.logit_scale.exp(), image.features, v)
-    theirs = [features(teacher.scale, images, texts)
-              for teacher, images, texts in zip(teachers, p, batch.q)]
+    theirs = [features(t.scale, p_k, q_k) for t, p_k, q_k in zip(teachers, p, batch.q)]
     text_teacher = average = None
     if batch.similar is not None:
-        text_teacher = features(10.0, mix.blend(batch.similar), batch.similar)
+        text_teacher = features(TEXT_SCALE, mix.blend(batch.similar), batch.similar)
     if weight["ema"]:
         model = learner.average.model
         average = features(model.logit_scale.exp(), ask(model, encode_image, asked),
-                           ask(model, encode_text, some)[places] if text else v)
+                           ask(model, encode_text, texts)[places] if text else v)
     terms = objective(ours, labels, theirs, learner.heads, weight, text_teacher, average)
-    inside = learner.maps.losses(learner.heads.hint, sum(counts)) if learner.maps else {}
+    map_terms = learner.maps.losses(learner.heads.hint, sum(counts)) if learner.maps else {}
     loss = sum(weight[name] * x for name, x in terms.items())
-    inner = sum(weight[name] * x for name, x in inside.items())
+    map_loss = sum(weight[name] * x for name, x in map_terms.items())
     # -------------------------------------------------------------------------------
 
     if terms:
         learner.scaler.scale(loss).backward()  # as far as the features, which are leaves
     if text:
         text.backward()
-    image.backward(also=learner.scaler.scale(inner) if inside else None)
-    return {"loss": loss + inner, **terms, **inside}
+    image.backward(also=learner.scaler.scale(map_loss) if map_terms else None)
+    return {"loss": loss + map_loss, **terms, **map_terms}
 
 
 # -----------------------------------------------------------------------------
@@ -746,10 +746,11 @@ REFUSED = {"--accum-freq": EXACT, "--accum-steps": EXACT, "--gradient-accumulati
 
 def get_args(argv=None):
     """The command line as a namespace. Exits with code 2 and one line on a wrong one."""
-    parser = Parser(description="Distillation of CLIP.", refused=REFUSED)
+    parser = Parser(description="Distillation of CLIP.", refused=REFUSED,
+                    aliases={"--templates": "--template"})
     add_pair_flags(parser)
     add = parser.add_argument_group("student").add_argument
-    add("--model", help="image tower: [timm:]NAME[:WEIGHTS] of torchvision or timm, or a CLIP's")
+    add("--model", help="image tower: [timm:]NAME[:WEIGHTS] or CLIP (default: mobilenet_v3_small)")
     add("--weights", help="a CLIP to go on from, instead of --model")
     add("--image-size", type=whole(8), help="pixels per side (default: the tower's own)")
     add("--train-text", nargs="?", const="teacher", metavar="TOWER", help="train a text tower too: "
@@ -760,32 +761,32 @@ def get_args(argv=None):
     add("--teacher-scale", nargs="+", type=number(0, 1e3, True), help="default: what each learned")
     add("--teacher-activation", choices=("quick_gelu", "gelu"), help="where its file does not say")
     add("--reinforced", metavar="FOLDER", help="a stored teacher, see python -m tools.reinforce")
-    add("--text-teacher", metavar="FOLDER", help="a BERT; what it finds alike is no plain negative")
+    add("--text-teacher", metavar="FOLDER", help="a BERT whose similarities soften the targets")
     add("--ema-teacher", type=number(0, 0.5), default=0.0,
         help="weight of CRD against the averaged student")
     add = parser.add_argument_group("method").add_argument
-    add("--task", type=number(), default=0.25, help="weight of InfoNCE on the pairs")
-    add("--crd", type=number(), default=1.0, help="weight of the teachers' similarities")
-    add("--fd", type=number(), default=8.0, help="weight of 1 - cos to the teachers' features")
-    add("--icl", type=number(), help="weight of InfoNCE against them (default: 1 if text trains)")
-    add("--hint", type=number(), default=0.0, help="weight of maps inside the image towers")
-    add("--attention", type=number(), default=0.0, help="weight of where the image towers look")
+    add("--task", type=number(), default=0.25, help="weight of InfoNCE (default: 0.25)")
+    add("--crd", type=number(), default=1.0, help="weight of the teachers' softmax (default: 1)")
+    add("--fd", type=number(), default=8.0, help="weight of 1 - cos to their features (default: 8)")
+    add("--icl", type=number(), help="weight of InfoNCE to teachers (default: 1 if text trains)")
+    add("--hint", type=number(), default=0.0, help="weight of matching feature maps")
+    add("--attention", type=number(), default=0.0, help="weight of matching attention maps")
     add("--mixup", type=number(), default=0.0, help="alpha of Beta (default: 0, off)")
     add("--cutmix", type=number(), default=0.0, help="alpha of Beta (default: 0, off)")
-    add("--crop", type=number(0, 1), help="least share of an image that a view shows, 0: all")
-    add("--randaugment", action="store_true", help="distort the views: two of RandAugment's")
+    add("--crop", type=number(0, 1), help="least share of an image in a view (default: 0.4)")
+    add("--randaugment", action="store_true", help="two random RandAugment operations a view")
     add("--ema", type=number(0, 0.999999), default=0.0, help="decay of averaged, tested weights")
     add("--epochs", type=whole(1), help="default: 30")
     add("--max-steps", type=whole(0), default=0, help="most steps; the cosine ends there (0: off)")
-    add("--batch-size", type=whole(2), help="pairs compared in a step, over all processes")
+    add("--batch-size", type=whole(2), help="pairs in a step, of all processes (default: 256)")
     add("--micro-batch", type=whole(0), default=0, help="encoded at a time (default: 0, all)")
     add("--lr", type=number(0, 1e3, above=True), help="default: 1e-3")
-    add("--wd", type=number(), default=0.1, help="weight decay, on all but gains and biases")
-    add("--warmup", type=number(), default=0.05, help="steps, or below 1 a share of all")
+    add("--wd", type=number(), default=0.1, help="weight decay, of matrices only (default: 0.1)")
+    add("--warmup", type=number(), default=0.05, help="steps, or below 1 a share (default: 0.05)")
     add("--grad-clip", type=number(), default=1.0, help="largest norm, 0: none (default: 1)")
     add = parser.add_argument_group("scores").add_argument
     add("--zero-shot", nargs="+", metavar="DATA", help="labelled images: names, or class folders")
-    add("--templates", nargs="+", metavar="TEXT", help="prompts with {} for the class")
+    add("--template", dest="templates", nargs="+", metavar="TEXT", help="prompts with {} for it")
     add_run_flags(parser)
     args = parser.parse_args(argv)
 
