@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import lzma
-import math
 import os
 import pathlib
 import posixpath
@@ -31,8 +30,8 @@ from fetch import fetch, only_one
 from files import expanded, one_line
 from images import (Batches, CLIP_MEAN, CLIP_STD, DataError, EXTRAS, folder_splits,  # noqa: F401
                     IMAGE_SUFFIXES, Images, ImageStore, import_torchvision, is_image, leaves_folder,
-                    Loader, locate, LostWorker, NO_PHOTO, normalise, Preprocess, read_image,
-                    sample_seed, Source, split_of, split_word, SPLITS, UnreadableImage)
+                    Loader, locate, LostWorker, NO_PHOTO, normalise, note_leaks, Preprocess,
+                    read_image, sample_seed, Source, split_of, split_word, SPLITS, UnreadableImage)
 
 ASSETS = pathlib.Path(__file__).resolve().parent / "assets"
 DEMO = ASSETS / "demo.zip"
@@ -53,7 +52,6 @@ IMAGE_COLUMNS = ("image", "filepath", "file_name", "filename", "path", "image_pa
 SPLIT_COLUMNS = ("subset", "partition", "phase", "set")
 SPLIT_FLAG = re.compile(r"((is|in)_)?(train|test|val)(ing|id|idation)?(_?(image|set|data|list))?s?|"
                         r"\w*split")  # what is so called is there to tell splits
-FOLDER_COLUMNS = ("folder", "folder_name", "subfolder", "dir", "directory")
 QUOTED_CELL = re.compile(r'(?:^|(?<=\t))"(?:[^"]|"")*"(?=\t|\r?$)', re.MULTILINE)
 # In a cell of several lines, what looks like the row of another image: a quote never closed.
 NAME = r"[^\n{0}]+(%s)\s*" % "|".join(map(re.escape, IMAGE_SUFFIXES))
@@ -83,52 +81,63 @@ def read_text(path, content=None):
 
 def table_rows(path, content, known, own=(None, None), captions=False):
     """A table of images and their classes or captions -> [(line, image, cell, split or "all")].
-
-    `known`: what the second column may be called; own: the names of both columns, if the user gave
-    them. Words count before codes for them, and names of files; which of two columns is meant is
-    not guessed. Surplus delimiters belong to captions, as read_table says. Raises DataError."""
+    `known`: what the second column may be called; own: the user's names of both, or None. Surplus
+    delimiters belong to captions, as read_table says. Raises DataError."""
     wanted = [(name.lower(),) if name else names
               for name, names in zip(own, (IMAGE_COLUMNS, known), strict=True)]
     columns, records = read_table(path, content, join=wanted[1] if captions else ())
     if not records:
         raise DataError(f"{path} has a header and no rows")
-    found = [[key for key in keys if key in columns] for keys in wanted]
-    texts = {key: tuple(str(record.get(key) or "").strip() for _, record in records)
-             for key in columns}
-    splits = split_columns(texts, sum(found, []))
-    words = [key for key in found[1] if not all(map(CODE.fullmatch, texts[key]))]
-    def different(keys, of=str):  # columns of equal cells are one
-        return keys[:1] if len(keys) < 2 else [
-            *{tuple(map(of, texts[key])): key for key in reversed(keys)}.values()][::-1]
-    def kinds(*keys):
-        return len({*zip(*map(texts.get, keys))})
-    words += [key for key in found[1] if words and not captions and key not in words  # codes that
-              and kinds(key, words[0]) > kinds(words[0]) and kinds(key) > 1]  # say something else
-    files = [key for key in found[0] if any(map(is_image, texts[key]))] or found[0]
-    files = [key for key in files if all(texts[key])] or files
-    found = [different(files, lambda path: pathlib.PureWindowsPath(path).stem),
-             different(words or found[1])]
-    several = [keys for keys in (*found, different(splits)) if len(keys) > 1]
-    if not all(found) or several:
+    texts = {column: tuple(str(record.get(column) or "").strip() for _, record in records)
+             for column in columns}
+    images, values, splits = found = choose_columns(texts, *wanted, captions)
+    several = [competing for competing in found if len(competing) > 1]
+    if not images or not values or several:
         cure = "; choose with --image-column, --caption-column or --caption-file" * captions
         cure = f"; these compete, rename or remove some: {several}" * bool(several) + cure
         raise DataError(f"{path} is not understood: its first line, {columns[:9]}, should name one "
                         f"column of {list(wanted[0])} and one of {list(wanted[1])}{cure}")
-    for key in filter(columns.__contains__, FOLDER_COLUMNS):
-        if kinds(found[0][0], key) > kinds(found[0][0]):
-            raise DataError(f"{path}: images of one name in different folders, by the column {key}"
-                            f"; write folder/name into the column {found[0][0]}")
-    rows, keys = [], (found[0][0], found[1][0], *splits)
+    for column in ("folder", "folder_name", "subfolder", "dir", "directory"):
+        if column in texts and is_finer(texts[column], texts[images[0]]):
+            raise DataError(f"{path}: images of one name in different folders, by the column "
+                            f"{column}; write folder/name into the column {images[0]}")
+    rows, split_column = [], splits[0] if splits else "split"
     for line, record in records:
-        image, cell, word = [*map(record.get, keys), None][:3]
+        image, word = record.get(images[0]), record.get(split_column)
         split = "all" if word in (None, "", "all") else isinstance(word, str) and split_word(word)
         if not split or not isinstance(image or "", str):
             raise DataError(f"{path}, line {line}: expected the path of an image, and train, val "
-                            f"or test in the column {[*splits, 'split'][0]}, if that tells splits; "
+                            f"or test in the column {split_column}, if that tells splits; "
                             f"found {str(record)[:80]}")
         image = (image or "").strip().replace("\\", "/")
-        rows.append((line, image and posixpath.normpath(image), cell, split))
+        rows.append((line, image and posixpath.normpath(image), record.get(values[0]), split))
     return rows
+
+
+def choose_columns(texts, image_names, value_names, captions):
+    """{column: cells} -> the columns of images, of classes or captions, of splits: several compete.
+    Words count before codes for them, and names of files; columns of equal cells are one."""
+    def different(columns, part=str):
+        if len(columns) < 2:  # the parts of a large table take time
+            return columns
+        found = {tuple(map(part, texts[column])): column for column in reversed(columns)}
+        return list(found.values())[::-1]
+    images = [name for name in image_names if name in texts]
+    values = [name for name in value_names if name in texts]
+    splits = split_columns(texts, images + values)
+    images = [name for name in images if any(map(is_image, texts[name]))] or images
+    images = [name for name in images if all(texts[name])] or images
+    words = [name for name in values if not all(map(CODE.fullmatch, texts[name]))]
+    if words and not captions:  # codes that tell apart what has one word compete with it
+        words += [name for name in values
+                  if name not in words and is_finer(texts[name], texts[words[0]])]
+    return (different(images, lambda path: pathlib.PureWindowsPath(path).stem),
+            different(words or values), different(splits))
+
+
+def is_finer(cells, others):
+    """Whether rows with equal cells in `others` have different ones in `cells`."""
+    return len(set(zip(cells, others))) > len(set(others))
 
 
 def split_columns(texts, taken):
@@ -154,12 +163,9 @@ def split_columns(texts, taken):
 
 def read_table(path, content=None, join=()):
     """A CSV, TSV, JSONL or JSON table (or its bytes) -> columns, [(line, {column: value})].
-
-    The content tells the kind, not the suffix. Columns are stripped and in lower case. Values are
-    text as written, of JSON whatever it says. A row must have as many fields as the header; but
-    with two columns of which the last is in `join`, delimiters that an unquoted row has too many
-    belong to that cell, for captions hold commas. Raises DataError with the line.
-    """
+    The content tells the kind. Columns are stripped and in lower case, values as written. A row has
+    as many fields as the header; but with two columns of which the last is in `join`, delimiters
+    that an unquoted row has too many belong to that cell. Raises DataError with the line."""
     text = read_text(path, content)
     try:
         if text.lstrip()[:1] in ("[", "{"):
@@ -169,7 +175,7 @@ def read_table(path, content=None, join=()):
     except ValueError as error:
         raise DataError(f"{path}, {error}") from None
     columns = [name.strip().lower() for name in header[1]]
-    if len(set(columns) - {""}) < len(columns) - columns.count(""):
+    if any(columns.count(name) > 1 for name in columns if name):
         raise DataError(f"{path}, line {header[0]}: two columns of one name among {columns}")
     for line, cells in rows:  # a nameless index before the others is usual
         if odd := [cell for name, cell in zip(columns[1:], cells[1:]) if not name and cell.strip()]:
@@ -191,27 +197,25 @@ def json_rows(text):
     listed, number = text.lstrip().startswith("["), 0
     try:
         entries = parse(text) if listed else text.split("\n")  # U+2028 does not end a line
-        for number, row in enumerate(entries, 1):
-            if listed or row.strip():
-                found, row = {}, row if listed else parse(row)
-                if not isinstance(row, tuple):
-                    raise ValueError(f"a {type(row).__name__}")
-                for key, value in row:
-                    value = None if value != value else value  # pandas' NaN
-                    if found.setdefault(key.strip().lower(), value) != value:
-                        raise ValueError(f"two values of one name, {key}")
-                yield number, found
+        for number, entry in enumerate(entries, 1):
+            if not listed and not entry.strip():
+                continue
+            pairs, row = entry if listed else parse(entry), {}
+            if not isinstance(pairs, tuple):
+                raise ValueError(f"a {type(pairs).__name__}")
+            for key, value in pairs:
+                value = None if value != value else value  # pandas' NaN
+                if row.setdefault(key.strip().lower(), value) != value:
+                    raise ValueError(f"two values of one name, {key}")
+            yield number, row
     except (ValueError, RecursionError) as error:
         where = f"{'entry' if listed else 'line'} {number}: " if number else ""
         raise ValueError(f"{where}{one_line(error)}; expected an object {{...}}") from None
 
 
 def delimited_rows(text, join):
-    """Comma, semicolon or tab, told by the header -> [(line, cells)], the header first.
-
-    Most writers of TSV quote nothing, so a quote is content; but where every quote in the file is
-    part of a well-formed quoted cell, a CSV writer was at work and they are not.
-    """
+    """Comma, semicolon or tab, told by the header -> [(line, cells)], the header first. Most TSV is
+    written without quotes: there a quote is content, unless all are part of well-formed cells."""
     lines = re.split(r"\r\n|\n|\r", text)
     mark = max(",\t;", key=next(filter(str.strip, lines), "").count)
     plain = mark == "\t" and '"' in QUOTED_CELL.sub("", text)
@@ -321,8 +325,8 @@ class ImageSet(Images):
         left = {self.labels[i] for i in set(range(len(self))) - set(lost)}
         empty = [self.classnames[label] for label in sorted(set(self.labels) - left)]
         if self.name in KNOWN and len(lost) == len(self):
-            reason += ("; leave out --no-download, or " if "fetch" in KNOWN[self.name] else "; "
-                       ) + by_hand(self.name, pathlib.Path(self.root))
+            flag = "leave out --no-download, or " if "fetch" in KNOWN[self.name] else ""
+            reason += f"; {flag}{by_hand(self.name, pathlib.Path(self.root))}"
         also = (f" ({len(empty)} of {len(set(self.labels))} classes are empty: {', '.join(empty)}; "
                 f"take others with --classes)" if empty else "")
         return super().refuse_losses(lost, reason, also)
@@ -331,20 +335,15 @@ class ImageSet(Images):
 def few_shot(dataset, shots, seed, val=None):
     """`shots` images per class -> the train subset, or (train, val) with min(shots, 4) per class of
     `val`, drawn after train from the same stream.
-
-    Item for item the list CoOp and its successors draw (Dassl's generate_fewshot_dataset): classes
-    in order of first appearance, random.sample of each, a class that is short whole and in order.
-    The stream is private. ImageNet's val is its test set and comes back whole. Raises DataError.
-    """
+    Item for item the list that CoOp draws (Dassl's generate_fewshot_dataset): classes in order of
+    first appearance, random.sample of each, a class that is short whole and in order. ImageNet's
+    val is its test set and comes back whole. Raises DataError."""
     if shots < 0 or seed < 0:
         raise DataError(f"shots {shots}, seed {seed}: expected whole numbers, 0 or more")
     stream = random.Random(seed)
-
     def draw(part, count):
-        groups, chosen, short = {}, [], []
-        for position, label in enumerate(part.labels):
-            groups.setdefault(label, []).append(position)
-        for label, group in groups.items():
+        chosen, short = [], []
+        for label, group in grouped(enumerate(part.labels)).items():
             if len(group) < count:
                 short.append(f"{part.classnames[label]} ({len(group)})")
             chosen += group if len(group) < count else stream.sample(group, count)
@@ -353,7 +352,6 @@ def few_shot(dataset, shots, seed, val=None):
             subset.notes.append(f"fewer than {count} {part.split} images, taken whole: "
                                 f"{', '.join(short)}")
         return subset
-
     train = draw(dataset, shots)
     if val is None:
         return train
@@ -405,9 +403,7 @@ def nearest(name, known):
 
 def find_classes(classnames, wanted):
     """Names (raw or cleaned, any case) -> their labels, in the order wanted. Raises DataError."""
-    known = collections.defaultdict(list)
-    for label, name in enumerate(classnames):
-        known[cleaned(name)].append(label)  # ImageNet has two "missile"
+    known = grouped(enumerate(map(cleaned, classnames)))  # ImageNet has two "missile"
     for name in wanted:
         if cleaned(name) not in known:
             raise DataError(f"no class {name!r} among the {len(classnames)}{nearest(name, known)}")
@@ -417,7 +413,7 @@ def find_classes(classnames, wanted):
 def halves(labels):
     """Labels of the train list -> (base, new): the first ceil(C/2) of the sorted ones, the rest."""
     ordered = sorted(set(labels))
-    middle = math.ceil(len(ordered) / 2)
+    middle = (len(ordered) + 1) // 2
     return ordered[:middle], ordered[middle:]
 
 
@@ -430,9 +426,8 @@ def find_words(home):
 
 
 def readable_names(names, home):
-    """Folder names -> what a prompt can say of them, notes. 001.Black_footed_Albatross and
-    n02085620-Chihuahua lose what stands before the words; n01440764, and numbers, become words if
-    classnames.txt is near."""
+    """Folder names -> what a prompt can say of them, notes. 001.Black_footed_Albatross loses its
+    number; n01440764, and numbers alone, become words if classnames.txt is near."""
     codes = all(map(CODE.fullmatch, names))
     table = find_words(home) if codes else None
     lines = [line.strip().partition(" ") for line in read_text(table).splitlines()] if table else []
@@ -441,12 +436,13 @@ def readable_names(names, home):
         words = {str(line): name for line, name in enumerate(words.values())}
     if words and set(names) <= set(words):
         return [words[name] for name in names], [f"class names are those of {WORDS}"]
-    bare, found = [NUMBER.sub("", name) for name in names], [*map(NUMBER.search, names)]
-    heads = [match[1] for match in found if match and match[1]]  # 1 euro, 2 pounds may be words
-    listed = sorted(map(int, heads)) in ([*range(len(names))], [*range(1, len(names) + 1)]) or (
-        len({*map(len, heads)}) < 2 and any(head[0] == "0" for head in heads))
-    listed = listed or not heads or all(re.match(r"\d+[._-]", name) for name in names)
-    if listed and all(found) and len(set(map(cleaned, bare))) == len(names):
+    bare, found = [NUMBER.sub("", name) for name in names], [NUMBER.search(name) for name in names]
+    numbers = [match[1] for match in found if match and match[1]]
+    counted = sorted(map(int, numbers)) in ([*range(len(names))], [*range(1, len(names) + 1)])
+    padded = len(set(map(len, numbers))) == 1 and any(number[0] == "0" for number in numbers)
+    attached = all(re.match(r"\d+[._-]", name) for name in names)  # else 1 euro, 2 pounds are words
+    if all(found) and (not numbers or counted or padded or attached) and (
+            len(set(map(cleaned, bare))) == len(names)):
         return bare, [f"the numbers before the class names are left out: {names[0]} -> {bare[0]}"]
     joined = [name for name in names if re.search("[a-z][A-Z]", name)]
     notes = [f"class names are codes such as {names[0]}"] * codes
@@ -487,9 +483,9 @@ def read_coop_split(path):
         for split in SPLITS:
             rows[split] = [(image, label) for image, label, _ in listed.get(split, [])]
             for image, label, name in listed.get(split, []):
-                if type(label) is not int or not name.strip() or leaves_folder(image) or (
-                        (names.setdefault(label, name), labels.setdefault(image, label))
-                        != (name, label)):
+                sound = type(label) is int and name.strip() and not leaves_folder(image)
+                if not sound or (names.setdefault(label, name) != name
+                                 or labels.setdefault(image, label) != label):
                     raise ValueError(f"bad entry {[image, label, name]} in {split}")
         if sorted(names) != list(range(len(names))) or len(set(names.values())) < len(names):
             raise ValueError("labels must run from 0 without a gap, each with its own name")
@@ -515,61 +511,70 @@ def read_labels(path, content=None):
 
 def read_class_folders(store):
     """<class>/<image> or <split>/<class>/<image>, any depth below the class -> rows as read_labels,
-    notes. A lone folder around it all, as zips often have, is passed through: store.prefix moves.
-    A tree that holds something else raises DataError."""
+    notes. A tree that holds something else raises DataError."""
     names, unread = [name.split("/") for name in store.names()], []  # a directory ends in ""
-    while (len(lone := {parts[0] for parts in names if len(parts) > 1}) == 1
-           and not split_word(min(lone))
-           and min((len(parts) for parts in names if is_image(parts[-1])), default=0) > 2):
+    while True:
+        tops = {parts[0] for parts in names if len(parts) > 1}
+        depths = [len(parts) for parts in names if is_image(parts[-1])]
+        if len(tops) != 1 or split_word(min(tops)) or min(depths, default=0) <= 2:
+            break
         unread += [store.prefix + parts[0] for parts in names if len(parts) == 1]
-        store.prefix += min(lone) + "/"
-        names = [parts[1:] for parts in names if len(parts) > 1 and parts[1:] != [""]]
+        store.prefix += min(tops) + "/"  # through a lone folder around it all, as zips often have
+        names = [parts[1:] for parts in names if parts[1:] not in ([], [""])]
     level = int(any(split_word(parts[0]) == "train" and parts[2:] not in ([], [""])
                     for parts in names))
     # inner: of a class, its folders with images; "" is itself. masks: those with something else
     rows, inner, masks = {}, {}, set()
     for *folders, file in names:
-        split = split_word((folders or [""])[0]) if level else "all"
+        path = "/".join([*folders, file])
+        split = split_word("".join(folders[:1])) if level else "all"
         name, *below = folders[level:] or [""]
         if split and name:
             inner.setdefault(name, set())
         if split and name and is_image(file):
-            rows.setdefault(split, []).append(("/".join([*folders, file]), name))
-            inner[name].add(next((at for at in below if not at.isdecimal()
-                                  and not NO_CLASS.fullmatch(at)), ""))
+            rows.setdefault(split, []).append((path, name))
+            own = [at for at in below if not at.isdecimal() and not NO_CLASS.fullmatch(at)]
+            inner[name].add(own[0] if own else "")
             masks |= {f"{name}/{at}" for at in below[:1] if NO_PHOTO.search(at) or split_word(at)}
         elif file:
-            unread.append(store.prefix + "/".join([*folders, file]))
-    full = sorted(filter(inner.get, inner))
-    taught = {name for _, name in rows.get("train", [])}
-    odd = [name for name in full if NO_CLASS.fullmatch(name) and name not in taught]
+            unread.append(store.prefix + path)
+    refuse_other_trees(store, rows, inner, masks, unread, level)
+    notes = [f"{len(unread):,} files are not read for their suffix or place, e.g. {unread[0]}"
+             ] if unread else []
     below = set().union(*inner.values())
-    shared = "" not in below and len(below) < sum(map(len, inner.values()))  # by several classes
-    # Several folders in each class, and no number in their names: they are the classes, perhaps.
-    nested = full and all(len(inner[name]) > 1 and not re.search(r"\d", "".join(inner[name]))
-                 for name in full) and "" not in below
-    files = {os.path.splitext(path)[0] for path in paths_of(rows)}
-    twins = [name for name in files if (own := MASK.fullmatch(name)) and (
-        f"{own['at'] or ''}{own['of'] or own['of_it']}" in files)]
+    notes += [f"folders inside a class, such as {max(below)}, are no classes"] if any(below) else []
+    return rows, notes
+
+
+def refuse_other_trees(store, rows, inner, masks, unread, level):
+    """Raise DataError unless what read_class_folders found in its own variables are classes."""
+    stems, twins = {os.path.splitext(path)[0] for path in paths_of(rows)}, []
+    for match in filter(None, map(MASK.fullmatch, stems)):
+        photo = (match["at"] or "") + (match["of"] or match["of_it"])
+        twins += [match[0]] * (photo in stems)
     if twins:
         raise DataError(f"{store}: {len(twins):,} images are named as the masks of others, e.g. "
                         f"{min(twins)}; move them out of the folders of classes")
-    tables = [name for name in unread if name.lower().endswith(TABLE_SUFFIXES)][:2]
     telling = [name for name in unread if not level and tells_splits(store, name)][:2]
     if telling:
         raise DataError(f"{store}: {telling} may say which images are to train on, and the folders "
                         f"do not: give the table itself, make folders train and test, or move it")
-    several = len(odd) >= (1 if taught else len(full)) or len({*map(split_word, odd)} - {None}) > 1
-    if len(full) < len(inner) or several or shared or nested or masks:
+    full = sorted(filter(inner.get, inner))
+    taught = {name for _, name in rows.get("train", [])}
+    odd = [name for name in full if NO_CLASS.fullmatch(name) and name not in taught]
+    too_odd = len(odd) >= (1 if taught else len(full)) or len({*map(split_word, odd)} - {None}) > 1
+    below = set().union(*inner.values())
+    shared = "" not in below and len(below) < sum(map(len, inner.values()))  # by several classes
+    # Several folders in each class, and no number in their names: they are the classes, perhaps.
+    nested = full and "" not in below and all(
+        len(inner[name]) > 1 and not re.search(r"\d", "".join(inner[name])) for name in full)
+    if len(full) < len(inner) or too_odd or shared or nested or masks:
+        tables = [name for name in unread if name.lower().endswith(TABLE_SUFFIXES)][:2]
         raise DataError(f"{store}: expected <class>/<image> or train/<class>/<image>, each class "
                         f"with images; found {sorted(set(inner) - set(full))[:3]} without, "
                         f"{[*sorted(masks), *full][:3]} with images or with folders of them" +
                         ", which may be the classes: a table can say it" * bool(nested) +
                         f", and {tables}, which could be read by its path" * bool(tables))
-    notes = [f"{len(unread):,} files are not read for their suffix or place, e.g. {unread[0]}"
-             ] if unread else []
-    notes += [f"folders inside a class, such as {max(below)}, are no classes"] if any(below) else []
-    return rows, notes
 
 
 def tells_splits(store, name):
@@ -578,9 +583,9 @@ def tells_splits(store, name):
     stem, suffix = os.path.splitext(os.path.basename(name).lower())
     if suffix in (*TABLE_SUFFIXES, ".txt") and SPLIT_FLAG.fullmatch(stem):
         return True
-    columns = set()
-    if suffix in TABLE_SUFFIXES:
-        columns = columns_of(name, ImageStore(store.path).read(name))
+    if suffix not in TABLE_SUFFIXES:
+        return False
+    columns = columns_of(name, ImageStore(store.path).read(name))
     return bool(columns.intersection(IMAGE_COLUMNS)) and any(
         key in SPLIT_COLUMNS[:3] or SPLIT_FLAG.fullmatch(key) and key[:3] != "val"
         for key in columns)  # "set" and "valid" have other meanings too
@@ -592,11 +597,12 @@ def number_classes(rows):
     names = {name for entries in rows.values() for _, name in entries}
     numeric = all(name.isdecimal() for name in names)
     names = sorted(names, key=lambda name: (int(name) if numeric else 0, name))
-    if len(set(map(cleaned, names))) < len(names):
-        same = [name for name in names if [*map(cleaned, names)].count(cleaned(name)) > 1]
+    uses = collections.Counter(map(cleaned, names))
+    if same := [name for name in names if uses[cleaned(name)] > 1]:
         raise DataError(f"class names {same[:4]} read the same; rename or merge them")
     for name in names:
-        if len(parts := re.split(r"\s*[|,;]\s*", name)) > 1 and {*parts} <= {*names}:
+        parts = re.split(r"\s*[|,;]\s*", name)
+        if len(parts) > 1 and set(parts) <= set(names):
             raise DataError(f"the class {name!r} joins others; expected one class for each image")
     label = {name: position for position, name in enumerate(names)}
     return {split: [(path, label[name]) for path, name in entries]
@@ -613,36 +619,35 @@ def complete_splits(rows, whole=None):
                         f"each once, or the score counts what was trained on")
     if "all" in rows and len(rows) > 1:
         raise DataError(f"{len(rows['all'])} rows name no split and others do; fill the column")
-    entries = [] if whole else rows.get("all", [])
-    parts = folder_splits([path for path, _ in entries])
-    taught = {label for path, label in entries if parts.get(path) == "train"}
-    if parts and taught == {label for _, label in entries}:  # else they are the names of classes
-        for path, label in rows.pop("all"):
-            rows.setdefault(parts[path], []).append((path, label))
-    cut, rest, groups = {split: rows.get(split, []) for split in SPLITS}, rows.get("all", []), {}
-    if cut["val"] and not cut["test"]:
-        return {**cut, "val": [], "test": cut["val"]}, ["no test split: val is used as test"]
+    rest = rows.pop("all", [])
+    in_folders = {} if whole else folder_splits([path for path, _ in rest])
+    taught = {label for path, label in rest if in_folders.get(path) == "train"}
+    if in_folders and taught == {label for _, label in rest}:  # else they are the names of classes
+        for path, label in rest:
+            rows.setdefault(in_folders[path], []).append((path, label))
+        rest = []
+    rows = {split: rows.get(split, []) for split in SPLITS}
+    if rows["val"] and not rows["test"]:
+        return {**rows, "val": [], "test": rows["val"]}, ["no test split: val is used as test"]
     if whole and rest:
-        return {**cut, whole: sorted(rest)}, []
-    if not rest:
-        return cut, []
-    for path, label in sorted(rest):
-        groups.setdefault(label, []).append(path)
-    for label, paths in sorted(groups.items()):
+        rows[whole] = sorted(rest)
+    if whole or not rest:
+        return rows, []
+    for label, paths in sorted(grouped(sorted(rest)).items()):
         paths = random.Random(0).sample(paths, len(paths))
         train = max(1, round(0.5 * len(paths)))
         val = train + max(0, min(round(0.2 * len(paths)), len(paths) - train - 1))  # test first
-        for split, part in zip(cut, (paths[:train], paths[train:val], paths[val:]), strict=True):
-            cut[split] += [(path, label) for path in part]
-    return cut, ["no splits were given: each class is cut 50/20/30 by a fixed permutation"]
+        for split, part in zip(SPLITS, (paths[:train], paths[train:val], paths[val:]), strict=True):
+            rows[split] += [(path, label) for path in part]
+    return rows, ["no splits were given: each class is cut 50/20/30 by a fixed permutation"]
 
 
-def note_leaks(rows):
-    """{split: [(path, ...)]} -> notes on images of val or test that are trained on, too."""
-    tested = {row[0] for row in rows["val"] + rows["test"] if row[0]}
-    leaks = tested & {row[0] for row in rows["train"]}
-    return [f"{len(leaks):,} images of val or test are in train too by their names, e.g. "
-            f"{min(leaks)}: scores on known images flatter"] if leaks else []
+def grouped(pairs):
+    """[(item, label)] -> {label: items}, labels in order of first appearance."""
+    groups = {}
+    for item, label in pairs:
+        groups.setdefault(label, []).append(item)
+    return groups
 
 
 def paths_of(rows):
@@ -659,12 +664,12 @@ def list_path(path, whole=None):
         home, folder = lists[0].parent, KNOWN.get(name, {}).get("images", "")
         store = locate(home, paths_of(rows), home / folder)
         return Source(name, str(home), store, rows, classnames, note_leaks(rows))
-    inner = [name for name in (store.names() if suffix == ".zip" else ())
-             if name.lower().endswith(TABLE_SUFFIXES) and "/" not in name]
+    members = store.names() if suffix == ".zip" else ()
+    inner = [name for name in members if name.lower().endswith(TABLE_SUFFIXES) and "/" not in name]
     if len(inner) > 1:  # others may lie beside that of the images and their classes
         columns = {name: columns_of(name, store.read(name)) for name in inner}
-        inner = [name for name in inner if all(map(columns[name].intersection,
-                                                   (IMAGE_COLUMNS, LABEL_COLUMNS)))]
+        inner = [name for name, found in columns.items()
+                 if found & {*IMAGE_COLUMNS} and found & {*LABEL_COLUMNS}]
     if suffix in TABLE_SUFFIXES:
         rows = read_labels(path)
         store = locate(path.parent, paths_of(rows), split=split_of(path.name))
@@ -687,7 +692,7 @@ def list_path(path, whole=None):
 
 
 # -----------------------------------------------------------------------------
-# The published data sets
+# The published data sets, and opening any
 
 KNOWN = json.loads((ASSETS / "datasets.json").read_text("utf-8"))["sets"]  # "about" explains them
 DRIVE = "https://drive.google.com/"
@@ -707,8 +712,8 @@ def dataset_name(text):
 def read_aircraft(file):
     """FGVC-Aircraft's own lists, which CoOp takes -> rows, classnames: a label is a line number."""
     def lines(name):
-        text = read_text(file.with_name(name))
-        return [line.strip() for line in text.splitlines() if line.strip()]
+        listed = read_text(file.with_name(name)).splitlines()
+        return [line.strip() for line in listed if line.strip()]
     order, rows = lines(file.name), {}
     for split in SPLITS:
         pairs = [line.split(" ", 1) for line in lines(f"images_variant_{split}.txt")]
@@ -717,14 +722,12 @@ def read_aircraft(file):
 
 
 def list_known(name, data_dir):
-    """One of the published data sets -> Source. Needs its lists only, and most of CoOp's are
-    bundled in assets/coop_splits; images may be absent. ImageNet's val doubles as test, as in CoOp,
-    and its four shifts are test only; files are sorted, so a seed means the same shots anywhere."""
-    known = KNOWN[name]
-    home, *_ = homes = [data_dir / folder for folder in known["folders"]]
-    likely = [folder / known["images"] for folder in homes]
-    file = list_of(name, data_dir) or ASSETS / "coop_splits" / f"{known['split']}.xz"
-    if not file.is_file() or file.name == WORDS and not likely[0].exists():
+    """One of the published data sets -> Source. Images may be absent. ImageNet's val is also its
+    test, as in CoOp; its shifts are test only. Files are sorted: a seed gives the same shots."""
+    known, file = KNOWN[name], list_of(name, data_dir)
+    likely = [data_dir / folder / known["images"] for folder in known["folders"]]
+    home = data_dir / known["folders"][0]
+    if not file or file.name == WORDS and not likely[0].exists():
         raise DataError(f"{name}: its list or its images' folder is missing, and nothing is put in "
                         f"its place; {by_hand(name, home)}")
     if file.name == WORDS:
@@ -738,12 +741,14 @@ def list_known(name, data_dir):
 
 
 def list_of(name, data_dir):
-    """The user's list of a published data set, or class names, or None."""
+    """The list of a published data set, the user's before the bundled one, or class names; None."""
     known = KNOWN[name]
     homes = [data_dir / folder for folder in known["folders"]]
     if known["split"] == WORDS:
         return find_words(homes[0])
-    return next(filter(pathlib.Path.is_file, [home / known["split"] for home in homes]), None)
+    lists = [home / known["split"] for home in homes]
+    bundled = ASSETS / "coop_splits" / f"{known['split']}.xz"
+    return next(filter(pathlib.Path.is_file, [*lists, bundled]), None)
 
 
 def by_hand(name, home):
@@ -787,21 +792,17 @@ def fetch_missing(name, data_dir):
 
 def fetch_part(what, known, new):
     """Fetch the "list" or the "images" of a published data set into the folder `new`."""
+    target = new / known["folders"][0] / known["split"]
     if what == "images":
         with contextlib.suppress(ImportError):  # of scipy, for labels that are not needed here
             getattr(import_torchvision("datasets"), known["fetch"])(str(new), download=True)
-        return
-    target = new / known["folders"][0] / known["split"]
-    if problem := fetch(known["link"], target):
+    elif problem := fetch(known["link"], target):
         raise DataError(problem)
-    if target.name != WORDS:
+    elif target.name != WORDS:
         read_coop_split(target)  # or it is a page that asks for something
     elif not WNID.match(read_text(target)):
         raise DataError("what came is no list of class names")
 
-
-# -----------------------------------------------------------------------------
-# Opening any of them
 
 def find_path(text, data_dir, known=KNOWN):
     """A path as typed, or one under `data_dir`, or "demo" -> Path. Raises DataError."""
@@ -824,10 +825,9 @@ def list_dataset(name_or_path, data_dir="data", whole=None):
 def open_dataset(name_or_path, split, data_dir="data", classes=None, download=True, whole=False):
     """A data set by name, or one's own folder, CSV/TSV/JSONL, zip or CoOp split file -> ImageSet.
 
-    `classes` (names) narrows and renumbers. No image is touched, but with `download` a published
-    set of which none is there is fetched, by one process. `whole` gives one's own data without
-    splits to the one asked for. A published name wins: write ./dtd for a folder. Raises DataError.
-    """
+    `classes` (names) narrows and renumbers. `download`: fetch a published set of which no image is
+    there. `whole`: one's own data without splits is all of the one asked for. A published name
+    wins: write ./dtd for a folder. No image is opened. Raises DataError."""
     if split not in SPLITS:
         raise DataError(f"split {split!r}: expected train, val or test")
     if download and (name := dataset_name(name_or_path)):
@@ -847,8 +847,8 @@ def add_data_flags(parser):
                        "folder of class folders, a zip, or a CSV/TSV/JSONL file (default: demo)")
     group.add_argument("--data-dir", default="data", help="where the named data sets lie "
                        "(default: data)")
-    group.add_argument("--no-download", action="store_true",
-                       help="refuse rather than fetch images that are not there")
+    group.add_argument("--no-download", action="store_true", help="refuse rather than fetch images "
+                       "that are not there")
     group.add_argument("--classes", nargs="+", metavar="NAME", help="train and test on these only")
     group.add_argument("--template", action="extend", nargs="+", metavar="TEXT", help="prompt with "
                        "{} for the class; of several the mean (default: the paper's one)")

@@ -55,15 +55,13 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 178_956_970     # where Pillow itself gives up: 0.5 GB once decoded to RGB
 MAX_FILE_BYTES = 1 << 29     # of an image, or of anything in a zip, whose header may claim anything
 LONGEST_STRIP = 64           # a strip of 1 x 5000 pixels would be resized to a gigabyte
-RUNS_A_PROGRAM = ("EPS", "WMF")   # Pillow hands these to Ghostscript, or to Windows
 EXTRAS = {"colour": lambda transforms: transforms.ColorJitter(0.2, 0.2, 0.2),
           "randaugment": lambda transforms: transforms.RandAugment(num_ops=2, magnitude=9)}
 
 
 def to_rgb(image):
-    """PIL image of any mode -> RGB, 8 bits. Alpha is dropped, as CoOp's loader does. A palette goes
-    through RGBA, where its transparency is understood. 16-bit grey is scaled, where Pillow would
-    give white; ValueError for pixels whose white is not known."""
+    """PIL image of any mode -> RGB, 8 bits; alpha is dropped, as by CoOp's loader. 16-bit grey is
+    scaled, where Pillow gives white. ValueError if it is not known which number is white."""
     inverted = image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(262) == 0
     if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM") or inverted:
         raise ValueError("more than 8 bits, and it is not known which is white; save it as PNG")
@@ -74,7 +72,7 @@ def to_rgb(image):
                              f"it, or save it with 8 bits")
         grey = (grey + 128) // 257  # rounded
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    if image.mode in ("P", "PA", "La", "RGBa"):
+    if image.mode in ("P", "PA", "La", "RGBa"):  # RGB would not understand the alpha of a palette
         image = image.convert("RGBA" if image.mode != "La" else "LA")
     return image if image.mode == "RGB" else image.convert("RGB")
 
@@ -88,15 +86,16 @@ def read_image(source, name=None):
             with Image.open(source) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width}x{image.height} pixels are too many")
-                if image.format in RUNS_A_PROGRAM:
+                if image.format in ("EPS", "WMF"):  # Pillow has other programs read these
                     raise ValueError(f"{image.format} is not read; save it as PNG")
                 image.load()
                 with contextlib.suppress(Exception):  # damaged tags around sound pixels
                     ImageOps.exif_transpose(image, in_place=True)
                 return to_rgb(image)
     except Exception as error:  # Pillow's readers raise ten kinds of exception on damaged files
-        why = isinstance(source, io.BytesIO) and b"<svg" not in source.getvalue() and (
-            mistaken(source)) or re.sub(r" <_io\S+ object at \S+>", "", one_line(error))
+        why = re.sub(r" <_io\S+ object at \S+>", "", one_line(error))
+        if isinstance(source, io.BytesIO) and b"<svg" not in source.getvalue():
+            why = mistaken(source) or why
         raise UnreadableImage(f"{name or source}: no readable image ({why})") from error
 
 
@@ -120,8 +119,7 @@ class Preprocess:
     a random resized crop of `scale` times the area (None: no crop) and, with `flip`, a flip:
     torchvision's own under torch.manual_seed(sample_seed(seed, epoch, index)). Then `augment`, some
     of EXTRAS (RandAugment: Cubuk et al. 2020). DataError where torchvision does not import. No draw
-    depends on `size`: a student and a teacher of another size see the same view.
-    """
+    depends on `size`: a student and a teacher of another size see the same view."""
 
     def __init__(self, size, train=False, seed=0, scale=(0.08, 1.0), flip=True, resize="shortest",
                  interpolation="bicubic", augment=()):
@@ -310,7 +308,7 @@ class SpanStore(ImageStore):
 
     def __init__(self, path, index, coded=False):
         super().__init__(path)
-        self.index, self.coded, self.zipped = index, coded, True
+        self.index, self.coded = index, coded
 
     def names(self):
         return sorted(self.index)
@@ -367,8 +365,8 @@ def places(root, *first):
     likely ones: `first`, itself, its folders, its zips (as COCO publishes them), their folders."""
     yield from ([ImageStore(place)] for place in (*first, root))
     yield [ImageStore(root, folder) for folder in folders_in(root, 1)]
-    yield [store for archive in sorted(pathlib.Path(root).glob("*.zip"))
-           if not is_litter(archive.name) for stores in places(archive) for store in stores]
+    zips = [file for file in sorted(pathlib.Path(root).glob("*.zip")) if not is_litter(file.name)]
+    yield [store for file in zips for stores in places(file) for store in stores]
     yield [ImageStore(root, folder) for folder in folders_in(root, 2)]
 
 
@@ -384,25 +382,24 @@ def locate(root, paths, *first, split="all"):
     """Of `places` the nearest that holds all of about 200 of the paths, else most of them. Of equal
     ones that named like the `split` of the paths, or images, and train before train_224. DataError
     if nothing tells which."""
-    sample, best, found = paths[::len(paths) // 200 + 1], (-1,), {}
+    sample, merits, inside = paths[::len(paths) // 200 + 1], {}, {}
     for level, stores in enumerate(places(root, *first)):
         for store in stores:
-            inside = os.path.relpath(str(store), root) if level > len(first) else ""
-            base = os.path.basename(inside)
-            plain = bool(PLAIN_FOLDER.fullmatch(base)) - bool(NO_PHOTO.search(base))
-            named = split != "all" and {split: 1, "all": 0}.get(split_of(inside), -1)
+            inside[store] = os.path.relpath(str(store), root) if level > len(first) else ""
+            folder = os.path.basename(inside[store])
+            plain = bool(PLAIN_FOLDER.fullmatch(folder)) - bool(NO_PHOTO.search(folder))
+            named = split != "all" and {split: 1, "all": 0}.get(split_of(inside[store]), -1)
             having = sum(map(store.has, sample))  # `refuse_losses` bears one lost, or 1 %
             whole = min(len(sample), having + max(1, len(sample) // 100)) if having else 0
-            merit = whole, named, plain, having, -level
-            if merit >= best:
-                found = {**(found if merit == best else {}), store: inside}
-            best = max(best, merit)
-        if best[3:] and best[3] == len(sample) and best[1] >= 0:
+            merits[store] = whole, named, plain, having, -level
+        whole, named, _, having, _ = best = max(merits.values())
+        if having == len(sample) and named >= 0:
             break
-    shortest = min(found, key=lambda store: len(found[store]))
-    clear = all(grown_from(inside, found[shortest]) for inside in found.values())
-    if best[0] == len(sample) and not clear:
-        raise DataError(f"{' and '.join(map(str, [*found][:4]))} hold images of the same names, "
+    found = [store for store in merits if merits[store] == best]
+    shortest = min(found, key=lambda store: len(inside[store]))
+    clear = all(grown_from(inside[store], inside[shortest]) for store in found)
+    if whole == len(sample) and not clear:
+        raise DataError(f"{' and '.join(map(str, found[:4]))} hold images of the same names, "
                         f"such as {sample[0]}; write the folder into the listed paths, or keep one")
     return shortest
 
@@ -449,13 +446,20 @@ class Source:
         return self.rows[split]
 
 
+def note_leaks(rows):
+    """{split: [(path, ...)]} -> notes on images of val or test that are trained on, too."""
+    tested = {row[0] for row in rows["val"] + rows["test"] if row[0]}
+    leaks = tested & {row[0] for row in rows["train"]}
+    return [f"{len(leaks):,} images of val or test are in train too by their names, e.g. "
+            f"{min(leaks)}: scores on known images flatter"] if leaks else []
+
+
 class Images(Dataset):
     """Images, each with a label. `set[index]` or `set[(epoch, index)]` -> (image, label, index).
 
     The image is a PIL image, or what transform(image, epoch, index) makes of it. The epoch is in
     the key, for workers that live on would never see an attribute change. An unreadable image gives
-    black and label -1, which scores skip.
-    """
+    black and label -1, which scores skip."""
     images = None   # decoded, where they are kept in memory
 
     def __init__(self, store, paths, labels, transform=None):
@@ -467,8 +471,7 @@ class Images(Dataset):
         self.name, self.root, self.split = source.name, source.root, split
         self.counts = {key: len({row[0] for row in rows if row[0]})
                        for key, rows in source.rows.items()}
-        content = json.dumps(lists, sort_keys=True).encode()
-        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.fingerprint = hashlib.sha256(json.dumps(lists, sort_keys=True).encode()).hexdigest()
         sizes = " / ".join(f"{count:,} {key}" for key, count in self.counts.items())
         self.notes = [*source.notes, f"{self.name}: {sizes} images {what} under {self.store}, "
                                      f"split {self.fingerprint[:12]}"]
@@ -523,8 +526,7 @@ class Batches(Sampler):
     """Yields lists of (epoch, index). Global batch b is perm[b*B : (b+1)*B] with perm a function of
     (seed, epoch); rank r of W takes every W-th from r on (of a short last batch perhaps none).
 
-    drop_last None is Dassl's rule: training drops the remainder of all but a lone short batch.
-    """
+    drop_last None is Dassl's rule: training drops the remainder of all but a lone short batch."""
 
     def __init__(self, n, batch_size, seed=0, rank=0, world_size=1, shuffle=True, drop_last=None):
         if batch_size < 1:
@@ -565,17 +567,15 @@ def collate(items, size):
 
 
 class Loader(DataLoader):
-    """A DataLoader over a set with .transform, as `batches` order it, that says what to do when one
-    of its workers dies or hangs."""
+    """A DataLoader over a set with .transform, as `batches` order it; LostWorker if one is lost."""
 
     def __init__(self, dataset, batches, workers=0, **options):
         if workers:
             options = {"persistent_workers": True, "timeout": 600, "worker_init_fn": ignore_stop,
                        **options}
-        join = functools.partial(collate, size=dataset.transform.size)
-        own = torch.Generator()  # else it draws from the global one
-        super().__init__(dataset, batch_sampler=batches, num_workers=workers, collate_fn=join,
-                         generator=own, **options)
+        super().__init__(dataset, batch_sampler=batches, num_workers=workers,
+                         collate_fn=functools.partial(collate, size=dataset.transform.size),
+                         generator=torch.Generator(), **options)  # the global one stays as it is
 
     def __iter__(self):
         try:
