@@ -24,8 +24,8 @@ import numpy as np
 import data
 from data import columns_of, read_table, read_text, table_rows
 from files import expanded, one_line
-from images import (DataError, folder_splits, ImageStore, is_image, leaves_folder, locate, Source,
-                    SpanStore, split_of, split_word, SPLITS)
+from images import (DataError, folder_splits, ImageStore, is_image, leaves_folder, locate,
+                    note_leaks, Source, SpanStore, split_of, split_word, SPLITS)
 
 
 # -----------------------------------------------------------------------------
@@ -79,18 +79,16 @@ def read_captions(store, names, columns):
 
 def read_caption_file(name, content, columns):
     """One file -> (split or "all", path, caption) for each row."""
-    whole, lines = None, LINES.match(content[:4096].decode("utf-8-sig", "replace"))
+    lines, whole = LINES.match(content[:4096].decode("utf-8-sig", "replace")), None
     if lines and not any(columns):
         return read_lines(name, read_text(name, content))
     with contextlib.suppress(ValueError, RecursionError):  # JSON lines, perhaps
         if name.endswith(".json"):  # pandas writes an id as 391895.0
             whole = json.loads(read_text(name, content), parse_float=lambda x: x.removesuffix(".0"))
-    whole = whole if isinstance(whole, dict) and "images" in whole else None
-    if any(columns) and (lines or whole):
+    listed = isinstance(whole, dict) and "images" in whole
+    if any(columns) and (lines or listed):
         raise DataError(f"{name} is no table: {NO_COLUMNS}")
-    if whole:
-        return read_json(name, whole)
-    return read_pair_table(name, content, columns)
+    return read_json(name, whole) if listed else read_pair_table(name, content, columns)
 
 
 def read_lines(name, text):
@@ -128,16 +126,16 @@ def read_json(name, whole):
 
 
 def read_pair_table(name, content, columns):
-    """CSV, TSV, JSON lines or a JSON list. Values stay text: "None", "null" and "NA" are captions.
-    A cell may hold several captions, as a JSON list. The images of a metadata.* lie beside it, as
-    Hugging Face's."""
+    """CSV, TSV or JSON; "None" and "NA" are captions. A cell may hold several, as a JSON list. The
+    images of a metadata.* lie beside it, as Hugging Face's."""
     folder, slash, base = name.rpartition("/")
     folder = folder + slash if base.startswith("metadata.") else ""
     for line, image, cell, split in table_rows(name, content, CAPTION_COLUMNS, columns, True):
         if isinstance(cell, str) and re.match(r'\s*[\[{]\s*["{}\[\]]', cell):
             with contextlib.suppress(ValueError, RecursionError):
                 cell = json.loads(cell)
-        for text in (cell or [""]) if isinstance(cell, list) else [cell]:
+        texts = cell or [""] if isinstance(cell, list) else [cell]
+        for text in texts:
             if not isinstance(text or "", str):
                 raise DataError(f"{name}, line {line}: expected text as caption, not "
                                 f"{str(cell)[:80]}")
@@ -152,17 +150,18 @@ def read_beside(store, names, columns, mark="/"):
     one is train, or (mark ":") of shards. The last resort, and so what refuses unknown sources."""
     names = [name for name in store.names() if not name.endswith("/")]
     source, images = Source(store=store), [name for name in names if is_image(name)]
-    lost, several = [], []
-    stems = collections.Counter(os.path.splitext(name)[0] for name in images)  # a photo, its mask
-    files = {(stem, kind.lower()): f"{stem}{kind}"
-             for stem, kind in map(os.path.splitext, names) if stems[stem] == 1}
+    stems, lost, several = [os.path.splitext(name)[0] for name in images], [], []
+    uses = collections.Counter(stems)  # two: a photo, its mask
+    files = {(stem, suffix.lower()): f"{stem}{suffix}"
+             for stem, suffix in map(os.path.splitext, names) if uses[stem] == 1}
     split = {name: split_of(name.partition(mark)[0]) for name in images if mark in name}
     split = split if mark == ":" or "train" in split.values() else {}
-    for name in images:
-        stem = os.path.splitext(name)[0]
+    for name, stem in zip(images, stems):
         texts = captions_beside(store, stem, files, lines=mark == "/")
-        lost += [f"{name} (it has no text of its own in UTF-8)"] * (not texts)
-        several += [stem] * (mark == "/" and len(texts) > 1 and (stem, ".json") not in files)
+        if not texts:
+            lost.append(f"{name} (it has no text of its own in UTF-8)")
+        if mark == "/" and len(texts) > 1 and (stem, ".json") not in files:
+            several.append(stem)
         source.add(split.get(name, "all"), ((name, text) for text in texts))
     if 2 * len(lost) > len(images) or not images:
         unread = sorted(set(names) - set(images), key=lambda name: (name.count("/"), name))
@@ -171,9 +170,11 @@ def read_beside(store, names, columns, mark="/"):
             f"{', '.join(unread[:4] + lost[:1])} ({len(unread):,} files, {len(images):,} images). "
             f"Write a CSV of image and caption, or a text beside each image (Parquet, Excel and "
             f"packed files are not read), or take the names of class folders with --layout classes")
-    source.notes += [f"{len(lost):,} images without a caption left out, e.g. {x}" for x in lost[:1]]
-    source.notes += [f"each line of a text is a caption: {len(several):,} texts have several, e.g. "
-                     f"{x}.txt" for x in several[:1]]
+    if lost:
+        source.notes.append(f"{len(lost):,} images without a caption left out, e.g. {lost[0]}")
+    if several:
+        source.notes.append(f"each line of a text is a caption: {len(several):,} texts have "
+                            f"several, e.g. {several[0]}.txt")
     return source
 
 
@@ -434,30 +435,30 @@ def clean(root, source):
             if path and caption or query:
                 kept.append((path, caption, query[0] if query else None))
         dropped += len(rows) - len(kept)
-        told = [caption for path, caption, _ in kept if path and caption]
-        captions += told
-        source.rows[split] = kept if told else []  # MUGE hides the captions of its test
+        paired = [caption for path, caption, _ in kept if path and caption]
+        captions += paired
+        source.rows[split] = kept if paired else []  # MUGE hides the captions of its test
     sample = captions[::len(captions) // 1000 + 1]
-    odd = list(filter(NO_WORDS.fullmatch, sample))
+    odd = [caption for caption in sample if NO_WORDS.fullmatch(caption)]
     said = f"of {len(sample)} captions {len(odd)} hold no words, e.g. {odd[:1]}"
     if 2 * len(odd) >= len(sample):
-        raise DataError(f"{root} gives {len(captions):,} captions of images; {said}; name another "
-                        f"column or file" + "".join(f"; {note}" for note in source.notes))
-    source.notes += [said] * bool(odd)
-    source.notes += [f"{dropped:,} rows without image or caption left out"] * bool(dropped)
+        raise DataError("; ".join([f"{root} gives {len(captions):,} captions of images; {said}; "
+                                   f"name another column or file", *source.notes]))
+    if odd:
+        source.notes.append(said)
+    if dropped:
+        source.notes.append(f"{dropped:,} rows without image or caption left out")
 
 
 def choose_splits(source, layout, whole):
     """The rows of each split. The first of these that there is decides:
 
-    simple-clip     as that notebook: a fifth of the image numbers, drawn by NumPy with seed 42, is
-                    both val and test
+    simple-clip     as that notebook: a fifth of the images is both val and test
     its own splits  rows of none are train, val stands in for a missing test
     lists           of images
     whole           all for that one
     folders         train, test, ... in which all images lie
-    hash            80/10/10 by that of each image's name, so that new images move no old ones; but
-                    a lone image is not held out
+    hash            of the names, 80/10/10: new images move no old ones. None is held out alone
     """
     notes = source.notes
     if layout != "simple-clip" and set(source.rows) - {"all"}:
@@ -468,7 +469,7 @@ def choose_splits(source, layout, whole):
         if rows["val"] and not rows["test"]:
             notes.append("there is no test split: val is used as test")
             rows["test"] = rows["val"]
-        notes += data.note_leaks(rows)
+        notes += note_leaks(rows)
         return rows
     pairs = [row for part in source.rows.values() for row in part]
     images = list(dict.fromkeys(row[0] for row in pairs))
@@ -483,7 +484,7 @@ def choose_splits(source, layout, whole):
     elif whole:
         part_of = dict.fromkeys(images, whole)
     elif not (part_of := folder_splits(images)):
-        part_of = dict(zip(images, map(hashed_split, images)))
+        part_of = {path: hashed_split(path) for path in images}
         count = collections.Counter(part_of.values())
         part_of = {path: part if count[part] > 1 else "train"  # a search needs two images
                    for path, part in part_of.items()}
@@ -500,8 +501,7 @@ def hashed_split(path):
 
 def list_pairs(name_or_path, data_dir="data", layout="auto", caption_file=None, image_column=None,
                caption_column=None, whole=None):
-    """As pairs.open_pairs takes it, but `whole` is the split that takes all -> Source, in three
-    splits."""
+    """What pairs.open_pairs takes, but `whole` is the split that takes all -> Source, in splits."""
     text, path = os.fspath(name_or_path), expanded(data_dir)
     columns = image_column, caption_column
     if layout not in (known := ("auto", "simple-clip", *LAYOUTS)):
@@ -510,22 +510,22 @@ def list_pairs(name_or_path, data_dir="data", layout="auto", caption_file=None, 
         kind, (home, names) = "webdataset", find_shards(text)
         path = home
     else:
-        coco = LAYOUTS["coco"][0] if text.lower() == "coco" else ()
-        if not matching(ImageStore(path), *coco):
+        if text.lower() != "coco" or not matching(ImageStore(path), *LAYOUTS["coco"][0]):
             path = data.find_path(text, data_dir, ())  # else data_dir is COCO, as for run_clip
         home, kind, names = find_captions(path, layout, caption_file, columns)
     reader = LAYOUTS[kind][1]
     if any(columns) and reader is not read_captions:
         raise DataError(f"{text} is read as {kind}: {NO_COLUMNS}")
     source = reader(ImageStore(home), names, columns)
-    more = f" and {len(names) - 3} more" * (len(names) > 3)
-    source.notes += [f"captions are read from {', '.join(names[:3])}{more}"] * bool(names)
+    if names:
+        more = f" and {len(names) - 3} more" * (len(names) > 3)
+        source.notes.append(f"captions are read from {', '.join(names[:3])}{more}")
     clean(text, source)
     if set(source.rows) == {"all"} and not source.store:  # then it is one table of one folder
         paths = [path for path, *_ in source.rows["all"] if path]
         source.store = locate(home, paths, split=split_of(os.path.basename(names[0])))
     source.rows = choose_splits(source, layout, whole)
-    words = [word for word in path.absolute().parts if word != "lmdb" and not split_word(word)]
-    source.name = pathlib.PurePath(words[-1]).stem if path.is_file() else words[-1]
+    parts = [part for part in path.absolute().parts if part != "lmdb" and not split_word(part)]
+    source.name = pathlib.PurePath(parts[-1]).stem if path.is_file() else parts[-1]
     source.root = str(home)
     return source

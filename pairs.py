@@ -140,8 +140,7 @@ class PairSet(Images):
 
         The first process fills it (run: a Run, or None for one process), and the next run finds it.
         If it would take over `limit` bytes, that is noted. DataError if over 1 % cannot be read:
-        of training images only if they are kept, for otherwise nothing else needs them all now.
-        """
+        of training images only if they are kept, for otherwise nothing else needs them all now."""
         if self.pixels or limit <= 0 and self.split == "train":
             return self
         identity = json.dumps(self.stamps())
@@ -223,8 +222,7 @@ def open_pairs(name_or_path, split, data_dir="data", layout="auto", caption_file
     name_or_path: a folder, a file of captions, a zip of one with its images, or shards (a folder,
     shard-{0000..0012}.tar, several joined by ::), also under `data_dir`. layout: one of LAYOUTS, or
     "simple-clip", that notebook's split. caption_file: another one of the folder. whole: a source
-    without splits goes to the asked one undivided. Raises DataError.
-    """
+    without splits goes to the asked one undivided. Raises DataError."""
     return PairSet(list_pairs(name_or_path, data_dir, layout, caption_file, image_column,
                               caption_column, split if whole else None), split)
 
@@ -253,8 +251,7 @@ class PairBatches(Batches):
     An epoch goes in rounds over the images, each with its next caption in an order of the epoch's
     own: captions "one" is one round, "all" as many as have images for a batch. Of a Mixture, every
     batch has batch_size[k] pairs of part k. An epoch is one of the first part; the others go round
-    as often as they are short, each pass an epoch of theirs. counts: pairs of a batch by process.
-    """
+    as often as they are short, each pass an epoch. counts: pairs of a batch by process."""
 
     def __init__(self, pairs, batch_size, seed=0, rank=0, world_size=1, captions="one"):
         if captions not in ("one", "all"):
@@ -277,8 +274,8 @@ class PairBatches(Batches):
     def order(self, k, epoch):
         """Positions of captions in part k, (its batches, its size)."""
         owner, size, length = self.owners[k], self.sizes[k], self.lengths[k]
-        stream = sample_seed(self.seed + 7919 * k, epoch, -1)
-        stream = np.random.RandomState([stream & 0xFFFFFFFF, stream >> 32])  # frozen for ever
+        seed = sample_seed(self.seed + 7919 * k, epoch, -1)
+        stream = np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32])  # frozen for ever
         mixed = np.lexsort((stream.random_sample(len(owner)), owner))  # by image, then by chance
         first = np.searchsorted(owner[mixed], owner[mixed])
         turn, queue = np.arange(len(owner)) - first, mixed[:0]  # turn 0: an image's first caption
@@ -290,14 +287,15 @@ class PairBatches(Batches):
         return queue[:length * size].reshape(length, size)
 
     def __iter__(self):
-        epoch, orders, starts = self.epoch, {}, np.cumsum([0, *map(len, self.owners)])
+        epoch, turns, orders = self.epoch, {}, {}
+        starts = np.cumsum([0, *map(len, self.owners)])
         for batch in range(self.first_batch, len(self)):
             share = []
             for k, length in enumerate(self.lengths):
                 turn, place = divmod(epoch * len(self) + batch, length)
-                if orders.get(k, (None,))[0] != turn:
-                    orders[k] = turn, self.order(k, turn) + starts[k]
-                share += [(turn, c) for c in orders[k][1][place].tolist()]
+                if turns.get(k) != turn:
+                    turns[k], orders[k] = turn, self.order(k, turn) + starts[k]
+                share += [(turn, c) for c in orders[k][place].tolist()]
             yield share[self.rank::self.world_size]
 
 
