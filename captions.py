@@ -146,8 +146,8 @@ def read_pair_table(name, content, columns):
 # Captions in files of their own: beside each image of a folder, or of WebDataset's tars
 
 def read_beside(store, names, columns, mark="/"):
-    """Images with a text beside each, under the same name. Splits are the words of top folders, if
-    one is train, or (mark ":") of shards. The last resort, and so what refuses unknown sources."""
+    """Images with a text of the same name beside each. Splits are the words of top folders, if one
+    is train, or (mark ":") of shards. The last resort, and so what refuses unknown sources."""
     names = [name for name in store.names() if not name.endswith("/")]
     source, images = Source(store=store), [name for name in names if is_image(name)]
     stems, lost, several = [os.path.splitext(name)[0] for name in images], [], []
@@ -322,19 +322,20 @@ def read_lmdb(store, names, columns):
     """<split>/pairs, pickled (image id, text id, text) under "0", "1", ..., and <split>/imgs."""
     source = Source(store=LMDBStore(store.path, {}, coded=True))
     for name in names:
-        folder = os.path.abspath(os.path.join(store.path, name.removesuffix("pairs/data.mdb")))
-        split, images = split_of(os.path.basename(folder)), name.replace("pairs/data.mdb", "imgs")
-        look = open_lmdb(os.path.join(store.path, images), os.getpid())
-        pool = [f"{images}:{key.decode('utf-8', 'replace')}"
-                for key in look.cursor().iternext(values=False) if key != b"num_images"]
-        held = os.path.join(store.path, images, "data.mdb")
-        source.store.index |= dict.fromkeys(pool, (held, 0, 0))
-        source.add(split, ((path, "", 0) for path in pool))
-        look = open_lmdb(os.path.join(store.path, os.path.dirname(name)), os.getpid())
-        for i in range(int(look.get(b"num_samples") or look.stat()["entries"])):
+        prefix = name.removesuffix("pairs/data.mdb")
+        folder = os.path.join(store.path, prefix)
+        split = split_of(os.path.basename(os.path.abspath(folder)))
+        images = open_lmdb(os.path.join(folder, "imgs"), os.getpid())
+        paths = [f"{prefix}imgs:{key.decode('utf-8', 'replace')}"
+                 for key in images.cursor().iternext(values=False) if key != b"num_images"]
+        source.store.index |= dict.fromkeys(paths, (os.path.join(folder, "imgs/data.mdb"), 0, 0))
+        source.add(split, ((path, "", 0) for path in paths))
+        pairs = open_lmdb(os.path.join(folder, "pairs"), os.getpid())
+        for i in range(int(pairs.get(b"num_samples") or pairs.stat()["entries"])):
             try:
-                image, text_id, text = PlainUnpickler(io.BytesIO(look.get(b"%d" % i) or b"")).load()
-                source.add(split, [(f"{images}:{image}", text + "", f"{text_id} {text}")])
+                pair = io.BytesIO(pairs.get(b"%d" % i) or b"")
+                image, text_id, text = PlainUnpickler(pair).load()
+                source.add(split, [(f"{prefix}imgs:{image}", text + "", f"{text_id} {text}")])
             except Exception as error:  # a broken pickle raises anything
                 raise DataError(f"{name}: pair {i} is refused and was not run: no (image id, text "
                                 f"id, text), {one_line(error)}") from None

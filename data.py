@@ -262,7 +262,8 @@ class ImageSet(Images):
         if len(source.classnames) < 2:
             raise DataError("; ".join([f"{source.root}: expected two classes, found "
                                        f"{source.classnames}", *source.notes]))
-        super().__init__(source.store, *map(list, zip(*source.part(split))))
+        paths, labels = zip(*source.part(split))
+        super().__init__(source.store, list(paths), list(labels))
         self.classnames = list(source.classnames)
         self.template = TEMPLATES.get(source.name, ANY_TEMPLATE)
         self.introduce(source, split, [self.classnames, source.rows],
@@ -334,10 +335,9 @@ class ImageSet(Images):
 
 def few_shot(dataset, shots, seed, val=None):
     """`shots` images per class -> the train subset, or (train, val) with min(shots, 4) per class of
-    `val`, drawn after train from the same stream.
-    Item for item the list that CoOp draws (Dassl's generate_fewshot_dataset): classes in order of
-    first appearance, random.sample of each, a class that is short whole and in order. ImageNet's
-    val is its test set and comes back whole. Raises DataError."""
+    `val`, drawn after train from the same stream. Item for item what CoOp draws (Dassl's
+    generate_fewshot_dataset): classes in order of first appearance, random.sample of each, a short
+    class whole and in order. ImageNet's val, its test set, comes back whole. Raises DataError."""
     if shots < 0 or seed < 0:
         raise DataError(f"shots {shots}, seed {seed}: expected whole numbers, 0 or more")
     stream = random.Random(seed)
@@ -349,8 +349,8 @@ def few_shot(dataset, shots, seed, val=None):
             chosen += group if len(group) < count else stream.sample(group, count)
         subset = part.subset(chosen)
         if short:
-            subset.notes.append(f"fewer than {count} {part.split} images, taken whole: "
-                                f"{', '.join(short)}")
+            said = f"fewer than {count} {part.split} images, taken whole: {', '.join(short)}"
+            subset.notes.append(said)
         return subset
     train = draw(dataset, shots)
     if val is None:
@@ -586,7 +586,7 @@ def tells_splits(store, name):
     if suffix not in TABLE_SUFFIXES:
         return False
     columns = columns_of(name, ImageStore(store.path).read(name))
-    return bool(columns.intersection(IMAGE_COLUMNS)) and any(
+    return columns.intersection(IMAGE_COLUMNS) and any(
         key in SPLIT_COLUMNS[:3] or SPLIT_FLAG.fullmatch(key) and key[:3] != "val"
         for key in columns)  # "set" and "valid" have other meanings too
 

@@ -114,12 +114,12 @@ def sample_seed(seed, epoch, index):
 class Preprocess:
     """PIL image, or uint8 (H, W, 3) array -> uint8 (3, size, size); `normalise` finishes a batch.
 
-    Evaluation: the short side to `size`, then the centre, or with resize="squash" the whole image
-    to size x size; the pixels of torchvision's Resize + CenterCrop, bit for bit. Training (CoOp's):
-    a random resized crop of `scale` times the area (None: no crop) and, with `flip`, a flip:
-    torchvision's own under torch.manual_seed(sample_seed(seed, epoch, index)). Then `augment`, some
-    of EXTRAS (RandAugment: Cubuk et al. 2020). DataError where torchvision does not import. No draw
-    depends on `size`: a student and a teacher of another size see the same view."""
+    Evaluation: the short side to `size`, then the centre, or with resize="squash" the whole image;
+    the pixels of torchvision's Resize + CenterCrop, bit for bit. Training, as CoOp's: a random
+    resized crop of `scale` times the area (None: no crop) and, with `flip`, a flip: torchvision's
+    under torch.manual_seed(sample_seed(seed, epoch, index)). Then `augment`, some of EXTRAS
+    (RandAugment: Cubuk et al. 2020). No draw depends on `size`: a student and a teacher see the
+    same view. DataError where torchvision does not import."""
 
     def __init__(self, size, train=False, seed=0, scale=(0.08, 1.0), flip=True, resize="shortest",
                  interpolation="bicubic", augment=()):

@@ -90,8 +90,8 @@ class PairSet(Images):
 
     def retrieval(self):
         """-> Retrieval. Each caption is a query for its own image. Where texts are listed apart, as
-        for Chinese-CLIP's evaluation, each text is a query, even without an image, and each image
-        is in the pool, even without a text. DataError if there is nothing to choose from."""
+        for Chinese-CLIP, each text is a query, even without an image, and each image is in the
+        pool, even without a text. DataError if there is nothing to choose from."""
         place = {path: position for position, path in enumerate(self.paths)}
         asking = [(i if query is None else query, path, text)
                   for i, (path, text, query) in enumerate(self.rows) if text]
@@ -135,8 +135,8 @@ class PairSet(Images):
         return [str(self.store), [(path, *self.store.stamp(path)) for path in there]]
 
     def cache(self, run, folder, limit=8 << 30, workers=0):
-        """Decode every image once, into one file of `folder`, where it is read from then on.
-        Returns the set. No pixel changes: a smaller copy would, and so would random crops of it.
+        """Decode every image once into one file of `folder`, read from then on, and return the set.
+        Images keep their size: of smaller ones other random crops would come.
 
         The first process fills it (run: a Run, or None for one process), and the next run finds it.
         If it would take over `limit` bytes, that is noted. DataError if over 1 % cannot be read:
@@ -178,9 +178,9 @@ def read_spans(file):
 
 
 def fill_pixels(pairs, file, limit, workers):
-    """Write the images of a set to `file`, then where they lie to a JSON -> "" or why not, and the
-    positions of those that cannot be read. Held-out images are all decoded even if they are too
-    many to keep: what cannot be scored should be known before a run trains."""
+    """Write the images of a set to `file`, then their places to a JSON -> "" or why not, and the
+    positions of unreadable ones. Held-out images are all decoded, even if they are too many to
+    keep: what cannot be scored should be known before a run trains."""
     items = pairs.with_transform(as_ppm).image_items()
     index, spans, reason = file.with_suffix(".json"), [], ""
     part = file.with_suffix(f".{os.getpid()}.part")  # another run may fill, or read, the same
