@@ -4,24 +4,23 @@
     tokenizer("a photo of a cat")    # LongTensor (1, 77)
     tokenizer.encode("a cat")        # [320, 2368]; `decode` goes back
 
-CLIP (Radford et al. 2021). A caption is cleaned (mojibake repaired, HTML entities resolved twice,
-white space folded, lower case), cut by a regular expression into pieces without white space, and
-every piece is merged bottom-up from bytes (Sennrich et al. 2016):
+CLIP (Radford et al. 2021): a caption is cleaned (mojibake repaired, HTML entities resolved twice,
+white space folded, lower case) and cut by a regular expression into pieces without white space.
+Every piece is merged bottom-up from bytes (Sennrich et al. 2016):
 
 1. Each UTF-8 byte is written as one printable character, so that the merge list can be a text file.
 2. The last character of a piece carries "</w>": "cat" is another symbol than in "category".
 3. Of all neighbouring pairs the one that stands first in the merge list is joined, wherever it
    occurs, until no neighbouring pair is in the list.
 
-The vocabulary is 256 bytes, the same 256 with "</w>", 48,894 merges, start and end of text. Id 0 is
-the real token "!" and also the padding: what counts is the first end of text, the largest id.
+The ids are 256 bytes, the same with "</w>", 48,894 merges, start and end of text. Id 0 is the token
+"!" and also the padding: what counts is the first end of text, the largest id.
 
 RoBERTa (Liu et al. 2019): steps 1 and 3 on the text as it is, with the space before each word.
 BERT (Devlin et al. 2019): control characters are dropped, every ideograph and punctuation mark is a
 word of its own, accents are stripped, letters are lower case; then the longest known beginning of
 the word is taken off, and again from what is left, marked "##". A word that cannot be spelled so is
-[UNK]. Text never becomes a special token ("[MASK]" is spelled out), as in transformers with
-`split_special_tokens=True`. OpenAI's tokenizer takes its two from text, and so does ours.
+[UNK]. Text never becomes a special token, such as "[MASK]": only CLIP's two are read from text.
 """
 import gzip
 import hashlib
@@ -45,7 +44,8 @@ CHINESE_SHA256 = "8550a78ca2dd304e6a4b45baa9780db8a93cfacc564b4d1c319905db0122f1
 CACHED_LENGTH, CACHED_CHUNKS = 64, 1_000_000  # a longer run is no word that comes again
 LONGEST_PIECE = 1_000  # symbols merged together: the loop is quadratic, and no word is so long
 # Step 1 above: the printable character of each byte, and back.
-_printable, _borrowed = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
+_printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+_borrowed = itertools.count(256)  # where the characters of the other bytes begin
 CHARACTERS = tuple(chr(b if b in _printable else next(_borrowed)) for b in range(256))
 BYTES = {character: bytes([b]) for b, character in enumerate(CHARACTERS)}
 
@@ -71,8 +71,8 @@ class TokenizerError(ValueError):
 
 
 class Tokenizer:
-    """What all kinds share. A kind cuts a text into chunks whose ids depend on nothing outside the
-    chunk and finds the ids of one, which are kept: captions do not repeat, but their words do."""
+    """What all kinds share. A kind cuts a text into chunks, whose ids depend on nothing outside,
+    and finds the ids of one, which are kept: captions do not repeat, but their words do."""
     kind = text_kind = "bpe"  # text_kind: as `CLIP.text_kind` has it
     rules = {}                # arguments of the class beside the vocabulary
 
@@ -99,11 +99,9 @@ class Tokenizer:
         return ids
 
     def __call__(self, texts, context_length=77):
-        """Token ids of one text or a list of N texts: LongTensor (N, context_length).
-
-        Start of text, the ids, end of text, then padding. A text that is too long is cut before
-        its end of text and counted in `self.truncated`. `context_length=None` fits the longest.
-        """
+        """Token ids of one text or N texts: LongTensor (N, context_length), or as wide as the
+        longest if that is None. Start of text, the ids, end of text, padding. A text that is too
+        long is cut before its end of text and counted in `self.truncated`."""
         if context_length is not None and context_length < 2:
             raise TokenizerError(f"context_length is {context_length}; expected at least 2")
         flat, lengths = [], []
@@ -121,8 +119,7 @@ class Tokenizer:
         return tokens.masked_scatter_(used, torch.tensor(flat, dtype=torch.long))
 
     def decode(self, ids):
-        """The text of `ids` up to the first end of text, less what encoding loses. TokenizerError
-        on an id outside the vocabulary."""
+        """The text of `ids` up to the first end of text. TokenizerError on an unknown id."""
         ids = itertools.takewhile(lambda i: i != self.end_id, map(int, ids))
         try:
             return self._join([self.symbols[i] for i in ids if i != self.start_id])
@@ -155,22 +152,21 @@ def from_characters(text):
 
 
 def merge(symbols, ranks):
-    """Join the neighbours of the lowest rank, all of them left to right, until none has a rank ->
-    list of symbols. ranks: {(left, right): rank}. A piece of more than LONGEST_PIECE symbols is
-    merged in parts; where two meet, ids may differ from the official."""
+    """Join the neighbours of the lowest rank, left to right, until none has one -> list of symbols.
+    ranks: {(left, right): rank}. Where two parts of LONGEST_PIECE meet, ids may be unofficial."""
     done = []
     for start in range(0, len(symbols), LONGEST_PIECE):
         part = symbols[start:start + LONGEST_PIECE]
         while len(part) > 1:
-            found = [ranks.get(pair, math.inf) for pair in zip(part, part[1:])]
-            lowest = min(found)
-            if lowest == math.inf:
+            best = min(zip(part, part[1:]), key=lambda pair: ranks.get(pair, math.inf))
+            if best not in ranks:
                 break
-            joined, i = [], 0
-            while i < len(part):
-                taken = 2 if i < len(found) and found[i] == lowest else 1
-                joined.append("".join(part[i:i + taken]))
-                i += taken
+            joined = part[:1]
+            for symbol in part[1:]:
+                if (joined[-1], symbol) == best:
+                    joined[-1] += symbol
+                else:
+                    joined.append(symbol)
             part = joined
         done += part
     return done
@@ -263,18 +259,17 @@ class WordPieceTokenizer(Tokenizer):
         capitals = sum(token[:1].isupper() for token in ids)  # a handful are special tokens
         self.lowercase = rule(lowercase, "do_lower_case", capitals <= 100)
         self.strip_accents = rule(strip_accents, "strip_accents", self.lowercase)
-        self.split, self.longest_word = rule(split, "tokenize_chinese_chars", True), longest_word
-        alone = self.ideographs if self.split else ""
-        self.words = regex.compile(rf"[^{SPACE}{alone}]+" + (rf"|[{alone}]" if alone else ""))
+        self.longest_word, split = longest_word, rule(split, "tokenize_chinese_chars", True)
+        self.words = regex.compile(rf"[^{SPACE}{self.ideographs}]+|[{self.ideographs}]" if split
+                                   else f"[^{SPACE}]+")
         self.unknown_id, self.longest_token = ids["[UNK]"], max(map(len, ids))
         self.rules = {"lowercase": self.lowercase, "strip_accents": self.strip_accents,
-                      "split": self.split, "longest_word": longest_word}
+                      "split": split, "longest_word": longest_word}
         self.theirs = {"tokenizer_class": "BertTokenizer", "do_lower_case": self.lowercase,
-                       "strip_accents": self.strip_accents, "tokenize_chinese_chars": self.split}
+                       "strip_accents": self.strip_accents, "tokenize_chinese_chars": split}
 
     def _chunks(self, text):
-        # All that follows works on characters or between two spaces, so it can come after this.
-        return self.words.findall(text)
+        return self.words.findall(text)  # what follows works on characters or between spaces
 
     def _encode_chunk(self, chunk):
         chunk = self.dropped.sub("", chunk)
@@ -302,12 +297,11 @@ class WordPieceTokenizer(Tokenizer):
 
 
 class ChineseTokenizer(WordPieceTokenizer):
-    """Chinese-CLIP's tokenizer: the ids of its own code, which is Google's BERT of 2018.
-
-    Different from transformers': characters of private use, lone surrogates and words of 101 to 200
-    characters count, all ideographs stand alone, and the final sigma is known. `straight_quotes`:
-    curly quotes, which the vocabulary lacks, become straight ones first, as in the authors'
-    training and evaluation but not in their `tokenize`."""
+    """Chinese-CLIP's tokenizer: the ids of its own code, which is Google's BERT of 2018. Unlike in
+    transformers, characters of private use, lone surrogates and words of 101 to 200 characters
+    count, all ideographs stand alone, and the final sigma is known. straight_quotes: curly quotes,
+    which the vocabulary lacks, become straight ones first, as in the authors' training and
+    evaluation but not in their `tokenize`."""
     kind = "chinese"
     ideographs, final_sigma = IDEOGRAPH + r"\U0002b820-\U0002b91f", True
     dropped = regex.compile(r"[\p{Cc}\p{Cf}\ufffd]")
@@ -346,120 +340,127 @@ CHINESE = SETTINGS | dict.fromkeys(("do_lower_case", "strip_accents"), "True")
 
 
 def read_vocabulary(vocab, wanted=None, merges=()):
-    """-> kind, {token: id}, merges as pairs of tokens, config by transformers' names.
-
-    vocab: a file or folder, see `open_tokenizer`, or the list of tokens, with the list of `merges`.
-    TokenizerError when it is not what the kind, or the one `wanted`, needs.
-    """
+    """-> kind, {token: id}, merges as pairs of tokens, config by transformers' names. vocab: a file
+    or folder, see `open_tokenizer`, or the list of tokens, with the list of `merges`.
+    TokenizerError when it is not what the kind, or the one `wanted`, needs."""
     try:
         if isinstance(vocab, (list, tuple)):
-            kind, pairs, config = wanted, merges, {}
+            kind, config = wanted, {}
             ids = {token: i for i, token in enumerate(vocab) if token is not None}
         else:
-            kind, ids, pairs, config = read_files(pathlib.Path(vocab).expanduser())
-        pairs = [(left, right) for left, right in (
-            pair.split(" ") if isinstance(pair, str) else pair for pair in pairs)]
-        needed = [*NEEDED[wanted or kind], *(t for a, b in pairs for t in (a, b, a + b))]
-        odd = [f"no {token}" for token in needed if token not in ids]
-        settings = CLIPS if kind == "bpe" else (
-            CHINESE if config.get("model_type") == "chinese_clip" else SETTINGS)
-        plain = {name: x.get("content", x) if isinstance(x, dict) else x  # of older files
-                 for name, x in config.items()}
-        odd += [f"{name} {plain[name]}" for name, known in settings.items()
-                if plain.get(name) is not None and not regex.fullmatch(known, str(plain[name]))]
-        odd += [f"an added token {token}" for token in config.get("added", [])  # cut out of words
-                if not regex.fullmatch(SPECIAL[wanted or kind], token)]
-        numbers = {operator.index(i) for i in ids.values()}
-        if len(numbers) < len(ids) or min(numbers) < 0 or max(numbers) > 1 << 24:
-            odd.append("an id twice, below 0 or above 2^24")
-        if odd or kind == "bytebpe" and not pairs:
-            raise ValueError(", ".join(odd[:5]) or "no merges")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            kind, ids, merges, config = read_files(pathlib.Path(vocab).expanduser())
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        pairs = [(left, right) for left, right in pairs]  # ValueError where one is no pair
+        faults = faults_of(kind, wanted or kind, ids, pairs, config)
+        if faults:
+            raise ValueError(", ".join(faults[:5]))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise TokenizerError(f"{str(vocab)[:200]} holds no vocab.txt, vocab.json and merges.txt or "
                              f"tokenizer.json of CLIP, BERT or RoBERTa ({type(error).__name__} "
                              f"{' '.join(str(error).split())})") from None
     return kind, ids, pairs, config
 
 
-def rules_of(fast, said, alone):
-    """What a tokenizer.json says beside its vocabulary, by the names of tokenizer_config.json,
-    whose table is `said`. ValueError where transformers would take another rule than it says; it
-    does what it says if the file is `alone`."""
-    normal, last = fast.get("normalizer") or {}, fast.get("post_processor") or {}
-    rules = {"do_lower_case": normal.get("lowercase"),
-             "strip_accents": normal.get("strip_accents"),
-             "tokenize_chinese_chars": normal.get("handle_chinese_chars")}
-    taken = dict.fromkeys(rules, True) | {"strip_accents": said.get("do_lower_case") is not False}
-    for name, x in rules.items():
-        if not alone and said.get(name) is None and x not in (None, taken[name]):
-            raise ValueError(f"tokenizer.json has {name} {x} and tokenizer_config.json does not "
-                             f"say it; write it there")
-    ends = []  # the start and end that are put around a text
-    for part in last.get("processors", [last]):
-        if "single" in part:  # a template of one text
-            ends += [x["SpecialToken"]["id"] for x in part["single"] if "SpecialToken" in x]
-        else:
-            ends += [part[end][0] for end in ("cls", "sep") if end in part]
-    cut = (fast.get("truncation") or {}).get("direction", "right").lower()
-    return rules | {"ends": " ".join(ends), "truncation_side": cut}
+def faults_of(kind, wanted, ids, pairs, config):
+    """Why a vocabulary of this kind cannot be used as the one `wanted`: a list of short reasons."""
+    needed = NEEDED[wanted] + [token for a, b in pairs for token in (a, b, a + b)]
+    faults = [f"no {token}" for token in needed if token not in ids]
+    berts = CHINESE if config.get("model_type") == "chinese_clip" else SETTINGS
+    for name, allowed in (CLIPS if kind == "bpe" else berts).items():
+        said = config.get(name)
+        if isinstance(said, dict):  # a token of an older file
+            said = said.get("content", said)
+        if said is not None and not regex.fullmatch(allowed, str(said)):
+            faults.append(f"{name} {said}")
+    faults += [f"an added token {token}" for token in config.get("added", [])  # cut out of words
+               if not regex.fullmatch(SPECIAL[wanted], token)]
+    numbers = {operator.index(i) for i in ids.values()}
+    if len(numbers) < len(ids) or min(numbers) < 0 or max(numbers) > 1 << 24:
+        faults.append("an id twice, below 0 or above 2^24")
+    if not faults and kind == "bytebpe" and not pairs:
+        faults.append("no merges")
+    return faults
 
 
 def read_files(path):
     """`read_vocabulary` without checks. Raises anything."""
     folder = path if path.is_dir() else path.parent
 
-    def lines(file):  # not splitlines(): the Chinese vocabulary has a row that is U+2028
-        return file.read_text("utf-8").removesuffix("\n").split("\n")
-
     def table(name):
         return json.loads((folder / name).read_text("utf-8")) if (folder / name).is_file() else {}
+
+    def lines(name):  # not splitlines(): the Chinese vocabulary has a row that is U+2028
+        return (folder / name).read_text("utf-8").removesuffix("\n").split("\n")
     fast, said = table("tokenizer.json"), table("tokenizer_config.json")
-    alone = not any((folder / name).is_file() for name in (
+    alone = not any((folder / other).is_file() for other in (
         "config.json", "tokenizer_config.json", "vocab.txt", "vocab.json"))
     config = (rules_of(fast, said, alone) | table("config.json") | said
               | table("special_tokens_map.json"))
+    added = {token["content"]: token["id"] for token in fast.get("added_tokens", [])}
+    decoder = config.get("added_tokens_decoder", {}).values()
+    config["added"] = [*table("added_tokens.json"), *added, *(x["content"] for x in decoder)]
+    name = path.name
     if path.is_dir():
         names = "vocab.txt", "vocab.json", "tokenizer.json"
-        path = next((path / name for name in names if (path / name).is_file()), path / names[0])
-    listed = [*fast.get("added_tokens", []), *config.get("added_tokens_decoder", {}).values()]
-    config["added"] = [*table("added_tokens.json"), *(token["content"] for token in listed)]
-    ids = table(path.name) if path.suffix == ".json" else {x: i for i, x in enumerate(lines(path))}
-    named = {token["content"]: token["id"] for token in fast.get("added_tokens", [])}
-    if path.name == "tokenizer.json":
+        name = next((x for x in names if (folder / x).is_file()), "vocab.txt")
+    if name == "tokenizer.json":
         model, normalizer, cut = parts = [
-            ids.get(key) or {} for key in ("model", "normalizer", "pre_tokenizer")]
-        ids, pairs = model["vocab"], model.get("merges", [])
-    elif fast and fast["model"]["vocab"] | named != ids | named:
-        raise ValueError(f"{path.name} and tokenizer.json have other ids; remove the wrong one")
-    elif path.suffix != ".json":
+            fast.get(key) or {} for key in ("model", "normalizer", "pre_tokenizer")]
+        ids, merges = model["vocab"], model.get("merges", [])
+        if "<|startoftext|>" in ids:
+            return "bpe", ids, merges[:MERGE_COUNT], config
+        kind = FAST[tuple(part.get("type") for part in parts)]
+        return kind, ids, merges, {**model, **normalizer, **cut, **config}
+    is_json = name.endswith(".json")
+    ids = table(name) if is_json else {token: i for i, token in enumerate(lines(name))}
+    if fast and fast["model"]["vocab"] | added != ids | added:
+        raise ValueError(f"{name} and tokenizer.json have other ids; remove the wrong one")
+    if not is_json:
         return "wordpiece", ids, [], config
-    else:
-        parts, pairs = [], [pair for pair in lines(folder / "merges.txt") if pair]
-        if pairs and "#version" in pairs[0]:  # that line can say more
-            pairs = pairs[1:]
-        pairs = pairs[:MERGE_COUNT] if "<|startoftext|>" in ids else pairs
-        if fast and [pair if isinstance(pair, str) else " ".join(pair)
-                     for pair in fast["model"]["merges"]] != pairs:
-            raise ValueError("merges.txt and tokenizer.json differ; remove the wrong one")
-    if "<|startoftext|>" in ids:
-        return "bpe", ids, pairs[:MERGE_COUNT], config
-    if not parts:
-        return "bytebpe", ids, pairs, config
-    config = {**model, **normalizer, **cut, **config}
-    return FAST[tuple(part.get("type") for part in parts)], ids, pairs, config
+    merges = [line for line in lines("merges.txt") if line]
+    if merges and "#version" in merges[0]:  # that line can say more
+        merges = merges[1:]
+    kind = "bpe" if "<|startoftext|>" in ids else "bytebpe"
+    merges = merges[:MERGE_COUNT] if kind == "bpe" else merges
+    if fast and merges != [pair if isinstance(pair, str) else " ".join(pair)
+                           for pair in fast["model"]["merges"]]:
+        raise ValueError("merges.txt and tokenizer.json differ; remove the wrong one")
+    return kind, ids, merges, config
+
+
+def rules_of(fast, said, alone):
+    """What a tokenizer.json says beside its vocabulary, by the names of tokenizer_config.json,
+    whose table is `said`. ValueError where transformers would not do it, unless it is `alone`."""
+    normalizer, last = fast.get("normalizer") or {}, fast.get("post_processor") or {}
+    rules = {"do_lower_case": normalizer.get("lowercase"),
+             "strip_accents": normalizer.get("strip_accents"),
+             "tokenize_chinese_chars": normalizer.get("handle_chinese_chars")}
+    defaults = dict.fromkeys(rules, True)  # of transformers
+    defaults["strip_accents"] = said.get("do_lower_case") is not False
+    for name, rule in rules.items():
+        if not alone and said.get(name) is None and rule not in (None, defaults[name]):
+            raise ValueError(f"tokenizer.json has {name} {rule} and tokenizer_config.json does not "
+                             f"say it; write it there")
+    ends = []  # the start and end that are put around a text
+    for step in last.get("processors", [last]):
+        if "single" in step:  # a template of one text
+            ends += [x["SpecialToken"]["id"] for x in step["single"] if "SpecialToken" in x]
+        else:
+            ends += [step[end][0] for end in ("cls", "sep") if end in step]
+    side = (fast.get("truncation") or {}).get("direction", "right").lower()
+    return rules | {"ends": " ".join(ends), "truncation_side": side}
 
 
 def open_tokenizer(path):
-    """The tokenizer of a file or a Hugging Face folder, of the kind that its files show: vocab.txt:
-    WordPiece, or Chinese-CLIP's beside such a model; vocab.json and merges.txt: byte-level BPE, or
-    CLIP's; tokenizer.json: any; *.txt.gz: CLIP's merge list. A tokenizer_config.json there is
-    obeyed. Or of `facts()`. TokenizerError."""
+    """The tokenizer of `facts()`, or of a file or Hugging Face folder, of the kind that is found:
+    vocab.txt: WordPiece, or Chinese-CLIP's beside such a model; vocab.json and merges.txt:
+    byte-level BPE, or CLIP's; tokenizer.json: any; *.txt.gz: CLIP's. Raises TokenizerError."""
     if isinstance(path, dict):
         kinds = BPETokenizer, WordPieceTokenizer, ChineseTokenizer, ByteBPETokenizer
+        facts, by_name = dict(path), {each.kind: each for each in kinds}
         try:
-            make = next(kind for kind in kinds if kind.kind == path["kind"])
-            return make(**{key: x for key, x in path.items() if key != "kind"})
-        except (KeyError, TypeError, StopIteration):  # a checkpoint can hold anything
+            return by_name[facts.pop("kind")](**facts)
+        except (KeyError, TypeError):  # a checkpoint can hold anything
             raise TokenizerError("a checkpoint's vocabulary is of no known kind") from None
     if pathlib.Path(path).suffix == ".gz":
         return BPETokenizer(path)
@@ -477,23 +478,22 @@ def for_model(model, path=None):
     """The tokenizer of the text tower of `model`, a `clip_model.CLIP`: of `path` if one is given;
     else what the model's file said of it; else what lies beside the tower's file, if transformers
     wrote that or the tower is a BERT; else CLIP's, for CLIP's own tower. TokenizerError when there
-    is none, or it is not of this tower: another kind, more tokens than the tower has, another
-    padding."""
+    is none, or one of another kind, with more tokens than the tower has or another padding."""
     origin = model.origin.get("text") or model.origin  # a CLIP of two towers has both
     place, size = path or model.vocabulary, model.config.vocab_size
-    own = model.text_kind == "bpe"
-    if not place and origin.get("path") and (not own or origin["layout"] == "hf"):
+    is_clips = model.text_kind == "bpe"
+    if not place and origin.get("path") and (not is_clips or origin["layout"] == "hf"):
         folder = pathlib.Path(origin["path"]).parent
         place = folder if [*folder.glob("vocab.*"), *folder.glob("tokenizer.json")] else None
-    if not place and not own:
+    if not place and not is_clips:
         raise TokenizerError(f"the text tower of {origin['name']} needs its {model.text_kind} "
                              f"vocabulary: name the folder with --tokenizer")
     place = place or {"kind": "bpe"}
     if not isinstance(place, dict) and (
             origin.get("layout") == "chinese_clip" or origin["name"].startswith("CN-")):
         tokenizer = ChineseTokenizer(place)
-        tokens = "\n".join(token or "" for token in tokenizer.tokens).encode("utf-8", "replace")
-        if size == 21_128 and hashlib.sha256(tokens).hexdigest() != CHINESE_SHA256:
+        rows = "\n".join(token or "" for token in tokenizer.tokens).encode("utf-8", "replace")
+        if size == 21_128 and hashlib.sha256(rows).hexdigest() != CHINESE_SHA256:
             raise TokenizerError(f"{place} is not the vocabulary of Chinese-CLIP: ids would mean "
                                  f"other words; the package cn_clip has the right one")
     else:
