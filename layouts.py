@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import math
+import os
 import re
 from unittest import mock
 
@@ -52,10 +53,12 @@ def allow(table, harmless=None, **allowed):
     """Refuse by its name a setting of another library that is not among those allowed. harmless:
     the names whose value does not matter; where they are given, every other must be off."""
     for key, value in table.items():
-        known = key in allowed or harmless is None or key in harmless or not value
-        if not known or value not in allowed.get(key, (value,)):
-            raise WeightsError(f"{key} {value!r} is not supported" + (
-                f"; expected {' or '.join(map(repr, allowed[key]))}" if key in allowed else ""))
+        if key in allowed:
+            if value not in allowed[key]:
+                raise WeightsError(f"{key} {value!r} is not supported; expected "
+                                   f"{' or '.join(map(repr, allowed[key]))}")
+        elif harmless is not None and key not in harmless and value:
+            raise WeightsError(f"{key} {value!r} is not supported")
 
 
 # -----------------------------------------------------------------------------
@@ -74,14 +77,14 @@ def wrapped_in(content):
 
 
 def state_in(content):
-    """The named tensors in what a file holds: of the state dict inside a training checkpoint,
-    without the prefixes that wrappers leave (`module.` of DDP, `_orig_mod.` of torch.compile,
-    `model.` of Lightning)."""
+    """The named tensors in what a file holds, of a training checkpoint its state dict's, without
+    the prefixes of DDP (`module.`), torch.compile (`_orig_mod.`) and Lightning (`model.`)."""
     for _ in range(8):  # not for ever: a hostile file can hold itself
         content = next((content[key] for key in wrapped_in(content)), content)
-    state = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)
-             and isinstance(name, str) and name.rpartition(".")[2] not in NO_WEIGHTS
-             } if isinstance(content, dict) else {}
+    items = content.items() if isinstance(content, dict) else ()
+    state = {name: value for name, value in items
+             if isinstance(name, str) and isinstance(value, torch.Tensor)
+             and name.rpartition(".")[2] not in NO_WEIGHTS}
     if not state:
         raise WeightsError("no tensors under names; expected a state dict")
     for name, tensor in state.items():  # a stride of 0 makes terabytes of four bytes
@@ -89,10 +92,9 @@ def state_in(content):
                 or tensor.nbytes > tensor.untyped_storage().nbytes()
                 or tensor.is_floating_point() and not torch.isfinite(tensor).all()):
             raise WeightsError(f"{name!r} is not a plain tensor of finite numbers")
-    prefixes = ("module.", "_orig_mod.", "model.", "clip.")
-    while found := next((p for p in prefixes if all(n.startswith(p) for n in state)), None):
-        state = {name.removeprefix(found): value for name, value in state.items()}
-    return state
+    shared = os.path.commonprefix([*state])
+    wrappers = re.match(r"((module|_orig_mod|model|clip)\.)*", shared)[0]
+    return {name.removeprefix(wrappers): value for name, value in state.items()}
 
 
 HF_NAMES = [  # (OpenAI's, Hugging Face's); beginnings first, then fragments
@@ -113,19 +115,19 @@ HF_NAMES = [  # (OpenAI's, Hugging Face's); beginnings first, then fragments
     (".attn.out_proj.", ".self_attn.out_proj."),
     ("bert.", "text_model."),  # last: what is left of a text_model that is no CLIP's
 ]
-DISTILBERT_NAMES = [  # (BERT's, DistilBERT's)
-    ("encoder.layer.", "transformer.layer."), (".attention.self.value.", ".attention.v_lin."),
-    (".attention.self.query.", ".attention.q_lin."), (".attention.self.key.", ".attention.k_lin."),
-    (".attention.output.dense.", ".attention.out_lin."),
-    (".attention.output.LayerNorm.", ".sa_layer_norm."), (".intermediate.dense.", ".ffn.lin1."),
-    (".output.dense.", ".ffn.lin2."), (".output.LayerNorm.", ".output_layer_norm."),
+NAMES_OF_HF = [(theirs, ours) for ours, theirs in HF_NAMES]
+NAMES_OF_DISTILBERT = [  # (DistilBERT's, BERT's)
+    ("transformer.layer.", "encoder.layer."), (".attention.v_lin.", ".attention.self.value."),
+    (".attention.q_lin.", ".attention.self.query."), (".attention.k_lin.", ".attention.self.key."),
+    (".attention.out_lin.", ".attention.output.dense."),
+    (".sa_layer_norm.", ".attention.output.LayerNorm."), (".ffn.lin1.", ".intermediate.dense."),
+    (".ffn.lin2.", ".output.dense."), (".output_layer_norm.", ".output.LayerNorm."),
 ]
 TURNED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
 
 
-def rename(name, table, source, target):
-    for pair in table:
-        old, new = pair[source], pair[target]
+def rename(name, table):
+    for old, new in table:
         if old.startswith("."):
             name = name.replace(old, new)
         elif name.startswith(old):
@@ -137,7 +139,7 @@ def to_hugging_face(state):
     """OpenAI's names -> Hugging Face's: q, k, v apart, the two projections transposed."""
     out = {}
     for name, tensor in state.items():
-        theirs = rename(name, HF_NAMES, 0, 1)
+        theirs = rename(name, HF_NAMES)
         stem, fused, kind = theirs.partition(".attn.in_proj_")
         if fused:
             for letter, part in zip("qkv", tensor.chunk(3)):
@@ -151,7 +153,7 @@ def from_hugging_face(state):
     """Hugging Face's names -> OpenAI's; KeyError when one of q, k, v is missing."""
     out = {}
     for name, tensor in state.items():
-        ours = rename(name, HF_NAMES, 1, 0)
+        ours = rename(name, NAMES_OF_HF)
         if ".self_attn.q_proj." in name:
             parts = [state[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
             out[ours.replace(".self_attn.q_proj.", ".attn.in_proj_")] = torch.cat(parts)
@@ -161,8 +163,7 @@ def from_hugging_face(state):
 
 
 def from_bert(state):
-    """A text tower of the BERT family under BERT's own names after `bert.`, beside what belongs to
-    a CLIP. Heads for other tasks are left out."""
+    """A BERT under its own names after `bert.`, and what belongs to a CLIP; no heads of others."""
     table, out = "embeddings.word_embeddings.weight", {}
     stem = next(name for name in state if name.endswith(table)).removesuffix(table)
     for name, tensor in state.items():
@@ -171,7 +172,7 @@ def from_bert(state):
             out[name] = tensor
         elif name.startswith(stem) and re.match(r"(embeddings|encoder|transformer|pooler)\.(?!"
                                                 r".*(position|type)_ids$)", part):
-            part = rename(part, DISTILBERT_NAMES, 1, 0) if part[0] == "t" else part
+            part = rename(part, NAMES_OF_DISTILBERT)
             part = re.sub(r"gamma$", "weight", re.sub(r"beta$", "bias", part))  # TensorFlow's
             out["bert." + part] = tensor
     return out
@@ -199,7 +200,8 @@ def openai_names(state):
     elif any_begins("bert.encoder.") and any_begins("visual."):
         layout = "chinese_clip"
     if any(name.endswith("embeddings.word_embeddings.weight") for name in state):
-        layout, state = layout if any_begins("visual.") else "hf", from_bert(state)
+        layout = layout if any_begins("visual.") else "hf"
+        state = from_bert(state)
     return state, layout
 
 
@@ -254,19 +256,18 @@ def known_from_hugging_face(read):
         return known if known["pixels"] else {}  # there is none, or another program's
     allow({"model_type": kind} | config, HARMLESS, model_type=(  # the type first: it tells most
         "clip", "chinese_clip", "vision-text-dual-encoder", *ONE_TOWER, *FAMILIES))
-    towers = {ONE_TOWER[kind]: config} if kind in ONE_TOWER else {
-        side: config.get(f"{side}_config_dict") or config.get(f"{side}_config") or {}
-        for side in ("vision", "text")}  # theirs: the old second table counts, and whole
-    for side, tower in towers.items():
-        if side == "text" and kind == "chinese_clip":
-            known["text"] = bert_settings(tower | {"model_type": "bert"}) | CHINESE_CLIP["text"]
-            known["pixels"] = known["pixels"] or CHINESE_CLIP["pixels"]
-        elif side == "text" and tower.get("model_type") in FAMILIES:
-            known["text"] = bert_settings(tower)
-        else:
-            # there is one activation for both towers here
-            activations = (known["activation"],) if "activation" in known else tuple(ACTIVATIONS)
-            known |= clip_settings(side, tower, activations)
+    if kind in ONE_TOWER:
+        return known | clip_settings(ONE_TOWER[kind], config)
+    vision, text = (config.get(f"{side}_config_dict") or config.get(f"{side}_config") or {}
+                    for side in ("vision", "text"))  # as there: the old second table counts, whole
+    known |= clip_settings("vision", vision)
+    if kind == "chinese_clip":
+        known["text"] = bert_settings(text | {"model_type": "bert"}) | CHINESE_CLIP["text"]
+        known["pixels"] = known["pixels"] or CHINESE_CLIP["pixels"]
+    elif text.get("model_type") in FAMILIES:
+        known["text"] = bert_settings(text)
+    else:
+        known |= clip_settings("text", text, (known["activation"],))  # one for both towers here
     return known
 
 
@@ -275,19 +276,18 @@ def last_token(vocab_size):
     return min(vocab_size, 49_408) - 1
 
 
-def clip_settings(side, config, activations):
+def clip_settings(side, config, activations=tuple(ACTIVATIONS)):
     width, heads = (768, 12) if side == "vision" else (512, 8)
     config = {"model_type": "clip", "hidden_act": "quick_gelu", "hidden_size": width,
               "num_attention_heads": heads} | config
-    allow(config, HARMLESS, hidden_act=activations, layer_norm_eps=(1e-5,),
+    ends = {} if side == "vision" else {  # 2: an old word for the last
+        "eos_token_id": (2, last_token(config.get("vocab_size", 49_408)))}
+    allow(config, HARMLESS, hidden_act=activations, layer_norm_eps=(1e-5,), **ends,
           model_type=("clip", f"clip_{side}_model", f"chinese_clip_{side}_model"))
-    if side == "text":  # 2: an old word for the largest id
-        allow({"eos_token_id": config.get("eos_token_id", 2)},
-              eos_token_id=(2, last_token(config.get("vocab_size", 49_408))))
+    size = {"image_size": config.get("image_size", 224)} if side == "vision" else {}
     return {"activation": config["hidden_act"], f"{side}_layers": config.get("num_hidden_layers"),
             f"{side}_width": config["hidden_size"],
-            f"{side}_head": config["hidden_size"] // config["num_attention_heads"],
-            **({"image_size": config.get("image_size", 224)} if side == "vision" else {})}
+            f"{side}_head": config["hidden_size"] // config["num_attention_heads"], **size}
 
 
 def bert_settings(config):
@@ -462,18 +462,18 @@ def text_fields(sd, known):
                 "vocab_size": sd["token_embedding.weight"].shape[0],
                 "text_head": known.get("text_head", 64),
                 "activation": known.get("activation", "quick_gelu")}
-    known, segments = known.get("text") or {}, bert.get("embeddings.token_type_embeddings.weight")
+    said, segments = known.get("text") or {}, bert.get("embeddings.token_type_embeddings.weight")
     segments = 0 if segments is None else segments.shape[0]
     vocab, width = bert["embeddings.word_embeddings.weight"].shape
-    family = known.get("family", {0: "distilbert", 1: "roberta"}.get(segments, "bert"))
-    return bert_fields(BertConfig(**{
-        "family": family, "heads": width // 64, "pad_id": int(family == "roberta"),
-        "eps": 1e-5 if family == "roberta" else 1e-12,
-        "pool": "pooler" if "pooler.dense.weight" in bert else "first"} | known | {
-        "vocab_size": vocab, "width": width, "type_vocab": segments,
-        "layers": count(bert, r"encoder\.layer\.(\d+)\.", known.get("layers")),
-        "intermediate": bert["encoder.layer.0.intermediate.dense.weight"].shape[0],
-        "positions": bert["embeddings.position_embeddings.weight"].shape[0]}))
+    family = said.get("family", {0: "distilbert", 1: "roberta"}.get(segments, "bert"))
+    usual = {"family": family, "heads": width // 64, "pad_id": int(family == "roberta"),
+             "eps": 1e-5 if family == "roberta" else 1e-12,
+             "pool": "pooler" if "pooler.dense.weight" in bert else "first"}
+    shapes = {"vocab_size": vocab, "width": width, "type_vocab": segments,
+              "layers": count(bert, r"encoder\.layer\.(\d+)\.", said.get("layers")),
+              "intermediate": bert["encoder.layer.0.intermediate.dense.weight"].shape[0],
+              "positions": bert["embeddings.position_embeddings.weight"].shape[0]}
+    return bert_fields(BertConfig(**usual | said | shapes))
 
 
 @contextlib.contextmanager
@@ -487,11 +487,10 @@ def skeleton():
 
 
 def build(sd, known):
-    """The CLIP of exactly these tensors, see `weights.config_from_state_dict`.
-
-    Adds what tensors do not tell: versions of modules, without which torchvision's MNASNet refuses,
-    and the count of batches of older BatchNorms. Parameters become fp32 and contiguous: some
-    accelerators ignored in-place updates of strided ones."""
+    """The CLIP of exactly these tensors, see `weights.config_from_state_dict`. Added is what they
+    do not tell: versions of modules, without which torchvision's MNASNet refuses, and the batch
+    counts of older BatchNorms. Parameters become fp32 and contiguous: some accelerators ignored
+    in-place updates of strided ones."""
     mlp = "text_projection.layer_norm.weight" in sd
     with about(f"not a CLIP (its first tensor is {next(iter(sd), None)!r})"):
         head = sd["text_projection.layer_norm.weight" if mlp else "text_projection"]
@@ -551,8 +550,9 @@ def check_layout(model, layout):
     config, text = model.config, model.config.text
     chinese, bias = is_chinese_clip(config), model.logit_bias is not None
     own_image = not config.backbone and config.proj == "linear"
-    openai = config.activation == "quick_gelu" and config.vision_head == HEAD_OF_WIDTH.get(
-        config.vision_width, 64) and 64 == (text.width // text.heads if text else config.text_head)
+    text_head = text.width // text.heads if text else config.text_head
+    openai = (config.activation == "quick_gelu" and text_head == 64
+              and config.vision_head == HEAD_OF_WIDTH.get(config.vision_width, 64))
     fits = {
         "safetensors": True, "open_clip": own_image and not text,
         "openai": own_image and not text and openai and config.vision_head == 64,
@@ -566,8 +566,7 @@ def check_layout(model, layout):
 
 
 def hugging_face_tables(model):
-    """{file: content} for transformers' CLIPModel, ChineseCLIPModel or VisionTextDualEncoderModel,
-    and for their image processors."""
+    """{file: content} for transformers' model of such towers and for its image processor."""
     config, bert, chinese = model.config, model.config.text, is_chinese_clip(model.config)
     kind, name = (("chinese_clip", "ChineseCLIPModel") if chinese else ("clip", "CLIPModel")
                   if not bert else ("vision-text-dual-encoder", "VisionTextDualEncoderModel"))
