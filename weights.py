@@ -104,15 +104,19 @@ class ScriptReader(pickle.Unpickler):
     def find_class(self, module, name):
         def first(data, *_):
             return data
-        harmless = {"torch._utils._rebuild_tensor_v2": self.rebuild, "torch.device": str,
-                    "torch._utils._rebuild_parameter": first,
-                    "collections.OrderedDict": collections.OrderedDict,
-                    **{f"torch.{storage}": storage for storage in STORAGES}}
         if module.startswith("__torch__"):
             return ScriptObject
-        if module != "torch.jit._pickle" and f"{module}.{name}" not in harmless:
+        if module == "torch.jit._pickle":  # typed lists
+            return first
+        harmless = {
+            "torch._utils._rebuild_tensor_v2": lambda storage, offset, size, stride, *_: (
+                torch.as_strided(storage, size, stride, offset)),  # checks the storage's bounds
+            "torch._utils._rebuild_parameter": first, "torch.device": str,
+            "collections.OrderedDict": collections.OrderedDict,
+            **{f"torch.{storage}": storage for storage in STORAGES}}
+        if f"{module}.{name}" not in harmless:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return harmless.get(f"{module}.{name}", first)  # torch.jit._pickle: typed lists
+        return harmless[f"{module}.{name}"]
 
     def persistent_load(self, pid):
         _, kind, key, *_ = pid
@@ -121,10 +125,6 @@ class ScriptReader(pickle.Unpickler):
             self.storages[key] = (torch.frombuffer(raw, dtype=STORAGES[kind]) if raw else
                                   torch.empty(0, dtype=STORAGES[kind]))
         return self.storages[key]
-
-    @staticmethod
-    def rebuild(storage, offset, size, stride, *_):
-        return torch.as_strided(storage, size, stride, offset)  # checks the storage's bounds
 
 
 def read_pytorch(path):
@@ -253,20 +253,11 @@ def read(name_or_path, activation=None):
             state, layout = openai_names(state_in(content))
             if card and kind == "safetensors" and layout == "chinese_clip":
                 layout = "safetensors"  # our own file of a CLIP with another BERT: same names
-
         released = kind == "TorchScript" and any(  # OpenAI's; others are scripted as well
             name.endswith("input_resolution") for name in content)
-
-        def beside(name, kind=dict):
-            return read_json(path.parent / name, kind)
         with about("its settings, or those in config.json, preprocessor_config.json and other JSON "
                    "beside it (move away what is not of this model)"):
-            known = (known_from_card(card) if card else
-                     dict(CHINESE_CLIP) if layout == "chinese_clip" else
-                     known_from_open_clip(beside) if released else
-                     known_from_hugging_face(beside) or known_from_open_clip(beside)
-                     if layout == "hf" else
-                     known_from_open_clip(beside) or known_from_hugging_face(beside))
+            known = known_from_card(card) if card else known_beside(path, layout, released)
         if (known.get("text") or {}).get("pool", "pooler") != "pooler":
             state = {name: t for name, t in state.items() if not name.startswith("bert.pooler.")}
         state, notes = spread_embedding(state, known.get("vocab_size", 49_408)), []
@@ -287,6 +278,19 @@ def read(name_or_path, activation=None):
         return Source(state, known, {
             "name": name, "path": os.path.abspath(path), "sha256": sha256_of(path),  # a link stays
             "layout": layout, "format": kind, "notes": notes})
+
+
+def known_beside(path, layout, released):
+    """What the JSON files beside a weight file without a card tell, see layouts.py."""
+    def beside(name, kind=dict):
+        return read_json(path.parent / name, kind)
+    if layout == "chinese_clip":
+        return dict(CHINESE_CLIP)
+    if released:
+        return known_from_open_clip(beside)
+    if layout == "hf":
+        return known_from_hugging_face(beside) or known_from_open_clip(beside)
+    return known_from_open_clip(beside) or known_from_hugging_face(beside)
 
 
 def checkpoint_state(content, card):
@@ -317,10 +321,9 @@ def load(name_or_path=None, image_tower=None, text_tower=None, proj="linear", em
 
     name_or_path: a released name ("ViT-B/16"), "tiny" (bundled), a file (.pt, .bin, .safetensors:
     OpenAI, OpenCLIP, Hugging Face, Chinese-CLIP or our own, also a training checkpoint), a folder
-    of these, also a run's, or ORG/NAME of huggingface.co, see `locate`. activation: "quick_gelu" or
-    "gelu" where the file does not tell; OpenAI's otherwise.
-    image_tower, text_tower: the towers of a new CLIP, see `tower_of`; the one that is not given
-    comes from `name_or_path`. proj, embed_dim: its projections, see `join`."""
+    of these, also a run's, or ORG/NAME of huggingface.co. activation: "quick_gelu" or "gelu" where
+    the file does not tell; OpenAI's otherwise. image_tower, text_tower: the towers of a new CLIP,
+    see `tower_of`; one that is not given comes from `name_or_path`. proj, embed_dim: see `join`."""
     if image_tower is not None or text_tower is not None:
         return join(tower_of("image", image_tower or name_or_path, image_size, activation),
                     tower_of("text", text_tower or name_or_path, None, activation),
@@ -412,6 +415,8 @@ def classifier(text, size):
     """The image tower "[timm:]NAME[:WEIGHTS]" -> Source. NAME: any classifier of torchvision, or of
     timm. WEIGHTS: some that torchvision publishes ("IMAGENET1K_V2") and downloads, the file of a
     state dict in the names of either library, or "none", the default: random numbers."""
+    def shapes(tensors):
+        return {(key, t.shape) for key, t in tensors.items() if not key.endswith("_tracked")}
     library, name, weights = re.fullmatch(r"(torchvision:|timm:)?([^:]*):?(.*)", text).groups()
     state, known, problems, origin, preset = {}, {}, [], {"name": name} | UNREAD, "DEFAULT"
     if weights.startswith("IMAGENET"):
@@ -434,21 +439,19 @@ def classifier(text, size):
             problems.append(reason(error))
             continue
         kept = {key: t for key, t in state.items() if not key.startswith(f"{removed}.")}
-        found, own = ({(key, t.shape) for key, t in table.items() if not key.endswith("_tracked")}
-                      for table in (kept, trunk.state_dict()))
-        if not state or found == own:
+        other = shapes(kept) ^ shapes(trunk.state_dict())
+        if not state or not other:
             return Source({f"visual.trunk.{key}": t for key, t in kept.items()},
                           {"pixels": pixels, **known}, origin, fields={
                               "backbone": backbone, "image_size": side, "vision_layers": 0,
                               "vision_patch": None, "vision_width": width})
-        problems.append(f"{backbone} has other tensors ({min(found ^ own)[0]})")
+        problems.append(f"{backbone} has other tensors ({min(other)[0]})")
     raise WeightsError(f"no image tower {text!r}: {'; '.join(problems)}; expected a CLIP's name or "
                        f"path, or [timm:]NAME[:FILE] with a classifier such as resnet50")
 
 
 def spread_embedding(state, vocab_size):
-    """A token embedding stored as the rows in use (`save(..., token_rows=...)`) made whole; the
-    rows left out were never trained and become zero."""
+    """A token embedding of which `save` kept `token_rows` made whole: the others become zero."""
     rows, part = state.pop("token_embedding.rows", None), state.get("token_embedding.weight")
     if rows is None:
         return state
@@ -549,8 +552,7 @@ def download(name):
 
 
 def from_hub(name):
-    """Fetch what is needed of a model of huggingface.co into ~/.cache/clip -> its folder, which
-    gets its name when all is there."""
+    """Fetch what is needed of a model of huggingface.co -> its folder, whole, in ~/.cache/clip."""
     folder = expanded("~/.cache/clip") / name.replace("/", "--")
     partial = folder.with_name(folder.name + ".partial")
     base = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
@@ -586,9 +588,9 @@ def from_hub(name):
 # Saving
 
 def kept_tensors(model):
-    """{name: Parameter} that a checkpoint must hold for `load` to build the model again: what
-    trains, and the logits' scale and bias, if the rest can be read from where the model came from;
-    else all. A script that changes frozen tensors of a loaded model empties origin["path"]."""
+    """{name: Parameter} that a checkpoint must hold: what trains and the logits' scale and bias, if
+    `load` can read the rest from where the model came from; else all. A script that changes frozen
+    tensors of a loaded model empties origin["path"]."""
     return {name: p for name, p in model.named_parameters()
             if p.requires_grad or p.dim() == 0 or not model.origin["path"]}
 
@@ -598,10 +600,9 @@ def save(model, path, layout="safetensors", dtype=torch.float32, token_rows=None
 
     layout: "safetensors" (one file, OpenAI's names), "openai" (a .pt state dict that OpenAI's
     `build_model` takes), "open_clip" (a .pt/.safetensors file, or a folder for `local-dir:`), "hf"
-    (a folder for transformers' CLIPModel, VisionTextDualEncoderModel or ChineseCLIPModel) or
-    "chinese_clip" (a .pt that its programs read, and resume with --reset-optimizer). Each carries
-    `card` too, which those programs pass over. dtype: stored precision. token_rows: LongTensor of
-    the vocabulary rows to keep, for the bundled model. An interruption leaves the old file."""
+    (a folder for transformers) or "chinese_clip" (a .pt that its programs read, and resume with
+    --reset-optimizer). Each carries `card` too, which those pass over. dtype: stored precision.
+    token_rows: the vocabulary rows to keep, LongTensor. An interruption leaves the old file."""
     path, config, known = pathlib.Path(path), model.config, card(model)
     check_layout(model, layout)
     state = {name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
@@ -637,8 +638,7 @@ def save(model, path, layout="safetensors", dtype=torch.float32, token_rows=None
 
 
 def export(model, folder, layout, tokenizer=None):
-    """`save` into `folder` under the layout's usual name, and for "hf" the tokenizer's own files
-    -> the path written."""
+    """`save` into `folder` under the layout's usual name, "hf" with the tokenizer -> that path."""
     if tokenizer is not None:
         model.vocabulary = tokenizer.facts()
     path = save(model, pathlib.Path(folder) / LAYOUTS.get(layout, layout), layout)
