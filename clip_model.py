@@ -170,11 +170,9 @@ def take(x, rows):
 
 def attend(q, k, v, heads, seen=None, causal=False, fused=True, dropout=0.0):
     """softmax(q k^T / sqrt(W / H)) v in each of H heads: q (B, M, W), k and v (B, L, W) -> q's
-    shape. seen: bool, broadcast to (B, H, M, L), True where q may look.
-
-    fused: torch's one kernel, or the two products and the softmax written out. The kernel is as
-    fast or faster but on a CPU in bf16, and on some accelerators it has had bugs.
-    """
+    shape. seen: bool, broadcast to (B, H, M, L), True where q may look. fused: torch's one kernel,
+    or the two products and the softmax written out. The kernel is as fast or faster but on a CPU in
+    bf16, and on some accelerators it has had bugs."""
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, ., W/H)
     if fused:
         out = F.scaled_dot_product_attention(q, k, v, seen, dropout, causal)
@@ -459,7 +457,8 @@ class BertTower(nn.Module):
         x = F.dropout(table["LayerNorm"](x), config.dropout, self.training)
         seen = seen.clone()
         seen[:, 0] = True  # a text of padding alone must see something
-        mask, *layers, last = seen[:, None, None], *self.encoder["layer"]  # (N, 1, 1, L)
+        mask = seen[:, None, None]                                     # (N, 1, 1, L)
+        *layers, last = self.encoder["layer"]
         for layer in layers:
             x = through(layer, x, mask)
         x = through(last, x, mask, config.pool != "mean")         # (N, 1, W); mean: (N, L, W)
@@ -522,8 +521,7 @@ class BackboneTower(nn.Module):
                 # With MNASNet's 0.0003, hundreds of steps would hardly move the statistics.
                 module.momentum = max(module.momentum, 0.1)
 
-    def forward(self, images):
-        """What the head gets: (B, 3, R, R) -> (B, F)."""
+    def forward(self, images):      # (B, 3, R, R) -> (B, F), what the head gets
         return self.trunk(images)
 
 
@@ -556,16 +554,19 @@ class CLIP(nn.Module):
     where its weights came from. `image_mean`, `image_std`, `image_resize` and `image_interpolation`
     are how its images are prepared; `text_kind` ("bpe", "wordpiece" or "bytebpe") and `pad_id` what
     its token ids are, and `vocabulary` what its file told of them, for `tokenizer.open_tokenizer`.
-    `logit_bias` is None unless trained with SigLIP's loss (Zhai et al. 2023). ValueError: no CLIP.
-    """
+    `logit_bias` is None unless trained with SigLIP's loss (Zhai et al. 2023). Raises ValueError."""
 
     def __init__(self, config):
         super().__init__()
         check_config(config)
         self.config, text, width = config, config.text, config.text_width
         self.origin = {"name": "random", "path": "", "sha256": "", "layout": "", "notes": []}
-        self.visual = (BackboneTower if config.backbone else ModifiedResNet
-                       if config.vision_patch is None else VisionTransformer)(config)
+        if config.backbone:
+            self.visual = BackboneTower(config)
+        elif config.vision_patch is None:
+            self.visual = ModifiedResNet(config)
+        else:
+            self.visual = VisionTransformer(config)
         if text:
             self.bert = BertTower(text)
         else:
@@ -615,17 +616,15 @@ class CLIP(nn.Module):
         return self
 
     def round_frozen(self, dtype):
-        """Keep a copy in `dtype` of the blocks' frozen matrices, for autocast to find.
-
-        Autocast rounds a frozen fp32 weight again at every use: 6 to 9 % of a CLIPFit step in bf16
-        on a CPU. The numbers are the same and the weights stay fp32. Call it after freezing and
-        moving, and again if frozen weights change; fp32 drops the copies."""
+        """Keep a copy in `dtype` of the blocks' frozen matrices: autocast would round them again at
+        every use, 6 to 9 % of a CLIPFit step in bf16 on a CPU. The numbers are the same, and the
+        weights stay fp32. Call it after freezing and moving, and again if frozen weights change;
+        fp32 drops the copies."""
         for module in self.modules():
-            if isinstance(module, (Attention, Linear)):
-                pair = ((module.in_proj_weight, module.in_proj_bias)
-                        if isinstance(module, Attention) else (module.weight, module.bias))
+            if isinstance(module, (Attention, Linear)):  # each owns a matrix and then its bias
                 module.rounded = None if dtype == torch.float32 else tuple(
-                    p if p.requires_grad else p.detach().to(dtype) for p in pair)
+                    p if p.requires_grad else p.detach().to(dtype)
+                    for p in module.parameters(recurse=False))
         return self
 
     def recompute_blocks(self, on=True):
@@ -688,8 +687,8 @@ HEADS = ("visual.proj", "visual.attnpool.c_proj", "text_projection")
 
 
 def ends_of(tokens, pad_id=None):
-    """The place (N,) of each text's last token: CLIP's end of text, which is the largest id in the
-    vocabulary (argmax finds its first place), or where `pad_id` is given the last other id."""
+    """The place (N,) of each text's last token: CLIP's end of text, which is the largest id (argmax
+    finds its first place), or where `pad_id` is given the last other id."""
     if pad_id is None:
         return tokens.argmax(dim=-1)
     places = torch.arange(tokens.shape[-1], device=tokens.device)

@@ -61,10 +61,10 @@ def open_teachers(run, names, activation=None, tokenizer=None):
             run.say(f"teacher {name}: {note.replace('--activation', '--teacher-activation')}")
         model.fuse_attention(run.fused_attention)
         found.append(Teacher(
-            model.origin["name"], model.origin["path"], model.origin["sha256"],
-            model.config.embed_dim, float(model.logit_scale.exp()), look_of(model),
-            model.config.proj, model.config.activation, model,
-            for_model(model, None if model.text_kind == "bpe" else tokenizer)))
+            name=model.origin["name"], path=model.origin["path"], sha256=model.origin["sha256"],
+            dim=model.config.embed_dim, scale=float(model.logit_scale.exp()), look=look_of(model),
+            proj=model.config.proj, activation=model.config.activation, model=model,
+            tokenizer=for_model(model, None if model.text_kind == "bpe" else tokenizer)))
     return found
 
 
@@ -86,8 +86,8 @@ class Views:
     def __init__(self, looks, seed, crop, randaugment):
         scale, augment = (crop, 1.0) if crop else None, ["randaugment"] * randaugment
         self.each = {(size, resize, interpolation): Preprocess(
-            size, True, seed, scale, False, resize, interpolation, augment)
-            for size, resize, interpolation in looks}
+            size, train=True, seed=seed, scale=scale, flip=False, resize=resize,
+            interpolation=interpolation, augment=augment) for size, resize, interpolation in looks}
         self.size = looks[0][0]
 
     def __call__(self, image, epoch=0, index=0):
