@@ -15,10 +15,10 @@ import torch.distributed as dist
 
 from files import expanded, one_line, refuse_unusable, UserError
 
-
 # Beside Ctrl-C. A closed terminal sends the second, if nohup did not say to ignore it.
-STOPS = [signal.SIGTERM, *(number for number in [getattr(signal, "SIGHUP", None)]
-                           if number and signal.getsignal(number) != signal.SIG_IGN)]
+STOPS = [signal.SIGTERM]
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    STOPS.append(signal.SIGHUP)
 
 
 def number(least=0.0, most=math.inf, above=False, read=float):
@@ -40,10 +40,8 @@ def whole(least=0, most=2 ** 31 - 1):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that exits with code 2 and one line. --flag_name and the spellings in
-    `aliases` ({"--theirs": "--ours"}) are understood, those in `refused` ({"--theirs": "what to use
-    instead"}) are not. No flag may be abbreviated."""
-
+    """An ArgumentParser that exits with code 2 and one line. --flag_name is understood, and what is
+    in `aliases`, {"--theirs": "--ours"}; no short form, nor `refused`, {"--theirs": "use this"}."""
     def __init__(self, *args, aliases=None, refused=None, **options):
         super().__init__(*args, allow_abbrev=False, **options)
         self.aliases = aliases or {}
@@ -62,12 +60,11 @@ class Parser(argparse.ArgumentParser):
             own = expanded(parsed.output_dir) / "config.json"  # a run is scored as it was trained
             config = str(own) if own.is_file() else None
         if config:
-            told = self.words_of(config, words)
-            parsed, odd = super().parse_known_args(words + told, namespace)
+            words += self.words_of(config, words)
+            parsed, odd = super().parse_known_args(words, namespace)
         if odd:
-            flag = odd[0].partition("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            self.error(f"unknown argument {odd[0]}" + "".join(f"; is it {x}?" for x in near))
+            near = closest(odd[0].partition("=")[0], self._option_string_actions)
+            self.error(f"unknown argument {odd[0]}{near}")
         if hasattr(parsed, "resume"):
             refuse_early(parsed)
         return parsed, odd
@@ -90,32 +87,37 @@ class Parser(argparse.ArgumentParser):
         except (OSError, ValueError, TypeError) as error:
             self.error(f"--config {path} is not a run's config.json: {one_line(error)}")
         known, ran = {action.dest for action in self._actions} | {"script"}, "identity" in values
-        if ran:  # what a preset fills in is no flag
+        if ran:  # what a preset fills in is no flag, and these were of that run alone
             known |= {"identity", *self._defaults}
+            named |= {"--config", "--resume", "--overwrite", "--debug", "--dry-run", "--export"}
         unknown = min(values.keys() - known, default=None)
         if unknown:
-            near = difflib.get_close_matches(unknown, known, n=1)
-            self.error(f"--config {path}: {unknown!r} is no flag of this script" +
-                       "".join(f"; is it {name}?" for name in near))
-        once = ("config", "resume", "overwrite", "debug", "dry_run", "export")  # of that run alone
+            near = closest(unknown, known)
+            self.error(f"--config {path}: {unknown!r} is no flag of this script{near}")
         told = []
         for action in self._actions:
             value, flags = values.get(action.dest), action.option_strings
-            if value is None or not flags or flags[-1] in named or ran and (
-                    action.dest in once or value == [] and action.nargs == "+"):
+            not_given = value is None or ran and value == [] and action.nargs == "+"
+            if not_given or not flags or flags[-1] in named:
                 continue
-            flag, several = flags[-1], action.nargs in ("+", "*")
-            items = value if several and isinstance(value, list) else [value]
+            items = value if isinstance(value, list) and action.nargs in ("+", "*") else [value]
             kinds = [bool] if action.nargs == 0 else [str, int, float]
-            if any(type(item) not in kinds or len(items) > 1 and str(item)[:1] == "-"
-                   for item in items):  # a list's item with a dash would be taken for a flag
+            # A list's item with a dash would be taken for a flag.
+            dash = len(items) > 1 and any(str(item).startswith("-") for item in items)
+            if dash or any(type(item) not in kinds for item in items):
                 self.error(f"--config {path}: {action.dest} is {value!r}; expected " + (
                     "true or false" if kinds == [bool] else "text or a number, without a dash"))
-            if kinds == [bool]:
-                told += [flag] * value
+            if action.nargs == 0:
+                told += flags[-1:] if value else []
+            elif len(items) == 1:
+                told.append(f"{flags[-1]}={items[0]}")
             else:
-                told += [f"{flag}={items[0]}"] if len(items) == 1 else [flag, *map(str, items)]
+                told += [flags[-1], *map(str, items)]
         return told
+
+
+def closest(name, known):
+    return "".join(f"; is it {near}?" for near in difflib.get_close_matches(name, known, n=1))
 
 
 def add_device_flags(add):
@@ -165,9 +167,8 @@ cache_gb""".split()
 
 
 def run_identity(args, but=(), **facts):
-    """What must be equal for a run to be continued: every flag but those that change no result
-    (and those in `but`), and `facts`, which win: method, data (fingerprint), model (name),
-    weights (sha256), ..."""
+    """What must be equal for a run to be continued: every flag that changes a result and is not in
+    `but`, and `facts`, which win: method, data (fingerprint), model, weights (sha256), ..."""
     return {key: value for key, value in {**vars(args), **facts}.items()
             if key in facts or key not in CHANGES_NO_RESULT and key not in but}
 
@@ -196,9 +197,8 @@ def guard(main, get_args, argv=None):
         report(error, line, debug or code == 1)
     if dist.is_available() and dist.is_initialized():
         if code or argv is None:
-            # After a failure the others may be waiting for this process: do not wait for them in
-            # turn. After success all is written, and taking the group down races with their
-            # leaving: gloo's threads ended this process by SIGABRT a few times in a day of tests.
+            # After a failure others may be waiting for this process: it must not wait for them.
+            # After success, ending the group races with their leaving: gloo's threads then abort.
             sys.stderr.flush()
             show("", end="")
             os._exit(code)

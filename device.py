@@ -8,11 +8,11 @@ Four promises: the device asked for is the device used; every number comes out t
 number of processes, up to rounding and dropout; a checkpoint on disk is whole or absent, whenever
 the machine stops; no file that is read can run code.
 """
+import collections
 import contextlib
 import ctypes
 import dataclasses
 import datetime
-import errno
 import json
 import os
 import pathlib
@@ -42,6 +42,9 @@ from files import (append, as_json, cut_lines, expanded, git_commit, load_checkp
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PATIENCE = datetime.timedelta(minutes=30)  # for other processes: the first may be downloading
 LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"
+WRITTEN = ["env.json", "command.txt", "log.txt", "metrics.jsonl", "results.json", "*_last.pt",
+           "*_prev.pt", "*_best.pt", "tensorboard/events.*", "confusion_*.json", "per_class_*.csv",
+           "predictions_*.csv", "table.csv", "shots.json", "matrix.md"]  # beside config.json
 STOPPING = b"stopping after this step, to save; a second signal ends it at once, unsaved\n"
 
 
@@ -165,19 +168,21 @@ def join_group(device, world_size):
 def pick_device(asked, local_rank=0, world_size=1):
     """-> torch.device, from now on this process's own. UserError if it cannot be."""
     match = re.fullmatch(r"auto|(cuda|npu|mps|cpu)(?::(\d+))?", asked)
-    absent = {n: kind.absent() or ("" if world_size == 1 or kind.backend else "one process only")
-              for n, kind in KINDS.items()}
-    here = {n: KINDS[n].module.device_count() if KINDS[n].pinned else 1
-            for n in KINDS if not absent[n]}
-    if not match or asked != "auto" and absent[match[1]]:
+    here, absent = {}, {}  # name: how many there are; name: why there is none
+    for name, kind in KINDS.items():
+        why = kind.absent()
+        if why or world_size > 1 and not kind.backend:
+            absent[name] = why or "one process only"
+        else:
+            here[name] = kind.module.device_count() if kind.pinned else 1
+    if not match or match[1] in absent:
         raise UserError(f"--device {asked}: expected auto, {', '.join(here)}; " + "; ".join(
-            f"no {n}: {why}" for n, why in absent.items() if why))
-    name, index = match[1] or next(iter(here)), int(match[2] or 0)
-    if world_size > 1 and name != "cpu" and not match[2]:
-        # Where the scheduler shows each process its own GPU alone, that is number 0.
-        index = local_rank if here[name] > 1 else 0
-    elif world_size > 1 and match[2]:
+            f"no {name}: {why}" for name, why in absent.items()))
+    name = match[1] or next(iter(here))
+    if world_size > 1 and match[2]:
         raise UserError(f"--device {asked}: {world_size} processes take one each; expected {name}")
+    # Where the scheduler shows each process its own GPU alone, that is number 0.
+    index = int(match[2] or (local_rank if here[name] > 1 else 0))
     if index >= here[name]:
         raise UserError(f"--device {name}:{index}: there are {name}:0 to {name}:{here[name] - 1}")
     device = torch.device(name, index) if KINDS[name].pinned else torch.device(name)
@@ -203,9 +208,6 @@ def pick_precision(device, asked):
     fast = torch.cuda.get_device_capability(device) >= (7, 0)
     return "bf16" if "bf16" in names else "fp16" if fast else "fp32"
 
-
-# -----------------------------------------------------------------------------
-# Parts of a run
 
 @dataclasses.dataclass
 class Place:
@@ -249,13 +251,12 @@ class Run:
         self.seed, self.out, self._identity, self._board = seed, None, {}, None
         self._early = []  # lines said before there was a folder, which may be refused
         self._log_every, self._save_every, self._logged = 20, 0, 0  # the last: lines of metrics
-        self._began, self._peak = time.monotonic(), 0.0
-        # Of training alone: samples, seconds, seconds of them waited for data, and steps; of the
-        # run, and as they were at the last line of the log.
-        self._spent, self._told, self._asked = np.zeros(4), np.zeros(4), self._began
+        self._began = self._asked = time.monotonic()  # the run, and asking for the last batch
+        # Of training: samples, seconds, those waited for data, steps; as they were when last told.
+        self._spent, self._told = collections.Counter(), collections.Counter()
         self._steps, self._bad, self._fine = [], 0, None  # steps not looked at; skipped in a row
         self._signal, self._stopping = 0, 0  # seen by this process; agreed on by all
-        self._loss_scale, self._buffers = None, []
+        self._loss_scale, self._buffers, self._peak = None, [], 0.0
         self._replaced, self._lost = [], set()  # images not read: since the last look, and ever
         self._refusal, self._lock = "", None    # what came of that look; of the folder
 
@@ -272,7 +273,7 @@ class Run:
         """Tensors or modules to the device. One thing comes back as itself, several as a tuple."""
         def to_device(x):  # only from pinned memory is a copy that nobody waits for safe
             pinned = self.kind.pinned and torch.is_tensor(x) and x.is_pinned()
-            return x.to(self.device, non_blocking=True) if pinned else x.to(self.device)
+            return x.to(self.device, non_blocking=pinned)
         return to_device(things[0]) if len(things) == 1 else tuple(map(to_device, things))
 
     def autocast(self):
@@ -283,9 +284,8 @@ class Run:
 
     @property
     def fused_attention(self):
-        """Whether torch's fused attention is right and the faster one. On mps its kernel for
-        short queries gave wrong numbers up to torch 2.12; on a CPU in bf16 plain products gave a
-        ViT-B/16 step 1.4 times its speed (two Xeon cores with AMX)."""
+        """Whether torch's fused attention is right and the faster one. On mps its kernel for short
+        queries is wrong up to torch 2.12; on a CPU in bf16 plain products are 1.4 times as fast."""
         return self.device.type != "mps" and (self.device.type, self.precision) != ("cpu", "bf16")
 
     @property
@@ -335,11 +335,8 @@ class Run:
         return total.to(x.device)
 
     def sum_gradients(self, parameters):
-        """Replace each .grad by its sum over processes, in one all-reduce; no-op when alone.
-
-        Each process's loss is its part of the sum. Costs one flat copy of the gradients, and does
-        not overlap with the backward pass as DistributedDataParallel does.
-        """
+        """Replace each .grad by its sum over processes, whose losses are parts of one sum. A single
+        all-reduce of a flat copy, after the backward pass."""
         trainable = [p for p in parameters if p.requires_grad]
         if self.world_size == 1 or not trainable:
             return
@@ -379,16 +376,16 @@ class Run:
     # Training
 
     def batches(self, loader, at):
-        """Yield the batches from where `at` stands up to at.steps, over epochs. Signals are
-        watched meanwhile: KeyboardInterrupt is raised here, once the checkpoint that one asks for
-        is saved. loader: has a length, and a batch_sampler with set_epoch(epoch, first_batch=)."""
+        """Yield the batches from where `at` stands up to at.steps, over epochs. After a signal the
+        checkpoint that `tick` asks for is saved, then KeyboardInterrupt is raised here. loader: has
+        a length, and a batch_sampler with set_epoch(epoch, first_batch=)."""
         at.batches = len(loader)
         with self._watching_signals():
             while at.step < at.steps:
                 loader.batch_sampler.set_epoch(at.epoch, first_batch=at.batch)
                 step, self._asked = at.step, time.monotonic()
                 for batch in loader:
-                    self._spent[2] += time.monotonic() - self._asked
+                    self._spent["waited"] += time.monotonic() - self._asked
                     yield batch
                     if self._refusal:
                         raise shared(UserError(self._refusal))
@@ -404,11 +401,11 @@ class Run:
                                     "smaller --batch-size")
 
     def update(self, optimizer, parameters, scaler, clip=0.0, loss=None):
-        """Unscale and clip (if clip > 0) the gradients, then step -> bool tensor (): whether the
-        weights moved. Call it after `sum_gradients`.
+        """After `sum_gradients`: unscale and clip (if clip > 0) the gradients, then step -> bool
+        tensor (): whether the weights moved.
 
-        If a gradient or this step's loss is inf or nan in any process, the step changes nothing:
-        no weights, moments, decay, nor buffers given to `load_training`; the loss scale only where
+        If a gradient or this step's loss is inf or nan in any process, the step changes nothing: no
+        weights, moments, decay, nor buffers given to `load_training`; the loss scale only where
         nothing but scaled gradients overflowed. A fused cuda optimizer waits for it in fp16 alone.
         """
         if scaler.is_enabled():
@@ -445,12 +442,11 @@ class Run:
         """Count a step: move `at`, check the step, log, look for signals -> whether a checkpoint
         is due (end of an epoch, --save-every, the last step, a signal). Once after each `update`.
 
-        losses: {name: this process's part}, logged as sums over processes; scalars: logged as
-        they are, floats or 0-dim tensors. samples: of the whole batch. describe: () -> str, the
-        batch in words; called for a bad step only and perhaps later, so bind its arguments
-        (functools.partial). replaced: the names of images of this process's share that could not
-        be read; at an epoch's end, if they are more than one and more than 1 % of what was asked
-        for, the run ends. SafeStop after three bad steps in a row.
+        losses: {name: this process's part}, logged as sums over processes; scalars: floats or
+        0-dim tensors, logged as they are. samples: of the whole batch. describe: () -> str, the
+        batch in words; called for a bad step only and perhaps later, so bind its arguments.
+        replaced: names of images of this process's share that could not be read: the run ends with
+        an epoch that has two, and more than 1 %. SafeStop after three bad steps in a row.
         """
         epoch = at.epoch + 1  # as people count
         at.step, at.batch = at.step + 1, at.batch + 1
@@ -466,8 +462,8 @@ class Run:
         if log:
             losses = {name: float(self.sum(torch.as_tensor(x))) for name, x in losses.items()}
         took = time.monotonic() - self._asked
-        self._spent += samples, took, 0, 1
-        if took > 10 and self._spent[3] == 1:
+        self._spent.update(samples=float(samples), seconds=took, steps=1)
+        if took > 10 and self._spent["steps"] == 1:
             self.say(f"the first step took {took:.0f} s; there are {at.steps - at.step:,} more")
         self._replaced += replaced
         if last or at.batch == 0:
@@ -479,12 +475,13 @@ class Run:
     def _look_at_steps(self):
         """Say which steps since the last look were skipped; SafeStop at the third in a row. See
         whether a signal asked any process to stop."""
-        steps, self._steps = self._steps, []
-        for fine, (_, describe) in zip(torch.stack([x[0] for x in steps]).tolist(), steps):
+        flags, describers = zip(*self._steps)
+        self._steps = []
+        for fine, describe in zip(torch.stack(flags).tolist(), describers):
             self._bad = 0 if fine else self._bad + 1
             if not fine:
-                what = "; ".join(dict.fromkeys(self.gather_objects(describe())))
-                what = f"step skipped: the loss or its gradient is not finite at {what}"
+                where = "; ".join(dict.fromkeys(self.gather_objects(describe())))
+                what = f"step skipped: the loss or its gradient is not finite at {where}"
                 if self._bad == 3:  # one is a bad batch, three a run that has come apart
                     raise shared(SafeStop(f"{what}, the third in a row; what was saved before "
                                           "is intact. Try a smaller --lr, or --precision fp32"))
@@ -517,12 +514,13 @@ class Run:
             if not self._signal:
                 self._signal, since = number, time.monotonic()
                 with contextlib.suppress(OSError):  # print could be in the middle of a line
-                    os.write(2, STOPPING * (not self.rank))
+                    os.write(2, b"" if self.rank else STOPPING)
             # Ctrl-C under torchrun comes twice at once: from the terminal and from torchrun.
             elif self.world_size == 1 or time.monotonic() - since > 2:
                 os._exit(128 + number)
-        in_main = threading.current_thread() is threading.main_thread()
-        before = on_signals(answer, *[signal.SIGINT, *STOPS] * in_main)
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            before = on_signals(answer, signal.SIGINT, *STOPS)
         try:
             yield
         finally:
@@ -549,9 +547,10 @@ class Run:
 
     def log(self, step, split, epoch=None, rate=0.0, wait=0.0, head="", tail="", **scalars):
         """Scores (floats or 0-dim tensors): a line for people, and one in metrics.jsonl."""
-        scalars = {name: plain(value) for name, value in scalars.items()}
-        words = [f"{name} {f'{x:.4g}' if isinstance(x, float) else str(x):<8}"
-                 for name, x in scalars.items()]
+        scalars, words = plain(scalars), []
+        for name, x in scalars.items():
+            shown = f"{x:.4g}" if isinstance(x, float) else str(x)
+            words.append(f"{name} {shown:<8}")
         head = head or (f"{split} at step {step}" if step else split)
         self.say("  ".join([head, *words, tail]).rstrip())
         if self.rank or not self.out:
@@ -570,10 +569,10 @@ class Run:
     def _log_training(self, at, epoch, scalars):
         if self._loss_scale:
             scalars["loss_scale"] = self._loss_scale
-        samples, seconds, waited, steps = self._spent - self._told
-        self._told = self._spent.copy()
-        rate, wait = samples / max(seconds, 1e-9), waited / max(seconds, 1e-9)
-        left = datetime.timedelta(seconds=round((at.steps - at.step) * seconds / steps))
+        new, self._told = self._spent - self._told, self._spent.copy()
+        seconds = max(new["seconds"], 1e-9)
+        rate, wait = new["samples"] / seconds, new["waited"] / seconds
+        left = datetime.timedelta(seconds=round((at.steps - at.step) * seconds / new["steps"]))
         self.log(at.step, "train", epoch, rate, wait, f"{at.step:>{len(str(at.steps))}}/{at.steps}",
                  f"{rate:.3g} samples/s  wait {wait:.0%}  {self.memory_mb():.0f} MB  eta {left}",
                  **scalars)
@@ -582,20 +581,55 @@ class Run:
     # The run's folder
 
     def begin(self, folder, args, identity):
-        """Take `folder` for this run -> (checkpoint to go on from or None, results of a run that
-        is finished or None).
+        """Take `folder` for this run -> checkpoint to go on from, results of a finished run; or
+        None. args: the flags of `add_run_flags`; identity: see `run_identity`.
 
-        args: the flags of `add_run_flags`. identity: what must not change when the run is
-        continued (see `run_identity`). With args.eval_only nothing is written, and the checkpoint
-        is the one to score. UserError, before anything is changed, for a folder that cannot be
-        used and for a run or checkpoint of another kind.
+        With args.eval_only nothing is written, and the checkpoint is the one to score. UserError,
+        before anything is changed, for a folder that cannot be used and a run of another identity.
         """
-        folder, stored, named = expanded(folder), None, None
+        folder = expanded(folder)
         self._identity = json.loads(as_json(identity))
         self._log_every, self._save_every = args.log_every, args.save_every
         fresh = (args.overwrite or args.dry_run) and not args.eval_only
-        if args.resume not in ("auto", "none"):
-            named = expanded(args.resume)
+        named = None if args.resume in ("auto", "none") else expanded(args.resume)
+        stored = self._find(folder, named, args, fresh)
+        own = None if named else stored  # the folder's
+        if args.eval_only:
+            if not stored:
+                self.say(f"no checkpoint in {folder}: this scores what --weights gives")
+            return stored, None
+        if named and not stored["optimizer"]:
+            raise UserError(f"--resume {named}: it was kept for its scores, without what training "
+                            f"needs to go on; give {LAST}, or start from it with --weights")
+        best = self.load(named.parent / BEST) if named else None  # before it is cleared away
+        self.on_first(lambda: self._claim(folder, args, fresh, bool(own)))
+        self.out = folder
+        with contextlib.suppress(OSError, ValueError):  # there is none, or a damaged one
+            results = dict(json.loads((folder / "results.json").read_text("utf-8")))
+            self.say(f"{folder} holds this run, finished: see results.json; --overwrite runs again")
+            return stored, results
+        if own and own.get("best", -1) != -1 and not (folder / BEST).exists():
+            raise shared(UserError(f"{folder / BEST} is gone, the weights that were best so far: "
+                                   f"put it back, or --resume {folder / LAST} --output-dir OTHER "
+                                   "goes on without it"))
+        self._logged = own["logged"] if own else 0
+        self.on_first(lambda: cut_lines(folder / "metrics.jsonl", self._logged))
+        if named:  # it may have been of this folder, which is cleared
+            self.save(LAST, {**stored, "logged": 0})
+        if best and best["step"] <= stored["step"]:
+            self.save(BEST, best)  # what lies beside a checkpoint of another folder comes along
+        if args.tensorboard and not self.rank:
+            from torch.utils.tensorboard import SummaryWriter
+            first = stored["step"] + 1 if stored else 0  # what is drawn from there on goes
+            self._board = SummaryWriter(folder / "tensorboard", purge_step=first)
+        after = f", continuing after step {stored['step']}" if stored else ""
+        self.say(f"writing to {folder}{after}")
+        return stored, None
+
+    def _find(self, folder, named, args, fresh):
+        """The checkpoint to go on from or to score, or None. UserError for one of another run."""
+        stored = None
+        if named:
             stored = self.load(named)
         elif args.resume == "auto" and not fresh:
             best = args.eval_only and (folder / BEST).exists()
@@ -607,40 +641,10 @@ class Run:
         if any(other != seen[0] for other in seen):
             raise shared(UserError("the processes do not see the same data, weights, or checkpoint "
                                    f"in {folder}: expected all on disks that they share"))
-        if args.eval_only:
-            if not stored:
-                self.say(f"no checkpoint in {folder}: this scores what --weights gives")
-            return stored, None
-        if named and not stored["optimizer"]:
-            raise UserError(f"--resume {named}: it was kept for its scores, without what training "
-                            f"needs to go on; give {LAST}, or start from it with --weights")
-        best = self.load(named.parent / BEST) if named else None  # before it is cleared away
-        self.on_first(lambda: self._claim(folder, args, fresh, bool(stored) and not named))
-        self.out = folder
-        with contextlib.suppress(OSError, ValueError):  # there is none, or a damaged one
-            results = dict(json.loads((folder / "results.json").read_text("utf-8")))
-            self.say(f"{folder} holds this run, finished: see results.json; --overwrite runs again")
-            return stored, results
-        if stored and not named and stored.get("best", -1) != -1 and not (folder / BEST).exists():
-            raise shared(UserError(f"{folder / BEST} is gone, the weights that were best so far: "
-                                   f"put it back, or --resume {folder / LAST} --output-dir OTHER "
-                                   "goes on without it"))
-        self._logged = stored["logged"] if stored and not named else 0
-        self.on_first(lambda: cut_lines(folder / "metrics.jsonl", self._logged))
-        if named:  # it may have been of this folder, which is cleared
-            self.save(LAST, {**stored, "logged": 0})
-        if best and best["step"] <= stored["step"]:
-            self.save(BEST, best)  # what lies beside a checkpoint of another folder comes along
-        if args.tensorboard and not self.rank:
-            from torch.utils.tensorboard import SummaryWriter
-            seen = stored["step"] + 1 if stored else 0  # later points are drawn anew
-            self._board = SummaryWriter(folder / "tensorboard", purge_step=seen)
-        self.say(f"writing to {folder}" + (
-            f", continuing after step {stored['step']}" if stored else ""))
-        return stored, None
+        return stored
 
     def _claim(self, folder, args, fresh, goes_on):
-        """Check, clear and make the folder."""
+        """Check, clear and make the folder. goes_on: it has a checkpoint that is continued."""
         refuse_unusable(folder)
         held = stored_identity(folder) is not None
         if held and not fresh:
@@ -652,15 +656,13 @@ class Run:
         if strange and not held and not goes_on:
             raise UserError(f"{folder} holds {strange[0]} and no config.json: it is not a run of "
                             "this program, or not whole; choose another --output-dir")
-        ours = ["env.json", "command.txt", "log.txt", "metrics.jsonl", "results.json", "*_last.pt",
-                "*_prev.pt", "*_best.pt", "tensorboard/events.*", "confusion_*.json",
-                "per_class_*.csv", "predictions_*.csv", "table.csv", "shots.json", "matrix.md"]
         self._lock = None  # one of this process is given up first
         self._lock = lock(folder)
+        stale = [f"{name}.tmp" for name in ("config.json", *WRITTEN)]  # of a killed write
         if fresh and held:
             shutil.rmtree(folder / "export", ignore_errors=True)
-        for name in ["config.json.tmp", *(f"{name}.tmp" for name in ours),  # of a killed write
-                     *(ours if fresh and held else [])]:
+            stale += WRITTEN
+        for name in stale:
             for path in folder.glob(name):
                 path.unlink()
         write_atomic(folder / "config.json", {**vars(args), "identity": self._identity})
@@ -672,8 +674,7 @@ class Run:
         append(folder / "log.txt", *self._early)
 
     def check(self, folder, identity, advice="", keys=()):
-        """UserError where `folder` holds a run of another identity, or other `keys` of one. advice:
-        what to do then."""
+        """UserError where `folder` holds a run of another identity; see `refuse_other`."""
         theirs = stored_identity(folder)
         if theirs is not None:
             refuse_other(json.loads(as_json(identity)), theirs, folder, advice, keys)
@@ -690,7 +691,7 @@ class Run:
     def finish(self, results):
         """`results` with what every script adds, written to results.json. Returns the dict."""
         self.synchronize()
-        samples, seconds, *_ = self._spent
+        samples, seconds = self._spent["samples"], self._spent["seconds"]
         results = {"samples_per_second": round(samples / seconds, 3) if seconds else 0.0,
                    **plain(results), "seconds": round(time.monotonic() - self._began, 3),
                    "peak_memory_mb": max(self.gather_objects(self.memory_mb())), **self._facts()}
@@ -701,15 +702,15 @@ class Run:
     # Checkpoints
 
     def save_training(self, at, trainable, optimizer, scaler, buffers=(), name=LAST, **more):
-        """Write a checkpoint: {name: Parameter} trainable, {name: tensor} buffers, and all that an
-        exact resume needs; `more` is plain values and tensors. optimizer, scaler: may be None."""
+        """Write all that an exact resume needs: {name: Parameter} trainable, {name: tensor}
+        buffers, ..., and `more`, plain values and tensors. optimizer, scaler: may be None."""
         self.save(name, {
             "format": f"{self._identity.get('method', 'run')}/2",
             "weights": dict(trainable), "buffers": dict(buffers),
             "optimizer": optimizer.state_dict() if optimizer else {},
             "scaler": scaler.state_dict() if scaler else {},
             "epoch": at.epoch, "batch": at.batch, "step": at.step,  # what comes next
-            "timed": self._spent[:2].tolist(), "logged": self._logged,
+            "timed": [self._spent["samples"], self._spent["seconds"]], "logged": self._logged,
             "rng": self.gather_objects(self._random_state()), "identity": self._identity, **more})
 
     def load_training(self, stored, trainable, optimizer, scaler, buffers=()):
@@ -721,15 +722,15 @@ class Run:
                 optimizer.load_state_dict(stored["optimizer"])
                 scaler.load_state_dict(stored["scaler"])
             self._set_random_state(stored["rng"])
-            self._spent[:2] = self._told[:2] = stored["timed"]
+            self._spent["samples"], self._spent["seconds"] = stored["timed"]
+            self._told = self._spent.copy()
             at = Place(stored["epoch"], stored["batch"], stored["step"])
         self._buffers = [(b, b.detach().clone()) for b in dict(buffers).values()]
         return at
 
     @torch.no_grad()
     def restore(self, stored, trainable, buffers=()):
-        """Copy the stored weights into `trainable` and `buffers`. UserError unless the names and
-        shapes are the same."""
+        """Copy stored weights to `trainable` and `buffers`. UserError if names or shapes differ."""
         there, here = {**stored["weights"], **stored["buffers"]}, {**trainable, **dict(buffers)}
         odd = sorted({*there} ^ {*here}) or [n for n in here if here[n].shape != there[n].shape]
         if odd:
@@ -739,10 +740,9 @@ class Run:
             tensor.copy_(there[name])
 
     def save(self, path, state):
-        """Write `state` (tensors, numbers, text, containers of them) so that a kill at any moment
-        leaves a file that loads. `x_last.pt` keeps its predecessor as `x_prev.pt`. A text, not a
-        Path, names a file in `out`, if there is one. SafeStop, with the old file intact, for nan
-        or inf in a tensor and for a disk that does not take it."""
+        """Write `state` (tensors, numbers, text, containers of them), whole or not at all, to a
+        Path or to a name in `out`, if there is one. `x_last.pt` keeps its predecessor as
+        `x_prev.pt`. SafeStop for nan or inf in a tensor and for a disk that does not take it."""
         if path := self._inside(path):
             self.on_first(lambda: write_checkpoint(path, state))
 
@@ -750,7 +750,7 @@ class Run:
         """The checkpoint at `path`, or its predecessor when that is damaged or gone; None when
         neither is there. UserError when none can be read."""
         path = self._inside(path)
-        there = [x for x in dict.fromkeys((path, path and previous(path))) if x and x.exists()]
+        there = [x for x in dict.fromkeys([path, previous(path)]) if x.exists()] if path else []
         while there:
             try:
                 return load_checkpoint(there.pop(0))
@@ -783,18 +783,17 @@ def shared(error):
 
 
 def lock(folder):
-    """A file that keeps other programs out of `folder` while it is open; None where the system
-    cannot lock files. UserError if another one has it."""
+    """A file that keeps other programs out of `folder` while it is open; None where there are no
+    locks. UserError if another one has it."""
     with contextlib.suppress(OSError, ImportError):
         import fcntl
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):  # else there are no locks here
-                raise UserError(f"{folder} is in use by another program that writes a run there: "
-                                "wait for it, or choose another --output-dir") from None
+        except (BlockingIOError, PermissionError):  # another error: there are no locks here
+            raise UserError(f"{folder} is in use by another program that writes a run there: "
+                            "wait for it, or choose another --output-dir") from None
         return file
 
 
@@ -812,7 +811,7 @@ def stored_identity(folder):
 
 
 def refuse_other(ours, theirs, where, advice="", keys=()):
-    """UserError unless the identities are equal, or their `keys` are."""
+    """UserError unless the identities are equal, or their `keys` are. advice: what to do then."""
     theirs = theirs if isinstance(theirs, dict) else {}
     for kind in ("table", "method"):
         if theirs.get(kind) != ours.get(kind):
