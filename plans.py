@@ -10,12 +10,12 @@ import json
 import pathlib
 import re
 
-from device import expanded, number, UserError, whole  # before torch
+from device import BEST, expanded, LAST, number, UserError, whole  # before torch
 
 from data import EXTRAS, nearest
 
 AUGMENT = ("crop", "flip", *EXTRAS)
-FILES = {"best": "checkpoint_best.pt", "last": "checkpoint_last.pt", "wise": "wise_best.pt"}
+FILES = {"best": BEST, "last": LAST, "wise": "wise_best.pt"}
 
 
 def key(default, read, meaning):

@@ -54,12 +54,12 @@ def encode_images(run, model, images, batch_size=BATCH, workers=-1, pooled=False
         for done, (pixels, labels, indices) in enumerate(loader, 1):
             pixels = normalise(run.move(pixels), model.image_mean, model.image_std)
             with run.autocast():
-                features = model.pooled_image(pixels) if pooled else model.encode_image(
-                    pixels, normalize=True)
+                features = (model.pooled_image(pixels) if pooled else
+                            model.encode_image(pixels, normalize=True))
             rows.append((indices, labels, features.float().cpu()))
             run.progress(done, len(loader), f"encoding {what}")
-    indices, labels, features = (torch.cat(part) for part in zip(*sum(
-        run.gather_objects(rows), [])))
+    rows = sum(run.gather_objects(rows), [])
+    indices, labels, features = (torch.cat(part) for part in zip(*rows))
     order = indices.argsort()
     features[labels < 0] = math.nan
     return features[order], labels[order]
@@ -127,9 +127,8 @@ def milliseconds(run, model, encode, x):
 def embed(run, model, pairs, tokenizer, workers=-1, max_text=None, pooled=None, texts=None):
     """A set of pairs as a search task (see PairSet.retrieval) -> unit features of its images (n, D)
     and texts (M, D), and relevant (R, 2): which text belongs to which image. Images that cannot be
-    read are left out with the texts that have no other; DataError if they are too many. What a
-    frozen tower gives need not be computed again: pooled, the `frozen_features` of the images;
-    texts, `encode_texts` of the task's texts."""
+    read are left out with the texts that have no other; DataError if they are too many. Of a frozen
+    tower, given: pooled, the images' `frozen_features`; texts, `encode_texts` of the task's."""
     task = pairs.retrieval()
     if pooled is None:
         image, positions = encode_images(run, model, pairs.image_items(), workers=workers,
@@ -160,8 +159,9 @@ def recall_at_k(image_features, text_features, owner, ks=(1, 5, 10), chunk=1024)
     ..., t2i_r10, mean_recall (of them), rsum (their sum), and i2t_median_rank, t2i_median_rank, 1
     being best. The rules are those of `retrieval_ranks`."""
     ranks = retrieval_ranks(image_features, text_features, owner, chunk)
-    return {**recalls(ranks, ks), **{f"{way}_median_rank": float(np.median(rank[rank >= 0] + 1))
-                                     for way, rank in ranks.items()}}
+    medians = {f"{way}_median_rank": float(np.median(rank[rank >= 0] + 1))
+               for way, rank in ranks.items()}
+    return recalls(ranks, ks) | medians
 
 
 def recalls(ranks, ks=(1, 5, 10), weights=None):
@@ -180,16 +180,16 @@ def retrieval_ranks(image_features, text_features, owner, chunk=1024):
     """The rank of the first right answer to each query, 0 being best, features and `owner` as for
     recall_at_k -> {"i2t": (N,), "t2i": (M,)} numpy int64. At most 64 MB of scores at a time.
 
-    As in the papers, a query counts as found or not: an image if any of its texts is among the
-    first k. Rank: the number of strictly higher scores and of equal ones with a smaller index; a
-    score that is not a number is never a hit. An image without text is in the gallery but asks
-    nothing (-1); a text without image asks in vain. Chinese-CLIP's programs have the same rules."""
+    The rules of the papers and of Chinese-CLIP's programs. Any of several right answers counts.
+    Rank: the number of strictly higher scores and of equal ones with a smaller index; nan is never
+    a hit. An image without text asks nothing (-1); a text without image asks in vain."""
     images, texts = image_features.detach().float(), text_features.detach().float()
     owner = torch.as_tensor(owner, dtype=torch.long).cpu()
     relevant = owner if owner.ndim == 2 else torch.stack((torch.arange(len(owner)), owner), dim=1)
-    if not len(owner) or relevant.shape[1:] != (2,) or images.shape[1:] != texts.shape[1:] or (
-            owner.ndim == 1 and len(owner) != len(texts)) or relevant.min() < 0 or (
-            relevant.amax(dim=0) >= torch.tensor([len(texts), len(images)])).any():
+    fits = (len(owner) and relevant.shape[1:] == (2,) and images.shape[1:] == texts.shape[1:]
+            and (owner.ndim == 2 or len(owner) == len(texts)))
+    sizes = torch.tensor([len(texts), len(images)])
+    if not fits or (relevant < 0).any() or (relevant >= sizes).any():
         raise DataError(f"images {tuple(images.shape)}, texts {tuple(texts.shape)}, owner "
                         f"{tuple(owner.shape)}: expected (N, D), (M, D), (M,) or (R, 2)")
     found = {"i2t": first_ranks(images, texts, relevant.flip(1), chunk),
@@ -202,7 +202,8 @@ def first_ranks(queries, gallery, relevant, chunk):
     """(Q,) of `retrieval_ranks` one way; relevant (R, 2): a query and a row of the gallery."""
     places, ranks = torch.arange(len(gallery), device=gallery.device), []
     asking, wanted = relevant.unbind(dim=1)
-    for start in range(0, len(queries), size := max(1, min(chunk, BLOCK // len(gallery)))):
+    size = max(1, min(chunk, BLOCK // len(gallery)))
+    for start in range(0, len(queries), size):
         scores = queries[start:start + size] @ gallery.T                    # (size, gallery)
         here = (asking >= start) & (asking < start + len(scores))
         right = torch.zeros(scores.shape, dtype=torch.bool)
@@ -278,8 +279,9 @@ def text_classifier(run, model, tokenizer, classnames, templates, max_text=None)
         lambda some: encode_texts(run, model, tokenizer, some, max_text), prompts)
     if tokenizer.truncated > cut:
         run.say(f"note: {tokenizer.truncated - cut} class prompts are too long and were cut")
-    scores, places = top_k(weights, weights, 2)
-    if len(alike := places[(scores[:, 1:] > 0.999999).any(dim=1)]):
+    scores, places = top_k(weights, weights, 2)  # each class, and the one most like it
+    alike = places[(scores[:, 1:] > 0.999999).any(dim=1)]
+    if len(alike):
         one, other = (classnames[i] for i in alike[0].tolist())
         run.say(f"NOTE: the text tower reads {one!r} and {other!r} alike, and nothing tells them "
                 f"apart: give other names, or other --weights")
@@ -287,20 +289,13 @@ def text_classifier(run, model, tokenizer, classnames, templates, max_text=None)
 
 
 def zero_shot(run, model, images, tokenizer, templates, args):
-    """`classify` labelled images by the `text_classifier` of their classes; templates: None for the
-    data set's own."""
+    """Labelled images by the `text_classifier` of their classes; templates: None for the data set's
+    own -> `classification_scores`, and "features" (n, D), "labels" and "predictions" (n,), -1 where
+    an image cannot be read. Such images are not scored; DataError if they are too many."""
     text = text_classifier(run, model, tokenizer, images.classnames,
                            templates or [images.template], getattr(args, "max_text", None))
-    return classify(run, model, images, text, args)
-
-
-def classify(run, model, images, text_features, args):
-    """Labelled images by the nearest of (C, D) -> `classification_scores`, and "features" (n, D),
-    "labels" and "predictions" (n,), -1 where an image cannot be read. Such images are not scored;
-    DataError if they are too many."""
     features, labels = encode_images(run, model, images, workers=args.workers, what=images.name)
     leave_out(run, images, labels < 0)
-    text = text_features.detach().float().cpu()
     predictions = torch.cat([(rows @ text.T).argmax(dim=1) for rows in features.split(4096)])
     predictions[labels < 0] = -1
     return {**classification_scores(predictions, labels, len(images.classnames)),
@@ -332,10 +327,8 @@ def classification_scores(predictions, labels, classes):
 
 def linear_probe(features, labels, classes, val=None, strengths=STRENGTHS):
     """Logistic regression on (n, D) features of a frozen tower -> weight (classes, D), bias
-    (classes,), C: the baseline of CLIP's paper (Radford et al. 2021, section 3.2), beside which
-    CoOp and Tip-Adapter put their few-shot numbers. It minimises, as scikit-learn's does,
-
-        C * sum of the cross-entropies + |weight|^2 / 2
+    (classes,), C: the baseline of CLIP's paper (Radford et al. 2021, section 3.2). As
+    scikit-learn's, it minimises C * sum of the cross-entropies + |weight|^2 / 2.
 
     C is the one of `strengths` that is most accurate on `val`, a pair (features, labels), and the
     smallest of equal ones; without val, DEFAULT_STRENGTH. Rows with label -1 do not count."""
