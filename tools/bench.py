@@ -7,8 +7,8 @@
 
 The steps of a table, each in a process of its own, take turns, and medians are compared: two runs
 of anything on a shared machine differ by more than some of these ratios. Weights, images and
-captions are drawn, for the arithmetic does not depend on them. Compared with: the packages of
-requirements-dev.txt, tests/official.py. OMP_NUM_THREADS says how many threads compute.
+captions are random. Compared with: the packages of requirements-dev.txt, tests/official.py.
+OMP_NUM_THREADS says how many threads compute.
 """
 import contextlib
 import functools
@@ -118,8 +118,8 @@ def contrastive(side="ours", size="ViT-B/32", batch=32, precision="fp32", micro_
 
 
 def distill(side="ours", teacher="live", batch=32):
-    """Loss and gradient of a MobileNetV3-Small that a ViT-B/32 teaches, live or stored. open_clip
-    has no frozen, encoded texts: both towers of its student and of its teacher work."""
+    """Loss and gradient of a MobileNetV3-Small that a ViT-B/32 teaches, live or stored. Both towers
+    of open_clip's student and teacher work, for it has no frozen, encoded texts."""
     run, images = device.start("cpu", "fp32"), pixels("ViT-B/32", batch)
     if side == "open_clip":
         big, small = open_model(side, "", run).eval(), peer("open_clip").CLIP(
@@ -271,8 +271,8 @@ BEFORE = ("clipfit batch=32", "clipfit batch=8", "contrastive", "contrastive mic
 
 
 class Child:
-    """A step in a process of its own, as the bench of that checkout knows it. A call gives how many
-    MB the step took at most beyond those before it."""
+    """A step in a process of its own, as the bench of that checkout knows it. A call gives the MB
+    that the step took beyond those before it."""
 
     def __init__(self, step, folder=ROOT):
         self.step, self.process = step, subprocess.Popen(
@@ -352,11 +352,13 @@ def get_args(argv=None):
     parser.add_argument("--rounds", type=device.whole(1), default=3, help="default: 3")
     args = parser.parse_args(argv)
     if args.tables[:1] == ["before"]:
-        if len(args.tables) != 2 or not pathlib.Path(
-                args.tables[1], "tools", "bench.py").exists():
+        _, *folders = args.tables
+        if len(folders) != 1 or not pathlib.Path(folders[0], "tools", "bench.py").exists():
             parser.error("before: expected the folder of another checkout")
-    elif unknown := [x for x in args.tables if x not in TABLES and x.split()[0] not in STEPS]:
-        parser.error(f"{unknown[0]}: expected before DIR, or some of {', '.join(TABLES)}")
+        return args
+    for name in args.tables:
+        if name not in TABLES and name.split()[0] not in STEPS:
+            parser.error(f"{name}: expected before DIR, or some of {', '.join(TABLES)}")
     return args
 
 

@@ -35,7 +35,7 @@ def open_parts(data, data_dir):
     """-> class names, the parts {split: ImageSet or PairSet} and [(path, caption)]. What is both
     is examined as classes, with its captions. DataError if it is neither."""
     source = pairs = None
-    reasons, captions = [], {}
+    reasons = []
     try:
         source = list_dataset(data, data_dir)
     except DataError as error:
@@ -45,14 +45,15 @@ def open_parts(data, data_dir):
     except DataError as error:
         reasons.append(error)
     if not source and not pairs:
-        raise reasons[0] if len({str(reason) for reason in reasons}) == 1 else DataError(
-            f"neither classes ({reasons[0]}) nor captions ({reasons[1]})")
-    for rows in pairs.rows.values() if pairs else ():
-        captions.update(dict.fromkeys((path, text) for path, text, _ in rows if path and text))
+        if len({str(reason) for reason in reasons}) == 1:
+            raise reasons[0]
+        raise DataError(f"neither classes ({reasons[0]}) nor captions ({reasons[1]})")
+    rows = sum(pairs.rows.values(), []) if pairs else []
+    captions = list(dict.fromkeys((path, text) for path, text, _ in rows if path and text))
     kind, listed, twin = (ImageSet, source, "val") if source else (PairSet, pairs, "test")
     parts = {split: kind(listed, split) for split, rows in listed.rows.items()
              if rows and (split != twin or listed.rows["val"] is not listed.rows["test"])}
-    return source.classnames if source else [], parts, list(captions)
+    return source.classnames if source else [], parts, captions
 
 
 def check_images(parts, findings):
@@ -99,10 +100,13 @@ def check_data(data, data_dir="data"):
     decoded = check_images(parts, findings)
     findings["refused"] += ["there are no train images"] * ("train" not in parts)
     kinds = [kind for kind in FINDINGS if findings[kind]]
-    verdict = ("training would be refused; mend what is said above" if "refused" in kinds else
-               f"usable, but the score flatters (copies across splits: "
-               f"{len(findings['leakage']):,})" if "leakage" in kinds else
-               "usable; read the findings first" if kinds else "usable, nothing to report")
+    if "refused" in kinds:
+        verdict = "training would be refused; mend what is said above"
+    elif "leakage" in kinds:
+        copies = len(findings["leakage"])
+        verdict = f"usable, but the score flatters (copies across splits: {copies:,})"
+    else:
+        verdict = "usable; read the findings first" if kinds else "usable, nothing to report"
     some = next(iter(parts.values()))
     counts = {split: len(part.paths) for split, part in parts.items()}
     return {"name": some.name, "root": some.root,

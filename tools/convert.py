@@ -65,12 +65,12 @@ def inspect(name_or_path):
 # -----------------------------------------------------------------------------
 # export and onnx
 
-def inputs_for(model, count=3):
-    """Random pixels and texts that the towers take."""
+def inputs_for(model):
+    """Random pixels and texts, three each, that the towers take."""
     generator, config = torch.Generator().manual_seed(0), model.config
-    images = torch.randn(count, 3, config.image_size, config.image_size, generator=generator)
+    images = torch.randn(3, 3, config.image_size, config.image_size, generator=generator)
     length = min(config.context_length, 16)
-    tokens = torch.randint(3, config.vocab_size - 2, (count, length), generator=generator)
+    tokens = torch.randint(3, config.vocab_size - 2, (3, length), generator=generator)
     if not config.text:
         tokens[:, -1] = config.vocab_size - 1
     return images, tokens
@@ -103,9 +103,9 @@ class OneTower(nn.Module):
 
 @torch.no_grad()
 def to_onnx(model, folder):
-    """Write image.onnx and text.onnx, each for any number of rows, which give the features before
-    they are made unit vectors, under the names of Chinese-CLIP's deployment -> the largest
-    difference to ours, nan without onnxruntime. UserError without the onnx packages."""
+    """Write image.onnx and text.onnx, for any number of rows -> the largest difference to ours, nan
+    without onnxruntime. They give features that are no unit vectors yet, under the names of
+    Chinese-CLIP's deployment. UserError without the onnx packages."""
     folder, largest = pathlib.Path(folder), 0.0
     folder.mkdir(parents=True, exist_ok=True)
     model = model.requires_grad_(False).fuse_attention(False)
@@ -158,12 +158,12 @@ def shrunk(teacher, like):
     student.vocabulary = teacher.vocabulary
     theirs = teacher.state_dict()
     for name, tensor in student.state_dict().items():
-        source, block = name, re.fullmatch(r"(\D+\.)(\d+)(\..+)", name)
+        place, block = name, re.fullmatch(r"(\D+\.)(\d+)(\..+)", name)
         if block:
             layers = "vision_layers" if name.startswith("visual.") else "text_layers"
-            source = int(block[2]) * getattr(large, layers) // small[layers]
-            source = f"{block[1]}{source}{block[3]}"
-        source = theirs[source]
+            number = int(block[2]) * getattr(large, layers) // small[layers]
+            place = f"{block[1]}{number}{block[3]}"
+        source = theirs[place]
         if any(mine > own for mine, own in zip(tensor.shape, source.shape)):
             raise WeightsError(f"{name} is {tuple(source.shape)} in the model and cannot become "
                                f"{tuple(tensor.shape)}; name a size that is not larger")

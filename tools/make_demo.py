@@ -8,10 +8,9 @@ licence, LICENSE.phelber. The demo's train and val images come from the val part
 its test images from the test part. The train part is left to `pretrain_tiny.py`: the bundled model
 has seen no demo image.
 
-Every image gets the look of another sensor (`other_sensor`): channels of unequal gain, haze, gamma
-and noise. A model pretrained on the clean tiles still recognises the classes, but much worse, and
-a few labelled images of the new look bring most of it back. That is what few-shot tuning is for,
-and it leaves the demo something to show.
+Every image gets the look of another sensor (`other_sensor`). A model pretrained on the clean tiles
+still recognises the classes, but much worse, and a few labelled images bring most of it back: that
+is what few-shot tuning is for.
 
 demo.zip is stored, since JPEGs do not deflate, and has LICENSE, demo.csv and the images. demo.csv
 has the columns path,label,split,caption,source; a caption names the class and what was measured in
@@ -89,11 +88,11 @@ def thresholds(of):
     "very dark", tints are deviations from the median colour, the ordinary is not mentioned."""
     centre = np.median(of["tint"], axis=0)
     spread = np.abs(of["tint"] - centre).mean(axis=0)
+    tint = np.hypot(*((of["tint"] - centre) / spread).T)
+    slope = np.maximum(np.abs(of["down"]), np.abs(of["across"]))
     return {"brightness": np.quantile(of["brightness"], [1 / 8, 1 / 3, 2 / 3, 7 / 8]),
-            "detail": np.quantile(of["detail"], [1 / 3, 2 / 3]),
-            "centre": centre, "spread": spread,
-            "tint": np.quantile(np.hypot(*((of["tint"] - centre) / spread).T), 0.4),
-            "slope": np.quantile(np.maximum(np.abs(of["down"]), np.abs(of["across"])), 0.5)}
+            "detail": np.quantile(of["detail"], [1 / 3, 2 / 3]), "centre": centre, "spread": spread,
+            "tint": np.quantile(tint, 0.4), "slope": np.quantile(slope, 0.5)}
 
 
 def facts(of, limits):

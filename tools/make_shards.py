@@ -5,9 +5,8 @@
     python train_contrastive.py --data "shards/train-{000000..000005}.tar"
 
 Shards are plain tars <split>-000000.tar, <split>-000001.tar, ... of 00000000.jpg, .txt with the
-first caption, which every reader of WebDataset knows, and .json with all of them. Any source that
-training reads can be written. A shard is there whole or not at all; images that cannot be read are
-left out and named.
+first caption, which every reader of WebDataset knows, and .json with all of them. A shard is there
+whole or not at all; images that cannot be read are left out and named.
 """
 import io
 import json
@@ -81,9 +80,9 @@ def files_of(pairs, i):
         image.save(buffer, "png")
         kind, content = ".png", buffer.getvalue()
     about = json.dumps({"captions": captions, "path": path}, ensure_ascii=False)
-    return {kind: content,  # a name that is not UTF-8 is escaped as JSON does it
-            **{suffix: text.encode("utf-8", "backslashreplace")
-               for suffix, text in ((".txt", captions[0]), (".json", about))}}
+    # A name that is not UTF-8 is escaped as JSON does it.
+    return {kind: content, ".txt": captions[0].encode("utf-8", "backslashreplace"),
+            ".json": about.encode("utf-8", "backslashreplace")}
 
 
 def get_args(argv=None):

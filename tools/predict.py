@@ -34,8 +34,9 @@ def choose_classes(args):
         places = [path, *path.parents][:3]  # as a file of a run, or in its export/
         tables = [read_json(file) for place in places
                   for file in sorted(place.glob("confusion_*.json"))]
-        names = names or [name for table in tables for name in table.get("classes", ())]
-        templates = tables[0].get("templates", templates) if tables else templates
+        if tables:
+            names = names or [name for table in tables for name in table.get("classes", ())]
+            templates = tables[0].get("templates", templates)
     names = [*{cleaned(name): name for name in names if name}.values()]
     if len(names) < 2:
         raise UserError(f"{len(names)} classes: give two or more as --classes, a data set of them "
@@ -46,7 +47,8 @@ def choose_classes(args):
 
 def main(args):
     """Print the classes of each image -> {path: [(class, %), ...]}, without what cannot be read."""
-    (names, templates), paths, found = choose_classes(args), [], {}
+    names, templates = choose_classes(args)
+    paths, found = [], {}
     for path in map(expanded, args.images):
         if path.is_dir():
             paths += [str(path / name) for name in ImageStore(path).names() if is_image(name)]
@@ -76,7 +78,7 @@ def main(args):
     if lost:
         run.say(f"{len(lost)} of {len(paths)} images cannot be read: {', '.join(lost[:20])}")
     if not found:
-        missing = " (there is no such file)" * (not expanded(paths[0]).exists())
+        missing = "" if expanded(paths[0]).exists() else " (there is no such file)"
         raise UserError(f"none of {len(paths)} images can be read, e.g. {paths[0]}{missing}")
     if args.csv:
         out = io.StringIO()

@@ -2,18 +2,16 @@
 
     OMP_NUM_THREADS=2 python -m tools.pretrain_tiny --data-dir DIR     13 minutes on two CPU cores
 
-DIR is as for make_demo.py. Only the train part of CoOp's split is used, with its clean look; the
-demo's images come from the other two parts and look different. Every epoch gives each image a new
-caption, from the bare class prompt to a sentence with all that was measured in the image, so the
-model answers to prompts and to descriptions. This is the plainest program that does the job.
+DIR is as for make_demo.py. Only the train part of CoOp's split is used, with its clean look. Every
+epoch gives each image a new caption, from the bare class prompt to a sentence with all that was
+measured in the image, so the model answers to prompts and to descriptions.
 
-The loss is InfoNCE in both directions. Ten classes in a batch of 256 mean that the caption of one
-image is often true of others too. Pushing those apart would teach what is wrong, and which pairs
-they are is known here, since captions are made from facts: they are taken out of the denominator.
+The loss is InfoNCE in both directions. Of ten classes in a batch of 256 the caption of one image is
+often true of others too. Those pairs are known, since captions are made from facts, and are taken
+out of the denominator.
 
 The shipped weights reach 81.9 % zero-shot accuracy on EuroSAT's test part (train_clipfit.py --data
-eurosat --model tiny --eval-only). Other versions of torch, other processors and other thread counts
-round differently and give a model as good, but not the same bytes.
+eurosat --model tiny --eval-only). Another torch or processor gives a model as good, of other bytes.
 """
 import math
 import random
@@ -49,10 +47,8 @@ def read_images(data_dir):
 
 
 def augment(pixels, generator):
-    """uint8 (B, 3, S, S) -> float (B, 3, S, S): crop, flip, quarter turn, a little brightness.
-
-    From above there is no up, so turns are free. A crop keeps at least 40 % of the area. Colour
-    tells crops from forest and is left nearly alone; it is also what the demo's look changes."""
+    """uint8 (B, 3, S, S) -> float (B, 3, S, S): crop to 40 % or more, flip, turn (from above there
+    is no up), a little brightness. Colour tells crops from forest and is left nearly alone."""
     B = len(pixels)
 
     def draw(low, high, *shape):
@@ -88,8 +84,7 @@ def info_nce(images, texts, scale, true_of):
 
 def rows_in_use(tokenizer):
     """The rows of the vocabulary to save: of every word that training, the demo or tiny_words.txt
-    has. The latter are words that other captions may use. They are never trained, but kept, so that
-    they stay distinct: `load` makes zeros of the rows that the file leaves out."""
+    has. Those of the latter are never trained, but stay distinct: `load` makes zeros of others."""
     words = [*FRAMES, *PROMPTS, *SUBJECTS, (ASSETS / "tiny_words.txt").read_text()]
     for group in (*SUBJECTS.values(), *PHRASES.values()):
         words += group

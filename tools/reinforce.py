@@ -5,9 +5,8 @@
 
 Dataset reinforcement (Faghri et al. 2023; MobileCLIP, Vasu et al. 2024): the training that follows
 has the same losses and no teacher in it, and any number of students can learn from one such folder.
-It takes 4 bytes times views times images times the teachers' dimensions: 250 MB for 10 views of
-12,000 images by a ViT-B. teachers.py says what lies in it. Several teachers are asked side by side,
-and with torchrun several processes share the images.
+10 views of 12,000 images by a ViT-B take 250 MB; teachers.py says what lies there. Several teachers
+are asked side by side, and with torchrun several processes share the images.
 """
 import functools
 import shutil
@@ -42,7 +41,7 @@ def main(args):
 
     def begin():
         target.mkdir(parents=True, exist_ok=True)
-        for name in ("teacher.json", *STARTED[:2]):
+        for name in ("teacher.json", "images.npy", "texts.npy"):
             (target / name).unlink(missing_ok=True)
     run.on_first(begin)
     for note in pairs.notes:

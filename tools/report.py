@@ -181,8 +181,8 @@ def add_results(page, runs):
     lines = [["", *(run.name for run in runs)]]
     for key in dict.fromkeys(key for run in runs for key in run.results):
         values = [run.results.get(key, "") for run in runs]
-        if all(isinstance(value, (str, int, float)) for value in values) and (
-                len(runs) == 1 or len(set(values)) > 1):
+        scalars = all(isinstance(value, (str, int, float)) for value in values)
+        if scalars and (len(runs) == 1 or len(set(values)) > 1):
             lines.append([key, *values])
     head, *rows = lines if len(runs) == 1 else zip(*lines)
     page.add("Results", table(head, rows))
@@ -221,34 +221,37 @@ def add_curves(page, runs, title="Curves", file="curves"):
 def add_shots(page, runs):
     """Accuracy over training images per class, mean and standard deviation over seeds, beside the
     linear probe on the same images and zero-shot."""
-    runs = [run.results for run in runs if isinstance(run.results.get("shots"), int)
-            and isinstance(run.results.get("accuracy"), float)]
-    shots = sorted({run["shots"] for run in runs})
+    of_shots = {}  # shots: the results of runs
+    for found in (run.results for run in runs):
+        if isinstance(found.get("shots"), int) and isinstance(found.get("accuracy"), float):
+            of_shots.setdefault(found["shots"], []).append(found)
+    shots = sorted(of_shots)
     if len(shots) < 2:
         return
-    alike = [{name: value for name, value in run.get("identity", {}).items()
-              if name not in ("shots", "seed", "shots_sha256")} for run in runs]
+    alike = [{name: value for name, value in found.get("identity", {}).items()
+              if name not in ("shots", "seed", "shots_sha256")}
+             for some in of_shots.values() for found in some]
     if any(other != alike[0] for other in alike):
         page.notes.append("no accuracy over shots: the runs differ in more than shots and seed")
         return
-    rows = [[count, sum(run["shots"] == count for run in runs)] for count in shots]
+    rows = {count: [count, len(of_shots[count])] for count in shots}
     figure, axis = page.plot.subplots(figsize=(6, 3.6))
     for key, label, colour in (("accuracy", "tuned", BLUE),
                                ("linear_probe_accuracy", "linear probe", GREEN),
                                ("zero_shot_accuracy", "zero-shot", ORANGE)):
-        of_shots = [[run[key] for run in runs if run["shots"] == count
-                     and isinstance(run.get(key), float)] or [math.nan] for count in shots]
-        mean = [statistics.fmean(values) for values in of_shots]
-        std = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in of_shots]
+        for count, row in rows.items():
+            values = [found.get(key) for found in of_shots[count]]
+            values = [value for value in values if isinstance(value, float)] or [math.nan]
+            row += [statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
+        mean, std = zip(*(row[-2:] for row in rows.values()))
         axis.errorbar(shots, mean, yerr=std, fmt="o-", color=colour, capsize=3, label=label)
-        rows = [[*row, *numbers] for row, *numbers in zip(rows, mean, std)]
     axis.set_xscale("log", base=2)
     axis.set_xticks(shots, map(str, shots))
     axis.set(xlabel="training images per class", ylabel="accuracy (%)")
     axis.legend()
     page.add("Accuracy over shots", page.figure("shots", figure, "accuracy over shots"),
              table(["shots", "runs", "tuned", "std", "linear probe", "std", "zero-shot", "std"],
-                   rows))
+                   rows.values()))
 
 
 def add_classes(page, run, name):
@@ -256,14 +259,14 @@ def add_classes(page, run, name):
     confusion = read_json(run.folder / f"confusion_{name}.json")
     if not confusion:
         return
-    classes, (before, counts) = confusion["classes"], (
-        np.asarray(confusion[key], dtype=float) for key in ("zero_shot", "tuned"))
+    classes, counts = confusion["classes"], np.asarray(confusion["tuned"], dtype=float)
     images = counts.sum(axis=1)
-    first, last = (100 * x.diagonal() / np.maximum(1, images) for x in (before, counts))
+    before, after = (100 * np.diagonal(confusion[key]) / np.maximum(1, images)
+                     for key in ("zero_shot", "tuned"))
     page.add(f"Accuracy per class: {name}", table(
         ["class", "images", "zero-shot (%)", "tuned (%)", "gained"],
-        [[classes[i], int(images[i]), first[i], last[i], last[i] - first[i]]
-         for i in np.argsort(first - last, kind="stable") if images[i]]))
+        [[classes[i], int(images[i]), before[i], after[i], after[i] - before[i]]
+         for i in np.argsort(before - after, kind="stable") if images[i]]))
     if len(classes) <= MOST_CLASSES:
         size = 3 + 0.16 * len(classes)
         figure, axis = page.plot.subplots(figsize=(size + 1, size))
@@ -275,7 +278,8 @@ def add_classes(page, run, name):
             f"confusion_{name}", figure, "confusion matrix, rows in shares of the true class"))
     wrong = counts * ~np.eye(len(classes), dtype=bool)
     order = np.argsort(-wrong, axis=None, kind="stable")[:10]
-    worst = [(i, j) for i, j in zip(*np.unravel_index(order, wrong.shape)) if wrong[i, j]]
+    rows, columns = np.unravel_index(order, wrong.shape)
+    worst = [(i, j) for i, j in zip(rows, columns) if wrong[i, j]]
     if worst:
         page.add(f"Worst pairs: {name}", table(
             ["true class", "taken for", "images", "of the class (%)"],
@@ -320,11 +324,11 @@ def load_embeddings(run):
     for row in run.results.get("rows") or []:
         for name in row["sets"]:
             folder = run.folder / "embeddings" / row["row"] / name
-            if (folder / "metadata.json").is_file():
-                facts = json.loads((folder / "metadata.json").read_text("utf-8"))
-                arrays = [np.load(folder / f"{side}_emb.npy", allow_pickle=False)
-                          for side in ("img", "text")]
-                found.setdefault(name, (facts, {}))[1][row["row"]] = arrays
+            facts = read_json(folder / "metadata.json")
+            if facts:
+                _, of_rows = found.setdefault(name, (facts, {}))
+                of_rows[row["row"]] = [np.load(folder / f"{side}_emb.npy")
+                                       for side in ("img", "text")]
     return found
 
 
@@ -333,7 +337,8 @@ def add_maps(page, found):
     parts = {}  # (row, set, side) -> features
     for name, (facts, of_rows) in found.items():
         for row, (images, texts) in of_rows.items():
-            pairs = [pair for pair in facts["relevant"] if np.isfinite(images[pair[1]]).all()]
+            pairs = [(text, image) for text, image in facts["relevant"]
+                     if np.isfinite(images[image]).all()]
             pairs = pairs[::max(1, len(pairs) // MAP_POINTS)]
             parts[row, name, "images"] = images[[image for _, image in pairs]]
             parts[row, name, "texts"] = texts[[text for text, _ in pairs]]
@@ -353,11 +358,10 @@ def add_maps(page, found):
         figure, panels = page.plot.subplots(1, len(rows), squeeze=False, sharex=True, sharey=True,
                                             figsize=(3.6 * len(rows), 3.6))
         for (row, name, side), dots in zip(parts, np.split(places, ends[:-1])):
-            at = rows.index(row)
-            panels[0, at].scatter(*dots.T, s=7, marker={"images": "o", "texts": "s"}[side],
-                                  color=colours[name], alpha=0.5,
-                                  label=f"{name}, {side}" if at == 0 else None)
-            panels[0, at].set(title=row, xticks=[], yticks=[])
+            panel = panels[0, rows.index(row)]
+            panel.scatter(*dots.T, s=7, marker="o" if side == "images" else "s", alpha=0.5,
+                          color=colours[name], label=f"{name}, {side}" if row == rows[0] else None)
+            panel.set(title=row, xticks=[], yticks=[])
         figure.legend(loc="outside lower center", ncols=4, fontsize=7)
         blocks.append(page.figure(f"map_{title.lower()}", figure, f"{title} of embeddings"))
     page.add("Maps of the embeddings", *blocks)
@@ -368,8 +372,9 @@ def add_moves(page, found, most=4):
     last."""
     rows = []
     for name, (facts, of_rows) in found.items():
+        features = list(of_rows.values())
         before, after = (retrieval_ranks(*map(torch.from_numpy, arrays), facts["relevant"])["t2i"]
-                         for arrays in (list(of_rows.values())[i] for i in (0, -1)))
+                         for arrays in (features[0], features[-1]))
         order = np.argsort(after - before, kind="stable").tolist()
         rows += [[name, facts["texts"][text], 1 + before[text], 1 + after[text]]
                  for text in dict.fromkeys([*order[:most], *order[-most:]])

@@ -205,14 +205,17 @@ def search(run, rows, sets, queries, folder, args):
         for answer, right, values, best in zip(answers, known, scores.tolist(), order.tolist()):
             if right:
                 hits.append([100 * len(right & set(best[:k])) / min(k, len(right)) for k in (1, 5)])
-            results = [{"set": places[i][0], "path": places[i][1], "score": value,
-                        "right": i in right if right else None}
-                       for value, i in zip(values[:args.top], best) if value > -1.5]
+            results = []
+            for value, i in zip(values[:args.top], best):
+                if value > -1.5:  # else the image cannot be read
+                    results.append({"set": places[i][0], "path": places[i][1], "score": value,
+                                    "right": i in right if right else None})
             answer["rows"].append({"row": label, "results": results})
             run.say(f"{answer['query']} | {label}: {in_words(results[:5])}")
         if hits:
-            precision[label] = dict(zip(("p1", "p5"), np.mean(hits, axis=0).tolist()))
-            run.say(f"{label}: P@1 {precision[label]['p1']:.1f}, P@5 {precision[label]['p5']:.1f}")
+            p1, p5 = np.mean(hits, axis=0).tolist()
+            precision[label] = {"p1": p1, "p5": p5}
+            run.say(f"{label}: P@1 {p1:.1f}, P@5 {p5:.1f}")
     return {"precision": precision, "queries": answers}
 
 
