@@ -72,14 +72,19 @@ def run_main(module, *flags):
     return module.main(module.get_args([str(flag) for flag in flags]))
 
 
-def attempt(module, *flags):
-    """The script in this process as its command line runs it -> Result."""
+def script(module, *flags):
+    """The exit code of a script in this process; for `Child` and `processes`."""
     import device
     module = importlib.import_module(module) if isinstance(module, str) else module
+    return device.guard(module.main, module.get_args, [str(flag) for flag in flags])
+
+
+def attempt(module, *flags):
+    """The script in this process as its command line runs it -> Result."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = device.guard(module.main, module.get_args, [str(flag) for flag in flags])
+            code = script(module, *flags)
         except SystemExit as stop:  # argparse's way out
             code = stop.code or 0
     return Result(code, out.getvalue(), err.getvalue())
@@ -124,6 +129,12 @@ def numbers(folder):
     """metrics.jsonl without what a clock or the memory says: equal for equal runs."""
     return [{key: x for key, x in row.items() if key not in CLOCK and not key.endswith("_ms")}
             for row in metrics(folder)]
+
+
+def skipped(folder):
+    """The lines of the log that say which steps changed nothing."""
+    lines = (pathlib.Path(folder) / "log.txt").read_text("utf-8").splitlines()
+    return [line for line in lines if "step skipped" in line]
 
 
 def checkpoint(folder, name="checkpoint_last.pt"):
@@ -383,7 +394,8 @@ class Child:
                 os.dup2(self.file.fileno(), number)
             sys.stdout, sys.stderr = (open(number, "w", closefd=False, errors="replace")
                                       for number in (1, 2))
-            sys.exit(work(*arguments))
+            code = work(*arguments)
+            sys.exit(code if type(code) is int else 0)
         self.process = multiprocessing.get_context("fork").Process(target=run)
         self.process.start()
 
@@ -399,6 +411,11 @@ class Child:
 
 def in_child(work, *arguments):
     return Child(work, *arguments).end()
+
+
+def after(fault, work, *arguments):
+    """work(*arguments) in a process that first does `fault()`, which plants what goes wrong."""
+    return in_child(lambda: (fault(), work(*arguments))[1])
 
 
 def processes(count, work):
@@ -417,13 +434,6 @@ def processes(count, work):
             child.process.kill()
 
 
-def script(module, *flags):
-    """The exit code of a script in this process; for `Child` and `processes`."""
-    import device
-    module = importlib.import_module(module) if isinstance(module, str) else module
-    return device.guard(module.main, module.get_args, [str(flag) for flag in flags])
-
-
 def at_call(owner, name, number, fault):
     """`fault()` before the call `number` (from 1) of owner.name, for good."""
     real, calls = getattr(owner, name), itertools.count(1)
@@ -439,6 +449,11 @@ def at_step(number, fault):
     """`fault()` in the training step `number`, after its update. For use in a `Child`."""
     import device
     at_call(device.Run, "tick", number, fault)
+
+
+def signal_at(step, number=signal.SIGTERM):
+    """This signal in the training step `step`. For use in a `Child`."""
+    at_step(step, lambda: signal.raise_signal(number))
 
 
 def bad_steps(*numbers):

@@ -19,15 +19,15 @@ import torch.nn.functional as F
 import device
 from tools import doctor
 from device import guard, load_checkpoint, Parser, SafeStop, start, UserError
-from helpers import (at_call, at_step, attempt, damaged_files, die, differences, in_child, metrics,
-                     python, refused, results, same_run)
+from helpers import (after, at_call, at_step, attempt, damaged_files, die, differences, in_child,
+                     metrics, python, refused, results, same_run)
 
 
 # -----------------------------------------------------------------------------
 # A toy script with everything that a run has.
 
 def get_args(words=()):
-    parser = Parser(aliases={"--learning-rate": "--lr"}, refused={"--optim": "AdamW is all"})
+    parser = Parser()
     device.add_run_flags(parser, log_every=1)
     parser.add_argument("--lr", type=device.number(0, above=True), default=0.1)
     parser.add_argument("--epochs", type=device.whole(1), default=3)
@@ -176,8 +176,6 @@ def test_autocast_attention_optimiser_and_workers_suit_device_and_precision(monk
     assert run.loader_options(-1)["workers"] == 1
     mps = device.Run(torch.device("mps"), "fp32", 0, 1, 0)
     assert not mps.fused_attention and mps.fused_optimizer is None
-    assert torch.is_tensor(run.move(weight)) and len(run.move(weight, weight)) == 2
-    assert isinstance(run.move(torch.nn.Linear(2, 2)), torch.nn.Linear)
 
 
 # -----------------------------------------------------------------------------
@@ -315,9 +313,8 @@ def test_overwrite_starts_again_and_keeps_what_is_not_the_runs(tmp_path):
     assert {"export", "table.csv"} <= {path.name for path in (tmp_path / "new").iterdir()}
 
 
-def test_tensorboard_gets_what_is_logged_and_a_resumed_run_appends(whole, tmp_path):
+def test_tensorboard_gets_what_is_logged_and_a_resumed_run_appends(whole, tmp_path, monkeypatch):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(device.Run, "tick", device.Run.tick)  # to have it back
         at_step(6, lambda: 1 / 0)
@@ -330,6 +327,8 @@ def test_tensorboard_gets_what_is_logged_and_a_resumed_run_appends(whole, tmp_pa
         assert found == [(row["step"], pytest.approx(row[name])) for row in metrics(tmp_path, split)]
     toy(tmp_path, "--overwrite")
     assert not list(tmp_path.glob("tensorboard/*"))
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # it is not installed
+    refused(lambda: get_args(["--tensorboard"]), "--tensorboard", "pip install")
 
 
 def test_a_run_begun_again_from_a_checkpoint_of_its_own_keeps_the_best(whole, tmp_path):
@@ -369,15 +368,13 @@ KILLS = [(device.os, "replace", n) for n in (1, 4, 9, 10, 11, 12)] + [
 
 @pytest.mark.parametrize("owner, name, number", KILLS)
 def test_a_kill_at_any_moment_resumes_to_the_same_bits(whole, tmp_path, owner, name, number):
-    def dying():
-        at_call(owner, name, number, die)
-        toy(tmp_path / "run", "--save-every", 3)
-    assert in_child(dying).code == 128 + signal.SIGKILL
-    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+    ended = after(lambda: at_call(owner, name, number, die), toy, tmp_path, "--save-every", 3)
+    assert ended.code == 128 + signal.SIGKILL
+    with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')  # killed in the middle of a line
-    toy(tmp_path / "run", "--save-every", 3, "--workers", 3)
-    same_run(whole, tmp_path / "run", ("checkpoint_last.pt", "checkpoint_best.pt"))
-    assert not list((tmp_path / "run").glob("*.tmp"))
+    toy(tmp_path, "--save-every", 3, "--workers", 3)
+    same_run(whole, tmp_path, ("checkpoint_last.pt", "checkpoint_best.pt"))
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_each_kind_of_damage_is_named_and_the_previous_one_steps_in(tmp_path, capsys):
@@ -421,11 +418,7 @@ def test_a_second_signal_exits_at_once(tmp_path, number):
     def twice():
         for _ in range(2):
             signal.raise_signal(number)
-
-    def work():
-        at_step(5, twice)
-        toy(tmp_path)
-    ended = in_child(work)
+    ended = after(lambda: at_step(5, twice), toy, tmp_path)
     assert ended.code == 128 + number and "second signal" in ended.out
     assert load_checkpoint(tmp_path / "checkpoint_last.pt")["step"] == 4
 
@@ -470,18 +463,7 @@ sys.exit(guard(main, lambda argv: None))"""
 
 
 # -----------------------------------------------------------------------------
-# The command line
-
-@pytest.mark.parametrize("words, names", [
-    (["--tensorboard"], ["--tensorboard", "pip install"]), (["--outp", "x"], ["--outp"]),
-    (["--output-dri", "x"], ["--output-dir"]), (["--optim", "sgd"], ["--optim", "AdamW"]),
-    (["--epochs", "1.5"], ["--epochs"]), (["--resume", "true"], ["--resume"])])
-def test_a_wrong_command_line_gets_one_line(words, names, monkeypatch):
-    """test_scripts.py has more, for each script."""
-    monkeypatch.setitem(sys.modules, "tensorboard", None)  # it is not installed
-    module = types.SimpleNamespace(main=main, get_args=get_args)
-    refused(attempt(module, *words), *names)
-
+# The doctor
 
 def test_the_doctor_finds_this_cpu_right(capsys):
     doctor.main(doctor.get_args(["--device", "cpu"]))

@@ -20,9 +20,9 @@ import torch
 
 import device
 import train_clipfit  # here: who is not root may not read what it imports
-from helpers import (at_call, at_step, bad_steps, checkpoint, class_folder, cli, die, in_child,
-                     metrics, Payload, refused, results, ROOT, run_folder, same_run, script,
-                     script_data, script_flags, SCRIPTS)
+from helpers import (after, at_call, at_step, bad_steps, checkpoint, class_folder, cli, die,
+                     in_child, metrics, Payload, refused, results, ROOT, run_folder, same_run,
+                     script, script_data, script_flags, SCRIPTS, signal_at, skipped)
 
 NAMES = [name.removeprefix("train_") for name in SCRIPTS]
 
@@ -31,12 +31,9 @@ def flags(name, data, out, *more):
     return script_flags(name, data, "--save-every", 2, *more, "--output-dir", out)
 
 
-def after(fault, name, data, out, *more):
+def meets(fault, name, data, out, *more):
     """The run that meets `fault()` in a process of its own -> Result"""
-    def work():
-        fault()
-        return script(f"train_{name}", *flags(name, data, out, *more))
-    return in_child(work)
+    return after(fault, script, f"train_{name}", *flags(name, data, out, *more))
 
 
 def one_line(result, code, *words):
@@ -44,10 +41,6 @@ def one_line(result, code, *words):
     line = result.out.splitlines()[-1]
     assert result.code == code and "Traceback" not in result.out, result.out[-3000:]
     assert line.startswith("error: ") and all(word in line for word in words), line
-
-
-def signal_at(step, number=signal.SIGTERM):
-    at_step(step, lambda: signal.raise_signal(number))
 
 
 def signal_after_the_last_step():
@@ -84,7 +77,7 @@ FAULTS = {  # what happens -> the exit code, and words of the last line
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_run_that_was_ended_goes_on_to_the_same_bits(name, fault, data, whole_run, tmp_path):
     happens, code, *words = FAULTS[fault]
-    result = after(happens, name, data, tmp_path / "run")
+    result = meets(happens, name, data, tmp_path / "run")
     assert result.code == code
     if words:
         one_line(result, code, *words)
@@ -96,18 +89,16 @@ def test_a_run_that_was_ended_goes_on_to_the_same_bits(name, fault, data, whole_
 
 
 def test_a_disk_that_fills_while_a_teacher_is_stored(data, tmp_path):
-    def work():
-        disk_fills()
-        return script("tools.reinforce", "--teacher", str(data / "start.safetensors"), "--data",
-                      str(data / "pairs"), "--output", str(tmp_path / "stored"), "--views", "30")
-    one_line(in_child(work), 3, "images.npy")
+    result = after(disk_fills, script, "tools.reinforce", "--teacher", data / "start.safetensors",
+                   "--data", data / "pairs", "--output", tmp_path / "stored", "--views", 30)
+    one_line(result, 3, "images.npy")
 
 
 def test_a_stop_of_the_whole_group_is_answered_after_a_checkpoint(data, tmp_path):
     def stopped():  # from outside, as `timeout` does: workers tell their parent's signals apart
         os.setsid()
         at_step(4, lambda: os.system(f"trap '' TERM; kill -TERM -{os.getpgrp()}; sleep 1"))
-    result = after(stopped, "contrastive", data, tmp_path / "run", "--workers", 2, "--cache-gb", 0)
+    result = meets(stopped, "contrastive", data, tmp_path / "run", "--workers", 2, "--cache-gb", 0)
     one_line(result, 143, "--resume auto")
     assert checkpoint(tmp_path / "run")["step"] == 4
 
@@ -124,25 +115,20 @@ def test_images_that_cannot_be_read_end_a_run_whose_workers_read_them(tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# Numbers that are not finite
+# Numbers and files that are not what they were
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bad_steps_are_skipped_and_their_images_named_until_the_third_in_a_row(name, data, tmp_path):
     """AdamW has counted the good steps only (test_device.py compares bit for bit)."""
-    result = after(lambda: bad_steps(2, 4, 5, 6), name, data, tmp_path / "run")
+    result = meets(lambda: bad_steps(2, 4, 5, 6), name, data, tmp_path / "run")
     one_line(result, 3, ".png", "intact", "--lr")
     folder = run_folder(tmp_path / "run")
-    skipped = [line for line in (folder / "log.txt").read_text().splitlines()
-               if "step skipped" in line]
-    assert len(skipped) == 3 and all(".png" in line for line in skipped)
+    assert [".png" in line for line in skipped(folder)] == [True] * 3
     stored = checkpoint(folder)
     assert stored["step"] == 4 and all(x.isfinite().all() for x in stored["weights"].values())
     moments = stored["optimizer"].get("state", {}).values()
     assert {x["step"].item() for x in moments if "step" in x} <= {2.0}, "two good steps"
 
-
-# -----------------------------------------------------------------------------
-# Files that are not what they were
 
 @pytest.mark.parametrize("name", NAMES)
 def test_code_in_a_file_is_refused_by_every_flag_that_reads_one(name, data, tmp_path):
