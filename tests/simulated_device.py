@@ -1,10 +1,8 @@
 """An `npu` or an `mps` without the hardware: computes on the CPU, refuses what the real one does.
 
-    python tests/simulated_device.py npu train_clipfit.py --data demo --device npu
-
-runs a script on a machine that seems to have such a device. It cannot say whether Apple's or
-Ascend's kernels are right (`python -m tools.doctor` on the machine itself does); it says whether a
-program puts its tensors where they belong and asks of the device what it has:
+After `install` the process seems to have such a device. That cannot say whether Apple's or Ascend's
+kernels are right (`python -m tools.doctor` on the machine itself does); it says whether a program
+puts its tensors where they belong and asks of the device what it has:
 
 - tensors of different devices do not meet, except for numbers (0-dim) and CPU indices;
 - .cuda(), and an integer as a device, mean cuda, which is not here; .numpy() needs .cpu();
@@ -21,19 +19,13 @@ operations that change a tensor's shape in place.
 """
 import contextlib
 import os
-import pathlib
-import runpy
 import sys
 import types
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a second accelerator would confuse both
-os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-
-import torch  # noqa: E402
-from torch.overrides import TorchFunctionMode  # noqa: E402
-from torch.utils import backend_registration  # noqa: E402
-from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import backend_registration
+from torch.utils._pytree import tree_leaves, tree_map
 
 HELPER = "_setup_privateuseone_for_python_backend"  # since about torch 2.9, and private
 # An mps goes by another name inside torch, which reserves its own for the real one.
@@ -75,17 +67,6 @@ class OnDevice(torch.Tensor):
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
         return compute(operation, args, kwargs or {})
 
-    @property
-    def data(self):
-        return self.detach()
-
-    @data.setter
-    def data(self, new):
-        if not isinstance(new, OnDevice):
-            raise RuntimeError(f"incompatible tensor type: {shown} and {new.device}")
-        torch.Tensor.data.__set__(self, new)
-        self.raw = new.raw
-
     def tolist(self):
         return self.detach().cpu().tolist()
 
@@ -96,7 +77,6 @@ class OnDevice(torch.Tensor):
     __array__ = numpy
 
 
-COPIES = {"aten::_to_copy", "aten::copy_", "aten::_copy_from", "aten::_copy_from_and_resize"}
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 # The size of the result, or a number, has to be known on the host. (.item() is the first.)
 WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select",
@@ -110,7 +90,7 @@ def compute(operation, args, kwargs):
     ours = [x for x in tensors if isinstance(x, OnDevice)]
     device = kwargs.get("device")
     here = bool(ours) if device is None else torch.device(device).type == name
-    if called in COPIES:
+    if called in ("aten::_to_copy", "aten::copy_"):
         check_copy(called, args, here)
     else:
         check_places(called, args, kwargs, bool(ours))
@@ -123,9 +103,6 @@ def compute(operation, args, kwargs):
         kwargs["device"] = torch.device("cpu") if here else device
     raw_args, raw_kwargs = tree_map(lambda x: x.raw if isinstance(x, OnDevice) else x,
                                     (args, kwargs))
-    if called.startswith("aten::_copy_from"):
-        raw_args[1].copy_(raw_args[0])
-        return args[1]
     with own_generator(here and torch.Tag.nondeterministic_seeded in operation.tags):
         result = operation(*raw_args, **raw_kwargs)
     if called == "aten::copy_":
@@ -168,7 +145,7 @@ def check_copy(called, args, here):
         if not here:
             note_wait()
         return
-    target, source = args[:2] if called == "aten::copy_" else (args[1], args[0])
+    target, source = args[:2]
     if isinstance(target, OnDevice) == isinstance(source, OnDevice):
         return
     if shown == "mps" and len(args) > 2 and args[2]:
@@ -240,10 +217,7 @@ def install_kernels():
     for full in torch._C._dispatch_get_all_op_names():  # arange, ...: a fallback is too late
         if not full.startswith("aten::"):
             continue
-        try:
-            operation = operation_named(full[6:])
-        except (AttributeError, RuntimeError):
-            continue
+        operation = operation_named(full[6:])
         inputs, outputs = operation._schema.arguments, operation._schema.returns
         if (len(outputs) == 1 and "Tensor" in str(outputs[0].type)
                 and any(x.name == "device" for x in inputs)
@@ -358,17 +332,3 @@ def install(device):
     if device == "mps":
         install_mps()
     return Programs()
-
-
-def main():
-    device, script, *arguments = sys.argv[1:]
-    mode = install(device)
-    sys.argv = [script, *arguments]
-    sys.path.insert(0, str(pathlib.Path(script).resolve().parent))
-    with mode:
-        runpy.run_path(script, run_name="__main__")
-
-
-if __name__ == "__main__":
-    import simulated_device  # again, by its name: the script takes the place of __main__
-    simulated_device.main()

@@ -5,6 +5,7 @@ all the work (`drive`, at the end) and leaves its findings, and the tests read t
 """
 import importlib
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -19,8 +20,7 @@ from torch.utils import backend_registration
 from helpers import (checkpoint, metrics, results, run_folder, run_main, same_run, script_data,
                      script_flags)
 
-HERE = pathlib.Path(__file__).resolve()
-ROOT = HERE.parent.parent
+ALONE = {"CUDA_VISIBLE_DEVICES": "", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}  # no second accelerator
 RUNS = {  # name -> more flags; the name begins with the script's
     "clipfit": [],
     "clipfit micro": ["--micro-batch", "1"],
@@ -72,8 +72,8 @@ def simulated(tmp_path_factory):
         script_data(folder)
         with open(folder / "output.txt", "w") as output:
             at_work[name] = folder, subprocess.Popen(
-                [sys.executable, HERE.parent / "simulated_device.py", name, HERE, name],
-                stdout=output, stderr=output, cwd=folder)
+                [sys.executable, pathlib.Path(__file__).resolve(), name], stdout=output,
+                stderr=output, cwd=folder, env={**os.environ, **ALONE})
     yield at_work
     for _, process in at_work.values():
         process.kill()
@@ -243,5 +243,6 @@ def drive(kind):
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT), str(HERE.parent)]
-    drive(sys.argv[1])
+    from simulated_device import install
+    with install(sys.argv[1]):
+        drive(sys.argv[1])
