@@ -48,16 +48,17 @@ COLD = {"name": "cold", "matching": "green|blue|black", "epochs": 3}
 
 
 def plan_file(path, *stages, **more):
-    """A plan as a file, its two stages of 6 steps of 8 pairs by default."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"stages": stages or [WARM, COLD], **more}), "utf-8")
+    path.write_text(json.dumps({"stages": stages, **more}), "utf-8")
     return path
 
 
-def flags(world, out, *more, plan=None):
-    """The flags of a run with a plan; one in `more` takes the place of its default."""
+def flags(world, out, *more, plan=(WARM, COLD)):
+    """The flags of a run with a plan: a file, or its stages, by default two of 6 steps of 8 pairs.
+    One in `more` takes the place of its default."""
+    if not isinstance(plan, pathlib.Path):
+        plan = plan_file(out.parent / "plan.json", *plan)
     return helpers.with_defaults([
-        ("--plan", plan or plan_file(out.parent / "plan.json")), ("--data", world),
+        ("--plan", plan), ("--data", world),
         ("--weights", world / "start.safetensors"), ("--tokenizer", world / "vocab.txt"),
         ("--batch-size", 8), ("--micro-batch", 3), ("--captions", "one"), ("--lr", 1e-3),
         ("--workers", 0), ("--device", "cpu"), ("--log-every", 1), ("--output-dir", out)], more)
@@ -97,11 +98,16 @@ def chinese():
         return CLIP(CONFIGS["CN-ViT-B/16"])
 
 
-@pytest.mark.parametrize("rules, count", [([], 351), (["*.resblocks.[6-9].*", "*.resblocks.1?.*"],
-                                                      351 - 6 * 12)])
-def test_every_group_keeps_its_share_of_the_rate(chinese, rules, count):
+@pytest.mark.parametrize("rules, count", [
+    ([], 351), (["logit_scale"], 350), (["visual"], 351 - 152), (["text"], 153),
+    (["all_but_proj"], 3 - 1), (["*", "!bert.encoder.layer.1.*"], 16),
+    (["visual", "!visual.proj"], 351 - 151),
+    (["*.resblocks.[6-9].*", "*.resblocks.1?.*"], 351 - 6 * 12)])
+def test_rules_of_freeze_are_read_in_order_and_every_group_keeps_its_share_of_the_rate(
+        chinese, rules, count):
     """Frozen blocks above a parameter count too."""
     trainable = freeze(chinese, Stage(freeze=rules))
+    assert all(p.requires_grad == (n in trainable) for n, p in chinese.named_parameters())
     rates = {}
     for group in optimizer_groups(chinese, Stage(lr=1.0, layer_decay=0.65, wd=0.3)):
         for p in group["params"]:
@@ -130,16 +136,6 @@ def test_each_tower_counts_its_own_blocks():
     assert rates[id(model.token_embedding.weight)] == 0.5 ** 3
 
 
-@pytest.mark.parametrize("rules, count", [
-    ([], 351), (["logit_scale"], 350), (["visual"], 351 - 152), (["text"], 153),
-    (["all_but_proj"], 3 - 1), (["*", "!bert.encoder.layer.1.*"], 16),
-    (["visual", "!visual.proj"], 351 - 151)])
-def test_rules_of_freeze_are_read_in_order(chinese, rules, count):
-    trainable = freeze(chinese, Stage(freeze=rules))
-    assert len(trainable) == count
-    assert all(p.requires_grad == (n in trainable) for n, p in chinese.named_parameters())
-
-
 # -----------------------------------------------------------------------------
 # Plans
 
@@ -160,13 +156,14 @@ def refused_unread(world, tmp_path, monkeypatch, plan, names, *more):
     ({"replay": {"warm": 0.95}}, ["replay"]), ({"replay": {"warm": 0.01}}, ["cold", "0 of the"]),
     ({"replay": 0.1}, ["replay"]), ({"wise": [2]}, ["wise"]), ({"matching": "purple"}, ["purple"]),
     ({"matching": "("}, ["matching"]), ({"positives": "all"}, ["positives", "multi"]),
-    ({"lr": "fast"}, ["lr"]), ({"lr": math.nan}, ["lr"]), ({"epochs": 2.5}, ["epochs"]),
-    ({"epoch": 2}, ["epochs"]), ({"augment": ["crop", "spin"]}, ["augment", "spin"]),
-    ({"val": "no/val.csv"}, ["no/val.csv"]), ({"data": "no/such"}, ["no/such"]),
-    ({"name": "Warm"}, ["Warm"]), ({"name": "a/b"}, ["a/b"]), ({"name": "Cache"}, ["Cache"])])
-def test_a_stage_that_cannot_be_meant_is_refused(world, tmp_path, monkeypatch, change, names):
-    plan = plan_file(tmp_path / "plan.json", WARM, {**COLD, **change})
-    refused_unread(world, tmp_path, monkeypatch, plan, names)
+    ({"lr": math.nan}, ["lr"]), ({"epoch": 2}, ["epochs"]),
+    ({"augment": ["crop", "spin"]}, ["augment", "spin"]), ({"data": "no/such"}, ["no/such"]),
+    ({"val": "no/val.csv"}, ["no/val.csv"]), ({"name": "Warm"}, ["Warm"]),
+    ({"name": "a/b"}, ["a/b"]), ({"name": "Cache"}, ["Cache"]),
+    *(({key: 1}, [key, "cold", instead]) for key, instead in plans.DROPPED.items())])
+def test_a_stage_that_cannot_be_meant_is_refused_and_a_dropped_key_with_what_to_use(
+        world, tmp_path, monkeypatch, change, names):
+    refused_unread(world, tmp_path, monkeypatch, (WARM, {**COLD, **change}), names)
 
 
 @pytest.mark.parametrize("content, name", [
@@ -184,12 +181,6 @@ def test_a_wrong_plan_file_is_refused(world, tmp_path, monkeypatch, content, nam
     refused_unread(world, tmp_path, monkeypatch, tmp_path / "plan.json", [name])
 
 
-def test_a_dropped_key_is_refused_with_what_to_use(world, tmp_path, monkeypatch):
-    for key, instead in plans.DROPPED.items():
-        plan = plan_file(tmp_path / "plan.json", {**WARM, key: 1})
-        refused_unread(world, tmp_path, monkeypatch, plan, [key, "warm", instead])
-
-
 @pytest.mark.parametrize("more, name", [
     (["--from-stage", "hot"], "--from-stage"), (["--batch-size", 1], "--batch-size"),
     (["--text-data", "x"], "--caption-file"), (["--replay", "x"], "--plan"),
@@ -198,7 +189,7 @@ def test_a_dropped_key_is_refused_with_what_to_use(world, tmp_path, monkeypatch)
     (["--export", "openai"], "openai"), (["--plan", "no.json"], "no.json"),
     (["--plan", ""], "--plan"), (["--model", "ViT-B/32"], "--model")])
 def test_a_wrong_flag_is_refused(world, tmp_path, monkeypatch, more, name):
-    refused_unread(world, tmp_path, monkeypatch, None, [name], *more)
+    refused_unread(world, tmp_path, monkeypatch, (WARM, COLD), [name], *more)
 
 
 def test_a_run_without_a_clip_to_start_from_is_refused(world):
@@ -245,9 +236,6 @@ def test_the_recipes_can_be_run(world, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run").exists()
 
 
-# -----------------------------------------------------------------------------
-# Data
-
 def test_named_held_out_data_leaves_all_else_to_training(world, tmp_path):
     """A table without splits is cut 80/10/10, but not where its val is named."""
     (tmp_path / "images").symlink_to(world)  # a split by name: of names that are always the same
@@ -257,8 +245,8 @@ def test_named_held_out_data_leaves_all_else_to_training(world, tmp_path):
         f"{row},train" for row in rows[1:])]))
 
     def check(**stage):
-        plan = plan_file(tmp_path / "plan.json", {"name": "x", "epochs": 2, **stage})
-        return attempt(SCRIPT, *flags(world, tmp_path / "run", "--check-plan", plan=plan))
+        return attempt(SCRIPT, *flags(world, tmp_path / "run", "--check-plan", plan=[
+            {"name": "x", "epochs": 2, **stage}]))
     bare, train = str(tmp_path / "bare.csv"), str(tmp_path / "train.csv")
     assert "72 images" not in check(data=bare).ok().out
     assert "72 images" in check(data=bare, val=str(world)).ok().out
@@ -270,7 +258,7 @@ def test_named_held_out_data_leaves_all_else_to_training(world, tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# A chain of stages
+# A chain of stages, and one that was stopped
 
 def test_a_stage_begins_with_the_best_of_the_one_before(world, two_stages):
     rows = {row["row"]: row["sets"] for row in results(two_stages)["rows"]}
@@ -317,29 +305,26 @@ def test_what_a_run_leaves_beside_what_every_script_leaves(two_stages):
         assert tokenizer.for_model(weights.load(path)).vocab_size == len(helpers.WORDS)
 
 
-def test_a_finished_plan_is_checked_without_a_trace_and_config_json_runs_it_again(
-        world, two_stages, tmp_path):
+def test_a_finished_plan_is_checked_without_a_trace(world, two_stages):
     files = {path: path.read_bytes() for path in two_stages.rglob("*") if path.is_file()}
     checked = run_main(SCRIPT, *flags(world, two_stages, "--check-plan"))
     assert [stage["done"] for stage in checked["stages"]] == [True, True]
     assert files == {path: path.read_bytes() for path in two_stages.rglob("*") if path.is_file()}
-    run_main(SCRIPT, "--config", two_stages / "config.json", "--output-dir", tmp_path / "run",
-             "--plan", two_stages / "plan.json")
-    same_stages(two_stages, tmp_path / "run")
 
 
 def test_an_edited_plan_is_stale_until_trained_again(world, two_stages, tmp_path):
     """What is refused changes nothing, and the stage before stays as it is, bit for bit."""
     out = shutil.copytree(two_stages, tmp_path / "run")
-    plan = plan_file(tmp_path / "plan.json", WARM, {**COLD, "lr": 5e-4})
+    plan = WARM, {**COLD, "lr": 5e-4}
     kept = {path: path.read_bytes() for path in out.rglob("results.json")}
     edited = flags(world, out, plan=plan)
     refused(attempt(SCRIPT, *edited), "cold", "lr was 0.001", "--from-stage cold")
     refused(attempt(SCRIPT, *edited, "--check-plan"), "cold", "--from-stage cold")
-    refused(attempt(SCRIPT, *flags(world, out, "--seed", 2)), "warm", "seed")
+    refused(attempt(SCRIPT, *flags(world, out, "--seed", 2, plan=plan)), "warm", "seed")
     assert {path: path.read_bytes() for path in out.rglob("results.json")} == kept
     found = run_main(SCRIPT, *edited, "--from-stage", "cold")
-    assert metrics(out / "cold", "train")[-1]["lr"] < 5e-4 and found == results(out)
+    assert max(row["lr"] for row in metrics(out / "cold", "train")) == 5e-4
+    assert found == results(out)
     helpers.same_run(out / "warm", two_stages / "warm")
     assert run_main(SCRIPT, *edited) == found
     shutil.copy(out / "warm" / "checkpoint_last.pt", out / "warm" / "checkpoint_best.pt")
@@ -351,8 +336,7 @@ def test_an_edited_plan_is_stale_until_trained_again(world, two_stages, tmp_path
 def test_stages_in_another_order_are_scored_again_and_not_trained_again(world, tmp_path):
     stages, times, found = [{**stage, "from": "init", "epochs": 1} for stage in (WARM, COLD)], [], []
     for some in (stages, stages[::-1]):
-        plan = plan_file(tmp_path / "plan.json", *some)
-        found.append(run_main(SCRIPT, *flags(world, tmp_path / "run", plan=plan)))
+        found.append(run_main(SCRIPT, *flags(world, tmp_path / "run", plan=some)))
         times.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")})
     assert [[row["row"] for row in x["rows"]] for x in found] == [
         ["before", "warm", "cold"], ["before", "cold", "warm"]]
@@ -360,12 +344,13 @@ def test_stages_in_another_order_are_scored_again_and_not_trained_again(world, t
     assert results(tmp_path / "run")["weights"] == "warm/checkpoint_best.pt"
 
 
-def test_a_stage_more_is_trained_on_top_of_finished_ones(world, two_stages, tmp_path):
-    out = tmp_path / "run"
-    first = run_main(SCRIPT, *flags(world, out, plan=plan_file(tmp_path / "plan.json", WARM)))
+def test_a_stage_more_of_another_runs_config_is_trained_on_top_of_finished_ones(
+        world, two_stages, tmp_path):
+    first = run_main(SCRIPT, *flags(world, tmp_path / "run", plan=[WARM]))
     assert [row["row"] for row in first["rows"]] == ["before", "warm"]
-    run_main(SCRIPT, *flags(world, out))
-    same_stages(two_stages, out)
+    run_main(SCRIPT, "--config", two_stages / "config.json", "--output-dir", tmp_path / "run",
+             "--plan", two_stages / "plan.json")
+    same_stages(two_stages, tmp_path / "run")
 
 
 def test_one_command_a_stage_in_the_flags_of_chinese_clips_trainer(world, tmp_path):
@@ -392,9 +377,6 @@ def test_eval_only_scores_what_there_is(world, two_stages, tmp_path):
     refused(attempt(SCRIPT, *other), "weights was")
 
 
-# -----------------------------------------------------------------------------
-# Stopped, and gone on with
-
 RICH = [{**WARM, "augment": ["crop", "flip"], "wise": [0.3, 0.7], "early_stop": 4},
         {**COLD, "augment": ["crop"], "replay": {"warm": 0.25}, "freeze": ["visual.conv1.*"],
          "layer_decay": 0.8, "recompute": 1}]
@@ -402,28 +384,22 @@ RICH = [{**WARM, "augment": ["crop", "flip"], "wise": [0.3, 0.7], "early_stop": 
 
 @pytest.fixture(scope="module")
 def rich(world, tmp_path_factory):
-    """A plan with augmentation, dropout, replay and more, saved in every step: flags, folder."""
+    """The folder of a plan with augmentation, dropout, replay and more, saved in every step."""
     out = tmp_path_factory.mktemp("rich") / "run"
-    plan = plan_file(out.parent / "plan.json", *RICH)
-    run_main(SCRIPT, *flags(world, out, "--save-every", 1, plan=plan))
-    return plan, out
+    run_main(SCRIPT, *flags(world, out, "--save-every", 1, plan=RICH))
+    return out
 
 
 @pytest.mark.parametrize("plant, code", [
     (lambda: helpers.at_call(os, "fsync", 17, helpers.die), 137),
     (lambda: helpers.at_call(os, "replace", 31, helpers.die), 137),  # in the second stage, as here:
-    (lambda: helpers.at_step(8, lambda: signal.raise_signal(signal.SIGTERM)), 143)])
+    (lambda: helpers.signal_at(8), 143)])
 def test_stopped_at_any_moment_the_same_command_gives_the_same_bits(
         world, rich, tmp_path, plant, code):
-    plan, whole = rich
-    command = flags(world, tmp_path / "run", "--save-every", 1, plan=plan)
-
-    def stopped():
-        plant()
-        return helpers.script(SCRIPT, *command)
-    assert helpers.in_child(stopped).code == code
+    command = flags(world, tmp_path / "run", "--save-every", 1, plan=RICH)
+    assert helpers.after(plant, helpers.script, SCRIPT, *command).code == code
     run_main(SCRIPT, *command)
-    same_stages(whole, tmp_path / "run")
+    same_stages(rich, tmp_path / "run")
 
 
 # -----------------------------------------------------------------------------
@@ -519,7 +495,7 @@ def test_the_mean_with_the_start_is_the_best_on_held_out_pairs_so_far(forgetting
 
 
 def test_a_stage_that_only_harms_ends_with_what_it_began_with(world, tmp_path, monkeypatch):
-    plan = plan_file(tmp_path / "plan.json", {**WARM, "epochs": 9, "early_stop": 2, "warmup": 0})
+    plan = [{**WARM, "epochs": 9, "early_stop": 2, "warmup": 0}]
     judged, real = [], train_staged.evaluate
     monkeypatch.setattr(train_staged, "evaluate", lambda *of, **how: (
         judged.append(1) or real(*of, **how)))
@@ -531,12 +507,10 @@ def test_a_stage_that_only_harms_ends_with_what_it_began_with(world, tmp_path, m
     assert len(held) == 3 + held.index(best) < 10
     command = flags(world, tmp_path / "again", "--lr", 0.9, plan=plan)
 
-    def stopped():  # in the evaluation that ends the stage
-        number = len(judged) - 1  # the last is that of the test set
-        helpers.at_call(train_staged, "evaluate", number, lambda: signal.raise_signal(
+    def fault():  # in the evaluation that ends the stage: the last is that of the test set
+        helpers.at_call(train_staged, "evaluate", len(judged) - 1, lambda: signal.raise_signal(
             signal.SIGTERM))
-        return helpers.script(SCRIPT, *command)
-    assert helpers.in_child(stopped).code == 143
+    assert helpers.after(fault, helpers.script, SCRIPT, *command).code == 143
     assert run_main(SCRIPT, *command)["stages"]["warm"]["best_step"] == stage["best_step"]
     if best["step"] == 0:
         start, kept = (state_of(path) for path in (
@@ -565,8 +539,7 @@ def test_what_a_frozen_tower_gives_is_kept_and_trains_as_computing_it_does(
                 steps.add(name)
             return encode(self, *args, **options)
         monkeypatch.setattr(CLIP, name, counted)
-    plan = plan_file(tmp_path / "plan.json", {"name": "x", "epochs": 3, "freeze": frozen,
-                                              "augment": augment})
+    plan = [{"name": "x", "epochs": 3, "freeze": frozen, "augment": augment}]
     for name in ("kept", "anew"):
         steps.clear()
         run_main(SCRIPT, *flags(folder, tmp_path / name, "--micro-batch", 0, plan=plan))
