@@ -65,9 +65,6 @@ def twin():
     return model, images_for(model, 12), labels, tokens, prompts, pretrained
 
 
-# -----------------------------------------------------------------------------
-# What trains
-
 @pytest.mark.parametrize("name, tensors, numbers", [
     ("ViT-B/16", 64, 46_080), ("ViT-L/14", 12 + 100, 111_616), ("RN50", 12, 6_144)])
 def test_the_trainable_set_is_the_official_one(name, tensors, numbers):
@@ -150,7 +147,7 @@ def test_twenty_steps_equal_a_plain_loop(tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# Recipe
+# Settings, tables, models
 
 RECIPE = {  # the official README, by hand
     "caltech101": (100, 2), "oxford_pets": (100, 2), "stanford_cars": (100, 2),
@@ -172,9 +169,6 @@ def test_every_data_set_has_the_published_recipe_and_what_is_changed_is_said():
     notes = " ".join(train_clipfit.fill_recipe(args, "dtd", "RN50"))
     assert all(f"{flag} " in notes for flag in (*flags, "RN50"))
 
-
-# -----------------------------------------------------------------------------
-# Settings, tables, models
 
 def test_several_shots_and_seeds_give_a_table_from_unrounded_numbers(tmp_path):
     flags, shots = [*FEW, "--epochs", 2], ["--shots", 1, 2]
@@ -382,9 +376,6 @@ def test_data_that_cannot_be_used_is_refused_before_any_work(tmp_path, monkeypat
     refusal(tmp_path / "h", "--data", imagenet, "--model", "tiny", names=("n00000000",))
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
-
-# -----------------------------------------------------------------------------
-# It learns
 
 def test_the_demo_learns_ten_points_over_a_useful_zero_shot(tmp_path):
     """On held-out images; chance is 10 %."""
