@@ -171,7 +171,7 @@ REFUSED = [
     ("--log-every", "0"), ("--export", "pickle"), ("--batch", "4"), ("--micro-batch", 20 * "9")]
 
 
-@pytest.mark.parametrize("flag, value", REFUSED, ids=" ".join)
+@pytest.mark.parametrize("flag, value", REFUSED)
 def test_a_wrong_command_line_is_one_line_before_any_work(name, flags, tmp_path, flag, value):
     if flag == "--weights" and name == "train_distill" or (
             flag == "--device" and torch.cuda.is_available()):
