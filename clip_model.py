@@ -520,9 +520,14 @@ class BackboneTower(nn.Module):
             if isinstance(module, nn.BatchNorm2d):
                 # With MNASNet's 0.0003, hundreds of steps would hardly move the statistics.
                 module.momentum = max(module.momentum, 0.1)
+        # Where channels are last, on processors with AVX2 alone, oneDNN's gradient of such a layer,
+        # as in MobileOne, is wrong and overruns its memory: its issue 6035, in torch 2.14.
+        self.channels_first = any(
+            isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1)
+            and m.in_channels // m.groups < 16 for m in self.trunk.modules())
 
     def forward(self, images):      # (B, 3, R, R) -> (B, F), what the head gets
-        return self.trunk(images)
+        return self.trunk(images.contiguous() if self.channels_first else images)
 
 
 # -----------------------------------------------------------------------------

@@ -633,6 +633,7 @@ def test_students_of_other_families_learn_and_load(school, tmp_path, name):
     found = distill(school, tmp_path, "--model", name, "--image-size", 32, "--max-steps", 2)
     assert found["model"] == name and found["student_image_parameters"] > 900_000
     student = weights.load(tmp_path)
+    assert getattr(student.visual, "channels_first", False) == name.startswith("timm")
     assert student.encode_image(torch.zeros(1, 3, 32, 32)).shape == (1, 32)
     rows = losses(tmp_path)
     assert all(map(math.isfinite, rows)) and rows[0] != rows[1]
