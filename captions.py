@@ -331,14 +331,15 @@ def read_lmdb(store, names, columns):
         source.store.index |= dict.fromkeys(paths, (os.path.join(folder, "imgs/data.mdb"), 0, 0))
         source.add(split, ((path, "", 0) for path in paths))
         pairs = open_lmdb(os.path.join(folder, "pairs"), os.getpid())
-        for i in range(int(pairs.get(b"num_samples") or pairs.stat()["entries"])):
-            try:
+        i = "num_samples"
+        try:
+            for i in range(int(pairs.get(b"num_samples") or pairs.stat()["entries"])):
                 pair = io.BytesIO(pairs.get(b"%d" % i) or b"")
                 image, text_id, text = PlainUnpickler(pair).load()
                 source.add(split, [(f"{prefix}imgs:{image}", text + "", f"{text_id} {text}")])
-            except Exception as error:  # a broken pickle raises anything
-                raise DataError(f"{name}: pair {i} is refused and was not run: no (image id, text "
-                                f"id, text), {one_line(error)}") from None
+        except Exception as error:  # a broken pickle raises anything
+            raise DataError(f"{name}: pair {i} is refused and was not run: no (image id, text id, "
+                            f"text), {one_line(error)}") from None
     return source
 
 
