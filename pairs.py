@@ -101,8 +101,8 @@ class PairSet(Images):
         if len(place) < 2 or not relevant:
             raise DataError(f"{self.name}: {len(relevant)} pairs of {len(texts)} texts and "
                             f"{len(place)} {self.split} images; a search needs 2 images")
-        notes = [f"{self.split}: t2i R@k is 100 from k = {len(place)} on, i2t from {len(texts)} on"
-                 ] * (min(len(place), len(texts)) < 10)
+        notes = [f"{self.split} has {len(place)} images and {len(texts)} texts: R@k is always 100 "
+                 f"where k is no less"] * (min(len(place), len(texts)) < 10)
         return Retrieval(list(texts.values()), torch.tensor(list(relevant)), notes)
 
     def texts_of(self, image):
@@ -235,7 +235,9 @@ def open_splits(args):
     sets = [PairSet(source, split) if split == "train" or source.rows[split] else None
             for split in SPLITS]
     for pairs in filter(None, sets):
-        pairs.notes = pairs.notes if pairs.split == "train" else []
+        if pairs.split != "train":
+            pairs.notes = []
+            sets[0].notes += pairs.retrieval().notes
         pairs.check_files()
     return sets
 
@@ -262,9 +264,10 @@ class PairBatches(Batches):
         for part, size in zip(getattr(pairs, "parts", [pairs]), self.sizes, strict=True):
             owner = np.asarray(part.owner, dtype=np.int64)
             count = np.bincount(owner)
-            if not 1 <= size <= (count > 0).sum() or sum(self.sizes) < 2:
-                raise DataError(f"--batch-size {size}: a batch has no image twice, and there are "
-                                f"{(count > 0).sum()} images to train on; give 2 up to that")
+            images = (count > 0).sum()
+            if not 1 <= size <= images or sum(self.sizes) < 2:
+                raise DataError(f"--batch-size {size}: expected 2 to {images}: there are {images} "
+                                f"images to train on, and a batch has none twice")
             self.owners.append(owner)
             self.rounds.append(int(np.sort(count)[-size]) if captions == "all" else 1)
             self.lengths.append(int(np.minimum(count, self.rounds[-1]).sum()) // size)

@@ -279,12 +279,12 @@ def text_classifier(run, model, tokenizer, classnames, templates, max_text=None)
         lambda some: encode_texts(run, model, tokenizer, some, max_text), prompts)
     if tokenizer.truncated > cut:
         run.say(f"note: {tokenizer.truncated - cut} class prompts are too long and were cut")
-    scores, places = top_k(weights, weights, 2)  # each class, and the one most like it
-    alike = places[(scores[:, 1:] > 0.999999).any(dim=1)]
-    if len(alike):
-        one, other = (classnames[i] for i in alike[0].tolist())
-        run.say(f"NOTE: the text tower reads {one!r} and {other!r} alike, and nothing tells them "
-                f"apart: give other names, or other --weights")
+    scores, _ = top_k(weights, weights, 2)  # each class, and the one most like it
+    alike = (scores[:, 1:] > 0.999999).any(dim=1).tolist()
+    if any(alike):
+        names = [repr(name) for name, same in zip(classnames, alike) if same]
+        run.say(f"NOTE: the text tower reads {len(names)} classes like another, and nothing tells "
+                f"them apart: {', '.join(names[:20])}; give other names, or other --weights")
     return weights
 
 

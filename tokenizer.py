@@ -470,7 +470,7 @@ def open_tokenizer(path):
         return ChineseTokenizer(path) if chinese else WordPieceTokenizer(path)
     tokenizer = BPETokenizer() if kind == "bpe" else ByteBPETokenizer(path)
     if tokenizer.ids != ids or merges and list(tokenizer.ranks) != merges:
-        raise TokenizerError(f"{path} looks like CLIP's vocabulary and differs from it")
+        raise TokenizerError(f"{path} repeats a merge, or differs from CLIP's vocabulary")
     return tokenizer
 
 

@@ -363,8 +363,6 @@ def open_data(run, model, tokenizer, splits, args):
         test = val
         train.notes.append("NOTE: there are no test pairs, so the best epoch is chosen and scored "
                            "on the same val images, which flatters")
-    if test:
-        train.notes += test.retrieval().notes
     if args.zero_shot:
         source = dict(name_or_path=args.zero_shot, split="test", data_dir=args.data_dir, whole=True)
         run.on_first(lambda: len(open_dataset(**source)))  # fetches it, if that is needed
@@ -382,8 +380,7 @@ def prepare(run, model, data, folder, args):
     frozen = not any(p.requires_grad for name, p in model.named_parameters()
                      if side_of(name) == "image")
     splits = dict.fromkeys(filter(None, (train, data.val, data.test)))  # each once, in order
-    for note in (*model.origin["notes"], *(note for pairs in splits for note in pairs.notes)):
-        run.say(note)
+    run.say(*model.origin["notes"], *(note for pairs in splits for note in pairs.notes))
     if training and frozen and not args.crop:
         tower = weights.digest(model, "image", head=False)
         data.pooled = {pairs.split: frozen_features(run, model, pairs, cache, tower,

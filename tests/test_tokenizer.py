@@ -309,7 +309,7 @@ BAD = {
     "Chinese accents": {"vocab.txt": BERT, "config.json": {"model_type": "chinese_clip"},
                         "tokenizer_config.json": {"strip_accents": False}},
     "an added word": {"vocab.txt": BERT, "added_tokens.json": {"weave": 4}},
-    "added in words": {"tokenizer.json": FAST | {"added_tokens": [{"content": "er"}]}},
+    "added in words": {"tokenizer.json": FAST | {"added_tokens": [{"content": "er", "id": 9}]}},
     "added by a table": {"vocab.txt": BERT, "tokenizer_config.json": {
         "added_tokens_decoder": {"4": {"content": "[E1]", "special": True}}}},
     "a list": {"vocab.txt": BERT, "tokenizer_config.json": {"extra_special_tokens": ["[E1]"]}},
