@@ -530,15 +530,16 @@ class Run:
     # -------------------------------------------------------------------------
     # Speaking
 
-    def say(self, text):
-        """Print a line, and append it to log.txt."""
+    def say(self, *lines):
+        """Print lines, and append them to log.txt."""
         if self.rank:
             return
-        show(text)
+        for line in lines:
+            show(line)
         if self.out:
-            append(self.out / "log.txt", text)
+            append(self.out / "log.txt", *lines)
         else:
-            self._early.append(text)
+            self._early += lines
 
     def progress(self, done, total, what):
         """A line that the next one overwrites on a terminal; nothing at all elsewhere."""

@@ -217,8 +217,7 @@ def run_once(run, task, few, val, folder, args, identity):
             step = stored["step"]
             identity = {**identity, **{key: stored["identity"][key] for key in ("shots", "seed")}}
         elif not args.eval_only and len(few):
-            for note in few.preload(IN_MEMORY).notes:
-                run.say(note)
+            run.say(*few.preload(IN_MEMORY).notes)
             probed = probe(run, task, few, val, args)
             step = train(run, task, few, stored, args)
         if step:
@@ -424,9 +423,8 @@ def open_task(run, args, train_set, tests):
             f"{len(trainable)} tensors")
     if not any(name.startswith("visual.") for name in trainable):
         run.say("note: the image tower has no LayerNorm; only the text tower's biases train")
-    for note in [*model.origin["notes"],
-                 *(f"departs from the official recipe: {departure}" for departure in departures)]:
-        run.say(note)
+    run.say(*model.origin["notes"],
+            *(f"departs from the official recipe: {departure}" for departure in departures))
     return Task(model, tokenizer, tests, prompts, trainable,
                 {name: p.detach().clone() for name, p in trainable.items()}, departures, {})
 

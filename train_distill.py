@@ -485,8 +485,7 @@ def train(run, setup, checkpoint, args):
         text = student.origin["text"]
         student.origin |= {"path": text["path"], "sha256": text["sha256"], "side": "text"}
     learner = Learner(run, setup, args)
-    for note in (*student.origin["notes"], *pairs.notes):
-        run.say(note)
+    run.say(*student.origin["notes"], *pairs.notes)
     loader, look_up = prepare(run, setup, args)
     run.say(f"{setup.name}: {sum(p.numel() for p in learner.parameters):,} weights train, "
             f"{len(loader)} steps an epoch of {args.batch_size} pairs; teachers: "

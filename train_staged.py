@@ -419,8 +419,7 @@ def preflight(run, stages, tests, model, args):
               if tests[stage.name] is stage.held_out]
     notes += note_leaks({"train": files(stage.train for stage in stages), "val": files(judged),
                          "test": []})
-    for note in dict.fromkeys([note for stage in stages for note in stage.train.notes] + notes):
-        run.say(note)
+    run.say(*dict.fromkeys([note for stage in stages for note in stage.train.notes] + notes))
     for stage in stages:
         size = stage.batch_size
         replayed = [round(stage.replay[part.name] * size) for part in stage.parts[1:]]
@@ -507,8 +506,7 @@ def main(args):
                         model.config.context_length)
     if args.export:
         check_layout(model, args.export)
-    for note in model.origin["notes"]:
-        run.say(note)
+    run.say(*model.origin["notes"])
     opened = [*tests.values(), *(stage.train for stage in stages)]
     if args.workers < 0 and max(len(pairs.paths) for pairs in opened) <= FEW:
         args.workers = 0

@@ -60,8 +60,7 @@ def main(args):
         raise UserError(f"--csv {args.csv}: expected a file in a folder that is there")
     run = start(args.device, args.precision)
     model = load(args.weights, activation=args.activation)
-    for note in model.origin["notes"]:
-        run.say(note)
+    run.say(*model.origin["notes"])
     tokenizer = for_model(model, args.tokenizer)
     model = run.move(model).fuse_attention(run.fused_attention)
     run.say(f"{len(names)} classes, asked as {', '.join(map(repr, templates))}")

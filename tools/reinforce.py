@@ -44,8 +44,7 @@ def main(args):
         for name in ("teacher.json", "images.npy", "texts.npy"):
             (target / name).unlink(missing_ok=True)
     run.on_first(begin)
-    for note in pairs.notes:
-        run.say(note)
+    run.say(*pairs.notes)
     options = decode_once(run, [pairs], target / "images.cache", args)
     texts = torch.cat([encode_texts(run, teacher.model, teacher.tokenizer, pairs.captions)
                        for teacher in teachers], dim=1)
