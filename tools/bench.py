@@ -357,10 +357,10 @@ def get_args(argv=None):
             parser.error("before: expected the folder of another checkout")
         return args
     for name in args.tables:
-        if name not in TABLES and name.split()[0] not in STEPS:
+        if name not in TABLES and name.partition(" ")[0] not in STEPS:
             parser.error(f"{name}: expected before DIR, or some of {', '.join(TABLES)}")
     return args
 
 
 if __name__ == "__main__":
-    sys.exit(serve(sys.argv[2]) if sys.argv[1:2] == ["step"] else device.guard(main, get_args))
+    sys.exit(serve(sys.argv[2]) if sys.argv[1:-1] == ["step"] else device.guard(main, get_args))
