@@ -40,8 +40,8 @@ def whole(least=0, most=2 ** 31 - 1):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that exits with code 2 and one line. --flag_name is understood, and what is
-    in `aliases`, {"--theirs": "--ours"}; no short form, nor `refused`, {"--theirs": "use this"}."""
+    """An ArgumentParser that exits with code 2 and one line. --flag_name is understood, and so are
+    `aliases` {"--theirs": "--ours"}; `refused` {"--theirs": "use this"} and short forms are not."""
     def __init__(self, *args, aliases=None, refused=None, **options):
         super().__init__(*args, allow_abbrev=False, **options)
         self.aliases = aliases or {}
@@ -87,7 +87,7 @@ class Parser(argparse.ArgumentParser):
         except (OSError, ValueError, TypeError) as error:
             self.error(f"--config {path} is not a run's config.json: {one_line(error)}")
         known, ran = {action.dest for action in self._actions} | {"script"}, "identity" in values
-        if ran:  # what a preset fills in is no flag, and these were of that run alone
+        if ran:  # what a preset fills in is no flag; those named here were of that run alone
             known |= {"identity", *self._defaults}
             named |= {"--config", "--resume", "--overwrite", "--debug", "--dry-run", "--export"}
         unknown = min(values.keys() - known, default=None)

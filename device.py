@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import errno
 import json
 import os
 import pathlib
@@ -44,7 +45,7 @@ PATIENCE = datetime.timedelta(minutes=30)  # for other processes: the first may 
 LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"
 WRITTEN = ["env.json", "command.txt", "log.txt", "metrics.jsonl", "results.json", "*_last.pt",
            "*_prev.pt", "*_best.pt", "tensorboard/events.*", "confusion_*.json", "per_class_*.csv",
-           "predictions_*.csv", "table.csv", "shots.json", "matrix.md"]  # beside config.json
+           "predictions_*.csv", "table.csv", "shots.json", "matrix.md"]  # --overwrite clears it
 STOPPING = b"stopping after this step, to save; a second signal ends it at once, unsaved\n"
 
 
@@ -582,8 +583,8 @@ class Run:
     # The run's folder
 
     def begin(self, folder, args, identity):
-        """Take `folder` for this run -> checkpoint to go on from, results of a finished run; or
-        None. args: the flags of `add_run_flags`; identity: see `run_identity`.
+        """Take `folder` for this run -> checkpoint to go on from, results of a finished run; each
+        None where there is none. args: the flags of `add_run_flags`; identity: see `run_identity`.
 
         With args.eval_only nothing is written, and the checkpoint is the one to score. UserError,
         before anything is changed, for a folder that cannot be used and a run of another identity.
@@ -594,7 +595,7 @@ class Run:
         fresh = (args.overwrite or args.dry_run) and not args.eval_only
         named = None if args.resume in ("auto", "none") else expanded(args.resume)
         stored = self._find(folder, named, args, fresh)
-        own = None if named else stored  # the folder's
+        own = None if named else stored  # what the folder itself holds
         if args.eval_only:
             if not stored:
                 self.say(f"no checkpoint in {folder}: this scores what --weights gives")
@@ -621,7 +622,7 @@ class Run:
             self.save(BEST, best)  # what lies beside a checkpoint of another folder comes along
         if args.tensorboard and not self.rank:
             from torch.utils.tensorboard import SummaryWriter
-            first = stored["step"] + 1 if stored else 0  # what is drawn from there on goes
+            first = stored["step"] + 1 if stored else 0  # what was drawn later goes
             self._board = SummaryWriter(folder / "tensorboard", purge_step=first)
         after = f", continuing after step {stored['step']}" if stored else ""
         self.say(f"writing to {folder}{after}")
@@ -784,17 +785,18 @@ def shared(error):
 
 
 def lock(folder):
-    """A file that keeps other programs out of `folder` while it is open; None where there are no
-    locks. UserError if another one has it."""
+    """A file that keeps other programs out of `folder` while it is open; None where the system
+    cannot lock files. UserError if another one has it."""
     with contextlib.suppress(OSError, ImportError):
         import fcntl
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # another error: there are no locks here
-            raise UserError(f"{folder} is in use by another program that writes a run there: "
-                            "wait for it, or choose another --output-dir") from None
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # else there are no locks here
+                raise UserError(f"{folder} is in use by another program that writes a run there: "
+                                "wait for it, or choose another --output-dir") from None
         return file
 
 

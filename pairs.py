@@ -101,8 +101,8 @@ class PairSet(Images):
         if len(place) < 2 or not relevant:
             raise DataError(f"{self.name}: {len(relevant)} pairs of {len(texts)} texts and "
                             f"{len(place)} {self.split} images; a search needs 2 images")
-        notes = [f"{self.split} has {len(place)} images and {len(texts)} texts: R@k is always 100 "
-                 f"where k is no less"] * (min(len(place), len(texts)) < 10)
+        notes = [f"{self.split} is small: t2i R@k is always 100 from k = {len(place)} on, i2t from "
+                 f"k = {len(texts)} on"] * (min(len(place), len(texts)) < 10)
         return Retrieval(list(texts.values()), torch.tensor(list(relevant)), notes)
 
     def texts_of(self, image):
@@ -235,9 +235,7 @@ def open_splits(args):
     sets = [PairSet(source, split) if split == "train" or source.rows[split] else None
             for split in SPLITS]
     for pairs in filter(None, sets):
-        if pairs.split != "train":
-            pairs.notes = []
-            sets[0].notes += pairs.retrieval().notes
+        pairs.notes = pairs.notes if pairs.split == "train" else []
         pairs.check_files()
     return sets
 
@@ -266,8 +264,8 @@ class PairBatches(Batches):
             count = np.bincount(owner)
             images = (count > 0).sum()
             if not 1 <= size <= images or sum(self.sizes) < 2:
-                raise DataError(f"--batch-size {size}: expected 2 to {images}: there are {images} "
-                                f"images to train on, and a batch has none twice")
+                raise DataError(f"--batch-size {size}: expected 2 up to the {images} images to "
+                                f"train on, as no batch has one twice")
             self.owners.append(owner)
             self.rounds.append(int(np.sort(count)[-size]) if captions == "all" else 1)
             self.lengths.append(int(np.minimum(count, self.rounds[-1]).sum()) // size)
@@ -363,8 +361,7 @@ def decode_once(run, sets, folder, args):
     for pairs in sets:
         told = len(pairs.notes)
         pairs.cache(run, folder, int(min(2 ** 20, args.cache_gb) * 2 ** 30), options["workers"])
-        for note in pairs.notes[told:]:
-            run.say(f"note: {note}")
+        run.say(*(f"note: {note}" for note in pairs.notes[told:]))
     if args.workers < 0 and all(pairs.pixels for pairs in sets):
         options["workers"] = 0
     return options

@@ -283,8 +283,8 @@ def text_classifier(run, model, tokenizer, classnames, templates, max_text=None)
     alike = (scores[:, 1:] > 0.999999).any(dim=1).tolist()
     if any(alike):
         names = [repr(name) for name, same in zip(classnames, alike) if same]
-        run.say(f"NOTE: the text tower reads {len(names)} classes like another, and nothing tells "
-                f"them apart: {', '.join(names[:20])}; give other names, or other --weights")
+        run.say(f"NOTE: the text tower gives each of these classes the features of another, and "
+                f"nothing tells them apart: {', '.join(names)}; give other names or --weights")
     return weights
 
 

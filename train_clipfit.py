@@ -97,7 +97,7 @@ def add_gradients(run, model, images, labels, batch_size, prompts, pretrained, a
             features = model.encode_image(piece, normalize=True)              # (b, D)
         logits = model.logit_scale.exp() * features @ texts.T                 # (b, C), in fp32
         ce = F.cross_entropy(logits, target, reduction="sum", ignore_index=-1) / batch_size
-        share = len(target) / batch_size  # every piece adds its share of the one drift
+        share = len(target) / batch_size  # of all pieces and processes these sum to 1
         drift = share * (1 - (texts * pretrained).sum(dim=-1).mean())         # 0 at the first step
         loss = ce + args.reg_weight * drift
         scaler.scale(loss).backward()
@@ -360,7 +360,7 @@ def fill_recipe(args, data, model):
     if model != "ViT-B/16":
         notes.append(f"model {model} (official: ViT-B/16)")
     if args.setting == "dg" or data not in KNOWN:
-        notes.append(f"it has none for --data {data} --setting {args.setting}")
+        notes.append(f"--data {data} --setting {args.setting} has no official recipe")
     if args.warmup >= args.epochs:
         notes.append(f"all epochs are warm-up, at 1e-5: --epochs above {args.warmup} trains more")
     return notes
@@ -424,7 +424,7 @@ def open_task(run, args, train_set, tests):
     if not any(name.startswith("visual.") for name in trainable):
         run.say("note: the image tower has no LayerNorm; only the text tower's biases train")
     run.say(*model.origin["notes"],
-            *(f"departs from the official recipe: {departure}" for departure in departures))
+            *(f"not the official recipe: {departure}" for departure in departures))
     return Task(model, tokenizer, tests, prompts, trainable,
                 {name: p.detach().clone() for name, p in trainable.items()}, departures, {})
 

@@ -363,6 +363,8 @@ def open_data(run, model, tokenizer, splits, args):
         test = val
         train.notes.append("NOTE: there are no test pairs, so the best epoch is chosen and scored "
                            "on the same val images, which flatters")
+    for held_out in dict.fromkeys(filter(None, (not args.eval_only and val, test))):
+        train.notes += held_out.retrieval().notes
     if args.zero_shot:
         source = dict(name_or_path=args.zero_shot, split="test", data_dir=args.data_dir, whole=True)
         run.on_first(lambda: len(open_dataset(**source)))  # fetches it, if that is needed
@@ -568,7 +570,7 @@ def get_args(argv=None):
     add("--epochs", type=whole(1), help="default: 30, or the preset's")
     add("--max-steps", type=whole(0), default=0, help="total steps, if fewer than the "
         "epochs'; the schedule ends there")
-    add("--batch-size", type=whole(2), help="pairs contrasted in a step, in all (default: 256)")
+    add("--batch-size", type=whole(2), help="pairs in a step (default: 256, or the preset's)")
     add("--micro-batch", type=whole(0), default=64, help="pairs encoded at a time per process; the "
         "gradient stays the batch's (default: 64; 0: all)")
     add("--lr", type=number(0, 1e3, above=True), help="default: 5e-4, or the preset's")

@@ -77,7 +77,8 @@ from teachers import look_of, open_teachers, open_text_teacher, ShownPairs, Stor
 from tokenizer import for_model
 
 OF_TEACHERS = ("crd", "fd", "icl", "hint", "attention")  # the terms that ask them about images
-TEXT_TEACHER, TEXT_SCALE = 0.2, 10.0  # its share of the task's targets, and its scale
+TEXT_TEACHER = 0.2  # its share of the task's targets
+TEXT_SCALE = 10.0   # of its similarities
 
 
 # -----------------------------------------------------------------------------
@@ -110,10 +111,10 @@ def info_nce(ours, theirs, labels):
     mixing share is 1."""
     own, partner, share = labels
 
-    def some_rows(rows, own, partner, columns, scale):
+    def some_rows(rows, own_rows, partner_rows, columns, scale):
         logits = (scale * rows) @ columns.T                                    # (m, N)
-        return (share * F.cross_entropy(logits, own, reduction="sum")
-                + (1 - share) * F.cross_entropy(logits, partner, reduction="sum"))
+        return (share * F.cross_entropy(logits, own_rows, reduction="sum")
+                + (1 - share) * F.cross_entropy(logits, partner_rows, reduction="sum"))
 
     def one_way(a, b):
         return by_rows(some_rows, (a.image, own, partner), (b.texts, a.scale))
@@ -216,7 +217,7 @@ def add_gradient(run, learner, batch, mix, weight, seed):
     def cut(size):
         return [slice(i, min(n, i + size)) for i in range(0, n, size)]
     pieces = cut(learner.micro)
-    asked = pieces if learner.maps else cut(min(64, learner.micro))  # 256 images took 5 GB more
+    asked = pieces if learner.maps else cut(min(64, learner.micro))  # 256 at once took 5 GB more
     p = []  # empty where no term needs the teachers' image features
     if batch.p is not None:
         p = [mix.blend(rows) for rows in batch.p]
@@ -772,7 +773,7 @@ def get_args(argv=None):
     add("--attention", type=number(), default=0.0, help="weight of matching attention maps")
     add("--mixup", type=number(), default=0.0, help="alpha of Beta (default: 0, off)")
     add("--cutmix", type=number(), default=0.0, help="alpha of Beta (default: 0, off)")
-    add("--crop", type=number(0, 1), help="least share of an image in a view (default: 0.4)")
+    add("--crop", type=number(0, 1), help="least share of an image in view, 0: all (default: 0.4)")
     add("--randaugment", action="store_true", help="two random RandAugment operations a view")
     add("--ema", type=number(0, 0.999999), default=0.0, help="decay of averaged, tested weights")
     add("--epochs", type=whole(1), help="default: 30")
@@ -780,12 +781,12 @@ def get_args(argv=None):
     add("--batch-size", type=whole(2), help="pairs in a step, of all processes (default: 256)")
     add("--micro-batch", type=whole(0), default=0, help="encoded at a time (default: 0, all)")
     add("--lr", type=number(0, 1e3, above=True), help="default: 1e-3")
-    add("--wd", type=number(), default=0.1, help="weight decay, of matrices only (default: 0.1)")
+    add("--wd", type=number(), default=0.1, help="decay of all but gains and biases (default: 0.1)")
     add("--warmup", type=number(), default=0.05, help="steps, or below 1 a share (default: 0.05)")
     add("--grad-clip", type=number(), default=1.0, help="largest norm, 0: none (default: 1)")
     add = parser.add_argument_group("scores").add_argument
     add("--zero-shot", nargs="+", metavar="DATA", help="labelled images: names, or class folders")
-    add("--template", dest="templates", nargs="+", metavar="TEXT", help="prompts with {} for it")
+    add("--template", dest="templates", nargs="+", metavar="TEXT", help="prompts, {} is the class")
     add_run_flags(parser)
     args = parser.parse_args(argv)
 

@@ -11,7 +11,7 @@ often true of others too. Those pairs are known, since captions are made from fa
 out of the denominator.
 
 The shipped weights reach 81.9 % zero-shot accuracy on EuroSAT's test part (train_clipfit.py --data
-eurosat --model tiny --eval-only). Another torch or processor gives a model as good, of other bytes.
+eurosat --model tiny --eval-only). Another torch or processor gives one as good, of other bytes.
 """
 import math
 import random
@@ -84,7 +84,7 @@ def info_nce(images, texts, scale, true_of):
 
 def rows_in_use(tokenizer):
     """The rows of the vocabulary to save: of every word that training, the demo or tiny_words.txt
-    has. Those of the latter are never trained, but stay distinct: `load` makes zeros of others."""
+    has. Those of the latter are never trained, but stay distinct: `load` fills others with 0."""
     words = [*FRAMES, *PROMPTS, *SUBJECTS, (ASSETS / "tiny_words.txt").read_text()]
     for group in (*SUBJECTS.values(), *PHRASES.values()):
         words += group

@@ -5,8 +5,8 @@
 
 Dataset reinforcement (Faghri et al. 2023; MobileCLIP, Vasu et al. 2024): the training that follows
 has the same losses and no teacher in it, and any number of students can learn from one such folder.
-10 views of 12,000 images by a ViT-B take 250 MB; teachers.py says what lies there. Several teachers
-are asked side by side, and with torchrun several processes share the images.
+It takes 4 bytes x views x images x dimensions: 250 MB for 10 views of 12,000 images by a ViT-B.
+Several teachers are asked side by side, and with torchrun several processes share the images.
 """
 import functools
 import shutil

@@ -188,8 +188,7 @@ def search(run, rows, sets, queries, folder, args):
     answers, precision = [{"query": query, "rows": []} for query in queries], {}
     for label, path in rows:
         model = load(path, activation=args.activation)
-        for note in model.origin["notes"]:
-            run.say(f"{label}: {note}")
+        run.say(*(f"{label}: {note}" for note in model.origin["notes"]))
         tokenizer = for_model(model, args.tokenizer)
         model = run.move(model).fuse_attention(run.fused_attention)
         found = {name: features(run, model, tokenizer, pairs, content[name],
