@@ -17,7 +17,7 @@ The task weighs less: captions are noisy, and a teacher's targets allow for it. 
 student, and --ema-teacher W adds W * crd against it; --text-teacher, a BERT with centred features
 r, turns the task's targets into 0.8 I + 0.2 softmax(10 r r^T).
 
-    python train_distill.py                                   the demo on a CPU, under a minute
+    python train_distill.py                                   the demo on a CPU, about a minute
     python train_distill.py --task 1 --crd 0 --fd 0           its student, taught by the pairs alone
     python train_distill.py --teacher ViT-B/16 --data flickr8k --data-dir DIR
     python -m tools.reinforce --teacher ViT-B/16 --data flickr8k --data-dir DIR --output stored

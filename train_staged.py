@@ -17,7 +17,7 @@ et al. 2020, eq. 2, leave i out). With mask, P(i) is i alone, and those other pa
 with diag, P(i) is i alone, and they stay as negatives, as in CLIP (Radford et al. 2021). Where no
 image or caption repeats, the three are the same.
 
-    python train_staged.py                               three themes of the demo, under a minute
+    python train_staged.py                               three themes of the demo, about a minute
     python train_staged.py --plan docs/recipes/chinese_clip.json --check-plan     reads no image
     torchrun --nproc-per-node 8 train_staged.py --plan docs/recipes/chinese_clip.json
     python train_staged.py --data own.csv --weights clip_cn_vit-b-16.pt --epochs 30 --batch-size 16
